@@ -1,0 +1,59 @@
+# Every target sets itself up: a fresh machine needs Python 3.11 or newer and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= results/latest
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint type format ablate bench aa report clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo 'Options are passed on: make ablate ARGS="model=tiny measure=quick"; PYTHON=python3.12 picks the interpreter.'
+
+setup: $(VENV)/.dev ## install everything into .venv, tests and checks too
+
+ablate: $(VENV)/.run ## measure all 2^5 combinations on the best device here and write the report
+	$(BIN)/python -m qwen3bench design=full $(ARGS)
+
+report: $(VENV)/.run ## rebuild the report of a run from its record (RUN=DIR; default: results/latest)
+	$(BIN)/python -m qwen3bench.report $(RUN) $(ARGS)
+
+test: $(VENV)/.dev ## run the tests
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+lint: $(VENV)/.dev ## check style and format
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+type: $(VENV)/.dev ## check the types
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## format the code and mend what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.dev ## micro-benchmarks of the operations, on against off
+	$(BIN)/python -m pytest -n0 tests/bench --benchmark-only $(ARGS)
+
+aa: $(VENV)/.run ## twenty campaigns on 32 copies of one model: how often is noise called an effect?
+	$(BIN)/python -m qwen3bench.aa $(ARGS)
+
+clean: ## remove what was built here; results stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The versions that the suite is tested with. Measuring does without the extras, so that it starts sooner.
+$(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.run
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'qwen3bench needs Python 3.11 or newer: make PYTHON=python3.12 …' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

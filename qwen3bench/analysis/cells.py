@@ -1,0 +1,213 @@
+"""One row per cell, workload and runtime: what it took, what it gained, what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from qwen3bench.analysis.frames import (
+    BASELINE,
+    COPY,
+    analysis_setting,
+    block_matrix,
+    factor_columns,
+    used_samples,
+)
+from qwen3bench.analysis.variance import mean_interval
+from qwen3bench.bench.record import Record
+
+_KEYS = ["cell", "workload", "runtime"]
+_PARAMETERS = ["parameter_bytes", "num_parameters", "num_unique_parameters", "num_non_embedding_parameters"]
+_VERIFY = ["equivalent", "max_abs_error", "kl_mean", "top1_agreement"]
+_MEMORY = ["peak_allocated_bytes", "peak_reserved_bytes", "cache_bytes"]
+_EVIDENCE = ["attention_backend", "kernel_launches", "graph_breaks", "recompiles", "tied_storage"]
+_BEFORE = ["model", "workload", "runtime", "device", "dtype", "batch_size", "prompt_tokens", "new_tokens"]
+_LATENCY = ["latency_s", "latency_lo_s", "latency_hi_s", "samples"]
+_SPEED = ["tokens_per_s", "ttft_s", "tpot_s", "speedup", "speedup_lo", "speedup_hi"]
+_AFTER = ["attention_backend", "kernel_launches", "mfu", "mbu"]
+_MORE = ["cache_bytes", "compile_s", "graph_breaks", "recompiles", "tied_storage", "itl_p50_s", "itl_p99_s"]
+
+
+def columns(factors: Iterable[str]) -> list[str]:
+    """The columns of cells.csv, those that CONTRACT promises first."""
+    promised = ["cell", *factors, *_BEFORE, "status", "reason", *_LATENCY, *_SPEED]
+    return [*promised, *_MEMORY[:2], *_PARAMETERS, *_VERIFY, *_AFTER, *_MORE]
+
+
+def cells_table(record: Record, samples: pd.DataFrame | None = None) -> pd.DataFrame:
+    """One row per cell × workload × runtime of a record, whole or partial; what was not measured is missing,
+    never 0.
+
+    `latency_s` is the median over visits; its interval and the speed-up's are over blocks, clustered by
+    process. `speedup` is the geometric mean of baseline / cell within blocks, for cells with status `ok`
+    alone. The A/A copy never counts. `samples`: what `used_samples(record)` gave, where the caller has it.
+    """
+    run = record.run
+    factors = list(run["factors"])
+    samples = used_samples(record) if samples is None else samples
+    table = _grid(record, samples)
+    for name, fields, keys in (
+        ("parameters", _PARAMETERS, ["cell"]),
+        ("verify", _VERIFY, ["cell"]),
+        ("memory", _MEMORY, _KEYS),
+        ("evidence", _EVIDENCE, _KEYS),
+    ):
+        table = _add(table, record.frame(name), fields, keys)
+    compiled = record.frame("compile")
+    if {"seconds", *_KEYS} <= set(compiled):
+        compiled = compiled.groupby(_KEYS)["seconds"].median().reset_index(name="compile_s")
+    table = _add(table, compiled, ["compile_s"], _KEYS)
+
+    table["status"], table["reason"] = _status(record, table, samples)
+    timed = samples[samples["copy"] == 0]
+    confidence = analysis_setting(record, "confidence")
+    table = _add(
+        table, _latency(timed, confidence), [*_LATENCY, "ttft_s", "tpot_s", "itl_p50_s", "itl_p99_s"], _KEYS
+    )
+    # Numbers computed from NaN have no speed: they took other paths.
+    table.loc[table["status"] == "invalid", _LATENCY[:3]] = np.nan
+    table = _add(table, _speedups(samples, table, confidence), ["speedup", "speedup_lo", "speedup_hi"], _KEYS)
+    _rates(record, table)
+    codes = factor_columns(table["cell"].tolist(), factors)
+    for factor in factors:
+        table[factor] = pd.array(codes[factor].to_numpy(), dtype="Int64")
+    for name in [*_PARAMETERS, *_MEMORY, "samples", "kernel_launches", "graph_breaks", "recompiles"]:
+        table[name] = pd.to_numeric(table[name], errors="coerce").round().astype("Int64")
+    return table[columns(factors)]
+
+
+def _grid(record: Record, samples: pd.DataFrame) -> pd.DataFrame:
+    """A row per planned cell × workload × runtime, with what the configuration says about it."""
+    run, config = record.run, record.run["config"]
+    planned = [(c, w, r) for w in run["workloads"] for r in run["runtimes"] for c in run["cells"]]
+    measured = samples[_KEYS].drop_duplicates().itertuples(index=False, name=None)
+    table = pd.DataFrame(list(dict.fromkeys([*planned, *measured])), columns=_KEYS, dtype=object)
+    model = config.get("model")
+    table["model"] = run.get("model") or (model.get("name") if isinstance(model, dict) else model)
+    table["device"], table["dtype"] = run.get("device"), run.get("dtype")
+    for field in ("batch_size", "prompt_tokens", "new_tokens"):
+        sizes = {w: _size(config, w, field) for w in table["workload"].unique()}
+        table[field] = pd.array([sizes[w] for w in table["workload"]], dtype="Int64")
+    return table
+
+
+def _size(config: dict[str, Any], workload: str, field: str) -> int | None:
+    own = config.get("workload")
+    own = own.get(workload) if isinstance(own, dict) else None
+    value = own.get(field) if isinstance(own, dict) else None
+    if value is None and not (field == "new_tokens" and workload != "generate"):
+        value = config.get(field)
+    return value if type(value) is int else None
+
+
+def _add(table: pd.DataFrame, more: pd.DataFrame, fields: list[str], keys: list[str]) -> pd.DataFrame:
+    """`table` with the `fields` that `more` has for `keys`, the last line counting; missing where it has
+    none."""
+    more = more.reindex(columns=[*keys, *fields]).drop_duplicates(keys, keep="last")
+    if more.empty:
+        return table.assign(**dict.fromkeys(fields, np.nan))
+    return table.merge(more, on=keys, how="left")
+
+
+def _status(
+    record: Record, table: pd.DataFrame, samples: pd.DataFrame
+) -> tuple[list[str | None], list[str | None]]:
+    failures = record.of("failure")
+    exact: dict[tuple[Any, ...], dict[str, Any]] = {
+        (f["cell"], f.get("workload"), f.get("runtime")): f for f in failures
+    }
+    verified = {v["cell"]: v for v in record.of("verify")}
+    measured = set(samples.loc[samples["copy"] == 0, _KEYS].itertuples(index=False, name=None))
+    status: list[str | None] = []
+    reason: list[str | None] = []
+    for cell, workload, runtime in table[_KEYS].itertuples(index=False, name=None):
+        keys = [(cell, w, r) for w in (None, workload) for r in (None, runtime)]
+        failed = next((exact[key] for key in keys if key in exact), None)
+        check = verified.get(cell)
+        if failed:
+            state, why = str(failed["status"]), failed.get("reason")
+        elif check and not check["equivalent"]:
+            state, why = "not_equivalent", check.get("reason")
+        elif (cell, workload, runtime) in measured:
+            state, why = "ok", None
+        else:
+            state, why = None, "not measured"
+        status.append(state)
+        reason.append(str(why) if why else None)
+    return status, reason
+
+
+def _latency(timed: pd.DataFrame, confidence: float) -> pd.DataFrame:
+    """Median latency over visits with its interval, and the token times, per cell × workload × runtime."""
+    if timed.empty:
+        return pd.DataFrame(columns=_KEYS)
+    fields = ["latency_s", *[c for c in ("ttft_s", "tpot_s") if c in timed]]
+    by_visit = timed.groupby([*_KEYS, "block"])
+    visits = by_visit[fields].median()
+    visits["process"] = by_visit["process"].first()
+    groups = visits.groupby(level=_KEYS)
+    result = groups[fields].median()
+    result["samples"] = timed.groupby(_KEYS).size()
+    half = groups.apply(
+        lambda g: mean_interval(np.log(g["latency_s"].to_numpy(float)), g["process"].to_numpy(), confidence)[
+            1
+        ]
+    )
+    result["latency_lo_s"] = result["latency_s"] * np.exp(-half)
+    result["latency_hi_s"] = result["latency_s"] * np.exp(half)
+    if "itl_s" in timed:
+        gaps = timed[[*_KEYS, "itl_s"]].dropna().explode("itl_s")
+        gaps["itl_s"] = pd.to_numeric(gaps["itl_s"])
+        by_cell = gaps.groupby(_KEYS)["itl_s"]
+        result["itl_p50_s"], result["itl_p99_s"] = by_cell.quantile(0.5), by_cell.quantile(0.99)
+    return result.reset_index()
+
+
+def _speedups(samples: pd.DataFrame, table: pd.DataFrame, confidence: float) -> pd.DataFrame:
+    ok = table[table["status"] == "ok"]
+    parts = []
+    for key, rows in ok.groupby(_KEYS[1:]):
+        workload, runtime = key
+        if BASELINE not in set(rows["cell"]):
+            continue
+        here = samples[(samples["workload"] == workload) & (samples["runtime"] == runtime)]
+        matrix = block_matrix(here, rows["cell"].tolist())
+        if matrix.log_s.empty or BASELINE not in matrix.log_s:
+            continue
+        others = [c for c in matrix.log_s.columns if c not in (BASELINE, COPY)]
+        found = matrix.log_ratios(BASELINE, others)
+        half = found.half_width(confidence)
+        part = pd.DataFrame(
+            {
+                "workload": workload,
+                "runtime": runtime,
+                "cell": [BASELINE, *others],
+                "speedup": np.exp([0.0, *found.estimate]),
+                "speedup_lo": [np.nan, *np.exp(found.estimate - half)],
+                "speedup_hi": [np.nan, *np.exp(found.estimate + half)],
+            }
+        )
+        parts.append(part)
+    return pd.concat(parts) if parts else pd.DataFrame(columns=_KEYS)
+
+
+def _rates(record: Record, table: pd.DataFrame) -> None:
+    """Adds tokens/s, TTFT, TPOT, MFU and MBU as the field uses them, from latency and the recorded cost."""
+    latency, workload = table["latency_s"].astype(float), table["workload"]
+    table["ttft_s"] = table["ttft_s"].where(workload != "prefill", latency)
+    table["tpot_s"] = table["tpot_s"].where(workload != "decode", latency)
+    tokens = table["batch_size"].astype(float)
+    tokens = tokens * table["prompt_tokens"].astype(float).where(workload == "prefill", 1.0)
+    tokens = tokens * table["new_tokens"].astype(float).where(workload == "generate", 1.0)
+    table["tokens_per_s"] = (tokens / latency).where(workload.isin(["prefill", "decode", "generate"]))
+    ceilings = record.of("ceiling")
+    ceiling = ceilings[-1] if ceilings else {}
+    cost = _add(table[["cell", "workload"]], record.frame("cost"), ["flops", "bytes"], ["cell", "workload"])
+    for name, amount, peak in (("mfu", "flops", "matmul_flops_per_s"), ("mbu", "bytes", "copy_bytes_per_s")):
+        peak_per_s = ceiling.get(peak)
+        table[name] = (
+            pd.to_numeric(cost[amount]).to_numpy(dtype=float) / latency / peak_per_s if peak_per_s else np.nan
+        )

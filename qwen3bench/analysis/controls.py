@@ -1,0 +1,160 @@
+"""Controls that show whether a run's numbers can be trusted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from qwen3bench.analysis.frames import BASELINE, COPY, analysis_setting, block_matrix
+from qwen3bench.bench.record import Record
+
+# Two copies of one model may differ by this much before the run counts as noisy: device time, host time.
+_NOISY = {"graph": 0.005, "compile": 0.005, "eager": 0.02}
+_ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Controls:
+    """The controls of a run; each a table that is empty where the run cannot tell.
+
+    - `aa`: workload, runtime, ratio (copy / baseline latency), lo, hi, limit, noisy
+    - `tie_latency`: workload, runtime, estimate, lo, hi, ok (the interval holds 1); tying cannot change
+      latency
+    - `tie_memory`: cell (without tie), saved_bytes, head_bytes, ok (equal); tying saves the head exactly
+    - `drift`: workload, runtime, per_hour and total (relative change of latency), blocks
+    - `drift_series`: workload, runtime, block, process, time, relative_latency (block mean / run mean)
+    - `host`: workload, cell, eager_s, graph_s, busy_share (graph / eager: the share of time that the GPU
+      works)
+    """
+
+    aa: pd.DataFrame
+    tie_latency: pd.DataFrame
+    tie_memory: pd.DataFrame
+    drift: pd.DataFrame
+    drift_series: pd.DataFrame
+    host: pd.DataFrame
+
+    @property
+    def noisy(self) -> bool:
+        """Whether two copies of the baseline differ by more than the limit anywhere."""
+        return bool(self.aa["noisy"].any())
+
+
+def controls(record: Record, samples: pd.DataFrame, cells: pd.DataFrame, effects: pd.DataFrame) -> Controls:
+    """The controls of a run from its record and its tables of samples, cells and effects."""
+    confidence = analysis_setting(record, "confidence")
+    drift, series = _drift(samples)
+    return Controls(
+        aa=_aa(samples, cells, confidence),
+        tie_latency=_tie_latency(effects),
+        tie_memory=_tie_memory(record),
+        drift=drift,
+        drift_series=series,
+        host=_host(cells),
+    )
+
+
+def _aa(samples: pd.DataFrame, cells: pd.DataFrame, confidence: float) -> pd.DataFrame:
+    rows: list[dict[str, Any]] = []
+    ok = cells[cells["status"] == "ok"]
+    for (workload, runtime), here in samples.groupby(["workload", "runtime"], sort=False):
+        names = ok.loc[(ok["workload"] == workload) & (ok["runtime"] == runtime), "cell"]
+        matrix = block_matrix(here, names.tolist())
+        if matrix.log_s.empty or not {BASELINE, COPY} <= set(matrix.log_s):
+            continue
+        found = matrix.log_ratios(COPY, [BASELINE])
+        log_ratio, half = float(found.estimate[0]), float(found.half_width(confidence)[0])
+        ratio, limit = np.exp(log_ratio), _NOISY.get(str(runtime), 0.02)
+        rows.append(
+            {
+                "workload": workload,
+                "runtime": runtime,
+                "ratio": ratio,
+                "lo": np.exp(log_ratio - half),
+                "hi": np.exp(log_ratio + half),
+                "limit": limit,
+                "noisy": abs(ratio - 1) > limit,
+            }
+        )
+    return pd.DataFrame(rows, columns=["workload", "runtime", "ratio", "lo", "hi", "limit", "noisy"])
+
+
+def _tie_latency(effects: pd.DataFrame) -> pd.DataFrame:
+    row = (effects["metric"] == "latency_s") & (effects["term"] == "tie") & (effects["kind"] == "main")
+    rows = effects.loc[row, ["workload", "runtime", "estimate", "lo", "hi"]].dropna().reset_index(drop=True)
+    return rows.assign(ok=(rows["lo"] <= 1) & (rows["hi"] >= 1))
+
+
+def _tie_memory(record: Record) -> pd.DataFrame:
+    columns = ["cell", "saved_bytes", "head_bytes", "ok"]
+    factors, model = record.run["factors"], record.run["config"].get("model")
+    item_bytes = _ITEM_BYTES.get(str(record.run.get("dtype")).removeprefix("torch."))
+    if "tie" not in factors or not isinstance(model, dict) or not item_bytes:
+        return pd.DataFrame(columns=columns)
+    sizes = {p["cell"]: p.get("parameter_bytes") for p in record.of("parameters")}
+    vocab_size, emb_dim = model.get("vocab_size"), model.get("emb_dim")
+    if not (type(vocab_size) is int and type(emb_dim) is int):
+        return pd.DataFrame(columns=columns)
+    head_bytes = vocab_size * emb_dim * item_bytes
+    rows = []
+    for cell, size in sizes.items():
+        on = {"tie", *([] if cell == BASELINE else cell.split("+"))}
+        label = "+".join(f for f in factors if f in on)
+        tied = sizes.get(label)
+        if on <= set(factors) and cell != label and size is not None and tied is not None:
+            rows.append((cell, size - tied, head_bytes, size - tied == head_bytes))
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _drift(samples: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    slopes: list[dict[str, Any]] = []
+    series = []
+    for (workload, runtime), here in samples.groupby(["workload", "runtime"], sort=False):
+        matrix = block_matrix(here)
+        if matrix.log_s.empty or "time" not in here:
+            continue
+        blocks = here.groupby("block")["time"].median().loc[matrix.log_s.index]
+        level = matrix.log_s.mean(axis=1)
+        level = level - level.mean()
+        hours = (blocks - blocks.min()) / 3600
+        slope = np.polyfit(hours, level, 1)[0] if hours.nunique() > 1 else np.nan
+        slopes.append(
+            {
+                "workload": workload,
+                "runtime": runtime,
+                "per_hour": slope,
+                "total": np.expm1(slope * hours.max()),
+                "blocks": len(blocks),
+            }
+        )
+        series.append(
+            pd.DataFrame(
+                {
+                    "workload": workload,
+                    "runtime": runtime,
+                    "block": blocks.index,
+                    "process": matrix.process,
+                    "time": blocks.to_numpy(),
+                    "relative_latency": np.exp(level.to_numpy()),
+                }
+            )
+        )
+    empty = pd.DataFrame(columns=["workload", "runtime", "block", "process", "time", "relative_latency"])
+    return (
+        pd.DataFrame(slopes, columns=["workload", "runtime", "per_hour", "total", "blocks"]),
+        pd.concat(series, ignore_index=True) if series else empty,
+    )
+
+
+def _host(cells: pd.DataFrame) -> pd.DataFrame:
+    by_runtime = cells[cells["status"] == "ok"].pivot_table(
+        index=["workload", "cell"], columns="runtime", values="latency_s", sort=False
+    )
+    if not {"eager", "graph"} <= set(by_runtime):
+        return pd.DataFrame(columns=["workload", "cell", "eager_s", "graph_s", "busy_share"])
+    both = by_runtime[["eager", "graph"]].dropna().rename(columns={"eager": "eager_s", "graph": "graph_s"})
+    both["busy_share"] = both["graph_s"] / both["eager_s"]
+    return both.reset_index().rename_axis(columns=None)

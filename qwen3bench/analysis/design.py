@@ -1,0 +1,126 @@
+"""Which effects a set of cells can tell, and the contrast that estimates each: two-level factorial
+designs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
+from math import factorial
+
+import numpy as np
+from numpy.typing import NDArray
+
+Term = tuple[int, ...]  # the positions of a term's factors
+_TINY = 1e-9
+
+
+@dataclass(frozen=True)
+class Contrasts:
+    """For each of the 2^k − 1 terms the contrast of cell means that estimates it.
+
+    `matrix` (terms, cells) is NaN where a term cannot be estimated; `reasons` then says why, and where a term
+    can be estimated only by taking higher interactions for nil, says that.
+    """
+
+    terms: tuple[Term, ...]
+    matrix: NDArray[np.float64]
+    reasons: tuple[str, ...]
+
+
+def all_terms(k: int) -> tuple[Term, ...]:
+    """The 2^k − 1 terms of k factors, main effects first."""
+    return tuple(term for order in range(1, k + 1) for term in combinations(range(k), order))
+
+
+def term_name(term: Term, factors: Sequence[str]) -> str:
+    """`flash`, `flash:mask`."""
+    return ":".join(factors[i] for i in term)
+
+
+def cell_label(cell: Sequence[int], factors: Sequence[str]) -> str:
+    """`baseline`, `flash+tie`."""
+    return "+".join(f for f, on in zip(factors, cell, strict=True) if on) or "baseline"
+
+
+def every_cell(k: int) -> tuple[tuple[int, ...], ...]:
+    """All 2^k cells as 0/1 tuples, the baseline first."""
+    return tuple(tuple(code >> i & 1 for i in range(k)) for code in range(2**k))
+
+
+def model_matrix(cells: Sequence[Sequence[int]], terms: Sequence[Term]) -> NDArray[np.float64]:
+    """The regressors of `terms` at `cells` (cells, terms), coded ±1/2.
+
+    A coefficient is then the textbook effect, contrast / 2^(k−1), for main effects and interactions alike
+    (Montgomery, Design and Analysis of Experiments, chapter 6).
+    """
+    signs = 2.0 * np.asarray(cells, dtype=float) - 1.0
+    return np.stack([signs[:, term].prod(axis=1) / 2 for term in terms], axis=1)
+
+
+@lru_cache(maxsize=32)
+def contrasts(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> Contrasts:
+    """The contrasts that estimate each term from the means of `cells`.
+
+    All 2^k cells: the orthogonal ones. Fewer: least squares under the hierarchy principle (Box, Hunter &
+    Hunter, Statistics for Experimenters, chapter 6): a term counts as estimable when it can be told from
+    every term of its own and of lower order; higher interactions are then taken for nil, as few as will do,
+    and the reason says so.
+    """
+    k = len(factors)
+    terms = all_terms(k)
+    if len(cells) == 2**k:
+        return Contrasts(terms, model_matrix(cells, terms).T * (4 / len(cells)), ("",) * len(terms))
+    matrix = np.full((len(terms), len(cells)), np.nan)
+    reasons = [""] * len(terms)
+    missing = _missing(factors, cells)
+    open_terms = set(range(len(terms)))
+    for order in range(k, 0, -1):
+        n = sum(len(term) <= order for term in terms)  # terms come sorted by order
+        design = np.column_stack([np.ones(len(cells)), model_matrix(cells, terms[:n])])
+        u, s, vt = np.linalg.svd(design, full_matrices=False)
+        v = vt[s > s[0] * _TINY].T
+        solve = (v / s[: v.shape[1]]) @ u[:, : v.shape[1]].T
+        known = v @ v.T  # the identity, where a coefficient is estimable
+        for t in sorted(open_terms):
+            if t >= n:
+                continue
+            if known[t + 1, t + 1] > 1 - _TINY:
+                matrix[t] = solve[t + 1]
+                open_terms.discard(t)
+                if order < k:
+                    reasons[t] = f"{missing}; interactions of more than {order} factors taken for nil"
+            elif len(terms[t]) == order:
+                alias = [terms[i] for i in range(n) if i != t and abs(known[t + 1, i + 1]) > _TINY]
+                names = ["the mean"] * bool(abs(known[t + 1, 0]) > _TINY) + [
+                    term_name(a, factors) for a in alias
+                ]
+                reasons[t] = f"{missing}; cannot be told from {_some(names)}"
+        if not open_terms:
+            break
+    return Contrasts(terms, matrix, tuple(reasons))
+
+
+@lru_cache(maxsize=32)
+def shapley_contrasts(k: int) -> NDArray[np.float64]:
+    """Each factor's exact Shapley share as a contrast of `every_cell(k)`: (factors, 2^k).
+
+    The mean over all orders of switching on of what the factor adds; the shares sum to all-on minus baseline
+    (Shapley, A Value for n-Person Games, 1953).
+    """
+    cells = np.array(every_cell(k))
+    size = cells.sum(axis=1)
+    weights = np.array([factorial(s) * factorial(k - 1 - s) / factorial(k) for s in range(k)])
+    on, off = weights[np.maximum(size - 1, 0)], weights[np.minimum(size, k - 1)]
+    return np.where(cells.T == 1, on, -off)
+
+
+def _missing(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> str:
+    have = set(cells)
+    absent = [cell_label(c, factors) for c in every_cell(len(factors)) if c not in have]
+    return f"not measured: {_some(absent)}" if len(absent) <= 3 else f"{len(absent)} cells not measured"
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

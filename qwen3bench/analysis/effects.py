@@ -1,0 +1,191 @@
+"""Main effects, interactions and Shapley shares with their intervals and verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from qwen3bench.analysis.design import contrasts, every_cell, shapley_contrasts, term_name
+from qwen3bench.analysis.variance import Estimates, clustered, replicated
+from qwen3bench.analysis.verdicts import holm, verdicts
+from qwen3bench.errors import UserError
+
+COLUMNS = ["term", "kind", "estimate", "lo", "hi", "p_holm", "verdict", "reason", "p", "df"]
+
+
+def effects(
+    samples: pd.DataFrame,
+    factors: Sequence[str],
+    value: str = "latency_s",
+    block: str | None = None,
+    log: bool = True,
+    *,
+    process: str | None = "process",
+    band: float = 0.01,
+    confidence: float = 0.95,
+    exact: bool = False,
+) -> pd.DataFrame:
+    """All 2^k − 1 effects and the k Shapley shares of `value`, with intervals, Holm's p and verdicts.
+
+    `samples`: long form, one 0/1 column per factor; several values of one cell in one block (a visit's
+    repeats) count as their median; rows of a second copy of the baseline (`copy` = 1) do not count. Returns
+    one row per term: `term`, `kind` (main, interaction, shapley), `estimate`, `lo`, `hi`, `p_holm`,
+    `verdict`, `reason` (why a row is empty, or what it takes for granted), `p`, `df`.
+
+    The estimate is the textbook effect E = contrast / 2^(k−1), on − off (Montgomery, Design and Analysis of
+    Experiments, chapter 6). `log=True`: of log(value), published as exp(−E), so that above 1 is faster;
+    Shapley shares likewise, their product is all-on against baseline. `log=False`: E itself, in the unit of
+    `value`.
+
+    `block` names the column of blocks; within them the column `process`, where there is one, gives the
+    clusters of the intervals (see `variance.clustered`). Blocks that lack a cell are left out. `block=None`:
+    independent replicates. `exact=True`: values without error, such as counted bytes; lo and hi are then the
+    estimate, and p is empty.
+
+    `same`: the interval lies inside ±`band` (for `log=False` a fraction of the baseline's value);
+    `faster`/`slower` (`less`/`more` where `value` is no time) with Holm's p < 0.05, over all effects or over
+    all shares; else `undecided`.
+
+    Raises `UserError` where columns are missing, samples of several workloads or runtimes are mixed, or a
+    logarithm is impossible.
+    """
+    factors = tuple(factors)
+    rows = _checked(samples, factors, value, block, log)
+    table = _by_cell(rows, factors, value, block, process if block and process in rows else None, log)
+    k = len(factors)
+    plan = contrasts(factors, table.cells)
+    full = len(table.cells) == 2**k
+    known = ~np.isnan(plan.matrix).any(axis=1)
+    matrix = np.vstack([plan.matrix[known], shapley_contrasts(k)]) if full else plan.matrix[known]
+    found = table.estimates(matrix, exact)
+
+    names = [term_name(term, factors) for term in plan.terms]
+    shapley_reason = "" if full else "undefined: cells are not measured, and none is made up"
+    frame = pd.DataFrame(
+        {
+            "term": [*names, *factors],
+            "kind": ["main"] * k + ["interaction"] * (len(names) - k) + ["shapley"] * k,
+            "reason": [*plan.reasons, *[shapley_reason] * k],
+        }
+    )
+    where = np.concatenate([known, np.full(k, full)])
+    spread = np.full((5, len(frame)), np.nan)  # estimate, lo, hi, p, df
+    half = found.half_width(confidence)
+    e = found.estimate
+    spread[:, where] = e, e - half, e + half, found.p(), np.where(found.df > 0, found.df, np.nan)
+    estimate, lo, hi, p, df = spread
+    shapley = (frame["kind"] == "shapley").to_numpy()
+    frame["p"], frame["df"] = p, df
+    frame["p_holm"] = np.where(
+        shapley, holm(np.where(shapley, p, np.nan)), holm(np.where(shapley, np.nan, p))
+    )
+    words = ("faster", "slower") if value.endswith("_s") else ("less", "more")
+    if log:
+        frame["estimate"], frame["lo"], frame["hi"] = np.exp(-estimate), np.exp(-hi), np.exp(-lo)
+        gain, gain_lo, gain_hi = (frame[c].to_numpy() - 1 for c in ("estimate", "lo", "hi"))
+    else:
+        frame["estimate"], frame["lo"], frame["hi"] = estimate, lo, hi
+        gain, gain_lo, gain_hi = -estimate, -hi, -lo
+        band *= abs(table.baseline)
+    frame["verdict"] = verdicts(gain, gain_lo, gain_hi, frame["p_holm"], band, words)
+    no_error = where & np.isnan(lo)
+    frame.loc[no_error, "reason"] = [_join(r, table.no_error) for r in frame.loc[no_error, "reason"]]
+    return frame[COLUMNS]
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Values by cell: `y` (blocks, cells) with the `process` of each block, or without blocks the replicates
+    of each cell."""
+
+    cells: tuple[tuple[int, ...], ...]
+    y: NDArray[np.float64] | None
+    process: NDArray[Any]
+    replicates: list[NDArray[np.float64]]
+
+    @property
+    def baseline(self) -> float:
+        means = [v.mean() for v in self.replicates] if self.y is None else self.y.mean(axis=0)
+        off = [m for cell, m in zip(self.cells, means, strict=True) if not any(cell)]
+        return float(off[0] if off else np.mean(means))
+
+    @property
+    def no_error(self) -> str:
+        return "no interval: one block" if self.y is not None else "no interval: no replicates"
+
+    def estimates(self, matrix: NDArray[np.float64], exact: bool) -> Estimates:
+        if self.y is not None:
+            found = clustered(self.y, self.process, matrix)
+        else:
+            found = replicated(self.replicates, matrix)
+        if not exact:
+            return found
+        estimate = np.round(found.estimate, 6)  # weights such as 1/5 leave crumbs of a byte
+        return Estimates(estimate, np.zeros_like(found.estimate), np.zeros_like(found.df))
+
+
+def _checked(
+    samples: pd.DataFrame, factors: tuple[str, ...], value: str, block: str | None, log: bool
+) -> pd.DataFrame:
+    if not factors or len(set(factors)) < len(factors):
+        raise UserError(f"factors must be one or more different column names, not {list(factors)}")
+    absent = [c for c in (*factors, value, *([block] if block else [])) if c not in samples]
+    if absent:
+        raise UserError(
+            f"the samples have no column {', '.join(absent)}; they have {', '.join(map(str, samples))}"
+        )
+    for column in ("workload", "runtime"):
+        if column in samples and samples[column].nunique() > 1:
+            raise UserError(f"the samples mix several {column}s; select one before asking for effects")
+    rows = samples
+    if "copy" in rows:
+        rows = rows[rows["copy"].fillna(0) == 0]
+    rows = rows.dropna(subset=[*factors, value])
+    if rows.empty:
+        raise UserError(f"no sample has a {value}")
+    codes = rows[list(factors)].to_numpy()
+    if not np.isin(codes, (0, 1)).all():
+        raise UserError(f"the columns {', '.join(factors)} must hold 0 and 1 alone")
+    values = rows[value].to_numpy(dtype=float)
+    if not np.isfinite(values).all() or (log and (values <= 0).any()):
+        raise UserError(f"{value} must be finite{' and above zero to take its logarithm' if log else ''}")
+    return rows
+
+
+def _by_cell(
+    rows: pd.DataFrame,
+    factors: tuple[str, ...],
+    value: str,
+    block: str | None,
+    process: str | None,
+    log: bool,
+) -> _Table:
+    code = rows[list(factors)].to_numpy(dtype=np.int64) @ (1 << np.arange(len(factors)))
+    values = rows[value].to_numpy(dtype=float)
+    cell = every_cell(len(factors))
+    if block is None:
+        values = np.log(values) if log else values
+        present = np.unique(code)
+        replicates = [values[code == c] for c in present]
+        return _Table(tuple(cell[c] for c in present), None, np.empty(0), replicates)
+    visits = pd.Series(values).groupby([rows[block].to_numpy(), code]).median().unstack()
+    visits = visits.loc[:, visits.notna().mean() >= 0.5]  # a cell that most blocks lack is a missing cell
+    visits = visits.dropna()
+    if visits.empty:
+        raise UserError("no block holds every cell; there is nothing to compare within a block")
+    names = visits.index.to_numpy()
+    if process:
+        names = rows.groupby(block)[process].first().loc[visits.index].fillna(-1).to_numpy()
+    else:
+        names = np.zeros(len(visits))
+    y = visits.to_numpy()
+    return _Table(tuple(cell[c] for c in visits.columns.to_numpy()), np.log(y) if log else y, names, [])
+
+
+def _join(first: str, second: str) -> str:
+    return f"{first}; {second}" if first else second

@@ -1,0 +1,95 @@
+"""The samples of a record that count, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from qwen3bench.analysis.variance import Estimates, clustered
+from qwen3bench.bench.record import Record
+
+_USUAL = {"band": 0.01, "confidence": 0.95}
+_KEYS = ["workload", "runtime", "block"]
+BASELINE = "baseline"
+COPY = "baseline (copy)"  # the column of the A/A copy in a block matrix
+
+
+def analysis_setting(record: Record, name: str) -> float:
+    """`analysis.band` or `analysis.confidence` of a run, its usual value where the record has none."""
+    settings = record.run["config"].get("analysis")
+    value = settings.get(name) if isinstance(settings, dict) else None
+    return float(value) if isinstance(value, (int, float)) and 0 < value < 1 else _USUAL[name]
+
+
+def factor_columns(labels: Sequence[str], factors: Sequence[str]) -> pd.DataFrame:
+    """One 0/1 column per factor for cell labels; missing (float NaN) for a peer's label."""
+    seen: dict[str, list[float]] = {}
+    for label in dict.fromkeys(labels):
+        on = set() if label == BASELINE else set(label.split("+"))
+        seen[label] = [float(f in on) for f in factors] if on <= set(factors) else [np.nan] * len(factors)
+    table = pd.DataFrame(list(seen.values()), index=list(seen), columns=list(factors), dtype=float)
+    return table.loc[list(labels)]
+
+
+def used_samples(record: Record) -> pd.DataFrame:
+    """The samples of finished blocks, one row each, with a 0/1 column per factor.
+
+    A block counts when its last attempt is closed as ok or flagged; what was measured of others stays in the
+    record. `copy` = 1 marks the second copy of the baseline.
+    """
+    samples = record.frame("sample")
+    factors = list(record.run["factors"])
+    blocks = record.frame("block")
+    if samples.empty or blocks.empty:
+        columns = [*_KEYS, "cell", "copy", "process", "attempt", "latency_s", *factors]
+        return pd.DataFrame(
+            {c: pd.Series(dtype=object if c in ("workload", "runtime", "cell") else float) for c in columns}
+        )
+    for frame in (samples, blocks):
+        for column in ("attempt", "process", "copy"):
+            frame[column] = frame[column].fillna(0).astype(int) if column in frame else 0
+    closed = blocks[blocks["state"].isin(["ok", "flagged"])]
+    closed = closed.drop_duplicates(_KEYS, keep="last")[[*_KEYS, "attempt"]]
+    used = samples.merge(closed, on=[*_KEYS, "attempt"])
+    codes = factor_columns(used["cell"].tolist(), factors)
+    return used.assign(**{f: codes[f].to_numpy() for f in factors})
+
+
+@dataclass(frozen=True)
+class BlockMatrix:
+    """log latency of each cell in each block, the cells of one workload and runtime beside the A/A copy.
+
+    `log_s` (blocks, cells): natural logarithm of the median of the visit's repeats in seconds; complete.
+    `process` (blocks,).
+    """
+
+    log_s: pd.DataFrame
+    process: NDArray[Any]
+
+    def log_ratios(self, over: str, under: Sequence[str]) -> Estimates:
+        """log(latency of `over` / latency of each cell in `under`), compared within blocks."""
+        cells = list(self.log_s.columns)
+        matrix = np.zeros((len(under), len(cells)))
+        matrix[:, cells.index(over)] = 1
+        matrix[np.arange(len(under)), [cells.index(c) for c in under]] -= 1
+        return clustered(self.log_s.to_numpy(), self.process, matrix)
+
+
+def block_matrix(samples: pd.DataFrame, cells: Sequence[str] | None = None) -> BlockMatrix:
+    """The complete blocks of `samples` (one workload and runtime) over `cells` and the A/A copy.
+
+    `cells`: labels to keep; None keeps all. Blocks that lack one are left out.
+    """
+    label = samples["cell"].where(samples["copy"] == 0, COPY)
+    if cells is not None:
+        keep = label.isin([*cells, COPY])
+        samples, label = samples[keep], label[keep]
+    table = samples["latency_s"].groupby([samples["block"], label]).median().unstack()
+    table = table.loc[:, table.notna().mean() >= 0.5].dropna()
+    process = samples.groupby("block")["process"].first().loc[table.index].to_numpy()
+    return BlockMatrix(table.astype(float).apply(np.log), process)

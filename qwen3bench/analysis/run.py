@@ -1,0 +1,148 @@
+"""A run, recomputed from its record."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from qwen3bench.analysis.cells import cells_table
+from qwen3bench.analysis.controls import Controls, controls
+from qwen3bench.analysis.effects import COLUMNS, effects
+from qwen3bench.analysis.frames import analysis_setting, used_samples
+from qwen3bench.bench.record import Record, read_record, write_atomic
+
+EFFECT_COLUMNS = ["workload", "runtime", "metric", *COLUMNS]
+_TIMES = ("latency_s", "ttft_s", "tpot_s")
+_BYTES = ("peak_allocated_bytes", "parameter_bytes")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's tables: `cells`, `effects` (columns as cells.csv and effects.csv) and `samples` (those that
+    count).
+
+    `stops`: one row per workload and runtime, why measuring ended. `environment` and `config` as recorded.
+    `warnings`: what of the record was not usable.
+    """
+
+    path: Path
+    record: Record
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    cells: pd.DataFrame
+    effects: pd.DataFrame
+    samples: pd.DataFrame
+    controls: Controls
+    stops: pd.DataFrame
+
+    @property
+    def factors(self) -> list[str]:
+        """The run's factors in their order."""
+        return list(self.record.run["factors"])
+
+    @property
+    def warnings(self) -> list[str]:
+        """What of the record was not usable, in words."""
+        return self.record.warnings
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end; a partial one can be read too."""
+        ends = self.record.of("end")
+        return bool(ends) and ends[-1]["status"] == "finished"
+
+
+def load_run(path: str | Path) -> Run:
+    """The run in directory `path`, finished or partial, with everything recomputed from its samples.jsonl.
+
+    Raises `UserError` where there is no usable record.
+    """
+    path = Path(path)
+    record = read_record(path)
+    samples = used_samples(record)
+    cells = cells_table(record, samples)
+    table = _all_effects(record, cells, samples)
+    return Run(
+        path=path,
+        record=record,
+        config=record.run["config"],
+        environment=_environment(record),
+        cells=cells,
+        effects=table,
+        samples=samples,
+        controls=controls(record, samples, cells, table),
+        stops=record.frame("stop").reindex(
+            columns=["workload", "runtime", "reason", "half_width", "blocks", "processes", "measured_s"]
+        ),
+    )
+
+
+def write_derived(run: Run) -> None:
+    """Writes cells.csv and effects.csv into the run's directory, each whole or not at all."""
+    directory = run.record.path.parent
+    write_atomic(directory / "cells.csv", to_csv(run.cells))
+    write_atomic(directory / "effects.csv", to_csv(run.effects))
+
+
+def to_csv(table: pd.DataFrame) -> str:
+    """`table` as CSV, missing values empty; a text that a spreadsheet would run as a formula gets a leading
+    quote."""
+    table = table.copy()
+    for column in table.columns:
+        if table[column].dtype == object or pd.api.types.is_string_dtype(table[column]):
+            table[column] = [
+                f"'{v}" if isinstance(v, str) and v.startswith(("=", "+", "-", "@", "\t", "\r")) else v
+                for v in table[column]
+            ]
+    return table.to_csv(index=False, lineterminator="\n")
+
+
+def _all_effects(record: Record, cells: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
+    factors = list(record.run["factors"])
+    band, confidence = analysis_setting(record, "band"), analysis_setting(record, "confidence")
+    ok = cells[(cells["status"] == "ok") & (cells[factors].notna().all(axis=1) if factors else False)]
+    parts = []
+    for key, rows in ok.groupby(["workload", "runtime"], sort=False):
+        workload, runtime = key
+        here = samples[
+            (samples["workload"] == workload)
+            & (samples["runtime"] == runtime)
+            & samples["cell"].isin(rows["cell"])
+            & (samples["copy"] == 0)
+        ]
+        found = {}
+        for metric in _TIMES:
+            if metric in here and here[metric].notna().any():
+                found[metric] = effects(
+                    here, factors, metric, block="block", band=band, confidence=confidence
+                )
+        for metric in _BYTES:
+            known = rows.dropna(subset=[metric])
+            if len(known):
+                found[metric] = effects(known, factors, metric, log=False, exact=True, band=band)
+        for metric, table in found.items():
+            table.insert(0, "metric", metric)
+            table.insert(0, "runtime", runtime)
+            table.insert(0, "workload", workload)
+            parts.append(table)
+    if not parts:
+        return pd.DataFrame({c: pd.Series(dtype=float if c in _NUMBERS else object) for c in EFFECT_COLUMNS})
+    return pd.concat(parts, ignore_index=True)[EFFECT_COLUMNS]
+
+
+_NUMBERS = ("estimate", "lo", "hi", "p_holm", "p", "df")
+
+
+def _environment(record: Record) -> dict[str, Any]:
+    try:
+        found = json.loads((record.path.parent / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if isinstance(found, dict):
+        return found
+    known = {key: record.run.get(key) for key in ("device", "dtype")}
+    return {**known, **(record.run.get("fingerprint") or {})}

@@ -1,0 +1,88 @@
+"""When a run has measured enough."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from qwen3bench.analysis.design import contrasts, term_name
+from qwen3bench.analysis.frames import BASELINE, block_matrix, factor_columns
+from qwen3bench.analysis.variance import clustered, mean_interval
+
+_MIN_DF = 3
+
+
+def half_widths(
+    samples: pd.DataFrame | Sequence[Mapping[str, Any]], factors: Sequence[str], confidence: float = 0.95
+) -> dict[str, float]:
+    """The relative half-width of each main effect's interval; infinite where it is not known yet.
+
+    `samples`: one workload and runtime, finished blocks alone, as a DataFrame or the record's sample lines
+    (`cell`, `copy`, `block`, `process`, `latency_s`). Where the cells do not tell the main effects (a pair of
+    cells that differ in two factors), keyed by each cell's speed-up over the baseline instead; with the
+    baseline alone, by its own latency.
+
+    An interval on fewer than 3 degrees of freedom counts as not known: stopping the moment a variance happens
+    to look small makes intervals lie, and the fewer degrees of freedom the more often it looks small.
+    """
+    frame = samples if isinstance(samples, pd.DataFrame) else pd.DataFrame(list(samples))
+    frame = frame.assign(copy=frame["copy"].fillna(0) if "copy" in frame else 0)
+    frame = frame[frame["copy"] == 0]
+    matrix = block_matrix(frame)
+    cells = list(matrix.log_s.columns)
+    if not cells or matrix.log_s.empty:
+        return {}
+    log_s = matrix.log_s.to_numpy()
+    if cells == [BASELINE]:
+        return {BASELINE: _relative(mean_interval(log_s[:, 0], matrix.process, confidence)[1], np.inf)}
+    codes = factor_columns(cells, factors)
+    own = ~codes.isna().any(axis=1).to_numpy()
+    order = np.lexsort(codes.to_numpy()[own].T)
+    chosen = np.flatnonzero(own)[order]
+    plan = contrasts(tuple(factors), tuple(tuple(int(v) for v in row) for row in codes.to_numpy()[chosen]))
+    mains = plan.matrix[: len(factors)]
+    if not np.isnan(mains).any():
+        found = clustered(log_s[:, chosen], matrix.process, mains)
+        names = [term_name(t, factors) for t in plan.terms[: len(factors)]]
+    else:
+        names = [c for c in cells if c != BASELINE]
+        found = matrix.log_ratios(BASELINE, names)
+    return {
+        name: _relative(half, df)
+        for name, half, df in zip(names, found.half_width(confidence), found.df, strict=True)
+    }
+
+
+def stop_reason(
+    half_width: Mapping[str, float],
+    blocks: int,
+    processes: int,
+    measured_s: float,
+    *,
+    target: float,
+    max_seconds: float,
+    min_blocks: int = 6,
+    min_processes: int = 2,
+    max_blocks: int | None = None,
+) -> str | None:
+    """Why measuring ends now: `target`, `max_seconds`, `max_blocks`; None while it goes on.
+
+    `target`: every half-width at or below it, after enough blocks and processes (NVIDIA nvbench's stdrel
+    criterion: noise below a limit after a minimum of samples, or a time-out).
+    """
+    enough = blocks >= min_blocks and processes >= min_processes
+    if enough and half_width and all(width <= target for width in half_width.values()):
+        return "target"
+    if measured_s >= max_seconds:
+        return "max_seconds"
+    if max_blocks is not None and blocks >= max_blocks:
+        return "max_blocks"
+    return None
+
+
+def _relative(log_half_width: float, df: float) -> float:
+    known = np.isfinite(log_half_width) and df >= _MIN_DF
+    return float(np.expm1(log_half_width)) if known else float("inf")

@@ -1,0 +1,128 @@
+"""Estimates of contrasts and their standard errors from blocks nested in processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special, stats
+
+Array = NDArray[np.float64]
+_OWN_LEVEL = 0.10
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Contrasts, their standard errors and degrees of freedom, each (…, contrasts).
+
+    Without an error estimate `se` is NaN and `df` 0; where nothing varies `se` is 0.
+    """
+
+    estimate: Array
+    se: Array
+    df: Array
+
+    def half_width(self, confidence: float) -> Array:
+        """Half of each Student-t interval."""
+        with np.errstate(invalid="ignore"):
+            return np.where(self.se == 0, 0.0, special.stdtrit(self.df, (1 + confidence) / 2) * self.se)
+
+    def p(self) -> Array:
+        """Two-sided p of each contrast being nil; NaN where there is no error estimate or nothing varies."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(self.se > 0, 2 * special.stdtr(self.df, -np.abs(self.estimate) / self.se), np.nan)
+
+
+def clustered(y: Array, process: NDArray[Any], contrasts: Array) -> Estimates:
+    """Estimates of `contrasts` (terms, cells) over the blocks of `y` (…, blocks, cells), clustered by
+    process.
+
+    `process` (blocks,) names the process of each block; with a single one the blocks are the clusters. Block
+    effects (drift) leave with each block's mean. Every contrast sums to zero over the cells.
+
+    The error is that of the classical analysis of variance of a randomised block design, contrast × process
+    (Montgomery, chapter 4; Kalibera & Jones, Rigorous Benchmarking in Reasonable Time, 2013: replicate at the
+    level where the variance lives). Two processes give one contrast a single degree of freedom and a useless
+    interval, and a bootstrap over two clusters does not work at all. But cells are in random order in a
+    block, so their errors are independent of the factors, and then every normalised contrast has the same
+    variance, even where the cells' differ: signs vanish in the square. So the mean square is pooled over the
+    cells, with Satterthwaite's (1946) degrees of freedom for cells of unequal variance. A contrast that
+    scatters more than the rest (F test at 10 %: a switch whose worth itself depends on the process or the
+    clock) stands on its own mean square and own degrees of freedom.
+    """
+    blocks, cells = y.shape[-2:]
+    y = y - y.mean(axis=-1, keepdims=True)
+    estimate = y.mean(axis=-2) @ contrasts.T
+    _, group, size = np.unique(process, return_inverse=True, return_counts=True)
+    if len(size) < 2:
+        group, size = np.arange(blocks), np.ones(blocks, dtype=int)
+    clusters = len(size)
+    if clusters < 2:
+        return Estimates(estimate, np.full_like(estimate, np.nan), np.zeros_like(estimate))
+    one_hot = (group == np.arange(clusters)[:, None]) / size[:, None]
+    deviation = (one_hot @ y - y.mean(axis=-2, keepdims=True)) * np.sqrt(size)[:, None]
+    df = clusters - 1
+    cell_ms = (deviation**2).sum(axis=-2) / df
+    norm = (contrasts**2).sum(axis=1)
+    own = ((deviation @ contrasts.T) ** 2).sum(axis=-2) / df / norm
+    pooled = cell_ms.sum(axis=-1, keepdims=True) / (cells - 1)
+    pooled_df = _satterthwaite(cell_ms, df)[..., None] * (cells - 1) / cells
+    if cells == 2:  # its own is all there is
+        ms, ms_df = own, np.full_like(own, df)
+    else:
+        rest = np.maximum(pooled * (cells - 1) - own, 0) / (cells - 2)
+        rest_df = np.maximum(pooled_df * (cells - 2) / (cells - 1), df)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            scatters = stats.f.sf(own / rest, df, rest_df) < _OWN_LEVEL
+        ms = np.where(scatters, own, pooled)
+        ms_df = np.where(scatters, df, np.maximum(pooled_df, df))
+    # Exact where processes have equally many blocks. Otherwise the expected mean square holds less of the
+    # variance between processes than the mean does; the factor makes up for it (Searle, Variance Components,
+    # 1992, section 3.6).
+    per_process = (blocks - (size**2).sum() / blocks) / df
+    return Estimates(estimate, np.sqrt(ms * norm * (size**2).sum() / per_process) / blocks, ms_df)
+
+
+def replicated(y: list[Array], contrasts: Array) -> Estimates:
+    """Estimates of `contrasts` (terms, cells) over independent replicates, `y` one array per cell.
+
+    The error is the pooled variance within cells (Montgomery, section 6.2); without replicates there is none.
+    """
+    count = np.array([len(values) for values in y])
+    estimate = contrasts @ np.array([values.mean() for values in y])
+    df = int(count.sum()) - len(y)
+    if not df:
+        return Estimates(estimate, np.full_like(estimate, np.nan), np.zeros_like(estimate))
+    within = sum(float(((values - values.mean()) ** 2).sum()) for values in y) / df
+    return Estimates(
+        estimate, np.sqrt(within * (contrasts**2 / count).sum(axis=1)), np.full_like(estimate, df)
+    )
+
+
+def mean_interval(y: Array, process: NDArray[Any], confidence: float) -> tuple[float, float]:
+    """The mean of `y` (blocks,) and its half-width, clustered by process; NaN where nothing repeats."""
+    _, group, size = np.unique(process, return_inverse=True, return_counts=True)
+    if len(size) < 2:
+        group, size = np.arange(len(y)), np.ones(len(y), dtype=int)
+    if len(size) < 2:
+        return float(y.mean()), float("nan")
+    deviation = np.bincount(group, y) / size - y.mean()
+    blocks, df = len(y), len(size) - 1
+    per_process = (blocks - (size**2).sum() / blocks) / df
+    ms = (size * deviation**2).sum() / df
+    se = np.sqrt(ms * (size**2).sum() / per_process) / blocks
+    return float(y.mean()), float(special.stdtrit(df, (1 + confidence) / 2) * se)
+
+
+def _satterthwaite(cell_ms: Array, df: int) -> Array:
+    """Degrees of freedom of the sum over the last axis of mean squares with `df` each.
+
+    Satterthwaite, An Approximate Distribution of Estimates of Variance Components, 1946; the squares of the
+    mean squares are corrected for their own variance, which matters for few degrees of freedom.
+    """
+    squares = (cell_ms**2).sum(axis=-1) * df / (df + 2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        result = (df * cell_ms.sum(axis=-1) ** 2 - 2 * squares) / squares
+    return np.clip(np.where(squares > 0, result, df), df, df * cell_ms.shape[-1])

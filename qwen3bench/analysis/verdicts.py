@@ -1,0 +1,45 @@
+"""Verdicts on effects: what an interval and a corrected p allow to be said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from statsmodels.stats.multitest import multipletests
+
+ALPHA = 0.05
+
+
+def holm(p: ArrayLike) -> NDArray[np.float64]:
+    """p corrected for the number of tests (Holm, A Simple Sequentially Rejective Multiple Test Procedure,
+    1979).
+
+    NaN (no test made) stays NaN and does not count.
+    """
+    p = np.asarray(p, dtype=float)
+    corrected = np.full_like(p, np.nan)
+    tested = ~np.isnan(p)
+    if tested.any():
+        corrected[tested] = multipletests(p[tested], method="holm")[1]
+    return corrected
+
+
+def verdicts(
+    gain: ArrayLike, lo: ArrayLike, hi: ArrayLike, p_holm: ArrayLike, band: float, words: Sequence[str]
+) -> list[str]:
+    """`same`, `words[0]` (gain above 0), `words[1]` (gain below 0) or `undecided` for each gain with its
+    interval.
+
+    `same` where the interval lies inside ±`band` (equivalence: Schuirmann's two one-sided tests, 1987),
+    whether or not the difference is significant; a direction where the interval excludes 0 and Holm's p is
+    below 0.05; a value known without error (lo = hi) needs no p. Empty where there is no gain.
+    """
+    gain, lo, hi, p_holm = (np.asarray(a, dtype=float) for a in (gain, lo, hi, p_holm))
+    exact = lo == hi
+    decided = (exact | (p_holm < ALPHA)) & ((lo > 0) | (hi < 0))
+    # The band's edge in floating point: 1.01 − 1 is 0.010000000000000009.
+    inside = (np.abs(lo) <= band * (1 + 1e-9)) & (np.abs(hi) <= band * (1 + 1e-9))
+    direction = np.where(gain > 0, words[0], words[1])
+    result = np.where(inside, "same", np.where(decided, direction, "undecided"))
+    return [str(v) for v in np.where(np.isnan(gain), "", result)]

@@ -1,0 +1,402 @@
+"""The passes of a run over its cells: design → check → verify → memory → evidence → time.
+
+Each step goes to the record as it ends, so a run that stops anywhere continues where it was. A worker that fails is
+replaced; its cell is recorded with a status and a reason, and the others go on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwen3bench.analysis.stopping import half_widths, stop_reason
+from qwen3bench.bench.design import BASELINE, block_order, cell_of, label
+from qwen3bench.bench.monitor import Monitor, Telemetry, braked
+from qwen3bench.bench.progress import Progress
+from qwen3bench.bench.record import Record, RecordWriter
+from qwen3bench.bench.supervisor import CellFailure, WorkerProcess
+from qwen3bench.settings import Settings
+
+Where = tuple[str, str]  # workload, runtime
+QUIET_S = 120.0  # limit of a request that runs no model
+
+
+@dataclass
+class Timing:
+    """What is known of one workload in one runtime: closed blocks and their samples."""
+
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    blocks: int = 0
+    processes: set[int] = field(default_factory=set)
+    measured_s: float = 0.0
+    stopped: bool = False
+
+
+class Campaign:
+    """One run's passes. `done` is what an earlier start of the same run recorded."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        writer: RecordWriter,
+        progress: Progress,
+        done: Record | None = None,
+        start_worker: Callable[[Path], WorkerProcess] = WorkerProcess,
+        monitor: Monitor | None = None,
+    ) -> None:
+        self.settings = settings
+        self.writer = writer
+        self.progress = progress
+        self.monitor = monitor or Monitor(settings.device)
+        self._start_worker = start_worker
+        self._stack = ExitStack()
+        self._worker: WorkerProcess | None = None
+        self._process = -1
+        self.labels = [label(cell) for cell in settings.cells]
+        self.failures: dict[tuple[str, str | None, str | None], str] = {}
+        self._finished: set[tuple[str, ...]] = set()  # (pass, cell, workload, runtime) of steps that ended
+        self.timings: dict[Where, Timing] = {
+            (workload, runtime): Timing() for workload in settings.workloads for runtime in settings.runtimes
+        }
+        if done is not None:
+            self._take_up(done)
+
+    def run(self) -> None:
+        """All passes that are not done yet. Every process it started has ended when it returns or raises."""
+        with self._stack:
+            self._check()
+            self._each_cell("parameters", "counting parameters")
+            self._each_cell("verify", "verifying that every cell computes the baseline's function")
+            if self.settings.device.startswith("cuda"):
+                self._each_cell_where("memory", "measuring peak memory")
+            self._each_cell_where("evidence", "recording what really runs")
+            self._ceilings()
+            self._end_worker()
+            self._time()
+
+    # One step for each cell
+
+    def _check(self) -> None:
+        """Build every cell once: what the user can mend is refused before anything is measured."""
+        if not all(self._is_done("parameters", cell) for cell in self.labels):
+            with self.progress.stage("loading the weights, building every cell", 1):
+                self._ask("load", cells=self.labels)
+
+    def _each_cell(self, pass_: str, title: str) -> None:
+        steps = [(cell, {}) for cell in self.labels]
+        self._steps(pass_, title, steps)
+
+    def _each_cell_where(self, pass_: str, title: str) -> None:
+        steps = [
+            (cell, {"workload": workload, "runtime": runtime})
+            for workload, runtime in self.timings
+            for cell in self.labels
+        ]
+        self._steps(pass_, title, steps)
+
+    def _steps(self, pass_: str, title: str, steps: list[tuple[str, dict[str, str]]]) -> None:
+        left = [s for s in steps if not self._is_done(pass_, s[0], *s[1].values()) and self._runs(s[0], *s[1].values())]
+        with self.progress.stage(title, len(left)) as stage:
+            for cell, where in left:
+                stage.step(" ".join([cell, *where.values()]))
+                with self._failing(pass_, cell, **where):
+                    answer = self._ask(pass_, cell=cell, **where)
+                    self.writer.append({"type": pass_, "cell": cell, **where, **answer})
+                    if pass_ == "verify" and not answer["equivalent"]:
+                        self._fail(pass_, cell, CellFailure("not_equivalent", answer["reason"]))
+
+    def _ceilings(self) -> None:
+        if self._is_done("ceiling"):
+            return
+        with self.progress.stage("measuring what the device can reach", 1):
+            self.writer.append({"type": "ceiling", **self._ask("ceilings")}, *self._costs())
+
+    def _costs(self) -> Iterator[dict[str, Any]]:
+        from qwen3bench.bench.costs import cell_cost
+
+        for workload in self.settings.workloads:
+            for cell in self.labels:
+                yield {"type": "cost", "cell": cell, "workload": workload, **cell_cost(self.settings, cell_of(cell), workload)}
+
+    # Timing
+
+    def _time(self) -> None:
+        """Blocks in fresh processes until every workload and runtime is known well enough.
+
+        Kalibera & Jones, ISMM 2013: replicate at the level where the variance lives; what differs from one process
+        to the next (addresses, clocks, the choice of kernels) is part of the noise.
+        """
+        while waiting := [where for where, timing in self.timings.items() if not timing.stopped]:
+            for where in waiting:
+                if self._cells(where):
+                    self._time_in_process(where)
+                else:
+                    self._stop(where, "failed")
+                if where is waiting[-1]:
+                    self._end_worker()
+
+    def _time_in_process(self, where: Where) -> None:
+        """Up to `blocks_per_process` blocks of one workload and runtime in the present worker."""
+        measure, timing = self.settings.measure, self.timings[where]
+        if not self._prepare(where):
+            return
+        started_s = timing.measured_s
+        for _ in range(measure.blocks_per_process):
+            if not self._block(where):
+                return
+            if reason := self._reason_to_stop(where):
+                self._stop(where, reason)
+                return
+            # A share of the time for each process, or a slow device would never see a second one.
+            if timing.measured_s - started_s >= measure.max_seconds / measure.min_processes:
+                return
+
+    def _prepare(self, where: Where) -> bool:
+        """Make every cell ready in the present worker; False where a cell failed and the worker is gone."""
+        visits = [(cell, 0) for cell in self._cells(where)]
+        if (BASELINE, 0) in visits:
+            visits.append((BASELINE, 1))
+        workload, runtime = where
+        with self.progress.stage(f"preparing {workload} {runtime} in process {self._number()}", len(visits)) as stage:
+            self._ask("enter", workload=workload, runtime=runtime)
+            for cell, copy in visits:
+                stage.step(cell)
+                with self._failing("time", cell, workload=workload, runtime=runtime) as outcome:
+                    answer = self._ask("prepare", cell=cell, copy=copy)
+                    if answer.get("compile_s") is not None:
+                        self.writer.append(
+                            {
+                                "type": "compile",
+                                "cell": cell,
+                                "workload": workload,
+                                "runtime": runtime,
+                                "process": self._process,
+                                "seconds": answer["compile_s"],
+                            }
+                        )
+                if outcome.failed:
+                    return False
+        return True
+
+    def _block(self, where: Where) -> bool:
+        """One block, measured again under a brake or beside a foreign process; False where a cell failed in it."""
+        timing = self.timings[where]
+        attempts = self.settings.measure.max_attempts
+        for attempt in range(attempts):
+            started = time.monotonic()
+            samples = self._visits(where, timing.blocks, attempt)
+            if samples is None:
+                return False
+            elapsed_s = time.monotonic() - started
+            timing.measured_s += elapsed_s
+            telemetry = self.monitor.sample(own_pids=self._own_pids())
+            flags = braked(telemetry)
+            state = "ok" if not flags else "repeat" if attempt + 1 < attempts else "flagged"
+            self._close_block(where, attempt, state, flags, telemetry, elapsed_s)
+            if state != "repeat":
+                timing.samples += samples
+                timing.blocks += 1
+                timing.processes.add(self._process)
+                return True
+        raise AssertionError("the last attempt is never repeated")
+
+    def _visits(self, where: Where, block: int, attempt: int) -> list[dict[str, Any]] | None:
+        """All visits of one block, in its random order; None where a cell failed."""
+        workload, runtime = where
+        order = block_order(self._cells(where), self.settings.seed, workload, runtime, block, attempt)
+        taken: list[dict[str, Any]] = []
+        repeats = self.settings.measure.repeats
+        with self.progress.stage(self._block_title(where), len(order)) as stage:
+            for position, (cell, copy) in enumerate(order):
+                stage.step(cell)
+                visit = {
+                    "workload": workload,
+                    "runtime": runtime,
+                    "cell": cell,
+                    "copy": copy,
+                    "process": self._process,
+                    "block": block,
+                    "attempt": attempt,
+                    "position": position,
+                }
+                with self._failing("time", cell, workload=workload, runtime=runtime) as outcome:
+                    answer = self._ask("visit", cell=cell, copy=copy, repeats=repeats)
+                    samples = [
+                        {**visit, "repeat": repeat, "time": answer["time"], **sample}
+                        for repeat, sample in enumerate(answer["samples"])
+                    ]
+                    lines = [{"type": "sample", **sample} for sample in samples]
+                    self.writer.append(*lines, {"type": "visit", **visit, "samples": len(samples)})
+                    taken += samples
+                if outcome.failed:
+                    return None
+        return taken
+
+    def _close_block(
+        self, where: Where, attempt: int, state: str, flags: list[str], telemetry: Telemetry, elapsed_s: float
+    ) -> None:
+        self.writer.append(
+            {
+                "type": "block",
+                "workload": where[0],
+                "runtime": where[1],
+                "process": self._process,
+                "block": self.timings[where].blocks,
+                "attempt": attempt,
+                "state": state,
+                "flags": flags,
+                "time": time.time(),
+                "elapsed_s": elapsed_s,
+                **telemetry.to_dict(),
+            }
+        )
+
+    def _reason_to_stop(self, where: Where) -> str | None:
+        timing = self.timings[where]
+        return stop_reason(
+            timing.samples,
+            self.settings.factors,
+            target=self.settings.target(where[1]),
+            measure=self.settings.measure,
+            measured_s=timing.measured_s,
+        )
+
+    def _stop(self, where: Where, reason: str) -> None:
+        timing = self.timings[where]
+        timing.stopped = True
+        self.writer.append(
+            {
+                "type": "stop",
+                "workload": where[0],
+                "runtime": where[1],
+                "reason": reason,
+                "half_width": half_widths(timing.samples, self.settings.factors) if timing.samples else {},
+                "blocks": timing.blocks,
+                "processes": len(timing.processes),
+                "measured_s": timing.measured_s,
+            }
+        )
+
+    def _block_title(self, where: Where) -> str:
+        timing, measure = self.timings[where], self.settings.measure
+        return f"timing {where[0]} {where[1]}, block {timing.blocks + 1} (at least {measure.min_blocks})"
+
+    # Cells and their failures
+
+    def _cells(self, where: Where) -> list[str]:
+        return [cell for cell in self.labels if self._runs(cell, *where)]
+
+    def _runs(self, cell: str, workload: str | None = None, runtime: str | None = None) -> bool:
+        """Whether a cell is still to be run there: not after a failure, except that of the gate."""
+        scopes = {(cell, None, None), (cell, workload, runtime)}
+        return not any(self.failures.get(scope, "not_equivalent") != "not_equivalent" for scope in scopes)
+
+    @contextmanager
+    def _failing(
+        self, pass_: str, cell: str, workload: str | None = None, runtime: str | None = None
+    ) -> Iterator[Outcome]:
+        """A step of a cell: where it fails, the failure is recorded and the worker, poisoned, is ended."""
+        outcome = Outcome()
+        try:
+            yield outcome
+        except CellFailure as failure:
+            outcome.failed = True
+            self._end_worker()
+            self._fail(pass_, cell, failure, workload, runtime)
+
+    def _fail(
+        self,
+        pass_: str,
+        cell: str,
+        failure: CellFailure,
+        workload: str | None = None,
+        runtime: str | None = None,
+    ) -> None:
+        self.failures[cell, workload, runtime] = failure.status
+        self.progress.note(f"{cell}: {failure.status} in the {pass_} pass: {failure.reason}")
+        self.writer.append(
+            {
+                "type": "failure",
+                "cell": cell,
+                "workload": workload,
+                "runtime": runtime,
+                "status": failure.status,
+                "reason": failure.reason,
+                "pass": pass_,
+                "peak_allocated_bytes": failure.peak_allocated_bytes,
+            }
+        )
+
+    def _is_done(self, *step: str) -> bool:
+        return step in self._finished
+
+    def _take_up(self, done: Record) -> None:
+        """Continue from a record: finished steps, failures, and the blocks that were closed."""
+        for line in done.of("failure"):
+            self.failures[line["cell"], line.get("workload"), line.get("runtime")] = line["status"]
+        for pass_ in ("parameters", "verify"):
+            self._finished |= {(pass_, line["cell"]) for line in done.of(pass_)}
+        for pass_ in ("memory", "evidence"):
+            self._finished |= {(pass_, line["cell"], line["workload"], line["runtime"]) for line in done.of(pass_)}
+        if done.of("ceiling"):
+            self._finished.add(("ceiling",))
+        self._process = max((line["process"] for line in done.of("process")), default=-1)
+        closed = set()
+        for line in done.of("block"):
+            timing = self.timings[line["workload"], line["runtime"]]
+            timing.measured_s += line.get("elapsed_s") or 0.0
+            if line["state"] != "repeat":
+                closed.add((line["workload"], line["runtime"], line["process"], line["block"], line["attempt"]))
+                timing.blocks = max(timing.blocks, line["block"] + 1)
+                timing.processes.add(line["process"])
+        for line in done.of("sample"):
+            if tuple(line[k] for k in ("workload", "runtime", "process", "block", "attempt")) in closed:
+                self.timings[line["workload"], line["runtime"]].samples.append(line)
+        for line in done.of("stop"):
+            self.timings[line["workload"], line["runtime"]].stopped = True
+
+    # The worker
+
+    def _ask(self, op: str, **arguments: Any) -> dict[str, Any]:
+        return self._ready_worker().ask(op, self.settings.measure.step_timeout_s, **arguments)
+
+    def _ready_worker(self) -> WorkerProcess:
+        if self._worker is None:
+            started = time.monotonic()
+            self._process = self._number()
+            self._worker = self._stack.enter_context(self._start_worker(self.writer.directory / "worker.log"))
+            self._worker.ask("open", QUIET_S, config=self.settings.to_dict())
+            self.writer.append(
+                {
+                    "type": "process",
+                    "process": self._process,
+                    "pid": self._worker.pid,
+                    "purpose": "time" if self._is_timing() else "check",
+                    "time": time.time(),
+                    "setup_s": time.monotonic() - started,
+                }
+            )
+        return self._worker
+
+    def _number(self) -> int:
+        """The number of the present worker, or of the next one."""
+        return self._process if self._worker is not None else self._process + 1
+
+    def _end_worker(self) -> None:
+        if self._worker is not None:
+            self._worker.end()
+            self._worker = None
+
+    def _own_pids(self) -> set[int]:
+        return {self._worker.pid} if self._worker is not None else set()
+
+
+@dataclass
+class Outcome:
+    """Whether a step failed."""
+
+    failed: bool = False

@@ -1,0 +1,127 @@
+"""The supervisor's end of a worker process: start it, ask it, and end it whatever state it is in.
+
+A CUDA fault or an out-of-memory error poisons the process that it happens in, so models run in a child that can be
+thrown away. The supervisor waits in the kernel (select), never in a loop, so that it takes no time from what is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from qwen3bench.bench import protocol
+from qwen3bench.errors import UserError
+
+WORKER = (sys.executable, "-m", "qwen3bench.bench.worker")
+
+
+class CellFailure(Exception):
+    """A request that the worker could not fulfil: the cell's status and the reason. The worker is not to be used again."""
+
+    def __init__(self, status: str, reason: str, peak_allocated_bytes: int | None = None) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
+        self.peak_allocated_bytes = peak_allocated_bytes
+
+
+class WorkerProcess:
+    """A fresh worker in a process group of its own. Use as a context manager: leaving it ends the group."""
+
+    def __init__(self, log: Path, command: tuple[str, ...] = WORKER) -> None:
+        """Start `command`; its standard error goes to the end of the file `log`."""
+        self._log = log
+        with log.open("ab") as errors:
+            self._log_start = errors.tell()
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+            )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests: BinaryIO = self._process.stdin  # type: ignore[assignment]
+        self._replies = self._process.stdout.fileno()
+        os.set_blocking(self._replies, False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._replies, selectors.EVENT_READ)
+        self._buffer = b""
+
+    def __enter__(self) -> WorkerProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    @property
+    def pid(self) -> int:
+        """The worker's process id, also its group's."""
+        return self._process.pid
+
+    def ask(self, op: str, timeout_s: float, **arguments: Any) -> dict[str, Any]:
+        """The worker's answer to one request.
+
+        Raises `CellFailure` where the worker answers with an error, dies, or is silent for `timeout_s` seconds, and
+        `UserError` where it refuses what the user asked for.
+        """
+        try:
+            self._requests.write(protocol.encode({"op": op, **arguments}))
+            self._requests.flush()
+        except BrokenPipeError:
+            raise self._died() from None
+        try:
+            reply = protocol.decode(self._line(timeout_s, op))
+        except ValueError as error:
+            raise CellFailure("crashed", f"the worker's answer to {op} is no message ({error})") from None
+        if "ok" in reply:
+            return reply["ok"]
+        error = reply.get("error", {})
+        if error.get("status") == "refused":
+            raise UserError(error.get("reason", op))
+        raise CellFailure(
+            error.get("status", "crashed"), error.get("reason", "no reason given"), error.get("peak_allocated_bytes")
+        )
+
+    def end(self) -> None:
+        """End the process group at once; the worker keeps nothing that would be lost."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._selector.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._requests.close()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+    def _line(self, timeout_s: float, op: str) -> bytes:
+        deadline = time.monotonic() + timeout_s
+        while b"\n" not in self._buffer:
+            left = deadline - time.monotonic()
+            if left <= 0 or not self._selector.select(left):
+                raise CellFailure("timeout", f"the worker said nothing for {timeout_s:g} s during {op}")
+            chunk = os.read(self._replies, 1 << 16)
+            if not chunk:
+                raise self._died()
+            self._buffer += chunk
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        return line
+
+    def _died(self) -> CellFailure:
+        code = self._process.wait()
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+        said = self._last_words()
+        return CellFailure("crashed", f"the worker {how} without an answer" + (f": {said}" if said else ""))
+
+    def _last_words(self) -> str:
+        """The last line that the worker wrote to standard error."""
+        with contextlib.suppress(OSError), self._log.open("rb") as log:
+            log.seek(self._log_start)
+            lines = deque((line.strip() for line in log if line.strip()), maxlen=1)
+            return lines[0].decode(errors="replace")[:300] if lines else ""
+        return ""

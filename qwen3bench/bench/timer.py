@@ -1,0 +1,88 @@
+"""The clock: timed values of one cell, in seconds.
+
+Rules and their sources. Warm up before timing and time steady state only (Georges et al., OOPSLA 2007; one untimed
+launch opens each visit). A value must be far above the clock's resolution (Hoefler & Belli, SC 2015, rule 10: short
+work is repeated inside one value). Work on a CUDA device is asynchronous: its own events time it (NVIDIA, CUDA C++
+Best Practices Guide, 9.1.2), or the host clock around a synchronize where the host's launches are part of what is
+measured.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+MIN_VALUE_S = 1e-3  # 1,000 × the resolution of a CUDA event (about 0.5 µs to 1 µs), 10,000 × the host clock's
+
+
+@dataclass(frozen=True)
+class TimedValue:
+    """One timed value: latency of all steps, and where there are several each step's own, in seconds."""
+
+    latency_s: float
+    steps_s: tuple[float, ...] = ()
+
+
+def inner_repeats(estimate_s: float, min_value_s: float = MIN_VALUE_S) -> int:
+    """How often work of `estimate_s` seconds is repeated inside one timed value."""
+    return max(1, math.ceil(min_value_s / max(estimate_s, 1e-9)))
+
+
+def time_host(
+    launches: Sequence[Callable[[], object]],
+    repeats: int,
+    inner: int = 1,
+    synchronize: Callable[[], object] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[TimedValue]:
+    """`repeats` timed values by a monotonic host clock around a synchronize.
+
+    With several launches each is synchronized, as a program that reads each token does.
+    """
+    values = []
+    for _ in range(repeats):
+        synchronize()
+        marks = [clock()]
+        if len(launches) == 1:
+            for _ in range(inner):
+                launches[0]()
+            synchronize()
+            values.append(TimedValue((clock() - marks[0]) / inner))
+            continue
+        for launch in launches:
+            launch()
+            synchronize()
+            marks.append(clock())
+        values.append(TimedValue(marks[-1] - marks[0], _differences(marks)))
+    return values
+
+
+def time_device(launches: Sequence[Callable[[], object]], repeats: int, inner: int = 1) -> list[TimedValue]:
+    """`repeats` timed values by CUDA events in the stream; nothing waits for the host in between."""
+    marks: list[list[torch.cuda.Event]] = []
+    for _ in range(repeats):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(launches) + 1)]
+        events[0].record()
+        for launch, event in zip(launches, events[1:], strict=True):
+            for _ in range(inner if len(launches) == 1 else 1):
+                launch()
+            event.record()
+        marks.append(events)
+    torch.cuda.synchronize()
+    if len(launches) == 1:
+        return [TimedValue(start.elapsed_time(end) / 1e3 / inner) for start, end in marks]
+    return [
+        TimedValue(
+            events[0].elapsed_time(events[-1]) / 1e3,
+            tuple(a.elapsed_time(b) / 1e3 for a, b in zip(events, events[1:], strict=False)),
+        )
+        for events in marks
+    ]
+
+
+def _differences(marks: Sequence[float]) -> tuple[float, ...]:
+    return tuple(b - a for a, b in zip(marks, marks[1:], strict=False))

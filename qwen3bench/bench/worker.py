@@ -1,0 +1,284 @@
+"""The process that runs models: it takes one request at a time on standard input and answers on standard output.
+
+`python -m qwen3bench.bench.worker`, started by the supervisor. It knows cells and clocks, not designs or records.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import torch
+
+from qwen3bench.bench import protocol
+from qwen3bench.bench.bank import Bank
+from qwen3bench.bench.design import Cell, cell_of
+from qwen3bench.bench.runtimes import Runtime, make_runtime
+from qwen3bench.bench.timer import inner_repeats, time_device, time_host
+from qwen3bench.bench.workloads import Workload, WorkloadSize
+from qwen3bench.errors import UserError
+from qwen3bench.model.build import build_model
+from qwen3bench.model.qwen3 import Qwen3Model
+from qwen3bench.model.weights import load_weights
+from qwen3bench.settings import Settings, settings_from
+
+
+class InvalidCell(Exception):
+    """A cell that runs and must not be measured, with the reason."""
+
+
+@dataclass
+class Prepared:
+    """A cell ready to be timed."""
+
+    model: Qwen3Model
+    launches: list[Callable[[], object]]
+    inner: int
+
+
+class Worker:
+    """What the requests do. Each method named `op_…` is one; it returns the reply's fields."""
+
+    def __init__(self) -> None:
+        self.settings: Settings
+        self.device: torch.device
+        self.dtype: torch.dtype
+        self._bank: Bank | None = None
+        self._runtime: Runtime | None = None
+        self._workload: Workload | None = None
+        self._prepared: dict[tuple[str, int], Prepared] = {}
+        self._gate: Any = None
+
+    # Set-up
+
+    def op_probe(self, device: str) -> dict[str, Any]:
+        """The device that `device` (auto, cpu, cuda, cuda:1) means here; refused where it does not exist."""
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if device == "auto":
+            device = "cuda" if count else "cpu"
+        kind, _, index = device.partition(":")
+        if kind == "cuda" and int(index or 0) >= count:
+            raise UserError(f"device={device}: PyTorch sees {count or 'no'} CUDA device(s); use device=cpu or device=auto")
+        return {"device": device}
+
+    def op_open(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Take the resolved settings; answer with the environment."""
+        self.settings = settings_from(config)
+        self.device = torch.device(self.settings.device)
+        self.dtype = getattr(torch, self.settings.dtype)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        torch.set_grad_enabled(False)
+        return {}
+
+    def op_environment(self) -> dict[str, Any]:
+        from qwen3bench.bench.environment import environment
+
+        return environment()
+
+    # Passes over single cells
+
+    def op_parameters(self, cell: str) -> dict[str, Any]:
+        """The three parameter counts and the bytes, from the model's own tensors."""
+        model = build_model(self.settings.model, self._opts(cell_of(cell)), device="meta", dtype=self.dtype)
+        return {
+            "num_parameters": model.num_parameters,
+            "num_unique_parameters": model.num_unique_parameters,
+            "num_non_embedding_parameters": model.num_non_embedding_parameters,
+            "parameter_bytes": model.parameter_bytes,
+        }
+
+    def op_verify(self, cell: str) -> dict[str, Any]:
+        """The equivalence gate."""
+        from qwen3bench.bench.equivalence import Gate
+
+        self.op_release()
+        if self._gate is None:
+            s = self.settings
+            self._gate = Gate(s.model, device=self.device, dtype=self.dtype, seed=s.seed, opts=s.opts)
+        return self._gate.check(cell_of(cell))
+
+    def op_memory(self, cell: str, workload: str, runtime: str) -> dict[str, Any]:
+        """Peak CUDA memory of one forward with this cell alone resident, on weights of its own, in bytes.
+
+        The allocator's peaks (torch.cuda.max_memory_allocated and _reserved) from an empty device until the cell has
+        run in `runtime`; what its libraries keep outside the allocator is the same for every cell and not counted.
+        """
+        self._forget_everything()
+        torch._C._cuda_clearCublasWorkspaces()  # type: ignore[attr-defined]
+        s = self.settings
+        weights = load_weights(s.weights, s.model, device=self.device, dtype=self.dtype, seed=s.seed)
+        model = build_model(s.model, self._opts(cell_of(cell)), weights)
+        del weights
+        inputs = Workload(self._size(workload), model, s.seed)
+        torch.cuda.empty_cache()  # making the weights needed more for a moment than keeping them does
+        torch.cuda.reset_peak_memory_stats(self.device)
+        launches = self._launches(make_runtime(runtime, self.device), model, inputs)
+        for launch in launches:
+            launch()
+        torch.cuda.synchronize(self.device)
+        peaks = {
+            "peak_allocated_bytes": torch.cuda.max_memory_allocated(self.device),
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved(self.device),
+            "cache_bytes": inputs.cache_bytes or None,
+        }
+        del model, inputs, launches
+        self._forget_everything()
+        return peaks
+
+    def op_evidence(self, cell: str, workload: str, runtime: str) -> dict[str, Any]:
+        """What really ran, from a profile of its own."""
+        from qwen3bench.bench.evidence import collect
+
+        self._forget_graphs()
+        model = self._models().build(cell_of(cell))
+        if self._workload is None or self._workload.size.name != workload:
+            self._workload = Workload(self._size(workload), model, self.settings.seed)
+        return collect(model, self._workload, make_runtime(runtime, self.device))
+
+    def op_ceilings(self) -> dict[str, Any]:
+        """What the device reaches: a large copy and a large matrix product."""
+        from qwen3bench.bench.ceilings import measure_ceilings
+
+        self._forget_everything()
+        return measure_ceilings(self.device, self.dtype)
+
+    # Timing
+
+    def op_enter(self, workload: str, runtime: str) -> dict[str, Any]:
+        """Begin timing cells of one workload in one runtime."""
+        self.op_release()
+        bank = self._models()
+        self._runtime = make_runtime(runtime, self.device)
+        self._workload = Workload(self._size(workload), bank.build(()), self.settings.seed)
+        return {}
+
+    def op_prepare(self, cell: str, copy: int) -> dict[str, Any]:
+        """Build a cell on the bank, warm it up, capture it; refuse logits that are not finite."""
+        assert self._runtime is not None
+        assert self._workload is not None
+        model = self._models().build(cell_of(cell))
+        logits = self._workload.steps(model)[0]()
+        if not bool(torch.isfinite(logits).all()):
+            raise InvalidCell("its logits are not finite (NaN or infinity), so its latency would mean nothing")
+        del logits
+        self._runtime.compile_s = None
+        launches = self._launches(self._runtime, model, self._workload)
+        estimate_s = min(v.latency_s for v in self._time(launches, repeats=2, inner=1))
+        inner = inner_repeats(estimate_s) if len(launches) == 1 else 1
+        self._prepared[cell, copy] = Prepared(model, launches, inner)
+        return {"compile_s": self._runtime.compile_s}
+
+    def op_visit(self, cell: str, copy: int, repeats: int) -> dict[str, Any]:
+        """One visit: an untimed launch, then `repeats` timed values, in seconds."""
+        prepared = self._prepared[cell, copy]
+        for launch in prepared.launches:
+            launch()
+        self._synchronize()
+        started = time.time()
+        values = self._time(prepared.launches, repeats, prepared.inner)
+        samples = []
+        for value in values:
+            sample: dict[str, Any] = {"latency_s": value.latency_s}
+            if value.steps_s:
+                first, *rest = value.steps_s
+                sample |= {"ttft_s": first, "itl_s": rest, "tpot_s": sum(rest) / len(rest)}
+            samples.append(sample)
+        return {"time": started, "samples": samples}
+
+    def op_release(self) -> dict[str, Any]:
+        """Forget all prepared cells, keep the bank."""
+        self._forget_graphs()
+        self._workload = None
+        return {}
+
+    # Helpers
+
+    def _opts(self, cell: Cell) -> dict[str, dict[str, Any]]:
+        return {name: self.settings.opts.get(name, {}) for name in cell}
+
+    def _size(self, workload: str) -> WorkloadSize:
+        sizes = self.settings.workloads[workload]
+        assert sizes.prompt_tokens is not None
+        return WorkloadSize(workload, sizes.batch_size, sizes.prompt_tokens, sizes.new_tokens)
+
+    def _models(self) -> Bank:
+        if self._bank is None:
+            s = self.settings
+            self._gate = None
+            self._bank = Bank(s.model, s.weights, self.device, self.dtype, s.seed, s.opts)
+        return self._bank
+
+    def _launches(self, runtime: Runtime, model: Qwen3Model, inputs: Workload) -> list[Callable[[], object]]:
+        runtime.prepare_model(model)
+        return [runtime.prepare(step) for step in inputs.steps(model)]
+
+    def _time(self, launches: Sequence[Callable[[], object]], repeats: int, inner: int) -> list[Any]:
+        assert self._runtime is not None
+        if self._runtime.on_device_clock:
+            return time_device(launches, repeats, inner)
+        return time_host(launches, repeats, inner, self._synchronize)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _forget_graphs(self) -> None:
+        self._prepared.clear()
+        self._runtime = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _forget_everything(self) -> None:
+        self._bank = self._gate = self._workload = None
+        self._forget_graphs()
+
+
+def failure(error: BaseException) -> dict[str, Any]:
+    """The reply's `error` for an exception: the cell's status, and the reason in one line."""
+    line = " ".join(str(error).split())[:500] or type(error).__name__
+    if isinstance(error, UserError):
+        return {"status": "refused", "reason": str(error)}
+    if isinstance(error, InvalidCell):
+        return {"status": "invalid", "reason": line}
+    out_of_memory = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
+    if out_of_memory or "DefaultCPUAllocator" in line:
+        peak = None
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            peak = torch.cuda.max_memory_allocated()
+        return {"status": "oom", "reason": line, "peak_allocated_bytes": peak}
+    return {"status": "crashed", "reason": f"{type(error).__name__}: {line}"}
+
+
+def serve(requests: BinaryIO, replies: BinaryIO, worker: Worker) -> None:
+    """Answer requests until the other end closes."""
+    for line in requests:
+        request = protocol.decode(line)
+        operation = getattr(worker, f"op_{request.pop('op')}")
+        try:
+            reply: dict[str, Any] = {"ok": operation(**request)}
+        except Exception as error:
+            reply = {"error": failure(error)}
+        replies.write(protocol.encode(reply))
+        replies.flush()
+
+
+def main() -> None:
+    """Serve on the process's own pipes; whatever libraries print goes to standard error."""
+    if sys.platform == "linux":  # die with the supervisor, however it dies
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    serve(sys.stdin.buffer, replies, Worker())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What a cell is asked to do: prefill, decode, generate, over inputs that every cell shares.
+
+A workload turns a model into a list of steps, functions without arguments that launch one forward each. A timed value
+is the time of all its steps, one after another; only `generate` has more than one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwen3bench.model.cache import KVCache
+from qwen3bench.model.qwen3 import Qwen3Model
+
+Step = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class WorkloadSize:
+    """How large a workload is: sequences, tokens of each prompt, tokens to generate."""
+
+    name: str
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+
+    def tokens_timed(self) -> int:
+        """Tokens that tokens/s counts: prompt tokens of a prefill, generated ones otherwise."""
+        per_sequence = {"prefill": self.prompt_tokens, "decode": 1, "generate": self.new_tokens}
+        return self.batch_size * per_sequence[self.name]
+
+    @property
+    def cache_capacity(self) -> int:
+        """Positions that the KV cache holds; 0 where the workload has no cache."""
+        return {
+            "prefill": 0,
+            "decode": self.prompt_tokens + 1,
+            "generate": self.prompt_tokens + self.new_tokens,
+        }[self.name]
+
+
+class Workload:
+    """A workload's inputs on a device: seeded random token ids, and the KV cache where there is one."""
+
+    def __init__(
+        self,
+        size: WorkloadSize,
+        model: Qwen3Model,
+        seed: int = 0,
+    ) -> None:
+        self.size = size
+        weight = model.tok_emb.weight
+        generator = torch.Generator().manual_seed(seed)
+        shape = (size.batch_size, size.prompt_tokens)
+        ids = torch.randint(model.config.vocab_size, shape, generator=generator)
+        self.prompt = ids.to(weight.device)
+        self.token = self.prompt[:, -1:].clone()
+        self.cache: KVCache | None = None
+        if size.cache_capacity:
+            self.cache = KVCache(model.config, size.batch_size, size.cache_capacity, weight.device, weight.dtype)
+        if size.name == "decode":
+            with torch.inference_mode():
+                model(self.prompt, self.cache, logits_to_keep=1)
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the KV cache occupies, in bytes."""
+        return self.cache.num_bytes if self.cache is not None else 0
+
+    def steps(self, model: Qwen3Model) -> list[Step]:
+        """The forwards of one timed value, each launching its work and returning logits (b, t, vocabulary)."""
+        prompt, token, cache, n = self.prompt, self.token, self.cache, self.size.prompt_tokens
+        if self.size.name == "prefill":
+            return [lambda: model(prompt)]
+        if self.size.name == "decode":
+            return [lambda: model(token, cache, start=n)]
+
+        def greedy(tokens: Tensor, start: int) -> Step:
+            def step() -> Tensor:
+                logits = model(tokens, cache, start=start, logits_to_keep=1)
+                token.copy_(logits.argmax(dim=-1))
+                return logits
+
+            return step
+
+        return [greedy(prompt, 0)] + [greedy(token, n + i) for i in range(self.size.new_tokens - 1)]

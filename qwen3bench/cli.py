@@ -1,0 +1,232 @@
+"""The command line: what a person types → Hydra's overrides → settings → the run. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from qwen3bench.choices import choices, config_dir, nearest
+from qwen3bench.errors import UserError
+from qwen3bench.settings import Settings, settings_from
+
+SEVERAL = ("opt", "workload", "runtime", "peer")  # groups that take several options
+_NAMES = re.compile(
+    r"[\w.,\- ]*|\[[\w.,\- ]*\]"
+)  # flash,tie or [flash, tie]; anything else is Hydra's to read or refuse
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+
+
+def main(argv: Sequence[str] | None = None, run: Callable[[Settings], int] | None = None) -> int:
+    """Exit status of `python -m qwen3bench ARGV`: the worst of the runs that it asks for.
+
+    `run` measures one set of settings and returns its exit status (default: `qwen3bench.bench.run.run`).
+    """
+    return guarded(lambda: _launch(sys.argv[1:] if argv is None else argv, run or _run))
+
+
+def compose(argv: Sequence[str] | None = None) -> Settings:
+    """The settings that a command line without multirun describes, for entries that launch no run.
+
+    Raises `UserError` where it describes none.
+    """
+    overrides = normalise(sys.argv[1:] if argv is None else argv)
+    if any(override.startswith("-") for override in overrides):
+        raise UserError(f"{overrides[0]} is not an option here; give KEY=VALUE, as in `model=tiny`")
+    with _plain_errors(), hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return settings_from(hydra.compose("config", overrides))
+
+
+def guarded(action: Callable[[], int]) -> int:
+    """Exit status of `action`; an error that the user can mend is printed in one or two lines and gives 1.
+
+    HYDRA_FULL_ERROR=1 in the environment shows the traceback as well. Any other exception is a bug.
+    """
+    try:
+        return action()
+    except (UserError, OSError) as error:
+        if os.environ.get(_FULL_ERROR) == "1":
+            traceback.print_exc()
+        print(f"qwen3bench: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def normalise(argv: Sequence[str]) -> list[str]:
+    """The arguments as Hydra wants them: its own options first, then the overrides.
+
+    In groups that take several options `+opt=tie,flash`, `opt=[flash,tie,tie]`, … become `opt=[flash,tie]`;
+    with multirun a comma keeps Hydra's meaning. `flash.backend=math` is short for `opt.flash.backend=math`,
+    `model=8b` for `model=qwen3-8b`. Raises `UserError` on an option that does not exist.
+    """
+    args = _parser().parse_intermixed_args(list(argv))
+    overrides = [_lengthened(override) for override in args.overrides]
+    multirun = args.multirun or any(override.lower() == "hydra.mode=multirun" for override in overrides)
+    if not multirun:
+        overrides = [_as_list(override) for override in overrides]
+    options = [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+        for name, value in vars(args).items()
+        if name != "overrides" and value is not None and value is not False
+    ]
+    return options + overrides
+
+
+def _launch(argv: Sequence[str], run: Callable[[Settings], int]) -> int:
+    statuses = [0]
+    full_error = os.environ.get(_FULL_ERROR)
+
+    def task(config: DictConfig) -> None:
+        with _environment(_FULL_ERROR, full_error):
+            statuses.append(guarded(lambda: run(_job_settings(config))))
+        if statuses[-1] >= 128:  # interrupted: the rest of a multirun is not wanted either
+            raise SystemExit(statuses[-1])
+
+    program = hydra.main(config_path=str(config_dir()), config_name="config", version_base="1.3")(task)
+    # Hydra prints its errors, at length, unless it is told to raise them.
+    with _plain_errors(), _arguments(normalise(argv)), _environment(_FULL_ERROR, "1"):
+        try:
+            program()
+        except SystemExit as stop:
+            return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return max(statuses, key=(0, 3, 1).index)
+
+
+def _run(settings: Settings) -> int:
+    from qwen3bench.bench.run import run  # late: --help, --cfg and mistakes need no torch
+
+    return run(settings)
+
+
+def _job_settings(config: DictConfig) -> Settings:
+    """Settings of this job; each point of a multirun gets a directory of its own."""
+    job = HydraConfig.get()
+    if job.mode == RunMode.MULTIRUN:
+        print(f"#{job.job.num}: {' '.join(job.overrides.task)}", flush=True)
+        directory = config.get("run", {}).get("dir")
+        config.run.dir = str(Path(directory) / str(job.job.num)) if directory else job.runtime.output_dir
+    return settings_from(config)
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Hydra's parser, with mistakes as `UserError` instead of a page of usage."""
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; `python -m qwen3bench --help` shows what there is")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser
+
+
+def _lengthened(override: str) -> str:
+    """`opt.flash.backend=…` for `flash.backend=…`, and `model=qwen3-8b` for `model=8b`."""
+    key, equals, value = override.partition("=")
+    first = key.partition(".")
+    if first[1] and first[0].lstrip("+~") in choices("opt"):
+        name = key.lstrip("+~")
+        return f"{key[: len(key) - len(name)]}opt.{name}{equals}{value}"
+    if key == "model":
+        known = choices("model")
+        names = [
+            f"qwen3-{n}" if n not in known and f"qwen3-{n}" in known else n for n in value.lower().split(",")
+        ]
+        return f"model={','.join(names)}" if set(names) <= set(known) else override
+    return override
+
+
+def _as_list(override: str) -> str:
+    """`opt=[flash,tie]` for `+opt=tie,flash,tie`: the options once each, in the order of labels."""
+    key, equals, value = override.partition("=")
+    group = key.lstrip("+")
+    if not equals or group not in SEVERAL or not _NAMES.fullmatch(value.strip()):
+        return override
+    names = dict.fromkeys(name.strip() for name in value.strip().strip("[]").split(",") if name.strip())
+    if list(names) in (["none"], ["null"]):
+        names = {}
+    known = choices(group)
+    ordered = sorted(names, key=lambda name: known.index(name) if name in known else len(known))
+    return f"{group}=[{','.join(ordered)}]"
+
+
+@contextmanager
+def _arguments(arguments: list[str]) -> Iterator[None]:
+    """Hydra reads sys.argv."""
+    before, sys.argv = sys.argv, ["qwen3bench", *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+@contextmanager
+def _environment(name: str, value: str | None) -> Iterator[None]:
+    """The environment variable `name` set to `value`, or unset where that is None."""
+    before = os.environ.pop(name, None)
+    if value is not None:
+        os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Hydra's and OmegaConf's errors as `UserError`."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise UserError(_explained(error)) from error
+
+
+def _explained(error: Exception) -> str:
+    """What an error of Hydra's means here, in one or two lines."""
+    text = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if found := re.search(r"Could not (?:find|load) '(\w+)/([^']*)'", text[0]):
+        return _no_such_choice(found[1], found[2])
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} is no override; give KEY=VALUE, as in `model=tiny`"
+    if found := re.match(r"Could not override '([^']*)'", text[0]):
+        return _no_such_key(found[1], f"{error} {error.__cause__}")
+    if text[0].startswith("Ambiguous value for argument"):
+        key = text[0].split("'")[1].partition("=")[0]
+        return f"{key} takes one value; for one run per value add -m (multirun)"
+    return " ".join(text[:2])
+
+
+def _no_such_key(key: str, text: str) -> str:
+    group, _, rest = key.partition(".")
+    name, _, option = rest.partition(".")
+    if group in SEVERAL and option:
+        if name not in choices(group):
+            return _no_such_choice(group, name)
+        if f"Key '{name}'" in text:
+            return f"{key} sets an option of {name}, which is not in this run; add {group}={name}"
+    return f"there is no setting {key!r}; `python -m qwen3bench --cfg job` shows what can be set"
+
+
+def _no_such_choice(group: str, name: str) -> str:
+    what = "optimization" if group == "opt" else group
+    known = choices(group)
+    return f"there is no {what} {name!r}{nearest(name, known)}\nthere are: {', '.join(known)}"

@@ -1,0 +1,95 @@
+"""The one builder: a configuration, the names of the optimizations and weights become a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwen3bench.model.checkpoint import EMBEDDING, HEAD
+from qwen3bench.model.config import ModelConfig
+from qwen3bench.model.parts import assemble
+from qwen3bench.model.qwen3 import Qwen3Model, rope_tables
+from qwen3bench.model.weights import load_weights, refuse_untied
+from qwen3bench.optimizations import resolve
+
+_BLOCK_NAMES = {
+    "att.W_query": "self_attn.q_proj",
+    "att.W_key": "self_attn.k_proj",
+    "att.W_value": "self_attn.v_proj",
+    "att.out_proj": "self_attn.o_proj",
+    "att.q_norm": "self_attn.q_norm",
+    "att.k_norm": "self_attn.k_norm",
+    "ff.fc1": "mlp.gate_proj",
+    "ff.fc2": "mlp.up_proj",
+    "ff.fc3": "mlp.down_proj",
+    "norm1": "input_layernorm",
+    "norm2": "post_attention_layernorm",
+}
+
+
+def hf_names(config: ModelConfig) -> dict[str, str]:
+    """Hugging Face's tensor name for each module of the model that holds a weight."""
+    names = {"tok_emb": EMBEDDING, "final_norm": "model.norm.weight", "out_head": HEAD}
+    for layer in range(config.num_layers):
+        for module, theirs in _BLOCK_NAMES.items():
+            names[f"trf_blocks.{layer}.{module}"] = f"model.layers.{layer}.{theirs}.weight"
+    return names
+
+
+def build_model(
+    config: ModelConfig,
+    opts: Iterable[str] | Mapping[str, Mapping[str, Any]] = (),
+    weights: dict[str, Tensor] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Qwen3Model:
+    """A Qwen3 model with the named optimizations on; call it with token ids (b, t) for logits (b, t, vocabulary).
+
+    `opts` are names, or a mapping of names to options. `weights` is a state dict with Hugging Face's names, by
+    default seeded random. The model's parameters ARE these tensors wherever device, dtype and layout allow, so
+    many models can share one set; without `tie` the head gets a copy where the weights share it with the embedding.
+    `device` and `dtype` default to the weights' own, else CPU and float32; device "meta" allocates nothing.
+
+    Raises `UserError` for an unknown optimization, two that claim one part, and `tie` on weights that are not tied.
+    """
+    parts = assemble(resolve(opts))
+    with torch.device("meta"):
+        model = Qwen3Model(config, parts)
+    if weights is None and torch.device(device or "cpu").type != "meta":
+        weights = load_weights("random", config, device=device or "cpu", dtype=dtype or torch.float32)
+    if weights is not None:
+        _assign(model, weights, device, dtype)
+    else:
+        model.to(dtype=dtype)
+    embedding = model.tok_emb.weight
+    model.cos, model.sin = _shared_rope_tables(config, embedding.device, embedding.dtype)
+    return model.eval().requires_grad_(False)
+
+
+def _assign(
+    model: Qwen3Model, weights: dict[str, Tensor], device: torch.device | str | None, dtype: torch.dtype | None
+) -> None:
+    tied = model.out_head.weight is model.tok_emb.weight
+    if tied:
+        refuse_untied(weights)
+    for path, theirs in hf_names(model.config).items():
+        if path == "out_head" and tied:
+            continue
+        module = model.get_submodule(path)
+        module.weight = nn.Parameter(weights[theirs].to(device, dtype), requires_grad=False)
+    if tied:
+        model.out_head.weight = model.tok_emb.weight
+    elif model.out_head.weight.data_ptr() == model.tok_emb.weight.data_ptr():
+        model.out_head.weight = nn.Parameter(model.tok_emb.weight.detach().clone(), requires_grad=False)
+    for module in model.modules():
+        if hasattr(module, "pack"):
+            module.pack()
+
+
+@lru_cache(maxsize=2)
+def _shared_rope_tables(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return rope_tables(config, device, dtype)

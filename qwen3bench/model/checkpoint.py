@@ -1,0 +1,338 @@
+"""A Hugging Face checkpoint's files, judged before any tensor is allocated.
+
+Layout: config.json and model.safetensors, or model.safetensors.index.json and its shards. The safetensors
+library accepts duplicate keys and knows no config; the checks here are stricter, and need no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from qwen3bench.errors import UserError
+from qwen3bench.model.config import ModelConfig
+
+HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# A parsed header takes some 30 times its bytes; Qwen3-32B's, with 707 tensors, has under 0.1 MiB.
+_JSON_LIMIT_BYTES = 2**20
+# Rotary frequencies that older transformers stored; they follow from the config.
+_IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_PICKLE_MAGICS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a checkpoint, by its Hugging Face name, head included, in order."""
+    width, ff, head = config.emb_dim, config.hidden_dim, config.head_dim
+    queries, keys = config.num_heads * head, config.num_kv_heads * head
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (width,),
+        "self_attn.q_proj": (queries, width),
+        "self_attn.k_proj": (keys, width),
+        "self_attn.v_proj": (keys, width),
+        "self_attn.q_norm": (head,),
+        "self_attn.k_norm": (head,),
+        "self_attn.o_proj": (width, queries),
+        "post_attention_layernorm": (width,),
+        "mlp.gate_proj": (ff, width),
+        "mlp.up_proj": (ff, width),
+        "mlp.down_proj": (width, ff),
+    }
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, width)}
+    for i in range(config.num_layers):
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    return shapes | {"model.norm.weight": (width,), HEAD: (config.vocab_size, width)}
+
+
+def locate_tensors(directory: Path, config: ModelConfig, *, tied: bool) -> dict[str, Path]:
+    """The file that holds each of `tensor_shapes(config)`, in order; a `tied` checkpoint may lack the head.
+
+    Reads headers only. Raises `UserError` naming the file where one is malformed, or a tensor is missing,
+    extra or misshapen.
+    """
+    headers = {}
+    for path, listed in weight_files(directory).items():
+        headers[path] = read_header(path)
+        if listed is not None:
+            _check_listed(path, headers[path].keys(), listed)
+    found = {
+        name: path for path, header in headers.items() for name in header if not _IGNORED.fullmatch(name)
+    }
+    if config.num_layers > len(found):  # before a hostile config.json makes the list of names long
+        raise UserError(
+            f"{directory}: {len(found)} tensors are too few for {config.num_layers} layers; is it complete?"
+        )
+    shapes = tensor_shapes(config)
+    if tied and HEAD not in found:
+        del shapes[HEAD]
+    if missing := [name for name in shapes if name not in found]:
+        raise UserError(f"{directory}: {_some(missing)} missing from the checkpoint; is it complete?")
+    if extra := [name for name in found if name not in shapes]:
+        raise UserError(
+            f"{found[extra[0]]}: {_some(extra)} no part of a Qwen3 model of this config; use another"
+        )
+    for name, shape in shapes.items():
+        stored = headers[found[name]][name]
+        if stored != shape:
+            raise UserError(
+                f"{found[name]}: {name} has shape {_short(stored)}, config.json asks for {shape}; "
+                "use the config.json that belongs to this checkpoint"
+            )
+    return {name: found[name] for name in shapes}
+
+
+def check_config(directory: Path, config: ModelConfig) -> bool:
+    """Whether the checkpoint in `directory` ties its head, by its config.json.
+
+    Raises `UserError` where that file describes another shape than `config`. `tie_word_embeddings` may
+    differ: the checkpoint knows.
+    """
+    found = ModelConfig.from_pretrained(directory)
+    for field, value in vars(config).items():
+        if field not in ("name", "tie_word_embeddings") and getattr(found, field) != value:
+            raise UserError(
+                f"{directory / 'config.json'}: {field} is {getattr(found, field)!r}, not {value!r} as asked; "
+                "choose the model that belongs to this checkpoint"
+            )
+    return found.tie_word_embeddings
+
+
+def weight_files(directory: Path) -> dict[Path, set[str] | None]:
+    """The files that hold a checkpoint's tensors: model.safetensors, else the shards that the index names.
+
+    Each with the names that the index has for it, None without an index. Raises `UserError` where there are
+    none, only pickles (never opened), or the index is malformed or points outside.
+    """
+    single = directory / "model.safetensors"
+    if single.exists():
+        return {single: None}
+    if index_path(directory).exists():
+        return _indexed(directory)
+    if pickles := sorted(path.name for path in directory.glob("*") if path.suffix in _PICKLES):
+        raise UserError(
+            f"{directory / pickles[0]}: a pickle can run any code when opened and is never read; "
+            "save the checkpoint as safetensors (transformers: save_pretrained)"
+        )
+    raise UserError(f"{directory}: holds no model.safetensors and no index of shards; is it a checkpoint?")
+
+
+def index_path(directory: Path) -> Path:
+    """Where a sharded checkpoint keeps its index."""
+    return directory / "model.safetensors.index.json"
+
+
+def _indexed(directory: Path) -> dict[Path, set[str] | None]:
+    path = index_path(directory)
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path}: holds no weight_map; get the file again")
+    names: dict[str, set[str]] = {}
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise UserError(
+                f"{path}: maps {_short(tensor)} to {_short(shard)}, no file name; get the file again"
+            )
+        names.setdefault(shard, set()).add(tensor)
+    return {_shard(directory, shard): tensors for shard, tensors in names.items()}
+
+
+def _shard(directory: Path, name: str) -> Path:
+    path = directory / name
+    try:
+        inside = any(path.resolve().is_relative_to(root) for root in _roots(directory))
+    except (OSError, ValueError, RuntimeError):  # a NUL byte, a lone surrogate, a loop of links
+        inside = False
+    if not inside or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UserError(
+            f"{index_path(directory)}: {_short(name)} points outside its directory; get the checkpoint again"
+        )
+    if path.suffix != ".safetensors":
+        raise UserError(
+            f"{index_path(directory)}: {_short(name)} is no safetensors file, and nothing else is read"
+        )
+    return path
+
+
+def _roots(directory: Path) -> list[Path]:
+    """Where a shard may lie: the directory, and for the hub's cache the blobs that a snapshot links to."""
+    directory = directory.resolve()
+    repository = directory.parent.parent
+    hub = directory.parent.name == "snapshots" and repository.name.startswith("models--")
+    return [directory, repository / "blobs"] if hub else [directory]
+
+
+def _check_listed(path: Path, held: Iterable[str], listed: set[str]) -> None:
+    """Raise `UserError` unless a shard holds exactly the tensors that the index says it does."""
+    again = "get index and shards again"
+    if lacks := sorted(listed.difference(held)):
+        raise UserError(f"{path}: {_some(lacks)} listed in the index but not in this shard; {again}")
+    if extra := sorted(set(held) - listed):
+        raise UserError(f"{path}: {_some(extra)} in this shard but not listed there in the index; {again}")
+
+
+def read_header(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in a safetensors file, read and checked without its data.
+
+    Checked as the format has it (https://huggingface.co/docs/safetensors): a bounded JSON header with unique
+    keys, and offsets that tile the data without overlap, hole or rest; and only dtypes of Qwen3 checkpoints.
+    Raises `UserError`.
+    """
+    again = "get the file again"
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: is no regular file; {again}")
+        file_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            header_bytes = int.from_bytes(start, "little")
+            if len(start) < 8 or 8 + header_bytes > file_bytes or header_bytes > _JSON_LIMIT_BYTES:
+                raise UserError(f"{path}: {_bad_length(start, header_bytes, file_bytes)}")
+            text = file.read(header_bytes)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {again}") from error
+    if not text.startswith(b"{"):
+        raise UserError(f"{path}: its header is no JSON object; {again}")
+    header = _object(parse_json(text, f"{path} (header)"), f"{path} (header)")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise UserError(f"{path}: __metadata__ in its header holds more than strings; {again}")
+
+    shapes, spans = {}, []
+    for name, entry in header.items():
+        shape, begin, end = _entry(entry, f"{path}: {_short(name)}")
+        shapes[name] = shape
+        spans.append((begin, end, name))
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            what = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
+            raise UserError(f"{path}: {_short(name)} at byte {begin} of the data {what}; {again}")
+        position = end
+    data_bytes = file_bytes - 8 - header_bytes
+    if position > data_bytes:
+        raise UserError(
+            f"{path}: truncated, {data_bytes} bytes of data where its header announces {position}; {again}"
+        )
+    if position < data_bytes:
+        raise UserError(f"{path}: {data_bytes - position} trailing bytes after the last tensor; {again}")
+    return shapes
+
+
+def _bad_length(start: bytes, header_bytes: int, file_bytes: int) -> str:
+    if start.startswith(_PICKLE_MAGICS):
+        return "is a pickle under a safetensors name and is never opened; save the checkpoint as safetensors"
+    if len(start) < 8:
+        return f"truncated, {file_bytes} bytes are too few for a safetensors file; get the file again"
+    if header_bytes > _JSON_LIMIT_BYTES:
+        return (
+            f"announces an oversized header ({header_bytes} of {_JSON_LIMIT_BYTES} bytes); get the file again"
+        )
+    return (
+        f"truncated, {file_bytes} bytes where its header alone takes {8 + header_bytes}; get the file again"
+    )
+
+
+def _entry(entry: Any, what: str) -> tuple[tuple[int, ...], int, int]:
+    """Shape, first byte and end of one header entry. Raises `UserError`."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise UserError(f"{what} is not described by dtype, shape and data_offsets; get the file again")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+        raise UserError(
+            f"{what} has dtype {_short(dtype)}; only {', '.join(_ITEM_BYTES)} are read, convert it"
+        )
+    if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
+        raise UserError(
+            f"{what} has shape {_short(shape)} and data_offsets {_short(offsets)}; get the file again"
+        )
+    begin, end = offsets
+    if len(shape) > 8 or end - begin != math.prod(shape) * _ITEM_BYTES[dtype]:
+        raise UserError(
+            f"{what} has {end - begin} bytes, not those of {dtype} {_short(shape)}; get the file again"
+        )
+    return tuple(shape), begin, end
+
+
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a small file. Raises `UserError` where it is missing, oversized or malformed."""
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: there is no such file; is {path.parent} a checkpoint's directory?")
+        with path.open("rb") as file:
+            text = file.read(_JSON_LIMIT_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}); is {path.parent} a checkpoint's directory?"
+        ) from error
+    if len(text) > _JSON_LIMIT_BYTES:
+        raise UserError(f"{path}: is larger than {_JSON_LIMIT_BYTES} bytes; is it a checkpoint's?")
+    return _object(parse_json(text, str(path)), str(path))
+
+
+def parse_json(text: bytes, source: str) -> Any:
+    """The value of a strict JSON text: UTF-8, each key once, finite numbers, 64-bit integers.
+
+    Raises `UserError` naming `source`.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value: dict[str, Any] = {}
+        for key, item in pairs:
+            if key in value:
+                raise UserError(
+                    f"{source}: the key {_short(key)} occurs twice; which one counts? Get the file again"
+                )
+            value[key] = item
+        return value
+
+    def finite(text: str) -> float:
+        value = float(text)
+        if not math.isfinite(value):
+            raise ValueError(f"{text[:20]} is no finite number")
+        return value
+
+    def whole(text: str) -> int:
+        value = int(text)
+        if abs(value) >= 2**63:
+            raise ValueError(f"{text[:20]} takes more than 64 bits")
+        return value
+
+    try:
+        return json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=unique,
+            parse_constant=finite,
+            parse_float=finite,
+            parse_int=whole,
+        )
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source}: is no valid JSON ({error}); get the file again") from error
+
+
+def _object(value: Any, source: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{source}: holds no JSON object; get the file again")
+    return value
+
+
+def _short(value: Any) -> str:
+    """`repr` in a line's length: a hostile file chooses its names."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:120]}…"
+
+
+def _some(names: list[str]) -> str:
+    """The first of `names`, how many more there are, and the verb."""
+    first = _short(names[0])
+    return f"{first} is" if len(names) == 1 else f"{first} and {len(names) - 1} more are"

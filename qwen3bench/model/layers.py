@@ -1,0 +1,132 @@
+"""The layers of Qwen3 in plain PyTorch operations: the baseline that every optimization replaces a part of.
+
+Shapes: b sequences, t new tokens, s keys (cached and new), e = emb_dim, h query heads, g key/value heads, d = head_dim.
+Source: Qwen3 Technical Report (arXiv:2505.09388); module names follow the document that this project starts from.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from qwen3bench.model.config import ModelConfig
+    from qwen3bench.model.parts import Parts
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv:1910.07467) in elementary operations, computed in float32 or wider.
+
+    Input and output (…, dim), in the input's dtype.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean_square = wide.pow(2).mean(dim=-1, keepdim=True)
+        return (wide * torch.rsqrt(mean_square + self.eps) * self.weight).to(x.dtype)
+
+    def _get_name(self) -> str:
+        return "RMSNorm"
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv:2002.05202): fc3(SiLU(fc1 x) · fc2 x), from (b, t, e) to (b, t, e)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.emb_dim, config.hidden_dim, bias=False)
+        self.fc2 = nn.Linear(config.emb_dim, config.hidden_dim, bias=False)
+        self.fc3 = nn.Linear(config.hidden_dim, config.emb_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc3(F.silu(self.fc1(x)) * self.fc2(x))
+
+    def _get_name(self) -> str:
+        return "FeedForward"
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (arXiv:2104.09864) of x (b, heads, t, d), its halves as pairs; cos and sin (t, d)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class GroupedQueryAttention(nn.Module):
+    """Grouped-query attention (arXiv:2305.13245) with a norm on each query and key head, (b, t, e) to (b, t, e)."""
+
+    def __init__(self, config: ModelConfig, parts: Parts) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.W_query = nn.Linear(config.emb_dim, config.num_heads * config.head_dim, bias=False)
+        self.W_key = nn.Linear(config.emb_dim, config.num_kv_heads * config.head_dim, bias=False)
+        self.W_value = nn.Linear(config.emb_dim, config.num_kv_heads * config.head_dim, bias=False)
+        self.out_proj = nn.Linear(config.num_heads * config.head_dim, config.emb_dim, bias=False)
+        self.q_norm = parts.norm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = parts.norm(config.head_dim, config.rms_norm_eps)
+        self.attend = parts.attend
+        self.mask_scores = parts.mask.apply
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (b, t, h·d), keys and values (b, t, g·d) of x (b, t, e)."""
+        return self.W_query(x), self.W_key(x), self.W_value(x)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        cache: tuple[Tensor, Tensor] | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        """`cache` holds keys and values (b, g, capacity, d), those before `start` filled; the new ones are written in."""
+        queries, keys, values = (
+            y.unflatten(-1, (-1, self.head_dim)) for y in self.project(x)
+        )  # (b, t, heads, d)
+        queries = apply_rope(self.q_norm(queries).transpose(1, 2), cos, sin)
+        keys = apply_rope(self.k_norm(keys).transpose(1, 2), cos, sin)
+        values = values.transpose(1, 2)
+        if cache is not None:
+            end = start + x.shape[1]
+            for new, stored in ((keys, cache[0]), (values, cache[1])):
+                stored[:, :, start:end] = new
+            keys, values = cache[0][:, :, :end], cache[1][:, :, :end]
+        context = self.attend(queries, keys, values, mask, self.mask_scores)  # (b, h, t, d)
+        return self.out_proj(context.transpose(1, 2).flatten(-2))
+
+    def _get_name(self) -> str:
+        return "GroupedQueryAttention"
+
+
+class TransformerBlock(nn.Module):
+    """One pre-norm decoder block, (b, t, e) to (b, t, e)."""
+
+    def __init__(self, config: ModelConfig, parts: Parts) -> None:
+        super().__init__()
+        self.att = parts.attention(config, parts)
+        self.ff = parts.mlp(config)
+        self.norm1 = parts.norm(config.emb_dim, config.rms_norm_eps)
+        self.norm2 = parts.norm(config.emb_dim, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        cache: tuple[Tensor, Tensor] | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        x = x + self.att(self.norm1(x), mask, cos, sin, cache, start)
+        return x + self.ff(self.norm2(x))
+
+    def _get_name(self) -> str:
+        return "TransformerBlock"

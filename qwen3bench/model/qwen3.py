@@ -1,0 +1,81 @@
+"""The Qwen3 decoder, assembled from Parts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qwen3bench.model.cache import KVCache
+from qwen3bench.model.config import ModelConfig
+from qwen3bench.model.parts import Parts
+
+
+def rope_tables(config: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's rotation angles, (context_length, d) each (arXiv:2104.09864).
+
+    Computed in float64, so that the only rounding is the one to `dtype`.
+    """
+    meta = torch.device(device).type == "meta"
+    compute = torch.device("meta" if meta else "cpu")
+    exponents = torch.arange(0, config.head_dim, 2, device=compute, dtype=torch.float64) / config.head_dim
+    positions = torch.arange(config.context_length, device=compute, dtype=torch.float64)
+    angles = torch.outer(positions, config.rope_base**-exponents).repeat(1, 2)
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+
+
+class Qwen3Model(nn.Module):
+    """A decoder-only transformer: token ids (b, t) to logits (b, t, vocabulary).
+
+    Raises ValueError where the tokens run past the context length.
+    """
+
+    def __init__(self, config: ModelConfig, parts: Parts) -> None:
+        super().__init__()
+        self.config = config
+        self.parts = parts
+        self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
+        self.trf_blocks = nn.ModuleList(parts.block(config, parts) for _ in range(config.num_layers))
+        self.final_norm = parts.norm(config.emb_dim, config.rms_norm_eps)
+        self.out_head = parts.head(self.tok_emb)
+        self.register_buffer("cos", None, persistent=False)
+        self.register_buffer("sin", None, persistent=False)
+
+    def forward(
+        self, tokens: Tensor, cache: KVCache | None = None, start: int = 0, logits_to_keep: int = 0
+    ) -> Tensor:
+        """Logits of `tokens`, the first of which stands at position `start` after what `cache` holds.
+
+        `logits_to_keep` > 0 computes only the last that many positions' logits.
+        """
+        end = start + tokens.shape[1]
+        if end > self.config.context_length:
+            raise ValueError(f"{end} tokens are more than the context of {self.config.context_length}")
+        x = self.tok_emb(tokens)
+        mask = self.parts.attend.mask(self.parts.mask, tokens.shape[1], start, x.device, x.dtype)
+        cos, sin = self.cos[start:end], self.sin[start:end]
+        for index, block in enumerate(self.trf_blocks):
+            x = block(x, mask, cos, sin, None if cache is None else cache.layer(index), start)
+        return self.out_head(self.final_norm(x[:, -logits_to_keep:]))
+
+    # Counts
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters stored; a shared tensor counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def num_unique_parameters(self) -> int:
+        """Parameters with the embedding and the output head counted once, stored twice or not."""
+        twice = self.out_head.weight is not self.tok_emb.weight
+        return self.num_parameters - (self.out_head.weight.numel() if twice else 0)
+
+    @property
+    def num_non_embedding_parameters(self) -> int:
+        """Parameters of the blocks and the final norm."""
+        return self.num_unique_parameters - self.tok_emb.weight.numel()
+
+    @property
+    def parameter_bytes(self) -> int:
+        """What the stored parameters occupy, in bytes."""
+        return sum(p.nbytes for p in self.parameters())

@@ -1,0 +1,68 @@
+"""`flash`: fused attention, which never writes the scores to memory.
+
+FlashAttention (arXiv:2205.14135, 2307.08691) through `torch.nn.functional.scaled_dot_product_attention`, with
+grouped heads served natively. Which kernel runs is PyTorch's choice unless `backend` forces one.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from qwen3bench.errors import UserError
+from qwen3bench.model.attention import Mask, MaskScores
+from qwen3bench.model.parts import Parts
+
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+@dataclass(frozen=True)
+class FlashAttention:
+    """Attention in one kernel. Shapes as in `model.attention`.
+
+    With a mask that may stay implicit there is no mask tensor at all: `is_causal`, or nothing for a single query, which
+    attends every key (`is_causal` aligns the diagonal top left, so a lone query would see only key 0). A chunk
+    against a cache needs an explicit one, for the same reason; PyTorch's boolean mask is True where a query attends.
+    """
+
+    backend: SDPBackend | None = None
+
+    def mask(self, mask: Mask, queries: int, start: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+        if mask.implicit and (queries == 1 or start == 0):
+            return None
+        dense = mask.dense(queries, start, device, dtype)
+        return ~dense if dense.dtype is torch.bool else dense
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, mask_scores: MaskScores) -> Tensor:
+        with self._forced():
+            return F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None and q.shape[-2] > 1,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+
+    def _forced(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.backend is None else sdpa_kernel(self.backend)
+
+
+def apply(parts: Parts, backend: str = "auto") -> Parts:
+    """The parts with fused attention; `backend` is auto, flash, cudnn, efficient or math.
+
+    A forced backend that PyTorch cannot use for a cell raises RuntimeError when the cell runs.
+    """
+    if backend != "auto" and backend not in BACKENDS:
+        raise UserError(f"flash.backend={backend!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")
+    return replace(parts, attend=FlashAttention(BACKENDS.get(backend)))

@@ -1,0 +1,79 @@
+"""`mlp`: one gate-up product over one stored weight, then SiLU and product in one kernel.
+
+The idea of Liger-Kernel's SwiGLU (arXiv:2410.10989) and of gpt-fast's stacked projections. The two halves of the
+product lie strided in memory, so chunk-then-multiply loses what the single product wins; the kernel reads both halves
+of a row where they lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen3bench.model.config import ModelConfig
+from qwen3bench.model.layers import FeedForward
+from qwen3bench.model.parts import Parts
+from qwen3bench.model.weights import stacked
+
+_HAS_TRITON = find_spec("triton") is not None
+if _HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _silu_mul_kernel(gate_up, out, width, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = column < width
+        gate = tl.load(gate_up + row * 2 * width + column, mask=inside).to(tl.float32)
+        up = tl.load(gate_up + row * 2 * width + width + column, mask=inside).to(tl.float32)
+        product = gate * tl.sigmoid(gate) * up
+        tl.store(out + row * width + column, product.to(out.dtype.element_ty), mask=inside)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """SiLU of the first half times the second half: (…, 2·width) to (…, width), computed in float32.
+
+    One Triton kernel on CUDA; plain operations elsewhere and under torch.compile, which fuses them itself.
+    """
+    if not (_HAS_TRITON and gate_up.is_cuda) or torch.compiler.is_compiling() or gate_up.dtype is torch.float64:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    gate_up = gate_up.contiguous()
+    width = gate_up.shape[-1] // 2
+    out = gate_up.new_empty((*gate_up.shape[:-1], width))
+    block = min(1024, triton.next_power_of_2(width))
+    _silu_mul_kernel[(out.numel() // width, triton.cdiv(width, block))](gate_up, out, width, BLOCK=block)
+    return out
+
+
+class FusedFeedForward(FeedForward):
+    """SwiGLU with one gate-up product; fc1 and fc2 are the two halves of one stored weight. For inference."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.pack()
+
+    def pack(self) -> None:
+        """Store fc1's and fc2's weights as slices of one tensor; no copy where they lie so already."""
+        self.gate_up = stacked(self.fc1.weight.detach(), self.fc2.weight.detach())
+        for linear, half in zip((self.fc1, self.fc2), self.gate_up.chunk(2), strict=True):
+            linear.weight = nn.Parameter(half, requires_grad=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedFeedForward:
+        super()._apply(fn, recurse)
+        self.pack()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc3(silu_mul(F.linear(x, self.gate_up)))
+
+
+def apply(parts: Parts) -> Parts:
+    """The parts with the fused feed-forward."""
+    return replace(parts, mlp=FusedFeedForward)

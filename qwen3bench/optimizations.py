@@ -1,0 +1,53 @@
+"""The catalogue of optimizations: what configs/opt/*.yaml declares.
+
+No module names an optimization; adding one takes its Python file and its YAML file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from qwen3bench.errors import UserError
+from qwen3bench.settings import choices, config_dir, nearest
+
+_NOT_OPTIONS = ("_target_", "order")
+
+
+def declared(name: str) -> dict[str, Any]:
+    """What the YAML file of an optimization says: `_target_` (its function Parts → Parts), `order`, and its options.
+
+    Raises `UserError`, naming those that exist and the nearest, where there is no such optimization.
+    """
+    if name not in choices("opt"):
+        raise UserError(
+            f"unknown optimization {name!r}; there are {', '.join(choices('opt'))}{nearest(name, choices('opt'))}"
+        )
+    content = OmegaConf.to_container(OmegaConf.load(config_dir() / "opt" / f"{name}.yaml"))
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
+def resolve(opts: Iterable[str] | Mapping[str, Mapping[str, Any]]) -> dict[str, Callable[[Any], Any]]:
+    """The functions Parts → Parts of the named optimizations, in the order of labels, options bound.
+
+    `opts` are names, or a mapping of names to options. Raises `UserError` for an unknown name or option.
+    """
+    from hydra.utils import get_method
+
+    given = opts if isinstance(opts, Mapping) else dict.fromkeys([opts] if isinstance(opts, str) else opts, {})
+    declarations = {name: declared(name) for name in given}
+    resolved: dict[str, Callable[[Any], Any]] = {}
+    for name in sorted(given, key=choices("opt").index):
+        defaults, asked = _options(declarations[name]), _options(given[name])
+        if unknown := sorted(set(asked) - set(defaults)):
+            raise UserError(f"{name} has no option {', '.join(unknown)}; it has: {', '.join(defaults) or 'none'}")
+        resolved[name] = partial(get_method(declarations[name]["_target_"]), **{**defaults, **asked})
+    return resolved
+
+
+def _options(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key not in _NOT_OPTIONS}

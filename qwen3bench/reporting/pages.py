@@ -1,0 +1,173 @@
+"""The report's files: report.md, report.html and plots/, each written whole or not at all."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from qwen3bench.bench.record import write_atomic
+from qwen3bench.reporting import figures, plots, tables
+from qwen3bench.reporting.conditions import Condition, conditions, device, factors
+from qwen3bench.reporting.findings import Finding, findings, grouped
+from qwen3bench.reporting.tables import Table
+from qwen3bench.reporting.units import is_number
+
+if TYPE_CHECKING:
+    from qwen3bench.analysis.run import Run
+
+_EFFECT_HEADINGS = {"latency_s": "Effects on latency", "peak_allocated_bytes": "Effects on peak memory"}
+_MARKDOWN_ROWS = 64  # rows of a table in report.md; the page and the csv hold all
+
+
+@dataclass(frozen=True)
+class Section:
+    """All that is shown of one workload under one runtime."""
+
+    condition: Condition
+    cells: Table
+    effects: list[tuple[str, Table]]
+    plots: list[figures.SavedPlot]
+
+
+def write_report(run: Run) -> Path:
+    """Write report.md, report.html and plots/ into the run's directory and return the path of report.html.
+
+    Works on a partial run: what is missing is left out and named. Raises UserError when the directory cannot be
+    written.
+    """
+    content = page_content(run)
+    for name in ("report.md", "report.html"):
+        write_atomic(run.path / name, render(f"{name}.jinja", content))
+    return run.path / "report.html"
+
+
+def page_content(run: Run) -> dict[str, Any]:
+    """Everything that the templates show, plots already written under the run's directory."""
+    with figures.style():
+        sections = [_section(run, condition) for condition in conditions(run)]
+        overall = [figures.save(plot, run.path / "plots") for plot in plots.run_plots(run)]
+    found = findings(run)
+    return {
+        "title": f"{run.record.run.get('model') or 'A model'} on {device(run)}",
+        "factors": factors(run),
+        "about": _about(run),
+        "findings": grouped([finding for finding in found if finding.level == "plain"]),
+        "warnings": [finding for finding in found if finding.level == "warning"],
+        "sections": sections,
+        "overall": overall,
+        "equivalence": _equivalence(run),
+        "evidence": tables.evidence_table(lines) if (lines := run.record.of("evidence")) else None,
+        "failures": _failures(run),
+        "measured": _measured(run),
+        "commands": [_command(line) for line in run.record.of("session")],
+        "environment": tables.mapping_table(run.environment or {}, ("what", "value")),
+        "config": tables.mapping_table(run.config, ("option", "value")),
+        "most_rows": _MARKDOWN_ROWS,
+    }
+
+
+def render(template: str, content: dict[str, Any]) -> str:
+    """Text of a page; names ending in .html.jinja escape every value for HTML."""
+    environment = Environment(
+        loader=PackageLoader("qwen3bench.reporting", ""),
+        autoescape=template.endswith(".html.jinja"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"md": markdown, "markup": Markup}
+    environment.globals["asset"] = lambda name: Markup(Path(__file__).with_name(name).read_text("utf-8"))
+    return environment.get_template(template).render(content)
+
+
+def markdown(value: object) -> str:
+    """Text for one line or table cell of markdown, with what would be read as markup escaped."""
+    text = " ".join(str(value).split())
+    return re.sub(r"([\\`*<|~]|(?<=\])\()", r"\\\1", text)
+
+
+def _section(run: Run, condition: Condition) -> Section:
+    cells = condition.select(run.cells)
+    effects = condition.select(run.effects)
+    tables_of_effects = []
+    for metric, heading in _EFFECT_HEADINGS.items():
+        rows = effects[effects["metric"] == metric] if len(effects) else effects
+        if len(rows):
+            tables_of_effects.append((heading, tables.effects_table(rows)))
+    drawn = [figures.save(plot, run.path / "plots") for plot in plots.condition_plots(run, condition)]
+    return Section(condition, tables.cells_table(cells), tables_of_effects, drawn)
+
+
+def _about(run: Run) -> list[tuple[str, str]]:
+    """What holds for the whole report, said once."""
+    first = run.record.run
+    facts = [
+        ("model", first.get("model")),
+        ("weights", run.config.get("weights")),
+        ("device", first.get("device")),
+        ("dtype", first.get("dtype")),
+        ("switches", ", ".join(factors(run)) or "none"),
+        ("cells", len(first.get("cells", []))),
+        ("measured", first.get("created")),
+    ]
+    return [(name, str(value)) for name, value in facts if value not in (None, "")]
+
+
+def _equivalence(run: Run) -> Table | None:
+    if run.cells.empty or "equivalent" not in run.cells or run.cells["equivalent"].isna().all():
+        return None
+    return tables.equivalence_table(run.cells)
+
+
+def _failures(run: Run) -> Table | None:
+    lines = run.record.of("failure")
+    keys = ("cell", "workload", "runtime", "pass", "status", "reason")
+    if not lines:
+        return None
+    rows = [[tables.Entry(text, text) for text in (str(line.get(key) or "") for key in keys)] for line in lines]
+    return tables.drop_empty(tables.Table(list(keys), rows))
+
+
+def _measured(run: Run) -> Table | None:
+    """Per condition how much was measured and why it stopped, from the `stop` lines."""
+    headings = ["workload", "runtime", "blocks", "processes", "measured (s)", "half-width reached", "stopped because"]
+    reasons = {
+        "target": "every effect is as tight as asked for",
+        "max_seconds": "the time allowed was up",
+        "max_blocks": "the blocks allowed were used up",
+        "failed": "measuring failed",
+    }
+    rows = []
+    for line in run.record.of("stop"):
+        widest = max((w for w in (line.get("half_width") or {}).values() if is_number(w)), default=None)
+        spent = line.get("measured_s")
+        texts = (
+            line.get("workload"),
+            line.get("runtime"),
+            line.get("blocks"),
+            line.get("processes"),
+            f"{spent:.1f}" if is_number(spent) else "",
+            f"±{100 * widest:.2g} %" if widest is not None else "",
+            reasons.get(str(line.get("reason")), line.get("reason")),
+        )
+        rows.append([tables.Entry("" if text is None else str(text)) for text in texts])
+    return tables.drop_empty(tables.Table(headings, rows)) if rows else None
+
+
+def _command(line: dict[str, Any]) -> str:
+    command = line.get("command") or []
+    words = shlex.join(map(str, command)) if isinstance(command, list) else str(command)
+    time = line.get("time")
+    when = f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M:%S} UTC: " if is_number(time) else ""
+    return f"{when}{words}"
+
+
+__all__ = ["Finding", "Section", "markdown", "page_content", "render", "write_report"]

@@ -1,0 +1,38 @@
+"""The plots of a report; a plot whose data the run does not hold is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+from qwen3bench.reporting import plot_cells, plot_effects
+from qwen3bench.reporting.conditions import Condition
+from qwen3bench.reporting.figures import Plot
+
+if TYPE_CHECKING:
+    from qwen3bench.analysis.run import Run
+
+_OF_CONDITION = (
+    plot_effects.forest,
+    plot_cells.ranked,
+    plot_cells.memory_latency,
+    partial(plot_effects.waterfall, metric=plot_effects.LATENCY),
+    partial(plot_effects.waterfall, metric=plot_effects.MEMORY),
+    plot_effects.interactions,
+)
+_OF_RUN = (plot_effects.by_condition, plot_cells.roofline)
+
+
+def condition_plots(run: Run, condition: Condition) -> Iterator[Plot]:
+    """Plots of one workload under one runtime, in the order in which they are read."""
+    for draw in _OF_CONDITION:
+        if plot := draw(run, condition):
+            yield plot
+
+
+def run_plots(run: Run) -> Iterator[Plot]:
+    """Plots over all workloads and runtimes of a run."""
+    for draw in _OF_RUN:
+        if plot := draw(run):
+            yield plot

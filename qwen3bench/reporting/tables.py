@@ -1,0 +1,205 @@
+"""Tables of a report as plain values: headings, texts and the numbers to sort by; pages and terminal render them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+
+from qwen3bench.reporting.units import BYTES, SECONDS, Unit, is_number, ratio, significant, unit_for
+
+# Column of cells.csv → heading and how its values read; the order of the report's table.
+_CELL_COLUMNS: dict[str, tuple[str, str]] = {
+    "latency_s": ("latency", "seconds"),
+    "speedup": ("speed-up over baseline", "ratio"),
+    "tokens_per_s": ("tokens/s", "number"),
+    "ttft_s": ("TTFT", "seconds"),
+    "tpot_s": ("TPOT", "seconds"),
+    "peak_allocated_bytes": ("peak allocated", "bytes"),
+    "peak_reserved_bytes": ("peak reserved", "bytes"),
+    "parameter_bytes": ("parameters", "bytes"),
+    "mfu": ("MFU", "fraction"),
+    "mbu": ("MBU", "fraction"),
+    "kernel_launches": ("kernel launches", "number"),
+    "attention_backend": ("attention", "text"),
+    "samples": ("samples", "number"),
+    "status": ("status", "text"),
+}
+_CELL_BASICS = ("latency_s", "speedup", "tokens_per_s", "peak_allocated_bytes", "status")
+_EQUIVALENCE_COLUMNS: dict[str, tuple[str, str]] = {
+    "equivalent": ("same function", "text"),
+    "max_abs_error": ("max error", "number"),
+    "kl_mean": ("KL", "number"),
+    "top1_agreement": ("top-1 agreement", "number"),
+}
+_EVIDENCE_COLUMNS: dict[str, tuple[str, str]] = {
+    "workload": ("workload", "text"),
+    "runtime": ("runtime", "text"),
+    "attention_backend": ("attention", "text"),
+    "kernel_launches": ("kernel launches", "number"),
+    "tied_storage": ("head tied in storage", "text"),
+    "graph_breaks": ("graph breaks", "number"),
+    "recompiles": ("recompiles", "number"),
+    "notes": ("notes", "text"),
+}
+_DECIDED = ("faster", "slower", "less", "more")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One value of a table: what it reads and what it sorts by (None sorts last)."""
+
+    text: str
+    key: float | str | None = None
+
+    @property
+    def number(self) -> bool:
+        return isinstance(self.key, float)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headings and rows; `constants` is what is the same in every row and has no column, `note` what is left out."""
+
+    headings: list[str]
+    rows: list[list[Entry]]
+    constants: list[tuple[str, str]] = field(default_factory=list)
+    note: str = ""
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Per column, whether it holds numbers, to be set flush right."""
+        return [any(row[i].number for row in self.rows) for i in range(len(self.headings))]
+
+    def head(self, rows: int) -> Table:
+        """The same table cut to its first rows."""
+        return Table(self.headings, self.rows[:rows], self.constants, self.note)
+
+
+def cells_table(cells: pd.DataFrame, basics: bool = False) -> Table:
+    """Cells of one condition, the fastest first, as a table; `basics` keeps the columns that fit a terminal."""
+    columns = {key: _CELL_COLUMNS[key] for key in _CELL_BASICS} if basics else _CELL_COLUMNS
+    ordered = cells.sort_values("latency_s", na_position="last", kind="stable")
+    return _table(ordered, "cell", columns, keep=("latency_s", "speedup"))
+
+
+def effects_table(effects: pd.DataFrame) -> Table:
+    """Effects of one condition and metric: term, kind, estimate with interval, p, verdict.
+
+    Interactions of three and more switches are shown only where they are decided; `note` counts the others.
+    """
+    plain = (effects["term"].str.count(":") >= 2) & ~effects["verdict"].isin(_DECIDED)
+    rows = []
+    for row in effects[~plain].itertuples():
+        memory = row.metric != "latency_s"
+        estimate = signed_bytes(row.estimate) if memory else ratio(row.estimate, row.lo, row.hi)
+        p = f"{row.p_holm:.2g}" if is_number(row.p_holm) else ""
+        reason = getattr(row, "reason", None)
+        verdict = row.verdict if isinstance(row.verdict, str) and row.verdict else _words(reason)
+        texts = [Entry(row.term, row.term), Entry(row.kind, row.kind), Entry(estimate, _key(row.estimate))]
+        rows.append([*texts, Entry(p, _key(row.p_holm)), Entry(verdict, verdict)])
+    verdicts = effects.loc[plain, "verdict"].fillna("without an estimate").value_counts(sort=False)
+    left_out = ", ".join(f"{number} {verdict}" for verdict, number in verdicts.items())
+    note = f"Left out here: interactions of three and more switches, {left_out}." if left_out else ""
+    return drop_empty(Table(["term", "kind", "effect", "p (Holm)", "verdict"], rows, note=note))
+
+
+def equivalence_table(cells: pd.DataFrame) -> Table:
+    """How far each cell's outputs are from the reference, one row per cell."""
+    return _table(cells.drop_duplicates("cell"), "cell", _EQUIVALENCE_COLUMNS)
+
+
+def evidence_table(lines: list[dict[str, object]]) -> Table:
+    """What really ran in each cell, from the `evidence` lines of a record."""
+    frame = pd.DataFrame(lines)
+    if "notes" in frame:
+        frame["notes"] = ["; ".join(notes) if isinstance(notes, list) else None for notes in frame["notes"]]
+    return _table(frame, "cell", _EVIDENCE_COLUMNS)
+
+
+def mapping_table(mapping: dict[str, object], headings: tuple[str, str] = ("", "")) -> Table:
+    """A nested mapping as two columns, keys joined by dots; what is None is left out."""
+    rows = [[Entry(key, key), Entry(text, text)] for key, text in _flat(mapping)]
+    return Table(list(headings), rows)
+
+
+def signed_bytes(value: float) -> str:
+    """Change of memory with sign and unit, for example `−296.8 MiB`."""
+    if not is_number(value):
+        return ""
+    unit = unit_for([value], BYTES)
+    sign = "−" if value < 0 else "+" if value > 0 else ""
+    return f"{sign}{unit.text(abs(value))} {unit.symbol}"
+
+
+def drop_empty(table: Table) -> Table:
+    """The table without the columns in which no row has a text."""
+    keep = [i for i in range(len(table.headings)) if any(row[i].text for row in table.rows)]
+    rows = [[row[i] for i in keep] for row in table.rows]
+    return Table([table.headings[i] for i in keep], rows, table.constants, table.note)
+
+
+def _table(frame: pd.DataFrame, index: str, columns: dict[str, tuple[str, str]], keep: Sequence[str] = ()) -> Table:
+    """Table of a frame: empty columns dropped, columns that never vary said once (except those in `keep`)."""
+    headings, entries, constants = [index], [[_text(value) for value in frame[index]]], []
+    for name, (heading, kind) in columns.items():
+        if name not in frame or frame[name].isna().all():
+            continue
+        heading, values = _column(frame, name, heading, kind)
+        if len(values) > 1 and name not in keep and len({value.text for value in values}) == 1:
+            if values[0].text:
+                constants.append((heading, values[0].text))
+        elif any(value.text for value in values):
+            headings.append(heading)
+            entries.append(values)
+    return Table(headings, [list(row) for row in zip(*entries, strict=True)], constants)
+
+
+def _column(frame: pd.DataFrame, name: str, heading: str, kind: str) -> tuple[str, list[Entry]]:
+    values = frame[name].tolist()
+    if kind in ("seconds", "bytes"):
+        unit = unit_for(values, SECONDS if kind == "seconds" else BYTES)
+        return f"{heading} ({unit.symbol})", [Entry(unit.text(value), _key(value)) for value in values]
+    if kind == "ratio":
+        bounds = zip(values, frame[f"{name}_lo"], frame[f"{name}_hi"], strict=True)
+        return heading, [Entry(ratio(*triple), _key(triple[0])) for triple in bounds]
+    if kind == "fraction":
+        percent = Unit("%", 0.01)
+        return f"{heading} (%)", [Entry(percent.text(value), _key(value)) for value in values]
+    if kind == "number":
+        return heading, [Entry(_number(value), _key(value)) for value in values]
+    return heading, [_text(value) for value in values]
+
+
+def _number(value: object) -> str:
+    if not is_number(value):
+        return ""
+    number = float(value)  # type: ignore[arg-type]
+    if number == int(number):
+        return f"{int(number):,}"
+    return f"{number:.2g}" if abs(number) < 1e-3 else significant(number)
+
+
+def _key(value: object) -> float | None:
+    return float(value) if is_number(value) else None  # type: ignore[arg-type]
+
+
+def _text(value: object) -> Entry:
+    text = _words(value)
+    return Entry(text, text or None)
+
+
+def _words(value: object) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)) or value is pd.NA:
+        return ""
+    return ("yes" if value else "no") if str(value) in ("True", "False") else str(value)
+
+
+def _flat(value: object, prefix: str = "") -> Iterable[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    elif value is not None:
+        yield prefix, ", ".join(map(str, value)) if isinstance(value, list) else _words(value)

@@ -1,0 +1,99 @@
+"""Fixtures that every folder of tests shares: seeds, the tiny model, and all combinations of the optimizations."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from itertools import product
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from qwen3bench.choices import choices, options_of
+from qwen3bench.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def subsets() -> list[tuple[str, ...]]:
+    """All combinations of the optimizations that configs/opt declares, the baseline first."""
+    return [
+        tuple(name for name, on in zip(choices("opt"), levels, strict=True) if on)
+        for levels in product((False, True), repeat=len(choices("opt")))
+    ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `each_cell` runs once for each combination; one that takes `each_opt`, for each switch."""
+    if "each_cell" in metafunc.fixturenames:
+        cells = subsets()
+        metafunc.parametrize("each_cell", cells, ids=["+".join(cell) or "baseline" for cell in cells])
+    if "each_opt" in metafunc.fixturenames:
+        metafunc.parametrize("each_opt", choices("opt"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs CUDA where there is none; share the cores between the processes of a parallel run."""
+    if "torch" not in sys.modules:  # no collected test needs it
+        return
+    import torch
+
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The same random numbers in each test, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    if "torch" in sys.modules:
+        import torch
+
+        torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModelConfig:
+    """The shape that `model=tiny` names: two layers, grouped heads."""
+    return ModelConfig(**options_of("model", "tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tiny: ModelConfig) -> dict[str, Tensor]:
+    """Float32 weights of `tiny`, head tied, that no mistake hides behind: peaky attention, no gain at 1.
+
+    Shared by all tests: clone before writing to them.
+    """
+    import torch
+
+    from qwen3bench.model.weights import load_weights
+
+    weights = load_weights("random", tiny)
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in weights.items():
+        if name.endswith("norm.weight"):
+            peak = 3.0 if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0
+            tensor.copy_(peak * (1 + 0.3 * torch.randn(tensor.shape, generator=generator)))
+        elif name.startswith("model.layers"):
+            tensor.mul_(5)  # the blocks then matter beside the embedding
+    return weights
+
+
+@pytest.fixture(scope="session")
+def all_opts() -> tuple[str, ...]:
+    """Every optimization that configs/opt declares, in the order of labels."""
+    return choices("opt")
+
+
+@pytest.fixture(scope="session")
+def all_cells() -> list[tuple[str, ...]]:
+    """All combinations of the optimizations, the baseline first."""
+    return subsets()
