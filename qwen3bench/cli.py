@@ -18,7 +18,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from qwen3bench.choices import choices, config_dir, nearest
 from qwen3bench.errors import UserError
@@ -48,7 +47,8 @@ def compose(argv: Sequence[str] | None = None) -> Settings:
     if any(override.startswith("-") for override in overrides):
         raise UserError(f"{overrides[0]} is not an option here; give KEY=VALUE, as in `model=tiny`")
     with _plain_errors(), hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return settings_from(hydra.compose("config", overrides))
+        config = hydra.compose("config", overrides)
+    return settings_from(config)
 
 
 def guarded(action: Callable[[], int]) -> int:
@@ -61,7 +61,8 @@ def guarded(action: Callable[[], int]) -> int:
     except (UserError, OSError) as error:
         if os.environ.get(_FULL_ERROR) == "1":
             traceback.print_exc()
-        print(f"qwen3bench: error: {error}", file=sys.stderr)
+        message = "\n".join(_printable(line) for line in str(error).split("\n"))
+        print(f"qwen3bench: error: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -78,6 +79,8 @@ def normalise(argv: Sequence[str]) -> list[str]:
     `model=8b` for `model=qwen3-8b`. Raises `UserError` on an option that does not exist.
     """
     args = _parser().parse_intermixed_args(list(argv))
+    if args.experimental_rerun is not None:
+        raise UserError("--experimental-rerun reads a pickle, which can run anything; give the overrides again")
     overrides = [_lengthened(override) for override in args.overrides]
     multirun = args.multirun or any(override.lower() == "hydra.mode=multirun" for override in overrides)
     if not multirun:
@@ -126,11 +129,16 @@ def _job_settings(config: DictConfig) -> Settings:
     return settings_from(config)
 
 
+def _printable(text: str) -> str:
+    """`text` with control characters escaped: a file's name must not steer the terminal."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
 def _parser() -> argparse.ArgumentParser:
     """Hydra's parser, with mistakes as `UserError` instead of a page of usage."""
 
     def refuse(message: str) -> NoReturn:
-        raise UserError(f"{message}; `python -m qwen3bench --help` shows what there is")
+        raise UserError(f"{_printable(message)}; `python -m qwen3bench --help` shows what there is")
 
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
@@ -146,9 +154,7 @@ def _lengthened(override: str) -> str:
         return f"{key[: len(key) - len(name)]}opt.{name}{equals}{value}"
     if key == "model":
         known = choices("model")
-        names = [
-            f"qwen3-{n}" if n not in known and f"qwen3-{n}" in known else n for n in value.lower().split(",")
-        ]
+        names = [f"qwen3-{n}" if n not in known and f"qwen3-{n}" in known else n for n in value.lower().split(",")]
         return f"model={','.join(names)}" if set(names) <= set(known) else override
     return override
 
@@ -193,22 +199,27 @@ def _environment(name: str, value: str | None) -> Iterator[None]:
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Hydra's and OmegaConf's errors as `UserError`."""
+    """Whatever Hydra, OmegaConf or YAML finds wrong while composing, as `UserError`."""
     try:
         yield
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except Exception as error:
+        if isinstance(error, (UserError, OSError)) and not isinstance(error, HydraException):
+            raise
         raise UserError(_explained(error)) from error
 
 
 def _explained(error: Exception) -> str:
     """What an error of Hydra's means here, in one or two lines."""
     text = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    if found := re.search(r"Could not (?:find|load) '(\w+)/([^']*)'", text[0]):
+    found = re.search(r"Could not (?:find|load) '(\w+)/([^']*)'", text[0])
+    if found and choices(found[1]):
         return _no_such_choice(found[1], found[2])
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} is no override; give KEY=VALUE, as in `model=tiny`"
     if found := re.match(r"Could not override '([^']*)'", text[0]):
         return _no_such_key(found[1], f"{error} {error.__cause__}")
+    if text[0].startswith("Config group override must be"):
+        return "a group is set to the name of an option, as in `model=tiny`; --help lists them"
     if text[0].startswith("Ambiguous value for argument"):
         key = text[0].split("'")[1].partition("=")[0]
         return f"{key} takes one value; for one run per value add -m (multirun)"

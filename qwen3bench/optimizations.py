@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from qwen3bench.errors import UserError
-from qwen3bench.settings import choices, config_dir, nearest
+from qwen3bench.choices import choices, config_dir, nearest
 
 _NOT_OPTIONS = ("_target_", "order")
 

@@ -54,9 +54,7 @@ class Section:
     def number(self, name: str, below: float = math.inf) -> float:
         value = self.take(name)
         if type(value) not in (int, float) or not 0 < value < below:
-            raise self.wrong(
-                name, "a number above 0" + (f" and below {below:g}" if below < math.inf else ""), value
-            )
+            raise self.wrong(name, "a number above 0" + (f" and below {below:g}" if below < math.inf else ""), value)
         return float(value)
 
     def optional_number(self, name: str, below: float = math.inf) -> float | None:

@@ -56,8 +56,8 @@ class Settings:
     """What one run is to measure, all names and numbers checked.
 
     `opts`, `workloads`, `runtimes` and `peers` map a name to its options, in the order of labels and tables;
-    the options of an optimization hold its `_target_`. Before `resolved`, `device`, `dtype` and a runtime may be
-    `auto`.
+    the options of an optimization hold its `_target_`. Before `resolved`, `device`, `dtype` and a runtime may
+    be `auto`.
     """
 
     model: ModelConfig
@@ -102,9 +102,7 @@ class Settings:
                 name = "graph" if kind == "cuda" else "eager"
                 options = options_of("runtime", name)
             if name == "graph" and kind != "cuda":
-                raise UserError(
-                    f"runtime=graph replays CUDA graphs and the device is {device}; use runtime=eager"
-                )
+                raise UserError(f"runtime=graph replays CUDA graphs and the device is {device}; use runtime=eager")
             runtimes.setdefault(name, options)
         dtype = _DTYPE[kind] if self.dtype == "auto" else self.dtype
         context = self.model.context_length
@@ -198,9 +196,7 @@ def settings_from(config: DictConfig | Mapping[str, Any]) -> Settings:
             )
     for name, options in settings.opts.items():
         if not isinstance(options.get("_target_"), str):
-            raise UserError(
-                f"opt.{name} names no function; its YAML file needs `_target_: package.module.function`"
-            )
+            raise UserError(f"opt.{name} names no function; its YAML file needs `_target_: package.module.function`")
     return settings
 
 
@@ -258,9 +254,7 @@ def _measure(section: Section) -> Measure:
     )
     section.refuse_the_rest()
     if measure.max_blocks < measure.min_blocks:
-        raise UserError(
-            f"measure.max_blocks={measure.max_blocks} is below min_blocks={measure.min_blocks}; raise it"
-        )
+        raise UserError(f"measure.max_blocks={measure.max_blocks} is below min_blocks={measure.min_blocks}; raise it")
     return measure
 
 

@@ -1,8 +1,7 @@
-"""Fixtures that every folder of tests shares: seeds, the tiny model, and all combinations of the optimizations."""
+"""Fixtures that all tests share: seeds, the tiny model, all combinations of the optimizations."""
 
 from __future__ import annotations
 
-import os
 import random
 import sys
 from itertools import product
@@ -27,7 +26,7 @@ def subsets() -> list[tuple[str, ...]]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `each_cell` runs once for each combination; one that takes `each_opt`, for each switch."""
+    """A test with `each_cell` runs once for each combination; one with `each_opt`, for each switch."""
     if "each_cell" in metafunc.fixturenames:
         cells = subsets()
         metafunc.parametrize("each_cell", cells, ids=["+".join(cell) or "baseline" for cell in cells])
@@ -36,13 +35,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs CUDA where there is none; share the cores between the processes of a parallel run."""
+    """Skip what needs CUDA where there is none."""
     if "torch" not in sys.modules:  # no collected test needs it
         return
     import torch
 
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):
@@ -82,8 +80,8 @@ def tiny_weights(tiny: ModelConfig) -> dict[str, Tensor]:
         if name.endswith("norm.weight"):
             peak = 3.0 if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0
             tensor.copy_(peak * (1 + 0.3 * torch.randn(tensor.shape, generator=generator)))
-        elif name.startswith("model.layers"):
-            tensor.mul_(5)  # the blocks then matter beside the embedding
+        elif name != "lm_head.weight":  # which is the embedding's tensor
+            tensor.mul_(6)  # logits of order 1, and blocks that matter beside the embedding
     return weights
 
 

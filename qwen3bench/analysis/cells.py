@@ -16,7 +16,7 @@ from qwen3bench.analysis.frames import (
     factor_columns,
     used_samples,
 )
-from qwen3bench.analysis.variance import mean_interval
+from qwen3bench.analysis.variance import clustered_mean
 from qwen3bench.bench.record import Record
 
 _KEYS = ["cell", "workload", "runtime"]
@@ -64,9 +64,7 @@ def cells_table(record: Record, samples: pd.DataFrame | None = None) -> pd.DataF
     table["status"], table["reason"] = _status(record, table, samples)
     timed = samples[samples["copy"] == 0]
     confidence = analysis_setting(record, "confidence")
-    table = _add(
-        table, _latency(timed, confidence), [*_LATENCY, "ttft_s", "tpot_s", "itl_p50_s", "itl_p99_s"], _KEYS
-    )
+    table = _add(table, _latency(timed, confidence), [*_LATENCY, "ttft_s", "tpot_s", "itl_p50_s", "itl_p99_s"], _KEYS)
     # Numbers computed from NaN have no speed: they took other paths.
     table.loc[table["status"] == "invalid", _LATENCY[:3]] = np.nan
     table = _add(table, _speedups(samples, table, confidence), ["speedup", "speedup_lo", "speedup_hi"], _KEYS)
@@ -112,15 +110,14 @@ def _add(table: pd.DataFrame, more: pd.DataFrame, fields: list[str], keys: list[
     return table.merge(more, on=keys, how="left")
 
 
-def _status(
-    record: Record, table: pd.DataFrame, samples: pd.DataFrame
-) -> tuple[list[str | None], list[str | None]]:
+def _status(record: Record, table: pd.DataFrame, samples: pd.DataFrame) -> tuple[list[str | None], list[str | None]]:
     failures = record.of("failure")
     exact: dict[tuple[Any, ...], dict[str, Any]] = {
         (f["cell"], f.get("workload"), f.get("runtime")): f for f in failures
     }
     verified = {v["cell"]: v for v in record.of("verify")}
-    measured = set(samples.loc[samples["copy"] == 0, _KEYS].itertuples(index=False, name=None))
+    timed = samples.loc[samples["copy"] == 0, _KEYS].drop_duplicates()
+    measured = set(timed.itertuples(index=False, name=None))
     status: list[str | None] = []
     reason: list[str | None] = []
     for cell, workload, runtime in table[_KEYS].itertuples(index=False, name=None):
@@ -151,10 +148,10 @@ def _latency(timed: pd.DataFrame, confidence: float) -> pd.DataFrame:
     groups = visits.groupby(level=_KEYS)
     result = groups[fields].median()
     result["samples"] = timed.groupby(_KEYS).size()
-    half = groups.apply(
-        lambda g: mean_interval(np.log(g["latency_s"].to_numpy(float)), g["process"].to_numpy(), confidence)[
-            1
-        ]
+    log_s, process = np.log(visits["latency_s"].to_numpy(float)), visits["process"].to_numpy()
+    half = pd.Series(
+        [float(clustered_mean(log_s[i], process[i]).half_width(confidence)) for i in groups.indices.values()],
+        index=pd.MultiIndex.from_tuples(list(groups.indices), names=_KEYS),
     )
     result["latency_lo_s"] = result["latency_s"] * np.exp(-half)
     result["latency_hi_s"] = result["latency_s"] * np.exp(half)
@@ -208,6 +205,4 @@ def _rates(record: Record, table: pd.DataFrame) -> None:
     cost = _add(table[["cell", "workload"]], record.frame("cost"), ["flops", "bytes"], ["cell", "workload"])
     for name, amount, peak in (("mfu", "flops", "matmul_flops_per_s"), ("mbu", "bytes", "copy_bytes_per_s")):
         peak_per_s = ceiling.get(peak)
-        table[name] = (
-            pd.to_numeric(cost[amount]).to_numpy(dtype=float) / latency / peak_per_s if peak_per_s else np.nan
-        )
+        table[name] = pd.to_numeric(cost[amount]).to_numpy(dtype=float) / latency / peak_per_s if peak_per_s else np.nan

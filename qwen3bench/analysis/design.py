@@ -93,9 +93,7 @@ def contrasts(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> C
                     reasons[t] = f"{missing}; interactions of more than {order} factors taken for nil"
             elif len(terms[t]) == order:
                 alias = [terms[i] for i in range(n) if i != t and abs(known[t + 1, i + 1]) > _TINY]
-                names = ["the mean"] * bool(abs(known[t + 1, 0]) > _TINY) + [
-                    term_name(a, factors) for a in alias
-                ]
+                names = ["the mean"] * bool(abs(known[t + 1, 0]) > _TINY) + [term_name(a, factors) for a in alias]
                 reasons[t] = f"{missing}; cannot be told from {_some(names)}"
         if not open_terms:
             break

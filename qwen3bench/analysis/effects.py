@@ -81,9 +81,7 @@ def effects(
     estimate, lo, hi, p, df = spread
     shapley = (frame["kind"] == "shapley").to_numpy()
     frame["p"], frame["df"] = p, df
-    frame["p_holm"] = np.where(
-        shapley, holm(np.where(shapley, p, np.nan)), holm(np.where(shapley, np.nan, p))
-    )
+    frame["p_holm"] = np.where(shapley, holm(np.where(shapley, p, np.nan)), holm(np.where(shapley, np.nan, p)))
     words = ("faster", "slower") if value.endswith("_s") else ("less", "more")
     if log:
         frame["estimate"], frame["lo"], frame["hi"] = np.exp(-estimate), np.exp(-hi), np.exp(-lo)
@@ -125,20 +123,16 @@ class _Table:
             found = replicated(self.replicates, matrix)
         if not exact:
             return found
-        estimate = np.round(found.estimate, 6)  # weights such as 1/5 leave crumbs of a byte
+        estimate = np.round(found.estimate, 6) + 0.0  # no −0; weights such as 1/5 leave crumbs of a byte
         return Estimates(estimate, np.zeros_like(found.estimate), np.zeros_like(found.df))
 
 
-def _checked(
-    samples: pd.DataFrame, factors: tuple[str, ...], value: str, block: str | None, log: bool
-) -> pd.DataFrame:
+def _checked(samples: pd.DataFrame, factors: tuple[str, ...], value: str, block: str | None, log: bool) -> pd.DataFrame:
     if not factors or len(set(factors)) < len(factors):
         raise UserError(f"factors must be one or more different column names, not {list(factors)}")
     absent = [c for c in (*factors, value, *([block] if block else [])) if c not in samples]
     if absent:
-        raise UserError(
-            f"the samples have no column {', '.join(absent)}; they have {', '.join(map(str, samples))}"
-        )
+        raise UserError(f"the samples have no column {', '.join(absent)}; they have {', '.join(map(str, samples))}")
     for column in ("workload", "runtime"):
         if column in samples and samples[column].nunique() > 1:
             raise UserError(f"the samples mix several {column}s; select one before asking for effects")

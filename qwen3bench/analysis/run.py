@@ -117,17 +117,15 @@ def _all_effects(record: Record, cells: pd.DataFrame, samples: pd.DataFrame) -> 
         found = {}
         for metric in _TIMES:
             if metric in here and here[metric].notna().any():
-                found[metric] = effects(
-                    here, factors, metric, block="block", band=band, confidence=confidence
-                )
+                found[metric] = effects(here, factors, metric, block="block", band=band, confidence=confidence)
         for metric in _BYTES:
             known = rows.dropna(subset=[metric])
             if len(known):
                 found[metric] = effects(known, factors, metric, log=False, exact=True, band=band)
         for metric, table in found.items():
             table.insert(0, "metric", metric)
-            table.insert(0, "runtime", runtime)
-            table.insert(0, "workload", workload)
+            table.insert(0, "runtime", str(runtime))
+            table.insert(0, "workload", str(workload))
             parts.append(table)
     if not parts:
         return pd.DataFrame({c: pd.Series(dtype=float if c in _NUMBERS else object) for c in EFFECT_COLUMNS})

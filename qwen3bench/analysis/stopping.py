@@ -10,9 +10,9 @@ import pandas as pd
 
 from qwen3bench.analysis.design import contrasts, term_name
 from qwen3bench.analysis.frames import BASELINE, block_matrix, factor_columns
-from qwen3bench.analysis.variance import clustered, mean_interval
+from qwen3bench.analysis.variance import clustered, clustered_mean
 
-_MIN_DF = 3
+_MIN_DF = 5
 
 
 def half_widths(
@@ -25,7 +25,7 @@ def half_widths(
     cells that differ in two factors), keyed by each cell's speed-up over the baseline instead; with the
     baseline alone, by its own latency.
 
-    An interval on fewer than 3 degrees of freedom counts as not known: stopping the moment a variance happens
+    An interval on fewer than 5 degrees of freedom counts as not known: stopping the moment a variance happens
     to look small makes intervals lie, and the fewer degrees of freedom the more often it looks small.
     """
     frame = samples if isinstance(samples, pd.DataFrame) else pd.DataFrame(list(samples))
@@ -37,7 +37,8 @@ def half_widths(
         return {}
     log_s = matrix.log_s.to_numpy()
     if cells == [BASELINE]:
-        return {BASELINE: _relative(mean_interval(log_s[:, 0], matrix.process, confidence)[1], np.inf)}
+        alone = clustered_mean(log_s[:, 0], matrix.process)
+        return {BASELINE: _relative(float(alone.half_width(confidence)), float(alone.df))}
     codes = factor_columns(cells, factors)
     own = ~codes.isna().any(axis=1).to_numpy()
     order = np.lexsort(codes.to_numpy()[own].T)
@@ -51,8 +52,7 @@ def half_widths(
         names = [c for c in cells if c != BASELINE]
         found = matrix.log_ratios(BASELINE, names)
     return {
-        name: _relative(half, df)
-        for name, half, df in zip(names, found.half_width(confidence), found.df, strict=True)
+        name: _relative(half, df) for name, half, df in zip(names, found.half_width(confidence), found.df, strict=True)
     }
 
 

@@ -78,11 +78,7 @@ def clustered(y: Array, process: NDArray[Any], contrasts: Array) -> Estimates:
             scatters = stats.f.sf(own / rest, df, rest_df) < _OWN_LEVEL
         ms = np.where(scatters, own, pooled)
         ms_df = np.where(scatters, df, np.maximum(pooled_df, df))
-    # Exact where processes have equally many blocks. Otherwise the expected mean square holds less of the
-    # variance between processes than the mean does; the factor makes up for it (Searle, Variance Components,
-    # 1992, section 3.6).
-    per_process = (blocks - (size**2).sum() / blocks) / df
-    return Estimates(estimate, np.sqrt(ms * norm * (size**2).sum() / per_process) / blocks, ms_df)
+    return Estimates(estimate, np.sqrt(ms * norm * _inflation(size)) / blocks, ms_df)
 
 
 def replicated(y: list[Array], contrasts: Array) -> Estimates:
@@ -96,24 +92,35 @@ def replicated(y: list[Array], contrasts: Array) -> Estimates:
     if not df:
         return Estimates(estimate, np.full_like(estimate, np.nan), np.zeros_like(estimate))
     within = sum(float(((values - values.mean()) ** 2).sum()) for values in y) / df
-    return Estimates(
-        estimate, np.sqrt(within * (contrasts**2 / count).sum(axis=1)), np.full_like(estimate, df)
-    )
+    return Estimates(estimate, np.sqrt(within * (contrasts**2 / count).sum(axis=1)), np.full_like(estimate, df))
 
 
-def mean_interval(y: Array, process: NDArray[Any], confidence: float) -> tuple[float, float]:
-    """The mean of `y` (blocks,) and its half-width, clustered by process; NaN where nothing repeats."""
+def clustered_mean(y: Array, process: NDArray[Any]) -> Estimates:
+    """The mean of `y` (blocks,), its error clustered by process; scalars.
+
+    What it holds of drift and of the process stays in it: nothing is pooled.
+    """
     _, group, size = np.unique(process, return_inverse=True, return_counts=True)
     if len(size) < 2:
         group, size = np.arange(len(y)), np.ones(len(y), dtype=int)
-    if len(size) < 2:
-        return float(y.mean()), float("nan")
-    deviation = np.bincount(group, y) / size - y.mean()
-    blocks, df = len(y), len(size) - 1
-    per_process = (blocks - (size**2).sum() / blocks) / df
+    mean, blocks, df = y.mean(), len(y), len(size) - 1
+    if not df:
+        return Estimates(mean, np.array(np.nan), np.array(0))
+    deviation = np.bincount(group, y - mean) / size
     ms = (size * deviation**2).sum() / df
-    se = np.sqrt(ms * (size**2).sum() / per_process) / blocks
-    return float(y.mean()), float(special.stdtrit(df, (1 + confidence) / 2) * se)
+    return Estimates(mean, np.sqrt(ms * _inflation(size)) / blocks, np.array(df))
+
+
+def _inflation(size: NDArray[Any]) -> float:
+    """The variance of a sum over blocks in units of the mean square between clusters of `size` blocks: their
+    number, where clusters are equal.
+
+    Where they are not, the mean square holds less of the variance between clusters than the sum does, and
+    this makes up for it (Searle, Casella & McCulloch, Variance Components, 1992, section 3.6).
+    """
+    blocks = size.sum()
+    per_cluster = (blocks - (size**2).sum() / blocks) / (len(size) - 1)
+    return float((size**2).sum() / per_cluster)
 
 
 def _satterthwaite(cell_ms: Array, df: int) -> Array:

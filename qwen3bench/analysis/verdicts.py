@@ -6,22 +6,22 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from statsmodels.stats.multitest import multipletests
 
 ALPHA = 0.05
 
 
 def holm(p: ArrayLike) -> NDArray[np.float64]:
-    """p corrected for the number of tests (Holm, A Simple Sequentially Rejective Multiple Test Procedure,
-    1979).
+    """p corrected for the number of tests, along the last axis.
 
-    NaN (no test made) stays NaN and does not count.
+    Holm, A Simple Sequentially Rejective Multiple Test Procedure, 1979. NaN (no test made) stays NaN and does not
+    count. (statsmodels' multipletests gives the same numbers, but collects garbage at each call: seconds in a report.)
     """
     p = np.asarray(p, dtype=float)
-    corrected = np.full_like(p, np.nan)
-    tested = ~np.isnan(p)
-    if tested.any():
-        corrected[tested] = multipletests(p[tested], method="holm")[1]
+    order = np.argsort(p, axis=-1)  # NaN last
+    tests = (~np.isnan(p)).sum(axis=-1, keepdims=True)
+    stepped = np.take_along_axis(p, order, axis=-1) * np.maximum(tests - np.arange(p.shape[-1]), 1)
+    corrected = np.empty_like(p)
+    np.put_along_axis(corrected, order, np.minimum(np.maximum.accumulate(stepped, axis=-1), 1), axis=-1)
     return corrected
 
 

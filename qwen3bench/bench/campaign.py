@@ -6,17 +6,18 @@ replaced; its cell is recorded with a status and a reason, and the others go on.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qwen3bench.analysis.stopping import half_widths, stop_reason
-from qwen3bench.bench.design import BASELINE, block_order, cell_of, label
-from qwen3bench.bench.monitor import Monitor, Telemetry, braked
-from qwen3bench.bench.progress import Progress
+from qwen3bench.bench.design import BASELINE, block_order, label
+from qwen3bench.bench.monitor import Monitor, Telemetry, braked, flags
+from qwen3bench.bench.progress import Reporter, duration
 from qwen3bench.bench.record import Record, RecordWriter
 from qwen3bench.bench.supervisor import CellFailure, WorkerProcess
 from qwen3bench.settings import Settings
@@ -43,7 +44,7 @@ class Campaign:
         self,
         settings: Settings,
         writer: RecordWriter,
-        progress: Progress,
+        progress: Reporter,
         done: Record | None = None,
         start_worker: Callable[[Path], WorkerProcess] = WorkerProcess,
         monitor: Monitor | None = None,
@@ -51,11 +52,12 @@ class Campaign:
         self.settings = settings
         self.writer = writer
         self.progress = progress
-        self.monitor = monitor or Monitor(settings.device)
+        self._monitor = monitor or Monitor(int(settings.device.partition(":")[2] or 0))
         self._start_worker = start_worker
         self._stack = ExitStack()
         self._worker: WorkerProcess | None = None
         self._process = -1
+        self._purpose = "check"
         self.labels = [label(cell) for cell in settings.cells]
         self.failures: dict[tuple[str, str | None, str | None], str] = {}
         self._finished: set[tuple[str, ...]] = set()  # (pass, cell, workload, runtime) of steps that ended
@@ -76,6 +78,7 @@ class Campaign:
             self._each_cell_where("evidence", "recording what really runs")
             self._ceilings()
             self._end_worker()
+            self._purpose = "time"
             self._time()
 
     # One step for each cell
@@ -87,8 +90,7 @@ class Campaign:
                 self._ask("load", cells=self.labels)
 
     def _each_cell(self, pass_: str, title: str) -> None:
-        steps = [(cell, {}) for cell in self.labels]
-        self._steps(pass_, title, steps)
+        self._steps(pass_, title, [(cell, {}) for cell in self.labels])
 
     def _each_cell_where(self, pass_: str, title: str) -> None:
         steps = [
@@ -105,22 +107,21 @@ class Campaign:
                 stage.step(" ".join([cell, *where.values()]))
                 with self._failing(pass_, cell, **where):
                     answer = self._ask(pass_, cell=cell, **where)
-                    self.writer.append({"type": pass_, "cell": cell, **where, **answer})
+                    self.writer.append({"type": pass_, **answer, "cell": cell, **where})
                     if pass_ == "verify" and not answer["equivalent"]:
                         self._fail(pass_, cell, CellFailure("not_equivalent", answer["reason"]))
 
     def _ceilings(self) -> None:
+        """What the device can reach, and the least that each cell asks of it."""
         if self._is_done("ceiling"):
             return
         with self.progress.stage("measuring what the device can reach", 1):
-            self.writer.append({"type": "ceiling", **self._ask("ceilings")}, *self._costs())
-
-    def _costs(self) -> Iterator[dict[str, Any]]:
-        from qwen3bench.bench.costs import cell_cost
-
-        for workload in self.settings.workloads:
-            for cell in self.labels:
-                yield {"type": "cost", "cell": cell, "workload": workload, **cell_cost(self.settings, cell_of(cell), workload)}
+            costs = [
+                {"type": "cost", "cell": cell, "workload": workload, **self._ask("cost", cell=cell, workload=workload)}
+                for workload in self.settings.workloads
+                for cell in self.labels
+            ]
+            self.writer.append({"type": "ceiling", **self._ask("ceilings")}, *costs)
 
     # Timing
 
@@ -193,10 +194,12 @@ class Campaign:
                 return False
             elapsed_s = time.monotonic() - started
             timing.measured_s += elapsed_s
-            telemetry = self.monitor.sample(own_pids=self._own_pids())
-            flags = braked(telemetry)
-            state = "ok" if not flags else "repeat" if attempt + 1 < attempts else "flagged"
-            self._close_block(where, attempt, state, flags, telemetry, elapsed_s)
+            telemetry = self._monitor.sample(self._own_pids())
+            brakes = braked(telemetry)
+            state = "ok" if not brakes else "repeat" if attempt + 1 < attempts else "flagged"
+            if brakes:
+                self.progress.note(f"block {timing.blocks}, attempt {attempt + 1}: {state} ({', '.join(brakes)})")
+            self._close_block(where, attempt, state, telemetry, elapsed_s)
             if state != "repeat":
                 timing.samples += samples
                 timing.blocks += 1
@@ -236,9 +239,7 @@ class Campaign:
                     return None
         return taken
 
-    def _close_block(
-        self, where: Where, attempt: int, state: str, flags: list[str], telemetry: Telemetry, elapsed_s: float
-    ) -> None:
+    def _close_block(self, where: Where, attempt: int, state: str, telemetry: Telemetry, elapsed_s: float) -> None:
         self.writer.append(
             {
                 "type": "block",
@@ -248,21 +249,25 @@ class Campaign:
                 "block": self.timings[where].blocks,
                 "attempt": attempt,
                 "state": state,
-                "flags": flags,
+                "flags": flags(telemetry),
                 "time": time.time(),
                 "elapsed_s": elapsed_s,
-                **telemetry.to_dict(),
+                **asdict(telemetry),
             }
         )
 
     def _reason_to_stop(self, where: Where) -> str | None:
-        timing = self.timings[where]
+        timing, measure = self.timings[where], self.settings.measure
         return stop_reason(
-            timing.samples,
-            self.settings.factors,
+            half_widths(timing.samples, self.settings.factors),
+            timing.blocks,
+            len(timing.processes),
+            timing.measured_s,
             target=self.settings.target(where[1]),
-            measure=self.settings.measure,
-            measured_s=timing.measured_s,
+            max_seconds=measure.max_seconds,
+            min_blocks=measure.min_blocks,
+            min_processes=measure.min_processes,
+            max_blocks=measure.max_blocks,
         )
 
     def _stop(self, where: Where, reason: str) -> None:
@@ -274,16 +279,29 @@ class Campaign:
                 "workload": where[0],
                 "runtime": where[1],
                 "reason": reason,
-                "half_width": half_widths(timing.samples, self.settings.factors) if timing.samples else {},
+                "half_width": self._half_widths(timing),
                 "blocks": timing.blocks,
                 "processes": len(timing.processes),
                 "measured_s": timing.measured_s,
             }
         )
 
+    def _half_widths(self, timing: Timing) -> dict[str, float | None]:
+        """As the stopping rule sees them; what is not known yet is None, as JSON has no infinity."""
+        if not timing.samples:
+            return {}
+        widths = half_widths(timing.samples, self.settings.factors)
+        return {name: width if math.isfinite(width) else None for name, width in widths.items()}
+
     def _block_title(self, where: Where) -> str:
         timing, measure = self.timings[where], self.settings.measure
-        return f"timing {where[0]} {where[1]}, block {timing.blocks + 1} (at least {measure.min_blocks})"
+        title = f"timing {where[0]} {where[1]}, block {timing.blocks + 1}"
+        if not timing.blocks:
+            return title
+        a_block_s = timing.measured_s / timing.blocks
+        least = min(max(0, measure.min_blocks - timing.blocks) * a_block_s, measure.max_seconds - timing.measured_s)
+        most = measure.max_seconds - timing.measured_s
+        return f"{title} ({duration(max(0, least))} to {duration(max(0, most))} left)"
 
     # Cells and their failures
 
@@ -375,7 +393,7 @@ class Campaign:
                     "type": "process",
                     "process": self._process,
                     "pid": self._worker.pid,
-                    "purpose": "time" if self._is_timing() else "check",
+                    "purpose": self._purpose,
                     "time": time.time(),
                     "setup_s": time.monotonic() - started,
                 }

@@ -34,8 +34,8 @@ def design_cells(design: str, factors: Sequence[str]) -> list[Cell]:
 def block_order(cells: Sequence[str], *seed: object) -> list[tuple[str, int]]:
     """One block's visits in random order: `(cell label, copy)`, the baseline a second time as copy 1.
 
-    The order is a function of `cells` and the parts of `seed` (the run's seed, workload, runtime, block, attempt),
-    so that a resumed run draws the orders it would have drawn.
+    The order is a function of `cells` and the parts of `seed` (the run's seed, workload, runtime, block,
+    attempt), so that a resumed run draws the orders it would have drawn.
     """
     visits = [(cell, 0) for cell in cells]
     if BASELINE in cells:

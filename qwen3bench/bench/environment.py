@@ -25,8 +25,8 @@ _CHANGES_NO_NUMBER = ("run", "resume", "report", "hydra")
 def environment(device: str | None = None) -> dict[str, Any]:
     """The machine and the software of a run, for environment.json; what is unknown is None.
 
-    device: as PyTorch writes it ("cuda", "cuda:1", "cpu"); None takes CUDA where it is. The host's name is not
-    in it. Raises `UserError` where there is no such device.
+    device: as PyTorch writes it ("cuda", "cuda:1", "cpu"); None takes CUDA where it is. The host's name stays
+    private. Raises `UserError` where there is no such device.
     """
     import torch
 
@@ -40,10 +40,7 @@ def environment(device: str | None = None) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
         "torch": torch.__version__,
-        **{
-            name: _version(name)
-            for name in ("triton", "numpy", "pandas", "scipy", "transformers", "qwen3bench")
-        },
+        **{name: _version(name) for name in ("triton", "numpy", "pandas", "scipy", "transformers", "qwen3bench")},
         "python": platform.python_version(),
         "os": platform.platform(),
         "cpu": _cpu_name(),
@@ -64,7 +61,7 @@ def device_name(device: str) -> str:
     """
     if not device.startswith("cuda"):
         return _cpu_name() or platform.machine()
-    with Monitor(_index(device)) as monitor:  # first, because it leaves CUDA alone: see the supervisor
+    with Monitor(_index(device)) as monitor:  # PyTorch would start CUDA in this process
         name = monitor.describe()["device"]
     if name:
         return name
@@ -73,9 +70,7 @@ def device_name(device: str) -> str:
     try:
         return torch.cuda.get_device_name(_index(device))
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise UserError(
-            f"device={device}: PyTorch finds no such card; use device=cpu, or mend the driver"
-        ) from error
+        raise UserError(f"device={device}: PyTorch finds no such card; use device=cpu or mend the driver") from error
 
 
 def code_hash() -> str:
@@ -107,9 +102,7 @@ def fingerprint(config: dict[str, Any], weights_fingerprint: str) -> dict[str, s
         "config": hashlib.sha256(text.encode()).hexdigest(),
         "weights": weights_fingerprint,
         "code": code_hash(),
-        "torch": f"{torch.__version__}, CUDA {torch.version.cuda}"
-        if torch.version.cuda
-        else torch.__version__,
+        "torch": f"{torch.__version__}, CUDA {torch.version.cuda}" if torch.version.cuda else torch.__version__,
         "device": name if device.startswith("cuda") else f"{name}, {torch.get_num_threads()} threads",
     }
 

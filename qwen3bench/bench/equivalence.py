@@ -1,26 +1,30 @@
 """The equivalence gate: does a cell compute the baseline's function?
 
-A tolerance in bfloat16 is nearly blind: a decode position off by one or a norm's eps of 1e-5 hide in its rounding, and
-stand out of float32's by factors of 40 to 9000. So a cell is judged twice, over prompts of several odd lengths, as a prefill,
-token by token and in chunks against a KV cache:
+A tolerance in bfloat16 is nearly blind: a decode position off by one or a norm's eps of 1e-5 hide in its
+rounding, and stand out of float32's by factors of 40 to 9000. So a cell is judged twice, over prompts of
+several odd lengths, as a prefill, token by token and in chunks against a KV cache:
 
-- in float32 against the baseline in float64: maximum and root-mean-square error at most 2 × those of the baseline in
-  float32 (the rule of flash-attention's tests/test_flash_attn.py: at most twice the error of the plain implementation in
-  the same dtype), and a relative L2 error of at most 1e-3 (the float32 column of Liger-Kernel's test tables is as wide);
-- in the run's dtype against the same reference: maximum at most 2 ×, root-mean-square at most 1.25 × the baseline's
-  in that dtype, and the same most likely token wherever the reference's margin is clear, i.e. more than twice the baseline's
-  maximum error, in at least 99 % of those positions (transformers' tests of Qwen3 compare tokens in that way).
+- in float32 against the baseline in float64: maximum and root-mean-square error at most 2 × those of the
+  baseline in float32 (the rule of flash-attention's tests/test_flash_attn.py: at most twice the error of the
+  plain implementation in the same dtype), and a relative L2 error of at most 1e-3 (the float32 column of
+  Liger-Kernel's test tables is as wide);
+- in the run's dtype against the same reference: maximum at most 2 ×, root-mean-square at most 1.25 × the
+  baseline's in that dtype, and the same most likely token wherever the reference's margin is clear, i.e. more
+  than twice the baseline's maximum error, in at least 99 % of those positions (transformers' tests of Qwen3
+  compare tokens in that way).
 
-Errors are pooled over all prompts and positions before they are compared: the two maxima of a few rounding errors
-easily lie apart by a factor of two, those of hundreds of rows do not. Nothing is nearer to the reference than the rounding
-of the logits themselves, so the baseline's error counts as at least that.
+Errors are pooled over all prompts and positions before they are compared: the two maxima of a few rounding
+errors easily lie apart by a factor of two, those of hundreds of rows do not. Nothing is nearer to the
+reference than the rounding of the logits themselves, so the baseline's error counts as at least that.
 
-The weights are random, scaled so that each layer, each norm's eps and each gain moves the logits (see `sensitised`).
+The weights are random, scaled so that each layer, each norm's eps and each gain moves the logits (see
+`sensitised`).
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,7 +33,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3bench.errors import UserError
 from qwen3bench.model.build import build_model
 from qwen3bench.model.cache import KVCache
 from qwen3bench.model.checkpoint import EMBEDDING, HEAD
@@ -38,25 +41,29 @@ from qwen3bench.model.weights import load_weights
 
 Weights = dict[str, Tensor]
 Build = Callable[[ModelConfig, tuple[str, ...], Weights, torch.device, torch.dtype], Any]
+Options = Mapping[str, Mapping[str, Any]]
 Factory = Callable[[Weights, torch.dtype], Any]
 NewCache = Callable[[Any, int, int], Any]
 
 MAX_RATIO = 2.0
-RMS_RATIO = {torch.float32: 2.0}
-RMS_RATIO_RUN = 1.25
+RMS_RATIO = 2.0  # in float32
+RMS_RATIO_RUN = 1.25  # in the run's dtype
 RELATIVE_L2 = 1e-3
 TOP1_AGREEMENT = 0.99
 
 LENGTHS = (1, 7, 37, 130)  # one row, and multiples of no tile
 BATCH_SIZE = 3
+# Errors that are the caller's to handle, and those by which a model refuses its input.
+_FATAL = (torch.cuda.OutOfMemoryError, torch.AcceleratorError)
+_REFUSALS = (RuntimeError, ValueError, IndexError)
 _SPARE = 5  # positions of a cache that are never filled: what reads them is wrong
 
 
 def cut(config: ModelConfig, device: torch.device) -> ModelConfig:
     """The shape that the gate judges: the run's, with at most 4 layers (2 on a CPU or of a wide model).
 
-    All layers are alike, and what one does wrong shows in two. On a CPU the vocabulary is cut to 4096 rows, as no switch
-    touches the head's product; on CUDA it stays.
+    All layers are alike, and what one does wrong shows in two. On a CPU the vocabulary is cut to 4096 rows,
+    as no switch touches the head's product; on CUDA it stays.
     """
     wide = config.emb_dim > 2048
     layers = min(config.num_layers, 2 if wide or device.type == "cpu" else 4)
@@ -68,9 +75,9 @@ def cut(config: ModelConfig, device: torch.device) -> ModelConfig:
 def sensitised(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int) -> Weights:
     """Random float32 weights whose values `dtype` holds exactly, under which every part of the model shows.
 
-    Query and key norms have gains around 3, so attention is peaky. The residual stream, and queries and keys before their
-    norms, are as small as √(10³ eps), where a wrong eps shows; each block adds about as much to the stream as it holds;
-    values, gates and logits are of order 1; no gain is 1.
+    Query and key norms have gains around 3, so attention is peaky. The residual stream, and queries and keys
+    before their norms, are as small as √(10³ eps), where a wrong eps shows; each block adds about as much to
+    the stream as it holds; values, gates and logits are of order 1; no gain is 1.
     """
     weights = load_weights("random", config, device=device, seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -105,30 +112,36 @@ def sensitised(config: ModelConfig, device: torch.device, dtype: torch.dtype, se
 
 @dataclass(frozen=True)
 class Case:
-    """One way to compute the logits of a prompt: in one forward, or in `chunks` of tokens against a cache."""
+    """One way to compute the logits of a prompt: in one forward, or in `chunks` of tokens against a cache.
+
+    `usual` are those that a workload asks for: a prefill, and single tokens after one.
+    """
 
     name: str
     prompt: int
     chunks: tuple[int, ...] = ()
+    usual: bool = False
 
 
 def cases(lengths: Sequence[int]) -> list[Case]:
-    """Prefill of each length, token-by-token decode after a short prefill, and chunks of odd sizes."""
-    found = [Case(f"prefill of {n} tokens", i) for i, n in enumerate(lengths)]
+    """Each prompt in one forward, the long ones in chunks too, the short ones token by token."""
+    found = [Case(f"a prefill of length {n}", i, usual=n > 1) for i, n in enumerate(lengths)]
     for i, n in enumerate(lengths):
-        if 7 < n <= 64:
-            found.append(Case(f"decode of {n} tokens", i, (5, *[1] * (n - 5))))
+        if n <= 64:
+            alone = min(n, 12)
+            filled = (n - alone,) if n > alone else ()
+            found.append(Case(f"a decode of length {n}", i, (*filled, *[1] * alone), usual=n > alone))
         if n > 7:
             first = n // 2
-            found.append(Case(f"chunks of {n} tokens", i, (first, 1, 3, n - first - 4)))
+            found.append(Case(f"chunks of length {n}", i, (first, 1, 3, n - first - 4)))
     return found
 
 
 class Gate:
     """Judges cells of one model shape on one device; the reference is computed once, at the first check.
 
-    `opts` holds the options of each optimization by name. `build` makes a cell's model from weights with Hugging Face's
-    names. Judged is a shallower model of the run's shapes (see `cut`).
+    `opts` holds the options of each optimization by name. `build` makes a cell's model from weights with
+    Hugging Face's names. Judged is a shallower model of the run's shapes (see `cut`).
     """
 
     def __init__(
@@ -138,20 +151,19 @@ class Gate:
         device: torch.device | str,
         dtype: torch.dtype,
         seed: int = 0,
-        opts: Mapping[str, Mapping[str, Any]] | None = None,
+        opts: Options | None = None,
         build: Build | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.config = cut(config, self.device)
         self.dtype = dtype
         self.seed = seed
-        self.opts = opts or {}
+        self.opts: Options = opts or {}
         self.build = build
         lengths = sorted({min(n, self.config.context_length) for n in LENGTHS})
         generator = torch.Generator().manual_seed(seed)
         self.prompts = [
-            torch.randint(self.config.vocab_size, (BATCH_SIZE, n), generator=generator).to(self.device)
-            for n in lengths
+            torch.randint(self.config.vocab_size, (BATCH_SIZE, n), generator=generator).to(self.device) for n in lengths
         ]
         self.cases = cases(lengths)
         self._weights: dict[torch.dtype, Weights] = {}
@@ -166,43 +178,314 @@ class Gate:
     def check(self, cell: tuple[str, ...]) -> dict[str, Any]:
         """The verdict on a cell, as the record's `verify` line has it.
 
-        `max_abs_error` is that of float32; `kl_mean` (in nats) and `top1_agreement` are those of the run's dtype.
-        Raises torch.cuda.OutOfMemoryError, and `UserError` where the cell cannot be built at all.
+        `max_abs_error` is that of float32; `kl_mean` (in nats) and `top1_agreement` are those of the run's
+        dtype. Options may allow less than the default ones: FlashAttention and cuDNN refuse float32, and
+        explicit masks or single keys. What no workload does in the run's dtype is then judged with the
+        default options, and `checks` has the number of such cases (`…_stood_in`). Raises
+        torch.cuda.OutOfMemoryError, and `UserError` where the cell cannot be built.
         """
 
-        def factory(weights: Weights, dtype: torch.dtype) -> Any:
-            return self._build(cell, weights, dtype)
+        def factory(opts: Options) -> Factory:
+            return lambda weights, dtype: self._build(cell, opts, weights, dtype)
 
-        return self.check_model(factory, _kv_cache)
+        has_options = any(self.opts.get(name) for name in cell)
+        return self.check_model(factory(self.opts), kv_cache, factory({}) if has_options else None)
 
-    def check_model(self, factory: Factory, new_cache: NewCache | None = None) -> dict[str, Any]:
+    def check_model(
+        self, factory: Factory, new_cache: NewCache | None = None, stand_in: Factory | None = None
+    ) -> dict[str, Any]:
         """The verdict on any model: `factory(weights, dtype)` makes one from weights with Hugging Face's names.
 
-        It is called as `model(tokens)` for logits (b, t, vocabulary) and, where `new_cache(model, batch_size, capacity)`
-        is given, as `model(tokens, cache, start)`; without it only prefill is judged.
+        It is called as `model(tokens)` for logits (b, t, vocabulary) and, where `new_cache(model, batch_size,
+        capacity)` is given, as `model(tokens, cache, start)`; without it only prefill is judged. `stand_in`
+        makes the model for cases that the first refuses and no workload asks for. A model that raises is not
+        equivalent, unless for want of memory.
         """
         chosen = [case for case in self.cases if new_cache is not None or not case.chunks]
-        verdict: dict[str, Any] = {"equivalent": False, "max_abs_error": None, "kl_mean": None, "top1_agreement": None}
-        verdict |= {"reason": None, "checks": {"layers": self.config.num_layers, "vocabulary": self.config.vocab_size}}
+        checks: dict[str, float] = {"layers": self.config.num_layers, "vocabulary": self.config.vocab_size}
+        verdict: dict[str, Any] = {
+            "equivalent": False,
+            "max_abs_error": None,
+            "kl_mean": None,
+            "top1_agreement": None,
+            "reason": None,
+            "checks": checks,
+        }
         for dtype in self.dtypes:
-            baseline = self._baseline_errors(dtype)
-            try:
-                with exact_float32():
-                    errors = self._errors(factory(self._bank(dtype), dtype), dtype, chosen, new_cache)
-            except torch.cuda.OutOfMemoryError:
-                raise
-            except (RuntimeError, ValueError, IndexError) as error:
-                verdict["reason"] = f"{_name(dtype)}: {_first_line(error)}"
-                return verdict
-            comparison = Comparison(errors, baseline.only([case.name for case in chosen]), dtype, dtype is self.dtype)
-            verdict["checks"] |= {f"{_name(dtype)}_{name}": value for name, value in comparison.checks.items()}
+            baseline = self._baseline_errors(dtype).only([case.name for case in chosen])
+            errors = self._attempt(factory, dtype, chosen, new_cache, stand_in)
+            if isinstance(errors, str):
+                return verdict | {"reason": f"{_name(dtype)}: {errors}"}
+            if errors.stood_in:
+                checks[f"{_name(dtype)}_stood_in"] = errors.stood_in
+            comparison = Comparison(errors, baseline, dtype, is_run_dtype=dtype is self.dtype)
+            checks |= {f"{_name(dtype)}_{name}": value for name, value in comparison.checks.items()}
             if dtype is torch.float32:
                 verdict["max_abs_error"] = errors.max
             if dtype is self.dtype:
                 verdict["kl_mean"] = errors.kl_mean
                 verdict["top1_agreement"] = comparison.top1_agreement
             if comparison.reason:
-                verdict["reason"] = f"{_name(dtype)}: {comparison.reason}"
-                return verdict
-        verdict["equivalent"] = True
-        return verdict
+                return verdict | {"reason": f"{_name(dtype)}: {comparison.reason}"}
+        return verdict | {"equivalent": True}
+
+    def _build(self, cell: tuple[str, ...], opts: Options, weights: Weights, dtype: torch.dtype) -> Any:
+        if self.build is not None:
+            return self.build(self.config, cell, weights, self.device, dtype)
+        return build_model(self.config, {name: opts.get(name, {}) for name in cell}, weights)
+
+    def _attempt(
+        self,
+        factory: Factory,
+        dtype: torch.dtype,
+        chosen: Sequence[Case],
+        new_cache: NewCache | None,
+        stand_in: Factory | None,
+    ) -> Errors | str:
+        """The errors of a model, or why it has none."""
+        weights = self._bank(dtype)
+        with self._conditions(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                model = factory(weights, dtype)
+                other = stand_in(weights, dtype) if stand_in is not None else None
+                return self._errors(model, chosen, new_cache, other, strict=dtype is self.dtype)
+            except _FATAL:
+                raise
+            except WrongLogitsError as error:
+                return str(error)
+            except _REFUSALS as error:
+                return f"it does not run: {_why(error, [warning.message for warning in caught])}"
+
+    def _bank(self, dtype: torch.dtype) -> Weights:
+        """The judged weights in `dtype`: the same values in each, and stored as the run stores its own."""
+        if not self._weights:
+            self._weights[torch.float32] = sensitised(self.config, self.device, self.dtype, self.seed)
+        if dtype not in self._weights:
+            bank = load_weights("random", self.config, device=self.device, dtype=dtype)
+            for name, tensor in bank.items():
+                tensor.copy_(self._weights[torch.float32][name])
+            self._weights[dtype] = bank
+        return self._weights[dtype]
+
+    def _baseline_errors(self, dtype: torch.dtype) -> Errors:
+        if not self._references:
+            with self._conditions():
+                model = build_model(self.config, (), self._bank(torch.float64))
+                self._references = [logits_of(model, prompt, (), None) for prompt in self.prompts]
+            del self._weights[torch.float64]
+        if dtype not in self._baseline:
+            with self._conditions():
+                model = build_model(self.config, (), self._bank(dtype))
+                self._baseline[dtype] = self._errors(model, self.cases, kv_cache)
+        return self._baseline[dtype]
+
+    def _errors(
+        self,
+        model: Any,
+        chosen: Sequence[Case],
+        new_cache: NewCache | None,
+        stand_in: Any = None,
+        strict: bool = True,
+    ) -> Errors:
+        found, stood_in = {}, 0
+        for case in chosen:
+            prompt = self.prompts[case.prompt]
+            try:
+                logits = logits_of(model, prompt, case.chunks, new_cache)
+            except _FATAL:
+                raise
+            except _REFUSALS:
+                if stand_in is None or (strict and case.usual):
+                    raise
+                logits = logits_of(stand_in, prompt, case.chunks, new_cache)
+                stood_in += 1
+            found[case.name] = case_errors(logits, self._references[case.prompt])
+        return Errors(found, stood_in)
+
+    @contextmanager
+    def _conditions(self) -> Iterator[None]:
+        """Exact float32; and one thread for a small model on a CPU, where more only wait for each other."""
+        threads = torch.get_num_threads()
+        with exact_float32():
+            if self.device.type == "cpu" and self.config.emb_dim <= 256:
+                torch.set_num_threads(1)
+            try:
+                yield
+            finally:
+                torch.set_num_threads(threads)
+
+
+class WrongLogitsError(Exception):
+    """Logits that cannot be compared."""
+
+
+def kv_cache(model: Any, batch_size: int, capacity: int) -> KVCache:
+    """A cache for `model`, whose positions hold 3 until they are filled: read too early, they show."""
+    weight = model.tok_emb.weight
+    cache = KVCache(model.config, batch_size, capacity, weight.device, weight.dtype)
+    for stored in (cache.keys, cache.values):
+        stored.fill_(3)
+    return cache
+
+
+@torch.inference_mode()
+def logits_of(model: Any, tokens: Tensor, chunks: Sequence[int], new_cache: NewCache | None) -> Tensor:
+    """Logits (b, t, vocabulary) of all tokens, in one forward or in chunks against a cache."""
+    if not chunks or new_cache is None:
+        return model(tokens)
+    batch_size, length = tokens.shape
+    cache = new_cache(model, batch_size, length + _SPARE)
+    logits, start = [], 0
+    for chunk in tokens.split(list(chunks), dim=1):
+        logits.append(model(chunk, cache, start))
+        start += chunk.shape[1]
+    return torch.cat(logits, dim=1)
+
+
+@dataclass(frozen=True)
+class CaseErrors:
+    """How far the logits of one case are from the reference; of tokens (b, t), over the vocabulary v."""
+
+    max: float
+    sum_squares: float
+    count: int
+    kl: Tensor  # (b, t) of the reference from the cell, in nats
+    same_top1: Tensor  # (b, t)
+    margin: Tensor  # (b, t) of the reference: its largest logit above the second
+    largest_reference: float
+    sum_squares_reference: float
+
+
+@torch.inference_mode()
+def case_errors(logits: Tensor, reference: Tensor) -> CaseErrors:
+    """The errors of logits (b, t, v) against the reference (b, t, v) in float64.
+
+    Raises WrongLogitsError where they hold NaN or infinity, or have another shape.
+    """
+    if logits.shape != reference.shape:
+        raise WrongLogitsError(f"logits have the shape {tuple(logits.shape)}, not {tuple(reference.shape)}")
+    if not torch.isfinite(logits).all():
+        raise WrongLogitsError("logits hold NaN or infinity")
+    wide = logits.double()
+    error = wide - reference
+    top = reference.topk(2, dim=-1)
+    expected = reference.log_softmax(dim=-1)
+    return CaseErrors(
+        max=error.abs().max().item(),
+        sum_squares=error.square().sum().item(),
+        count=error.numel(),
+        kl=(expected.exp() * (expected - wide.log_softmax(dim=-1))).sum(dim=-1).cpu(),
+        same_top1=(wide.argmax(dim=-1) == top.indices[..., 0]).cpu(),
+        margin=(top.values[..., 0] - top.values[..., 1]).cpu(),
+        largest_reference=reference.abs().max().item(),
+        sum_squares_reference=reference.square().sum().item(),
+    )
+
+
+@dataclass(frozen=True)
+class Errors:
+    """The errors of one model, by case, and pooled over all of them."""
+
+    by_case: Mapping[str, CaseErrors]
+    stood_in: int = 0  # cases of which another model's are taken
+
+    def only(self, names: Sequence[str]) -> Errors:
+        """The errors of these cases alone."""
+        return Errors({name: self.by_case[name] for name in names})
+
+    @property
+    def max(self) -> float:
+        return max(case.max for case in self.by_case.values())
+
+    @property
+    def rms(self) -> float:
+        return math.sqrt(self._sum("sum_squares") / self._sum("count"))
+
+    @property
+    def rms_reference(self) -> float:
+        return math.sqrt(self._sum("sum_squares_reference") / self._sum("count"))
+
+    @property
+    def largest_reference(self) -> float:
+        return max(case.largest_reference for case in self.by_case.values())
+
+    @property
+    def kl_mean(self) -> float:
+        return self._all("kl").mean().item()
+
+    @property
+    def worst_case(self) -> str:
+        return max(self.by_case, key=lambda name: self.by_case[name].max)
+
+    def top1_agreement(self, margin: float) -> float | None:
+        """Share of the positions with a reference margin above `margin` that have the same top token."""
+        clear = self._all("margin") > margin
+        return self._all("same_top1")[clear].double().mean().item() if clear.any() else None
+
+    def _sum(self, field: str) -> float:
+        return sum(getattr(case, field) for case in self.by_case.values())
+
+    def _all(self, field: str) -> Tensor:
+        return torch.cat([getattr(case, field).flatten() for case in self.by_case.values()])
+
+
+class Comparison:
+    """A cell's errors held against the baseline's; `reason` says in words which check fails first."""
+
+    def __init__(self, cell: Errors, baseline: Errors, dtype: torch.dtype, is_run_dtype: bool) -> None:
+        rounding = torch.finfo(dtype).eps / 2
+        base_max = max(baseline.max, rounding * cell.largest_reference)
+        base_rms = max(baseline.rms, rounding * cell.rms_reference)
+        self.checks = {
+            "max_error": cell.max,
+            "rms_error": cell.rms,
+            "max_ratio": cell.max / base_max,
+            "rms_ratio": cell.rms / base_rms,
+            "relative_l2": cell.rms / cell.rms_reference,
+        }
+        self.top1_agreement = cell.top1_agreement(2 * base_max)
+        rms_limit = RMS_RATIO if dtype is torch.float32 else RMS_RATIO_RUN
+        reasons = []
+        for kind, error, base, limit in (
+            ("maximum", cell.max, base_max, MAX_RATIO),
+            ("root-mean-square", cell.rms, base_rms, rms_limit),
+        ):
+            if not error <= limit * base:
+                reasons.append(
+                    f"the {kind} error {error:.2g} is {error / base:.3g} × the baseline's {base:.2g} "
+                    f"(limit {limit:g} ×), worst in {cell.worst_case}"
+                )
+        if dtype is torch.float32 and not self.checks["relative_l2"] <= RELATIVE_L2:
+            reasons.append(f"the relative L2 error {self.checks['relative_l2']:.2g} is above {RELATIVE_L2:g}")
+        if is_run_dtype and self.top1_agreement is not None and self.top1_agreement < TOP1_AGREEMENT:
+            reasons.append(
+                f"the most likely token is the same in {self.top1_agreement:.1%} of the clear positions "
+                f"(limit {TOP1_AGREEMENT:.0%})"
+            )
+        self.reason = reasons[0] if reasons else None
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Matrix products of float32 in float32, whatever was set: no TF32 on CUDA, no bfloat16 on a CPU."""
+    cuda: Any = torch.backends.cuda.matmul
+    cpu: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = cuda.fp32_precision, cpu.fp32_precision
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        cuda.fp32_precision, cpu.fp32_precision = before
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _why(error: Exception, messages: Sequence[object]) -> str:
+    """What PyTorch says and warns of, in one line, without the backends that were not asked for."""
+    lines = [(str(text).strip() or type(text).__name__).splitlines()[0] for text in (error, *messages)]
+    lines = [line.partition(" (Triggered internally")[0].rstrip(". ") for line in lines]
+    told = dict.fromkeys(line for line in lines if not line.endswith(("not used because:", "runtime disabled")))
+    return "; ".join(told)[:400]

@@ -23,8 +23,6 @@ _REASONS = {
     0x100: "display_clock_setting",
 }
 _BRAKES = ("hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown")
-
-
 # nvml.h, nvmlClockType_t and nvmlTemperatureSensors_t.
 _SM_CLOCK, _MEMORY_CLOCK, _GPU_SENSOR = 1, 2, 0
 
@@ -42,10 +40,10 @@ class Telemetry:
 
 
 def braked(telemetry: Telemetry) -> list[str]:
-    """Why a block that ended in this state is to be measured again: thermal or power brakes, foreign processes.
+    """Why a block that ended like this is to be measured again: thermal or power brakes, foreign processes.
 
-    An idle card, clocks that someone set, and the software power cap (where a large card under load always is)
-    are no brakes: measuring again would not rid a block of them.
+    An idle card, clocks that someone set, and the software power cap (usual on a large card under load) are
+    no brakes: measuring again would not rid a block of them.
     """
     reasons = [reason for reason in telemetry.throttle_reasons or [] if reason in _BRAKES]
     return reasons + [f"foreign process {pid}" for pid in telemetry.foreign_processes or []]
@@ -53,9 +51,7 @@ def braked(telemetry: Telemetry) -> list[str]:
 
 def flags(telemetry: Telemetry) -> list[str]:
     """What a reader of the block should know: the brakes, and the software power cap."""
-    return braked(telemetry) + [
-        reason for reason in telemetry.throttle_reasons or [] if reason == "sw_power_cap"
-    ]
+    return braked(telemetry) + [reason for reason in telemetry.throttle_reasons or [] if reason == "sw_power_cap"]
 
 
 class Monitor:
@@ -91,8 +87,8 @@ class Monitor:
     def sample(self, own_pids: Collection[int] | None = None) -> Telemetry:
         """The state of the card now.
 
-        own_pids: the processes of this run; None means this one and all that it started. In a container NVML may
-        list the host's process ids, or none. Then ours are not in the list, nobody can tell which of it is
+        own_pids: the processes of this run; None means this one and all that it started. In a container NVML
+        may list the host's process ids, or none. Then ours are not in the list, nobody can tell what in it is
         foreign, and `foreign_processes` is None.
         """
         reasons = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons", self._card)

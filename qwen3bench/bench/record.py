@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -97,17 +97,14 @@ class RecordWriter:
             self._lock = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise UserError(
-                f"{self.directory}: cannot be written ({error.strerror}); "
-                "name another directory with run.dir=DIR"
+                f"{self.directory}: cannot be written ({error.strerror}); name another directory with run.dir=DIR"
             ) from error
         try:
             self._take_lock()
             try:
                 self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             except OSError as error:
-                raise UserError(
-                    f"{self.path}: cannot be written ({error.strerror}); check its permissions"
-                ) from error
+                raise UserError(f"{self.path}: cannot be written ({error.strerror}); check its permissions") from error
             try:
                 self._cut_torn_line()
                 _sync_directory(self.directory)
@@ -123,7 +120,9 @@ class RecordWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._file)
-        os.close(self._lock)  # the lock file stays: removing it would let two writers lock two files
+        # Closing alone is not enough while a child is being started. The file stays: all must lock the same.
+        fcntl.flock(self._lock, fcntl.LOCK_UN)
+        os.close(self._lock)
 
     @property
     def empty(self) -> bool:
@@ -131,7 +130,7 @@ class RecordWriter:
         return os.fstat(self._file).st_size == 0
 
     def append(self, *lines: dict[str, Any]) -> None:
-        """Writes lines to the disk, all or none.
+        """Writes lines to the disk, all or none, even where an interrupt strikes.
 
         Raises `UserError` where the disk refuses, ValueError where a line could not be read back.
         """
@@ -142,7 +141,8 @@ class RecordWriter:
                 data = data[os.write(self._file, data) :]
             os.fsync(self._file)
         except BaseException as error:
-            os.ftruncate(self._file, good_bytes)  # an interrupt too must not leave half a line
+            with contextlib.suppress(OSError):  # should this fail too, the next writer cuts the torn line off
+                os.ftruncate(self._file, good_bytes)
             if isinstance(error, OSError):
                 raise UserError(
                     f"{self.path}: cannot be written ({error.strerror}); "
@@ -218,9 +218,7 @@ class Record:
         if len(shapes) != 1:
             return pd.DataFrame(self.of(type_), columns=list(names))
         (keys,) = shapes
-        return pd.DataFrame(
-            {name: [row[i] for _, row in rows] for i, name in enumerate(keys) if name in names}
-        )
+        return pd.DataFrame({name: [row[i] for _, row in rows] for i, name in enumerate(keys) if name in names})
 
 
 def read_record(path: str | Path) -> Record:
@@ -258,9 +256,7 @@ def read_record(path: str | Path) -> Record:
                 record.run = line
             keys = tuple(line)
             values = [strings.setdefault(v, v) if type(v) is str else v for v in line.values()]
-            record._rows.setdefault(sys.intern(line["type"]), []).append(
-                (names.setdefault(keys, keys), tuple(values))
-            )
+            record._rows.setdefault(sys.intern(line["type"]), []).append((names.setdefault(keys, keys), tuple(values)))
     if not number:
         raise UserError(f"{record.path}: is empty; nothing was recorded there")
     if not record.run:
@@ -301,7 +297,7 @@ def _decode(raw: bytes) -> dict[str, Any] | str:
     if tail != _TAIL % zlib.crc32(text):
         return "the checksum does not match"
     try:
-        line = _JSON.decode(raw.decode("ascii"))
+        line = json.loads(raw.decode("ascii"))
         finite = _finite(line)
     except (ValueError, RecursionError):
         return "is no JSON"
@@ -313,20 +309,13 @@ def _decode(raw: bytes) -> dict[str, Any] | str:
 
 
 def _finite(value: Any) -> bool:
-    """Whether no number in a JSON value is infinite: 1e999 is valid JSON."""
+    """Whether no number in a JSON value is NaN or infinite, as 1e999 is."""
     if isinstance(value, float):
         return math.isfinite(value)
     if isinstance(value, dict):
         value = value.values()
     # Most values are passed over here, without a call: reading a large record spends its time in this line.
     return type(value) in _PLAIN or all(_finite(item) for item in value if type(item) not in _PLAIN)
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(constant)
-
-
-_JSON = json.JSONDecoder(parse_constant=_refuse)  # JSON knows no NaN; made once, for speed
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:

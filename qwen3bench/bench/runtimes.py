@@ -5,16 +5,23 @@ A runtime takes a step, a function that launches one forward, and returns one th
 
 from __future__ import annotations
 
+import itertools
+import time
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch._dynamo
 
 from qwen3bench.bench.workloads import Step
 from qwen3bench.errors import UserError
 from qwen3bench.model.qwen3 import Qwen3Model
 
 Launch = Callable[[], object]
+
+_copies = itertools.count()
 
 
 @dataclass
@@ -75,9 +82,75 @@ class GraphRuntime(Runtime):
         return graph.replay
 
 
-RUNTIMES: dict[str, type[Runtime]] = {"eager": Runtime, "graph": GraphRuntime}
+class CompileRuntime(Runtime):
+    """`compile`: torch.compile of the block, launched from Python; on CUDA `CompiledGraphRuntime` captures it.
+
+    All blocks of a model are alike, so one is compiled and serves all (PyTorch's "regional compilation"). Each model
+    compiles a code object of its own: dynamo counts recompilations by code object, and past its limit it would
+    silently run eager.
+    """
+
+    name = "compile"
+    warm_ups = 3  # the first compiles; in `generate` a second length makes lengths symbolic
+
+    def __post_init__(self) -> None:
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        if self.device.type == "cpu":
+            _require_cpp_compiler()
+
+    def prepare_model(self, model: Qwen3Model) -> None:
+        blocks = list(model.trf_blocks)
+        compiled = torch.compile(_own_copy(type(blocks[0]).forward), fullgraph=True)
+        for block in blocks:
+            block.forward = types.MethodType(compiled, block)
+
+    def prepare(self, step: Step) -> Launch:
+        started = time.perf_counter()
+        for _ in range(self.warm_ups):
+            step()
+        self.compile_s = (self.compile_s or 0.0) + time.perf_counter() - started
+        return step
+
+
+class CompiledGraphRuntime(CompileRuntime):
+    """`compile` on CUDA: the compiled model, captured in a graph."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._graphs = GraphRuntime(self.device)
+
+    @property
+    def on_device_clock(self) -> bool:
+        return True
+
+    def prepare(self, step: Step) -> Launch:
+        super().prepare(step)
+        return self._graphs.prepare(step)
 
 
 def make_runtime(name: str, device: torch.device) -> Runtime:
     """The runtime of that name on `device`. Raises `UserError` where it does not exist there."""
-    return RUNTIMES[name](device)
+    if name == "eager":
+        return Runtime(device)
+    if name == "graph":
+        return GraphRuntime(device)
+    return CompiledGraphRuntime(device) if device.type == "cuda" else CompileRuntime(device)
+
+
+def _own_copy(function: Any) -> types.FunctionType:
+    """The same function with a code object of its own."""
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_copies)}")
+    return types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+
+
+def _require_cpp_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise UserError(
+            "runtime=compile needs a C++ compiler on a CPU and there is none; install g++ or clang, "
+            "or use runtime=eager"
+        ) from None

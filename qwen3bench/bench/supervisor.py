@@ -81,11 +81,11 @@ class WorkerProcess:
             raise CellFailure("crashed", f"the worker's answer to {op} is no message ({error})") from None
         if "ok" in reply:
             return reply["ok"]
-        error = reply.get("error", {})
-        if error.get("status") == "refused":
-            raise UserError(error.get("reason", op))
+        failed = reply.get("error", {})
+        if failed.get("status") == "refused":
+            raise UserError(failed.get("reason", op))
         raise CellFailure(
-            error.get("status", "crashed"), error.get("reason", "no reason given"), error.get("peak_allocated_bytes")
+            failed.get("status", "crashed"), failed.get("reason", "no reason given"), failed.get("peak_allocated_bytes")
         )
 
     def end(self) -> None:

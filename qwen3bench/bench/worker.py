@@ -19,14 +19,19 @@ import torch
 
 from qwen3bench.bench import protocol
 from qwen3bench.bench.bank import Bank
+from qwen3bench.bench.ceilings import measure_ceilings
+from qwen3bench.bench.costs import cell_cost
 from qwen3bench.bench.design import Cell, cell_of
+from qwen3bench.bench.environment import environment, fingerprint
+from qwen3bench.bench.equivalence import Gate
+from qwen3bench.bench.evidence import collect, forget_compilations
 from qwen3bench.bench.runtimes import Runtime, make_runtime
 from qwen3bench.bench.timer import inner_repeats, time_device, time_host
 from qwen3bench.bench.workloads import Workload, WorkloadSize
 from qwen3bench.errors import UserError
 from qwen3bench.model.build import build_model
 from qwen3bench.model.qwen3 import Qwen3Model
-from qwen3bench.model.weights import load_weights
+from qwen3bench.model.weights import load_weights, weights_fingerprint
 from qwen3bench.settings import Settings, settings_from
 
 
@@ -54,7 +59,7 @@ class Worker:
         self._runtime: Runtime | None = None
         self._workload: Workload | None = None
         self._prepared: dict[tuple[str, int], Prepared] = {}
-        self._gate: Any = None
+        self._gate: Gate | None = None
 
     # Set-up
 
@@ -65,23 +70,33 @@ class Worker:
             device = "cuda" if count else "cpu"
         kind, _, index = device.partition(":")
         if kind == "cuda" and int(index or 0) >= count:
-            raise UserError(f"device={device}: PyTorch sees {count or 'no'} CUDA device(s); use device=cpu or device=auto")
+            raise UserError(
+                f"device={device}: PyTorch sees {count or 'no'} CUDA device(s); use device=cpu or device=auto"
+            )
         return {"device": device}
 
     def op_open(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Take the resolved settings; answer with the environment."""
+        """Take the resolved settings; nothing is loaded yet."""
         self.settings = settings_from(config)
-        self.device = torch.device(self.settings.device)
+        kind, _, index = self.settings.device.partition(":")
+        self.device = torch.device(kind, int(index or 0))
         self.dtype = getattr(torch, self.settings.dtype)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         torch.set_grad_enabled(False)
         return {}
 
-    def op_environment(self) -> dict[str, Any]:
-        from qwen3bench.bench.environment import environment
+    def op_identify(self) -> dict[str, Any]:
+        """The environment, and what must not change when a run is continued."""
+        config = self.settings.to_dict()
+        weights = weights_fingerprint(self.settings.weights, self.settings.seed)
+        return {"environment": environment(self.settings.device), "fingerprint": fingerprint(config, weights)}
 
-        return environment()
+    def op_load(self, cells: list[str]) -> dict[str, Any]:
+        """Load the weights and build every cell, so that what cannot be built is refused before anything is measured."""
+        for cell in cells:
+            self._models().build(cell_of(cell))
+        return {}
 
     # Passes over single cells
 
@@ -97,8 +112,6 @@ class Worker:
 
     def op_verify(self, cell: str) -> dict[str, Any]:
         """The equivalence gate."""
-        from qwen3bench.bench.equivalence import Gate
-
         self.op_release()
         if self._gate is None:
             s = self.settings
@@ -112,7 +125,7 @@ class Worker:
         run in `runtime`; what its libraries keep outside the allocator is the same for every cell and not counted.
         """
         self._forget_everything()
-        torch._C._cuda_clearCublasWorkspaces()  # type: ignore[attr-defined]
+        torch._C._cuda_clearCublasWorkspaces()
         s = self.settings
         weights = load_weights(s.weights, s.model, device=self.device, dtype=self.dtype, seed=s.seed)
         model = build_model(s.model, self._opts(cell_of(cell)), weights)
@@ -133,20 +146,24 @@ class Worker:
         self._forget_everything()
         return peaks
 
+    def op_cost(self, cell: str, workload: str) -> dict[str, Any]:
+        """The least operations and bytes of one timed value."""
+        model = build_model(self.settings.model, self._opts(cell_of(cell)), device="meta")
+        tied = model.out_head.weight is model.tok_emb.weight
+        return dict(cell_cost(self.settings.model, tied, self._size(workload), self.dtype.itemsize))
+
     def op_evidence(self, cell: str, workload: str, runtime: str) -> dict[str, Any]:
         """What really ran, from a profile of its own."""
-        from qwen3bench.bench.evidence import collect
-
         self._forget_graphs()
         model = self._models().build(cell_of(cell))
         if self._workload is None or self._workload.size.name != workload:
             self._workload = Workload(self._size(workload), model, self.settings.seed)
-        return collect(model, self._workload, make_runtime(runtime, self.device))
+        forget_compilations()
+        launches = self._launches(make_runtime(runtime, self.device), model, self._workload)
+        return collect(model, self._workload, runtime, launches)
 
     def op_ceilings(self) -> dict[str, Any]:
         """What the device reaches: a large copy and a large matrix product."""
-        from qwen3bench.bench.ceilings import measure_ceilings
-
         self._forget_everything()
         return measure_ceilings(self.device, self.dtype)
 

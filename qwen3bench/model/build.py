@@ -86,8 +86,8 @@ def _assign(
     elif model.out_head.weight.data_ptr() == model.tok_emb.weight.data_ptr():
         model.out_head.weight = nn.Parameter(model.tok_emb.weight.detach().clone(), requires_grad=False)
     for module in model.modules():
-        if hasattr(module, "pack"):
-            module.pack()
+        if callable(pack := getattr(module, "pack", None)):
+            pack()
 
 
 @lru_cache(maxsize=2)

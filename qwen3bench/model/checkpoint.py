@@ -62,9 +62,7 @@ def locate_tensors(directory: Path, config: ModelConfig, *, tied: bool) -> dict[
         headers[path] = read_header(path)
         if listed is not None:
             _check_listed(path, headers[path].keys(), listed)
-    found = {
-        name: path for path, header in headers.items() for name in header if not _IGNORED.fullmatch(name)
-    }
+    found = {name: path for path, header in headers.items() for name in header if not _IGNORED.fullmatch(name)}
     if config.num_layers > len(found):  # before a hostile config.json makes the list of names long
         raise UserError(
             f"{directory}: {len(found)} tensors are too few for {config.num_layers} layers; is it complete?"
@@ -75,9 +73,7 @@ def locate_tensors(directory: Path, config: ModelConfig, *, tied: bool) -> dict[
     if missing := [name for name in shapes if name not in found]:
         raise UserError(f"{directory}: {_some(missing)} missing from the checkpoint; is it complete?")
     if extra := [name for name in found if name not in shapes]:
-        raise UserError(
-            f"{found[extra[0]]}: {_some(extra)} no part of a Qwen3 model of this config; use another"
-        )
+        raise UserError(f"{found[extra[0]]}: {_some(extra)} no part of a Qwen3 model of this config; use another")
     for name, shape in shapes.items():
         stored = headers[found[name]][name]
         if stored != shape:
@@ -136,36 +132,40 @@ def _indexed(directory: Path) -> dict[Path, set[str] | None]:
     names: dict[str, set[str]] = {}
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str):
-            raise UserError(
-                f"{path}: maps {_short(tensor)} to {_short(shard)}, no file name; get the file again"
-            )
+            raise UserError(f"{path}: maps {_short(tensor)} to {_short(shard)}, no file name; get the file again")
         names.setdefault(shard, set()).add(tensor)
     return {_shard(directory, shard): tensors for shard, tensors in names.items()}
 
 
 def _shard(directory: Path, name: str) -> Path:
     path = directory / name
+    what = f"{index_path(directory)}: {_short(name)}"
     try:
-        inside = any(path.resolve().is_relative_to(root) for root in _roots(directory))
-    except (OSError, ValueError, RuntimeError):  # a NUL byte, a lone surrogate, a loop of links
-        inside = False
-    if not inside or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise UserError(
-            f"{index_path(directory)}: {_short(name)} points outside its directory; get the checkpoint again"
-        )
+        target, there = path.resolve(), path.is_file()
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # NUL, a lone surrogate, a loop of links
+        raise UserError(f"{what} is no file's name; get the checkpoint again") from error
+    plain = not Path(name).is_absolute() and ".." not in Path(name).parts
+    if not plain or not any(target.is_relative_to(root) for root in _roots(directory)):
+        raise UserError(f"{what} points outside its directory; get the checkpoint again")
     if path.suffix != ".safetensors":
-        raise UserError(
-            f"{index_path(directory)}: {_short(name)} is no safetensors file, and nothing else is read"
-        )
+        raise UserError(f"{what} is no safetensors file, and nothing else is read; save it as safetensors")
+    if not there:
+        raise UserError(f"{what} is not there; is the checkpoint complete?")
     return path
 
 
 def _roots(directory: Path) -> list[Path]:
-    """Where a shard may lie: the directory, and for the hub's cache the blobs that a snapshot links to."""
+    """Where a shard may lie: the directory, and for a snapshot in the hub's cache where its links lead."""
     directory = directory.resolve()
     repository = directory.parent.parent
-    hub = directory.parent.name == "snapshots" and repository.name.startswith("models--")
-    return [directory, repository / "blobs"] if hub else [directory]
+    if directory.parent.name != "snapshots" or not repository.name.startswith("models--"):
+        return [directory]
+    # A repository's blob may itself be a link, to the one that all repositories of the cache share.
+    return [directory, repository / "blobs", repository.parent / "blobs"]
 
 
 def _check_listed(path: Path, held: Iterable[str], listed: set[str]) -> None:
@@ -217,9 +217,7 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
         position = end
     data_bytes = file_bytes - 8 - header_bytes
     if position > data_bytes:
-        raise UserError(
-            f"{path}: truncated, {data_bytes} bytes of data where its header announces {position}; {again}"
-        )
+        raise UserError(f"{path}: truncated, {data_bytes} bytes of data where its header announces {position}; {again}")
     if position < data_bytes:
         raise UserError(f"{path}: {data_bytes - position} trailing bytes after the last tensor; {again}")
     return shapes
@@ -231,12 +229,8 @@ def _bad_length(start: bytes, header_bytes: int, file_bytes: int) -> str:
     if len(start) < 8:
         return f"truncated, {file_bytes} bytes are too few for a safetensors file; get the file again"
     if header_bytes > _JSON_LIMIT_BYTES:
-        return (
-            f"announces an oversized header ({header_bytes} of {_JSON_LIMIT_BYTES} bytes); get the file again"
-        )
-    return (
-        f"truncated, {file_bytes} bytes where its header alone takes {8 + header_bytes}; get the file again"
-    )
+        return f"announces an oversized header ({header_bytes} of {_JSON_LIMIT_BYTES} bytes); get the file again"
+    return f"truncated, {file_bytes} bytes where its header alone takes {8 + header_bytes}; get the file again"
 
 
 def _entry(entry: Any, what: str) -> tuple[tuple[int, ...], int, int]:
@@ -245,18 +239,12 @@ def _entry(entry: Any, what: str) -> tuple[tuple[int, ...], int, int]:
         raise UserError(f"{what} is not described by dtype, shape and data_offsets; get the file again")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
-        raise UserError(
-            f"{what} has dtype {_short(dtype)}; only {', '.join(_ITEM_BYTES)} are read, convert it"
-        )
+        raise UserError(f"{what} has dtype {_short(dtype)}; only {', '.join(_ITEM_BYTES)} are read, convert it")
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
-        raise UserError(
-            f"{what} has shape {_short(shape)} and data_offsets {_short(offsets)}; get the file again"
-        )
+        raise UserError(f"{what} has shape {_short(shape)} and data_offsets {_short(offsets)}; get the file again")
     begin, end = offsets
     if len(shape) > 8 or end - begin != math.prod(shape) * _ITEM_BYTES[dtype]:
-        raise UserError(
-            f"{what} has {end - begin} bytes, not those of {dtype} {_short(shape)}; get the file again"
-        )
+        raise UserError(f"{what} has {end - begin} bytes, not those of {dtype} {_short(shape)}; get the file again")
     return tuple(shape), begin, end
 
 
@@ -272,9 +260,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             text = file.read(_JSON_LIMIT_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); is {path.parent} a checkpoint's directory?"
-        ) from error
+        raise UserError(f"{path}: cannot be read ({error}); is {path.parent} a checkpoint's directory?") from error
     if len(text) > _JSON_LIMIT_BYTES:
         raise UserError(f"{path}: is larger than {_JSON_LIMIT_BYTES} bytes; is it a checkpoint's?")
     return _object(parse_json(text, str(path)), str(path))
@@ -290,9 +276,7 @@ def parse_json(text: bytes, source: str) -> Any:
         value: dict[str, Any] = {}
         for key, item in pairs:
             if key in value:
-                raise UserError(
-                    f"{source}: the key {_short(key)} occurs twice; which one counts? Get the file again"
-                )
+                raise UserError(f"{source}: the key {_short(key)} occurs twice; which one counts? Get the file again")
             value[key] = item
         return value
 

@@ -29,6 +29,9 @@ class Qwen3Model(nn.Module):
     Raises ValueError where the tokens run past the context length.
     """
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, config: ModelConfig, parts: Parts) -> None:
         super().__init__()
         self.config = config
@@ -40,9 +43,7 @@ class Qwen3Model(nn.Module):
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
 
-    def forward(
-        self, tokens: Tensor, cache: KVCache | None = None, start: int = 0, logits_to_keep: int = 0
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, start: int = 0, logits_to_keep: int = 0) -> Tensor:
         """Logits of `tokens`, the first of which stands at position `start` after what `cache` holds.
 
         `logits_to_keep` > 0 computes only the last that many positions' logits.

@@ -62,13 +62,9 @@ def find_checkpoint(source: str | Path) -> Path:
         if path.is_dir():
             return path
         if path.exists():
-            raise UserError(
-                f"{path}: is a file; give the checkpoint's directory (config.json, *.safetensors)"
-            )
+            raise UserError(f"{path}: is a file; give the checkpoint's directory (config.json, *.safetensors)")
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"weights {str(source)!r}: cannot be looked up ({error}); give a directory"
-        ) from error
+        raise UserError(f"weights {str(source)!r}: cannot be looked up ({error}); give a directory") from error
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source), re.ASCII):
         raise UserError(
             f"weights {str(source)!r}: no such directory; give a checkpoint's directory, a hub id or random"
@@ -169,9 +165,7 @@ def _split(name: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else ("", name)
 
 
-def _random_weights(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int
-) -> dict[str, Tensor]:
+def _random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
     shapes = tensor_shapes(config)
     del shapes[HEAD]
     weights = _bank(shapes, device, dtype)
@@ -194,9 +188,7 @@ def _random_weights(
     return weights
 
 
-def _read_weights(
-    directory: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def _read_weights(directory: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     tied = check_config(directory, config)
     files = locate_tensors(directory, config, tied=tied)
     shapes = tensor_shapes(config)
@@ -219,6 +211,4 @@ def _read_tensor(path: Path, name: str, tensor: Tensor) -> None:
         raise UserError(f"{path}: {name} cannot be read ({error}); get the file again") from error
     low, high = tensor.aminmax()  # unlike isfinite, allocates nothing; NaN carries through
     if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise UserError(
-            f"{path}: {name} holds NaN, infinity or a value beyond {tensor.dtype}; use another checkpoint"
-        )
+        raise UserError(f"{path}: {name} holds NaN, infinity or a value beyond {tensor.dtype}; use another checkpoint")

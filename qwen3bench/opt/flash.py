@@ -44,13 +44,16 @@ class FlashAttention:
         return ~dense if dense.dtype is torch.bool else dense
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, mask_scores: MaskScores) -> Tensor:
+        is_causal = False
+        if mask is None and q.shape[-2] > 1:  # a branch, as torch.compile may see a symbol, which SDPA does not take
+            is_causal = True
         with self._forced():
             return F.scaled_dot_product_attention(
                 q,
                 k,
                 v,
                 attn_mask=mask,
-                is_causal=mask is None and q.shape[-2] > 1,
+                is_causal=is_causal,
                 enable_gqa=q.shape[1] != k.shape[1],
             )
 

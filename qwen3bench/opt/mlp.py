@@ -1,8 +1,8 @@
 """`mlp`: one gate-up product over one stored weight, then SiLU and product in one kernel.
 
-The idea of Liger-Kernel's SwiGLU (arXiv:2410.10989) and of gpt-fast's stacked projections. The two halves of the
-product lie strided in memory, so chunk-then-multiply loses what the single product wins; the kernel reads both halves
-of a row where they lie.
+The idea of Liger-Kernel's SwiGLU (arXiv:2410.10989) and of gpt-fast's stacked projections. The two halves of
+the product lie strided in memory, so chunk-then-multiply loses what the single product wins; the kernel reads
+both halves of a row where they lie.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ if _HAS_TRITON:
     import triton.language as tl
 
     @triton.jit
-    def _silu_mul_kernel(gate_up, out, width, BLOCK: tl.constexpr):
+    def _silu_mul_kernel(gate_up, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < width
@@ -58,6 +59,7 @@ class FusedFeedForward(FeedForward):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.pack()
+        self.register_load_state_dict_post_hook(_pack_again)
 
     def pack(self) -> None:
         """Store fc1's and fc2's weights as slices of one tensor; no copy where they lie so already."""
@@ -70,8 +72,16 @@ class FusedFeedForward(FeedForward):
         self.pack()
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # deepcopy and unpickling copy each parameter on its own
+        self.pack()
+
     def forward(self, x: Tensor) -> Tensor:
         return self.fc3(silu_mul(F.linear(x, self.gate_up)))
+
+
+def _pack_again(module: FusedFeedForward, incompatible_keys: object) -> None:
+    module.pack()  # load_state_dict(assign=True) replaces the parameters
 
 
 def apply(parts: Parts) -> Parts:

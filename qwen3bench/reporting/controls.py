@@ -1,14 +1,22 @@
-"""Controls in words: is the machine quiet enough, and does the negative control read as nothing?"""
+"""Controls in words: is the machine quiet, do negative controls read as nothing, who is the bottleneck?"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qwen3bench.reporting.conditions import Condition
+import pandas as pd
+
+from qwen3bench.reporting.conditions import Condition, conditions
+from qwen3bench.reporting.lookup import BASELINE, all_on, rows
+from qwen3bench.reporting.units import count, is_number, listing, percent, ratio, size
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
+
+_BUSY_ENOUGH = 0.9  # below this share of GPU work, eager latency is to a good part the host's
 
 
 @dataclass(frozen=True)
@@ -21,9 +29,102 @@ class Control:
 
 def sentences(run: Run) -> list[Control]:
     """Outcome of every control that the run holds."""
-    return []
+    outcome = [*_equivalence(run)]
+    for condition in conditions(run):
+        outcome += [*_aa(run, condition), *_tie_latency(run, condition), *_drift(run, condition)]
+    return [*outcome, *_tie_memory(run), *_flagged(run), *_host(run)]
 
 
-def caveat(run: Run, condition: Condition) -> str:
-    """What limits every number of a condition, to be set behind a sentence; empty where nothing does."""
-    return ""
+def noise(run: Run, condition: Condition) -> float:
+    """By how much two copies of the baseline differ, in log latency, where the A/A control fails; else 0."""
+    return max((abs(math.log(r.ratio)) for r in rows(condition.select(run.controls.aa)) if r.noisy), default=0.0)
+
+
+def heard(run: Run, condition: Condition, verdict: str, estimate: float) -> str:
+    """The verdict, or `noise` where two copies of the baseline are as far apart as the estimate is from 1."""
+    spread = noise(run, condition)
+    return "noise" if spread and is_number(estimate) and abs(math.log(estimate)) <= spread else verdict
+
+
+def _equivalence(run: Run) -> Iterator[Control]:
+    cells = run.cells.drop_duplicates("cell")
+    verdicts = cells["equivalent"].dropna().astype(bool)
+    if len(verdicts) and verdicts.all():
+        text = f"Equivalence: {count(len(verdicts), 'cell')} verified, all compute the baseline's function."
+        yield Control(text, False)
+    unverified = cells[(cells["status"] == "ok") & cells["equivalent"].isna() & (cells["cell"] != BASELINE)]
+    if len(unverified):
+        text = f"Not verified to compute the baseline's function: {listing(list(unverified['cell']))}."
+        yield Control(text, True)
+
+
+def _aa(run: Run, condition: Condition) -> Iterator[Control]:
+    for row in rows(condition.select(run.controls.aa)):
+        said, limit = ratio(row.ratio, row.lo, row.hi), f"{100 * row.limit:g} %"
+        if row.noisy:
+            text = (
+                f"Noisy: two copies of the baseline differ by more than {limit}, {said} ({condition}). "
+                "Differences of that size and less mean nothing; measure again on a quiet machine."
+            )
+        else:
+            text = f"A/A: two copies of the baseline read {said}, allowed are ±{limit} ({condition})."
+        yield Control(text, bool(row.noisy))
+
+
+def _tie_latency(run: Run, condition: Condition) -> Iterator[Control]:
+    for row in rows(condition.select(run.controls.tie_latency)):
+        said = f"{ratio(row.estimate, row.lo, row.hi)} ({condition})"
+        outcome = "its interval holds 1" if row.ok else "its interval leaves out 1; effects of that size mean nothing"
+        yield Control(f"Negative control: tie cannot change latency, and reads {said}: {outcome}.", not row.ok)
+
+
+def _drift(run: Run, condition: Condition) -> Iterator[Control]:
+    for row in rows(condition.select(run.controls.drift)):
+        if is_number(row.total):
+            moved = f"{100 * row.total:+.2g} %".replace("-", "−")
+            text = f"Drift: latency moved by {moved} over {count(int(row.blocks), 'block')} ({condition})"
+            yield Control(f"{text}; effects are taken within blocks.", False)
+
+
+def _tie_memory(run: Run) -> Iterator[Control]:
+    pairs = rows(run.controls.tie_memory)
+    if not pairs:
+        return
+    head_bytes = int(pairs[0].head_bytes)
+    what = f"the head's {size(head_bytes)} ({head_bytes:,} bytes) of parameters"
+    wrong = [str(pair.cell) for pair in pairs if not pair.ok]
+    if wrong:
+        text = f"Positive control: tie should save exactly {what}, but does not when added to {listing(wrong)}."
+    else:
+        text = f"Positive control: tie saves exactly {what} in {count(len(pairs), 'pair')} of cells."
+    yield Control(text, bool(wrong))
+
+
+def _flagged(run: Run) -> Iterator[Control]:
+    flagged = [line for line in run.record.of("block") if line.get("state") == "flagged"]
+    if flagged:
+        flags = list(dict.fromkeys(str(flag) for line in flagged for flag in line.get("flags") or ()))
+        text = f"{count(len(flagged), 'block')} measured under a disturbance that stayed"
+        yield Control(f"{text}: {listing(flags) or 'no reason recorded'}.", True)
+
+
+def _host(run: Run) -> Iterator[Control]:
+    for workload in run.controls.host["workload"].unique():
+        shares = {r.cell: r.busy_share for r in rows(run.controls.host) if r.workload == workload}
+        named = [name for name in dict.fromkeys((BASELINE, all_on(run))) if name in shares]
+        if not named:
+            continue
+        said = listing([f"{percent(min(1.0, shares[name]))} of the time ({name})" for name in named])
+        text = f"Under eager the GPU works {said} in {workload}, by graph over eager latency."
+        if min(shares[name] for name in named) < _BUSY_ENOUGH:
+            text += " The rest is the host launching kernels: eager effects are not kernel time."
+        yield Control(text, False)
+
+
+def aa_series(run: Run, condition: Condition) -> pd.DataFrame:
+    """Per block, latency of the baseline's second copy over that of the first: columns block, ratio."""
+    samples = condition.select(run.samples)
+    visits = samples[samples["cell"] == BASELINE].groupby(["block", "copy"])["latency_s"].median().unstack()
+    if not {0, 1} <= set(visits.columns):
+        return pd.DataFrame(columns=["block", "ratio"])
+    return (visits[1] / visits[0]).rename("ratio").dropna().reset_index()

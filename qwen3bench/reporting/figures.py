@@ -10,16 +10,31 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from numpy.typing import NDArray
+
+from qwen3bench.bench.record import write_atomic
 
 INK, MUTED, RULE, PAPER = "#1f1f1f", "#6b6b6b", "#dedede", "#ffffff"
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#8a8a8a"
 # In the page these follow the reader's light or dark theme; report.css gives the dark values.
-_THEMED = {"ink": INK, "muted": MUTED, "rule": RULE, "paper": PAPER, "blue": BLUE, "orange": ORANGE, "green": GREEN, "grey": GREY}
-# Verdict → marker, colour, whether filled: each differs in shape or filling too, so that grey print tells them apart.
+_THEMED = {
+    "ink": INK,
+    "muted": MUTED,
+    "rule": RULE,
+    "paper": PAPER,
+    "blue": BLUE,
+    "orange": ORANGE,
+    "green": GREEN,
+    "grey": GREY,
+}
+# Verdict → marker, colour, whether filled: shape or filling differ too, so that grey print tells them apart.
 VERDICTS = {
     "faster": ("o", BLUE, True),
     "less": ("o", BLUE, True),
@@ -28,7 +43,15 @@ VERDICTS = {
     "same": ("D", GREY, True),
     "undecided": ("o", INK, False),
 }
-SERIES = (("o", BLUE), ("s", ORANGE), ("^", GREEN), ("D", INK), ("v", "#cc79a7"), ("P", "#56b4e9"), ("X", "#e69f00"))
+SERIES = (
+    ("o", BLUE),
+    ("s", ORANGE),
+    ("^", GREEN),
+    ("D", INK),
+    ("v", "#cc79a7"),
+    ("P", "#56b4e9"),
+    ("X", "#e69f00"),
+)
 _STYLE = Path(__file__).with_name("report.mplstyle")
 _WIDTH_IN = 8.0
 
@@ -45,7 +68,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class SavedPlot:
-    """A plot on disk: its name (files are plots/NAME.svg and .png), its words and the SVG to set into a page."""
+    """A plot on disk as plots/NAME.svg and .png: its name, its words and the SVG to set into a page."""
 
     name: str
     title: str
@@ -63,35 +86,72 @@ def style() -> Iterator[None]:
 
 
 def new_figure(title: str, note: str, height_in: float, width_in: float = _WIDTH_IN) -> Figure:
-    """An empty figure whose title states what is seen, with a note on what it holds for underneath."""
-    figure = Figure(figsize=(width_in, height_in), layout="constrained")
-    lines = textwrap.wrap(title, int(width_in * 11.5))
-    figure.suptitle("\n".join([*lines, *textwrap.wrap(note, int(width_in * 13))]), x=0.01, ha="left", fontsize=10.5)
+    """An empty figure whose title states what is seen, with a note underneath on what it holds for."""
+    figure = Figure(figsize=(width_in, height_in), layout=ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.07, wspace=0.04))
+    lines = textwrap.wrap(title, int(width_in * 11))
+    figure.suptitle("\n".join(lines), x=0.012, ha="left", fontsize=10.5, fontweight="bold")
+    figure.supxlabel("\n".join(textwrap.wrap(note, int(width_in * 14))), x=0.012, ha="left", fontsize=8.5, color=MUTED)
     return figure
 
 
-def mark(axes: Axes, x: float, y: float, lo: float, hi: float, verdict: object, horizontal: bool = True) -> None:
-    """One estimate with its interval, in the shape and colour of its verdict."""
-    shape, colour, filled = VERDICTS.get(str(verdict), VERDICTS["undecided"])
-    bars = [[max(0.0, (x if horizontal else y) - lo)], [max(0.0, hi - (x if horizontal else y))]]
-    axes.errorbar(
-        x,
-        y,
-        **{"xerr" if horizontal else "yerr": bars},
-        fmt=shape,
-        color=colour,
-        markerfacecolor=colour if filled else PAPER,
-        markersize=6,
-        capsize=2.5,
-        zorder=3,
-    )
+def mark(axes: Axes, x: float, y: float, lo: float, hi: float, verdict: str) -> None:
+    """One estimate with its horizontal interval, in the shape and colour of its verdict."""
+    shape, colour, filled = VERDICTS.get(verdict, VERDICTS["undecided"])
+    arms = [[max(0.0, x - lo)], [max(0.0, hi - x)]]
+    face = colour if filled else PAPER
+    look: dict[str, Any] = {
+        "fmt": shape,
+        "color": colour,
+        "markerfacecolor": face,
+        "markersize": 6,
+        "capsize": 2.5,
+    }
+    axes.errorbar(x, y, xerr=arms, **look, zorder=3)
+
+
+def beside(
+    axes: Axes,
+    text: str,
+    x: float,
+    y: float,
+    *,
+    leftwards: bool = False,
+    above: bool = False,
+    below: bool = False,
+) -> None:
+    """A small label next to a point: to its right, or where the flags say."""
+    shift = (-8 if leftwards or above else 8, 10 if above else -10 if below else 0)
+    side = "right" if leftwards or above else "left"
+    up = "bottom" if above else "top" if below else "center"
+    axes.annotate(text, (x, y), shift, textcoords="offset points", ha=side, va=up, fontsize=8)
+
+
+def heat(axes: Axes, logs: NDArray[np.float64], signs: dict[tuple[int, int], str], least: float, label: str) -> None:
+    """A heat map of ratios, given as logarithms, with its colour bar; each field says its ratio and its sign.
+
+    `logs` (rows, columns), NaN where there is none; `signs` by row and column; `least` is the smallest limit
+    of the colours, so that noise is not blown up.
+    """
+    limit = max(float(np.nanmax(np.abs(logs))), least)
+    mesh = axes.pcolormesh(logs, cmap="PuOr", vmin=-limit, vmax=limit, edgecolors=PAPER, linewidth=1)
+    for (row, column), sign in signs.items():
+        colour = "#fefefe" if abs(logs[row, column]) > 0.6 * limit else "#1e1e1e"
+        text = f"{np.exp(logs[row, column]):.3f}{sign}"
+        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=colour, fontsize=9)
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    ends = [-limit, 0.0, limit]
+    colours = axes.figure.colorbar(mesh, ax=axes, label=label)
+    colours.set_ticks(ends, labels=[f"{np.exp(end):.3f}" for end in ends])
 
 
 def save(plot: Plot, directory: Path) -> SavedPlot:
-    """Write plots/NAME.svg and plots/NAME.png under the directory; the same figure always gives the same bytes."""
-    from qwen3bench.bench.record import write_atomic
-
+    """Write NAME.svg and NAME.png into the directory; the same figure always gives the same bytes."""
     directory.mkdir(parents=True, exist_ok=True)
+    plot.figure.draw_without_rendering()
+    plot.figure.set_layout_engine("none")  # laid out once, not once per file
     svg, png = io.BytesIO(), io.BytesIO()
     plot.figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     plot.figure.savefig(png, format="png", metadata={"Software": None})
@@ -101,7 +161,7 @@ def save(plot: Plot, directory: Path) -> SavedPlot:
 
 
 def embedded(svg: str, plot: Plot) -> str:
-    """SVG for a page: no prologue or metadata, identifiers unique to the plot, colours that follow the theme."""
+    """SVG for a page: without prologue, with identifiers of its own and colours that follow the theme."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{plot.name}-", svg)

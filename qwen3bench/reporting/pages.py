@@ -13,16 +13,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from qwen3bench.bench.record import write_atomic
-from qwen3bench.reporting import figures, plots, tables
-from qwen3bench.reporting.conditions import Condition, conditions, device, factors
-from qwen3bench.reporting.findings import Finding, findings, grouped
+from qwen3bench.reporting import controls, figures, plots, tables
+from qwen3bench.reporting.conditions import Condition, conditions
+from qwen3bench.reporting.findings import findings, grouped
+from qwen3bench.reporting.lookup import LATENCY, MEMORY, device, directory, factors
 from qwen3bench.reporting.tables import Table
 from qwen3bench.reporting.units import is_number
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
-_EFFECT_HEADINGS = {"latency_s": "Effects on latency", "peak_allocated_bytes": "Effects on peak memory"}
+_EFFECT_HEADINGS = {LATENCY: "Effects on latency", MEMORY: "Effects on peak memory"}
 _MARKDOWN_ROWS = 64  # rows of a table in report.md; the page and the csv hold all
 
 
@@ -37,22 +38,22 @@ class Section:
 
 
 def write_report(run: Run) -> Path:
-    """Write report.md, report.html and plots/ into the run's directory and return the path of report.html.
+    """Write report.md, report.html and plots/ into the run's directory; the path of report.html.
 
-    Works on a partial run: what is missing is left out and named. Raises UserError when the directory cannot be
-    written.
+    Works on a partial run: what is missing is left out and named. Raises UserError where the directory cannot
+    be written.
     """
     content = page_content(run)
     for name in ("report.md", "report.html"):
-        write_atomic(run.path / name, render(f"{name}.jinja", content))
-    return run.path / "report.html"
+        write_atomic(directory(run) / name, render(f"{name}.jinja", content))
+    return directory(run) / "report.html"
 
 
 def page_content(run: Run) -> dict[str, Any]:
     """Everything that the templates show, plots already written under the run's directory."""
     with figures.style():
         sections = [_section(run, condition) for condition in conditions(run)]
-        overall = [figures.save(plot, run.path / "plots") for plot in plots.run_plots(run)]
+        overall = [figures.save(plot, directory(run) / "plots") for plot in plots.run_plots(run)]
     found = findings(run)
     return {
         "title": f"{run.record.run.get('model') or 'A model'} on {device(run)}",
@@ -60,6 +61,7 @@ def page_content(run: Run) -> dict[str, Any]:
         "about": _about(run),
         "findings": grouped([finding for finding in found if finding.level == "plain"]),
         "warnings": [finding for finding in found if finding.level == "warning"],
+        "controls": controls.sentences(run),
         "sections": sections,
         "overall": overall,
         "equivalence": _equivalence(run),
@@ -99,10 +101,10 @@ def _section(run: Run, condition: Condition) -> Section:
     effects = condition.select(run.effects)
     tables_of_effects = []
     for metric, heading in _EFFECT_HEADINGS.items():
-        rows = effects[effects["metric"] == metric] if len(effects) else effects
-        if len(rows):
-            tables_of_effects.append((heading, tables.effects_table(rows)))
-    drawn = [figures.save(plot, run.path / "plots") for plot in plots.condition_plots(run, condition)]
+        chosen = effects[effects["metric"] == metric]
+        if len(chosen):
+            tables_of_effects.append((heading, tables.effects_table(chosen)))
+    drawn = [figures.save(plot, directory(run) / "plots") for plot in plots.condition_plots(run, condition)]
     return Section(condition, tables.cells_table(cells), tables_of_effects, drawn)
 
 
@@ -116,9 +118,16 @@ def _about(run: Run) -> list[tuple[str, str]]:
         ("dtype", first.get("dtype")),
         ("switches", ", ".join(factors(run)) or "none"),
         ("cells", len(first.get("cells", []))),
-        ("measured", first.get("created")),
+        ("measured", _moment(first.get("created"))),
     ]
     return [(name, str(value)) for name, value in facts if value not in (None, "")]
+
+
+def _moment(text: object) -> str:
+    try:
+        return f"{datetime.fromisoformat(str(text)).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    except ValueError:
+        return str(text or "")
 
 
 def _equivalence(run: Run) -> Table | None:
@@ -138,7 +147,15 @@ def _failures(run: Run) -> Table | None:
 
 def _measured(run: Run) -> Table | None:
     """Per condition how much was measured and why it stopped, from the `stop` lines."""
-    headings = ["workload", "runtime", "blocks", "processes", "measured (s)", "half-width reached", "stopped because"]
+    headings = [
+        "workload",
+        "runtime",
+        "blocks",
+        "processes",
+        "measured (s)",
+        "half-width reached",
+        "stopped because",
+    ]
     reasons = {
         "target": "every effect is as tight as asked for",
         "max_seconds": "the time allowed was up",
@@ -166,8 +183,5 @@ def _command(line: dict[str, Any]) -> str:
     command = line.get("command") or []
     words = shlex.join(map(str, command)) if isinstance(command, list) else str(command)
     time = line.get("time")
-    when = f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M:%S} UTC: " if is_number(time) else ""
+    when = f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M:%S} UTC: " if isinstance(time, int | float) else ""
     return f"{when}{words}"
-
-
-__all__ = ["Finding", "Section", "markdown", "page_content", "render", "write_report"]

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from qwen3bench.reporting import plot_cells, plot_effects
+from qwen3bench.reporting import plot_cells, plot_controls, plot_effects, plot_waterfall
 from qwen3bench.reporting.conditions import Condition
 from qwen3bench.reporting.figures import Plot
+from qwen3bench.reporting.lookup import LATENCY, MEMORY
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -17,9 +18,10 @@ _OF_CONDITION = (
     plot_effects.forest,
     plot_cells.ranked,
     plot_cells.memory_latency,
-    partial(plot_effects.waterfall, metric=plot_effects.LATENCY),
-    partial(plot_effects.waterfall, metric=plot_effects.MEMORY),
+    partial(plot_waterfall.waterfall, metric=LATENCY),
+    partial(plot_waterfall.waterfall, metric=MEMORY),
     plot_effects.interactions,
+    plot_controls.controls,
 )
 _OF_RUN = (plot_effects.by_condition, plot_cells.roofline)
 

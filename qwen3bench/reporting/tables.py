@@ -1,4 +1,4 @@
-"""Tables of a report as plain values: headings, texts and the numbers to sort by; pages and terminal render them."""
+"""Tables of a report as plain values: headings, texts and what to sort by; pages and terminal render them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
+from qwen3bench.reporting.lookup import LATENCY, rows
 from qwen3bench.reporting.units import BYTES, SECONDS, Unit, is_number, ratio, significant, unit_for
 
 # Column of cells.csv → heading and how its values read; the order of the report's table.
@@ -61,7 +62,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """Headings and rows; `constants` is what is the same in every row and has no column, `note` what is left out."""
+    """Headings and rows; `constants` is said once instead of in every row, `note` tells what is left out."""
 
     headings: list[str]
     rows: list[list[Entry]]
@@ -79,10 +80,12 @@ class Table:
 
 
 def cells_table(cells: pd.DataFrame, basics: bool = False) -> Table:
-    """Cells of one condition, the fastest first, as a table; `basics` keeps the columns that fit a terminal."""
+    """Cells of one condition, the fastest first; `basics` keeps the columns that fit a terminal."""
     columns = {key: _CELL_COLUMNS[key] for key in _CELL_BASICS} if basics else _CELL_COLUMNS
-    ordered = cells.sort_values("latency_s", na_position="last", kind="stable")
-    return _table(ordered, "cell", columns, keep=("latency_s", "speedup"))
+    ordered = cells.sort_values(LATENCY, na_position="last", kind="stable")
+    again = [name for name in ("ttft_s", "tpot_s") if cells[name].equals(cells[LATENCY].rename(name))]
+    ordered = ordered.drop(columns=again)  # of prefill TTFT is the latency, of decode TPOT
+    return _table(ordered, "cell", columns, keep=(LATENCY, "speedup"))
 
 
 def effects_table(effects: pd.DataFrame) -> Table:
@@ -91,19 +94,16 @@ def effects_table(effects: pd.DataFrame) -> Table:
     Interactions of three and more switches are shown only where they are decided; `note` counts the others.
     """
     plain = (effects["term"].str.count(":") >= 2) & ~effects["verdict"].isin(_DECIDED)
-    rows = []
-    for row in effects[~plain].itertuples():
-        memory = row.metric != "latency_s"
-        estimate = signed_bytes(row.estimate) if memory else ratio(row.estimate, row.lo, row.hi)
+    lines = []
+    for row in rows(effects[~plain]):
+        estimate = ratio(row.estimate, row.lo, row.hi) if row.metric == LATENCY else signed_bytes(row.estimate)
         p = f"{row.p_holm:.2g}" if is_number(row.p_holm) else ""
-        reason = getattr(row, "reason", None)
-        verdict = row.verdict if isinstance(row.verdict, str) and row.verdict else _words(reason)
         texts = [Entry(row.term, row.term), Entry(row.kind, row.kind), Entry(estimate, _key(row.estimate))]
-        rows.append([*texts, Entry(p, _key(row.p_holm)), Entry(verdict, verdict)])
-    verdicts = effects.loc[plain, "verdict"].fillna("without an estimate").value_counts(sort=False)
-    left_out = ", ".join(f"{number} {verdict}" for verdict, number in verdicts.items())
-    note = f"Left out here: interactions of three and more switches, {left_out}." if left_out else ""
-    return drop_empty(Table(["term", "kind", "effect", "p (Holm)", "verdict"], rows, note=note))
+        lines.append([*texts, Entry(p, _key(row.p_holm)), _text(row.verdict), _text(row.reason)])
+    left_out = effects.loc[plain, "verdict"].replace("", "without an estimate").value_counts(sort=False)
+    said = ", ".join(f"{number} {verdict}" for verdict, number in left_out.items())
+    note = f"Left out here: interactions of three and more switches, {said}." if said else ""
+    return drop_empty(Table(["term", "kind", "effect", "p (Holm)", "verdict", "reason"], lines, note=note))
 
 
 def equivalence_table(cells: pd.DataFrame) -> Table:

@@ -56,7 +56,7 @@ def size(value: float) -> str:
 
 
 def ratio(value: float, lo: float = math.nan, hi: float = math.nan) -> str:
-    """Ratio with its interval, for example `1.27× [1.26, 1.28]`; as many decimals as the interval supports."""
+    """Ratio with its interval, for example `1.27× [1.26, 1.28]`, in decimals that the interval supports."""
     if not is_number(value):
         return ""
     if not (is_number(lo) and is_number(hi)):
@@ -66,11 +66,11 @@ def ratio(value: float, lo: float = math.nan, hi: float = math.nan) -> str:
 
 
 def interval_decimals(lo: float, hi: float) -> int:
-    """Decimals that show two digits of an interval's half-width, from 2 to 4."""
+    """Decimals that show the first digit of an interval's half-width, from 2 to 4."""
     half_width = (hi - lo) / 2
     if half_width <= 0:
         return 4
-    return min(4, max(2, 1 - math.floor(math.log10(half_width))))
+    return min(4, max(2, -math.floor(math.log10(half_width))))
 
 
 def percent(value: float) -> str:

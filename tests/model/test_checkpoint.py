@@ -162,9 +162,9 @@ HEADERS = {
         "384 bytes, not those of F32 .12, 9.",
     ),
     "shape beyond memory": (lambda h: entry(h, UP, shape=[2**62, 2**62]), "has 384 bytes, not those of"),
-    "negative size": (lambda h: entry(h, UP, shape=[-12, -8]), "has shape .-12, -8."),
-    "size no integer": (lambda h: entry(h, UP, shape=[12.0, 8]), "has shape .12.0, 8."),
-    "size a boolean": (lambda h: entry(h, UP, shape=[True, 96]), "has shape .True, 96."),
+    "negative size": (lambda h: entry(h, UP, shape=[-12, -8]), "has shape .-12, -8. and data_offsets"),
+    "size no integer": (lambda h: entry(h, UP, shape=[12.0, 8]), "has shape .12.0, 8. and data_offsets"),
+    "size a boolean": (lambda h: entry(h, UP, shape=[True, 96]), "has shape .True, 96. and data_offsets"),
     "offsets reversed": (lambda h: entry(h, UP, data_offsets=h[UP]["data_offsets"][::-1]), "-384 bytes"),
     "three offsets": (lambda h: entry(h, UP, data_offsets=[0, 1, 2]), "data_offsets .0, 1, 2."),
     "entry no object": (lambda h: h | {UP: 7}, "is not described by dtype, shape and data_offsets"),
@@ -259,9 +259,7 @@ def test_extra_tensor_is_refused(checkpoint: Path) -> None:
 def test_misshapen_tensor_is_refused_with_both_shapes(checkpoint: Path, shape: list[int]) -> None:
     header = entry(make_header(stored_names()), UP, shape=shape)
     write_tensors(checkpoint / "model.safetensors", header, DATA)
-    assert_refused(
-        checkpoint, rf"{UP} has shape \({', '.join(map(str, shape))},?\), config.json asks for \(12, 8\)"
-    )
+    assert_refused(checkpoint, rf"{UP} has shape \({', '.join(map(str, shape))},?\), config.json asks for \(12, 8\)")
 
 
 def test_untied_checkpoint_needs_its_head(checkpoint: Path) -> None:
@@ -301,24 +299,20 @@ def test_directory_without_weights_is_refused(checkpoint: Path) -> None:
 # The index
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        "../b.safetensors",
-        "/etc/passwd",
-        "sub/../../b.safetensors",
-        "..",
-        "b\0.safetensors",
-        "\ud800.safetensors",
-    ],
-)
+@pytest.mark.parametrize("target", ["../b.safetensors", "/etc/hostname.safetensors", "sub/../../b.safetensors", ".."])
 def test_index_that_points_outside_is_refused(sharded: Path, target: str) -> None:
     (sharded.parent / "b.safetensors").write_bytes((sharded / "b.safetensors").read_bytes())
-    moved = {
-        name: target if shard == "b.safetensors" else shard for name, shard in read_index(sharded).items()
-    }
+    moved = {name: target if shard == "b.safetensors" else shard for name, shard in read_index(sharded).items()}
     write_index(sharded, moved)
     assert_refused(sharded, "points outside its directory")
+
+
+def test_index_with_an_absolute_or_winding_path_is_refused_even_inside(sharded: Path) -> None:
+    weight_map = read_index(sharded)
+    for target in (str(sharded / "b.safetensors"), "x/../b.safetensors"):
+        moved = {name: target if shard == "b.safetensors" else shard for name, shard in weight_map.items()}
+        write_index(sharded, moved)
+        assert_refused(sharded, "points outside its directory")
 
 
 def test_shard_that_links_outside_is_refused(sharded: Path) -> None:
@@ -341,11 +335,16 @@ def test_shards_of_the_hub_cache_may_link_to_its_blobs(sharded: Path) -> None:
     for path in sorted(snapshot.iterdir()):
         blob = path.rename(repository / "blobs" / f"hash-of-{path.name}")
         path.symlink_to(Path("../../blobs") / blob.name)
+    shared = sharded.parent / "blobs" / "ab"  # what all repositories of a cache may share
+    shared.mkdir(parents=True)
+    blob = repository / "blobs" / "hash-of-b.safetensors"
+    blob.rename(shared / "hash")
+    blob.symlink_to("../../blobs/ab/hash")
     assert len(load_weights(snapshot, CONFIG)) == 25
 
 
 INDEXES = {
-    "shard that is not there": (lambda m: m | {UP: "c.safetensors"}, "c.safetensors: is no regular file"),
+    "shard that is not there": (lambda m: m | {UP: "c.safetensors"}, "'c.safetensors' is not there"),
     "tensor that its shard lacks": (
         lambda m: m | {"model.x": "b.safetensors"},
         "'model.x' is listed in the index but not",
@@ -363,7 +362,9 @@ INDEXES = {
         "'pytorch_model-1.bin' is no safetensors file",
     ),
     "empty file name": (lambda m: m | {UP: ""}, "'' is no safetensors file"),
-    "file name too long": (lambda m: m | {UP: "x" * 5000 + ".safetensors"}, "xxx"),
+    "file name too long": (lambda m: m | {UP: "x" * 5000 + ".safetensors"}, "'xxx.* is no file's name"),
+    "NUL in the file name": (lambda m: m | {UP: "b\0.safetensors"}, "is no file's name"),
+    "surrogate in the file name": (lambda m: m | {UP: "\ud800.safetensors"}, "is no file's name"),
     "no file name": (lambda m: m | {UP: ["b.safetensors"]}, "no file name"),
     "empty": (lambda m: {}, "holds no weight_map"),
     "no object": (lambda m: list(m), "holds no weight_map"),
@@ -408,6 +409,7 @@ def test_a_tensor_twice_in_the_index_is_refused(sharded: Path) -> None:
     [
         ("hidden_size", 16, "emb_dim is 16, not 8 as asked"),
         ("rope_theta", 1e6, "rope_base is 1000000.0, not 10000.0"),
+        ("rope_theta", 10**400, "10000000000000000000 takes more than 64 bits"),
         ("rms_norm_eps", 1e-5, "rms_norm_eps is 1e-05, not 1e-06"),
         ("tie_word_embeddings", "false", "tie_word_embeddings is neither true nor false"),
         ("model_type", "llama", "model_type is 'llama', not 'qwen3'"),
@@ -466,18 +468,15 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load_or_refuse(directory: Path) -> None:
     try:
-        weights = load_weights(directory, CONFIG)
-    except UserError as error:
-        assert str(error)
-        assert "\n" not in str(error)
-    else:
-        assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == tensor_shapes(CONFIG)
-        assert all(tensor.isfinite().all() for tensor in weights.values())
+        config = ModelConfig.from_pretrained(directory)
+        weights = load_weights(directory, config)
+    except UserError:
+        return
+    assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == tensor_shapes(config)
+    assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
-PROPERTY = settings(
-    max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
-)
+PROPERTY = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 @PROPERTY

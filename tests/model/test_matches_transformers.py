@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from qwen3bench import ModelConfig, build_model, load_weights
@@ -104,13 +105,21 @@ def checkpoint(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Checkpoi
     return Checkpoint(config, load_weights(directory, config), tokens, logits)
 
 
-def refused(checkpoint: Checkpoint, case: Case, opts: tuple[str, ...]) -> bool:
-    """Whether the cell must not exist, because tying would change the function; asserts that it is refused."""
-    if case.tied or "tie" not in opts:
-        return False
-    with pytest.raises(UserError, match="tie"):
-        build_model(checkpoint.config, opts, checkpoint.weights)
-    return True
+@pytest.fixture(scope="module")
+def models(checkpoint: Checkpoint, case: Case, all_cells: list[tuple[str, ...]]) -> dict[str, nn.Module]:
+    """The checkpoint in every combination that keeps its function: all 32, or the 16 without `tie`."""
+    cells = [cell for cell in all_cells if case.tied or "tie" not in cell]
+    return {"+".join(cell) or "baseline": build_model(checkpoint.config, cell, checkpoint.weights) for cell in cells}
+
+
+def test_tie_is_refused_exactly_where_the_checkpoint_does_not_tie(
+    checkpoint: Checkpoint, case: Case, models: dict[str, nn.Module], all_cells: list[tuple[str, ...]]
+) -> None:
+    assert len(models) >= (32 if case.tied else 16)
+    for cell in all_cells:
+        if "tie" in cell and not case.tied:
+            with pytest.raises(UserError, match="tying would change the function"):
+                build_model(checkpoint.config, cell, checkpoint.weights)
 
 
 def test_logits_are_of_order_one(checkpoint: Checkpoint) -> None:
@@ -118,27 +127,21 @@ def test_logits_are_of_order_one(checkpoint: Checkpoint) -> None:
         assert 0.5 < logits.std() < 2
 
 
-def test_forward_matches(checkpoint: Checkpoint, case: Case, each_cell: tuple[str, ...]) -> None:
-    if refused(checkpoint, case, each_cell):
-        return
-    model = build_model(checkpoint.config, each_cell, checkpoint.weights)
+def test_forward_matches(checkpoint: Checkpoint, models: dict[str, nn.Module]) -> None:
     for tokens, expected in zip(checkpoint.tokens, checkpoint.logits, strict=True):
-        logits = model(tokens)
-        assert logits.dtype is torch.float32
-        assert logits.shape == expected.shape
-        assert (logits - expected).abs().max() <= MAX_ERROR
+        for cell, model in models.items():
+            logits = model(tokens)
+            assert (logits.shape, logits.dtype) == (expected.shape, torch.float32)
+            error = (logits - expected).abs().max()
+            assert error <= MAX_ERROR, f"{cell} at {tuple(tokens.shape)}"
 
 
-def test_decode_matches(checkpoint: Checkpoint, case: Case, each_cell: tuple[str, ...]) -> None:
-    """A prompt, a chunk of several tokens, then one at a time, through the cache: transformers' full forward."""
-    if refused(checkpoint, case, each_cell):
-        return
-    model = build_model(checkpoint.config, each_cell, checkpoint.weights)
+def test_decode_matches(checkpoint: Checkpoint, models: dict[str, nn.Module]) -> None:
+    """A prompt, a chunk, then one token at a time, through the cache: transformers' full forward."""
     tokens, expected = checkpoint.tokens[0], checkpoint.logits[0]
-    cache = KVCache(checkpoint.config, tokens.shape[0], tokens.shape[1] + 3, "cpu", torch.float32)
     bounds = [0, 5, 9, 10, 11, 12, 13]
-    steps = [
-        model(tokens[:, begin:end], cache, start=begin)
-        for begin, end in zip(bounds, bounds[1:], strict=False)
-    ]
-    assert (torch.cat(steps, dim=1) - expected).abs().max() <= MAX_ERROR
+    for cell, model in models.items():
+        cache = KVCache(checkpoint.config, tokens.shape[0], tokens.shape[1] + 3, "cpu", torch.float32)
+        steps = [model(tokens[:, i:j], cache, start=i) for i, j in pairwise(bounds)]
+        error = (torch.cat(steps, dim=1) - expected).abs().max()
+        assert error <= MAX_ERROR, cell

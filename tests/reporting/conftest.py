@@ -1,16 +1,27 @@
 """Synthetic records with planted effects, so that reports can be built without measuring anything."""
 
+from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from qwen3bench.analysis.run import Run, load_run
+from qwen3bench.bench.record import RecordWriter
+from qwen3bench.reporting.pages import write_report
+
 FACTORS = ("flash", "tie", "mlp", "mask", "norm")
 HEAD_BYTES = 151_936 * 1024 * 2
 GAINS = {"flash": 0.165, "mlp": 0.012, "norm": 0.24}  # of log latency
 JOINT_GAINS = {("flash", "mask"): 0.04}
-BASE_S = {("prefill", "graph"): 7.2e-3, ("prefill", "eager"): 29e-3, ("decode", "graph"): 3.1e-3, ("decode", "eager"): 29.6e-3}
+BASE_S = {
+    ("prefill", "graph"): 7.2e-3,
+    ("prefill", "eager"): 29e-3,
+    ("decode", "graph"): 3.1e-3,
+    ("decode", "eager"): 29.6e-3,
+}
 Line = dict[str, Any]
 
 
@@ -28,6 +39,7 @@ def record_lines(
     copy_shift: float = 0.0,
     memory: bool = True,
     evidence: bool = True,
+    prompt_tokens: int = 512,
     seed: int = 0,
 ) -> list[Line]:
     """Lines of a finished run: GAINS and JOINT_GAINS planted in log latency, `tie` in memory alone.
@@ -39,9 +51,9 @@ def record_lines(
     grid = [dict(zip(factors, levels, strict=True)) for levels in product((0, 1), repeat=len(factors))]
     grid.sort(key=lambda levels: sum(levels.values()))
     cells = {cell_label(levels): levels for levels in grid}
-    sizes = {"batch_size": 1, "prompt_tokens": 512, "new_tokens": 64}
+    sizes = {"batch_size": 1, "prompt_tokens": prompt_tokens, "new_tokens": 64}
     config = {
-        "model": {"name": "qwen3-0.6b"},
+        "model": {"name": "qwen3-0.6b", "vocab_size": 151_936, "emb_dim": 1024},
         **sizes,
         "device": "cuda",
         "dtype": "bfloat16",
@@ -70,8 +82,22 @@ def record_lines(
             "dtype": "bfloat16",
             "fingerprint": {"config": "c0", "weights": "w0", "code": "s0", "torch": "2.11", "device": "h100"},
         },
-        {"type": "session", "command": ["python", "-m", "qwen3bench", "design=full"], "time": 1_735_787_045.0},
-        *({"type": "process", "process": p, "pid": 100 + p, "purpose": "time", "time": 1_735_787_050.0 + p, "setup_s": 2.0} for p in (0, 1)),
+        {
+            "type": "session",
+            "command": ["python", "-m", "qwen3bench", "design=full"],
+            "time": 1_735_787_045.0,
+        },
+        *(
+            {
+                "type": "process",
+                "process": p,
+                "pid": 100 + p,
+                "purpose": "time",
+                "time": 1_735_787_050.0 + p,
+                "setup_s": 2.0,
+            }
+            for p in (0, 1)
+        ),
     ]
     for cell, levels in cells.items():
         tied = levels.get("tie", 0)
@@ -103,10 +129,20 @@ def record_lines(
             where = {"cell": cell, "workload": workload, "runtime": runtime}
             if memory:
                 peak = stored + 400_000_000 + scores
-                lines.append({"type": "memory", **where, "peak_allocated_bytes": peak, "peak_reserved_bytes": peak + 2**25, "cache_bytes": 0})
+                lines.append(
+                    {
+                        "type": "memory",
+                        **where,
+                        "peak_allocated_bytes": peak,
+                        "peak_reserved_bytes": peak + 2**25,
+                        "cache_bytes": 0,
+                    }
+                )
             if evidence:
                 backend = "none" if not levels.get("flash") else "flash_attention" if levels.get("mask") else "cudnn"
-                launches = 1500 - 400 * levels.get("flash", 0) - 600 * levels.get("norm", 0) - 28 * levels.get("mask", 0)
+                launches = (
+                    1500 - 400 * levels.get("flash", 0) - 600 * levels.get("norm", 0) - 28 * levels.get("mask", 0)
+                )
                 lines.append(
                     {
                         "type": "evidence",
@@ -121,14 +157,36 @@ def record_lines(
                     }
                 )
         for workload in workloads:
-            lines.append({"type": "cost", "cell": cell, "workload": workload, "flops": 9.5e11 if workload == "prefill" else 1.9e9, "bytes": 1.4e9})
-    lines.append({"type": "ceiling", "copy_bytes_per_s": 2.98e12, "matmul_flops_per_s": 7.73e14, "dtype": "bfloat16", "vendor": None})
+            lines.append(
+                {
+                    "type": "cost",
+                    "cell": cell,
+                    "workload": workload,
+                    "flops": 9.5e11 if workload == "prefill" else 1.9e9,
+                    "bytes": 1.4e9,
+                }
+            )
+    lines.append(
+        {
+            "type": "ceiling",
+            "copy_bytes_per_s": 2.98e12,
+            "matmul_flops_per_s": 7.73e14,
+            "dtype": "bfloat16",
+            "vendor": None,
+        }
+    )
     clock = 1_735_787_060.0
     for workload, runtime in product(workloads, runtimes):
         scale = 0.25 if runtime == "eager" else 1.0
         for block in range(blocks):
             process = block * 2 // blocks
-            where = {"workload": workload, "runtime": runtime, "process": process, "block": block, "attempt": 0}
+            where = {
+                "workload": workload,
+                "runtime": runtime,
+                "process": process,
+                "block": block,
+                "attempt": 0,
+            }
             visits = [(cell, 0) for cell in cells] + [("baseline", 1)]
             shift = rng.normal(0, 0.002)
             for position, index in enumerate(rng.permutation(len(visits))):
@@ -143,7 +201,14 @@ def record_lines(
                     at = {**where, "cell": cell, "copy": copy, "position": position}
                     lines.append({"type": "sample", **at, "repeat": repeat, "latency_s": value, "time": clock})
                 lines.append({"type": "visit", **where, "cell": cell, "copy": copy, "position": position, "samples": 3})
-            telemetry = {"sm_clock_mhz": 1980, "memory_clock_mhz": 2619, "temperature_c": 41, "power_w": 310.0, "throttle_reasons": [], "foreign_processes": []}
+            telemetry = {
+                "sm_clock_mhz": 1980,
+                "memory_clock_mhz": 2619,
+                "temperature_c": 41,
+                "power_w": 310.0,
+                "throttle_reasons": [],
+                "foreign_processes": [],
+            }
             lines.append({"type": "block", **where, "state": "ok", "flags": [], "time": clock, **telemetry})
         lines.append(
             {
@@ -159,3 +224,40 @@ def record_lines(
         )
     lines.append({"type": "end", "status": "finished", "time": clock})
     return lines
+
+
+def write_lines(directory: Path, lines: list[Line]) -> Path:
+    """A run's directory that holds these lines as its record."""
+    with RecordWriter(directory) as record:
+        record.append(*lines)
+    return directory
+
+
+@pytest.fixture(name="record_lines")
+def record_lines_fixture() -> Callable[..., list[Line]]:
+    return record_lines
+
+
+@pytest.fixture
+def run_of(tmp_path: Path) -> Callable[[list[Line]], Run]:
+    """Loads a run from the lines of its record."""
+    return lambda lines: load_run(write_lines(tmp_path / "run", lines))
+
+
+@pytest.fixture(scope="session")
+def full_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """32 cells, two workloads under two runtimes, finished and quiet. Tests read it and write beside it."""
+    lines = record_lines(workloads=("prefill", "decode"), runtimes=("graph", "eager"))
+    return load_run(write_lines(tmp_path_factory.mktemp("full"), lines))
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a written report: eight cells, two workloads, texts that try to be markup."""
+    lines = record_lines(factors=("flash", "tie", "mask"), workloads=("prefill", "decode"))
+    lines[0]["device"] = "<script>alert('device')</script> | *H100*"
+    where = {"cell": "flash+tie", "workload": "prefill", "runtime": "graph", "status": "oom", "pass": "time"}
+    failure = {"type": "failure", **where, "reason": "no | room <b>left</b>\nsecond line"}
+    directory = write_lines(tmp_path_factory.mktemp("written"), [*lines[:-1], failure, lines[-1]])
+    write_report(load_run(directory))
+    return directory

@@ -1,0 +1,86 @@
+"""One page over several runs."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen3bench.bench.record import write_atomic
+from qwen3bench.errors import UserError
+from qwen3bench.reporting import figures
+from qwen3bench.reporting.conditions import conditions
+from qwen3bench.reporting.lookup import band, device, directory, factors
+from qwen3bench.reporting.over_runs import effects_over, over_findings, over_table
+from qwen3bench.reporting.pages import render
+from qwen3bench.reporting.plot_across import regimes, trends
+from qwen3bench.reporting.units import count, listing
+
+if TYPE_CHECKING:
+    from qwen3bench.analysis.run import Run
+
+_RECORD = "samples.jsonl"
+_ROWS = 200
+
+
+def find_runs(paths: Iterable[Path]) -> list[Path]:
+    """Directories of runs: each path that is one, and every run below a path that holds runs, once each.
+
+    Raises UserError where a path holds no run.
+    """
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if (path / _RECORD).is_file() or not path.is_dir():
+            below = [path]  # what is no run after all is named when it is read
+        else:
+            below = sorted((file.parent for file in path.rglob(_RECORD)), key=_by_number)
+        if not below:
+            raise UserError(f"{path}: holds no run, nor any directory with one; name the directory of a run")
+        for run in below:
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
+
+
+def write_overview(runs: Sequence[Run], home: Path) -> Path:
+    """Write report.md, report.html and plots/ over several runs into the directory; the path of report.html.
+
+    Raises UserError where the directory cannot be written.
+    """
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        text = f"{home}: cannot be made ({error.strerror}); name another directory with --out"
+        raise UserError(text) from error
+    effects = effects_over(runs)
+    names = list(dict.fromkeys(name for run in runs for name in factors(run)))
+    width = band(runs[0])
+    with figures.style():
+        drawn = [draw(effects, names, width) for draw in (regimes, trends) if len(effects)]
+        saved = [figures.save(plot, home / "plots") for plot in drawn if plot]
+    found = list(over_findings(effects, names, width))
+    plain = [finding for finding in found if finding.level == "plain"]
+    content = {
+        "title": f"{count(len(runs), 'run')} together",
+        "findings": [("Where each switch pays", plain)] if plain else [],
+        "warnings": [finding for finding in found if finding.level == "warning"],
+        "plots": saved,
+        "effects": over_table(effects, names) if len(effects) else None,
+        "runs": [(os.path.relpath(directory(run), home), _described(run)) for run in runs],
+        "most_rows": _ROWS,
+    }
+    for name in ("report.md", "report.html"):
+        write_atomic(home / name, render(f"over_{name}.jinja", content))
+    return home / "report.html"
+
+
+def _described(run: Run) -> str:
+    where = listing([str(condition) for condition in conditions(run)], 12)
+    state = "" if run.finished else ", unfinished"
+    return f"{run.record.run.get('model')}, {device(run)}: {where or 'nothing measured'}{state}"
+
+
+def _by_number(path: Path) -> list[tuple[int, str]]:
+    """Sorts a multirun's 2 before its 10."""
+    return [(int(digits or 0), text) for digits, text in re.findall(r"(\d*)(\D*)", str(path))]

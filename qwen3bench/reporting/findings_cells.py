@@ -1,0 +1,131 @@
+"""Findings on cells: which one to take, peers, what failed and what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from qwen3bench.reporting import controls
+from qwen3bench.reporting.conditions import Condition, conditions
+from qwen3bench.reporting.finding import Finding, verdict_of, worth
+from qwen3bench.reporting.lookup import (
+    BASELINE,
+    LATENCY,
+    MEMORY,
+    band,
+    is_peer,
+    largest,
+    rows,
+    smallest,
+    usable,
+)
+from qwen3bench.reporting.units import count, is_number, listing, ratio, seconds, size
+
+if TYPE_CHECKING:
+    from qwen3bench.analysis.run import Run
+
+
+def recommended(run: Run, condition: Condition) -> Iterator[Finding]:
+    """The cell to switch on, under the memory limit where one is set."""
+    cells = usable(condition.select(run.cells))
+    cells = cells[~is_peer(cells)]
+    if len(cells) < 2:
+        return
+    if controls.noise(run, condition):
+        yield Finding(f"No recommendation for {condition}: it is noisy.", "recommended")
+        return
+    limit_gib = (run.config.get("report") or {}).get("memory_limit_gib")
+    within = f" within {limit_gib:g} GiB" if is_number(limit_gib) else ""
+    if limit_gib is not None and within:
+        measured = cells.dropna(subset=[MEMORY])
+        cells = measured[measured[MEMORY] <= limit_gib * 2**30]
+        if cells.empty:
+            yield _nothing_fits(measured, within, condition)
+            return
+    faster = cells[shown_faster(cells, condition.select(run.samples)["block"].nunique(), band(run))]
+    if faster.empty:
+        yield Finding(f"No cell{within} is shown to be faster than the baseline ({condition}).", "recommended")
+        return
+    alike = faster[faster["speedup_hi"] >= largest(faster, "speedup").speedup_lo]
+    alike = alike.assign(switches=[0 if c == BASELINE else c.count("+") + 1 for c in alike["cell"]])
+    pick = rows(alike.sort_values([MEMORY, "switches"], kind="stable", na_position="last"))[0]
+    gain = ratio(pick.speedup, pick.speedup_lo, pick.speedup_hi)
+    memory = f", peak memory {size(pick.peak_allocated_bytes)}" if is_number(pick.peak_allocated_bytes) else ""
+    text = f"{pick.cell}{within}: {gain} faster than the baseline{memory} ({condition})."
+    if len(alike) > 1:
+        text += f" {len(alike)} cells cannot be told apart in latency; of these it has the least memory"
+        text += ", then the fewest switches." if memory else " as far as measured, then the fewest switches."
+    yield Finding(text, "recommended")
+
+
+def _nothing_fits(measured: pd.DataFrame, within: str, condition: Condition) -> Finding:
+    if measured.empty:
+        return Finding(
+            f"What fits{within} is unknown: peak memory was not measured ({condition}).",
+            "recommended",
+            "warning",
+        )
+    least = smallest(measured, MEMORY)
+    needs = f"the smallest, {least.cell}, takes {size(least.peak_allocated_bytes)}"
+    return Finding(f"No cell fits{within}: {needs} ({condition}).", "recommended", "warning")
+
+
+def shown_faster(cells: pd.DataFrame, blocks: int, width: float) -> pd.Series:
+    """Which cells are faster than the baseline beyond doubt, though the best of many is looked at.
+
+    Intervals are widened as Bonferroni asks for one comparison per cell, by quantiles of t with blocks − 1
+    degrees of freedom; a cell inside the band does not count.
+    """
+    comparisons, freedom = max(1, len(cells) - 1), max(1, blocks - 1)
+    widening = stats.t.ppf(1 - 0.025 / comparisons, freedom) / stats.t.ppf(0.975, freedom)
+    gain, low = np.log(cells["speedup"]), np.log(cells["speedup_lo"])
+    inside = (cells["speedup_lo"] >= 1 - width) & (cells["speedup_hi"] <= 1 + width)
+    return (gain - widening * (gain - low) > 0) & ~inside
+
+
+def peers(run: Run) -> Iterator[Finding]:
+    """How other implementations of the model stand against the baseline."""
+    for condition in conditions(run):
+        cells = usable(condition.select(run.cells))
+        for row in rows(cells[is_peer(cells)]):
+            verdict = controls.heard(run, condition, verdict_of(row.speedup_lo, row.speedup_hi, band(run)), row.speedup)
+            said = worth(verdict, row.speedup, row.speedup_lo, row.speedup_hi, band(run))
+            against = f"; against the baseline {said}" if verdict != "missing" else ""
+            yield Finding(f"{row.cell} takes {seconds(row.latency_s)}{against} ({condition}).", "peer")
+
+
+def failures(run: Run) -> Iterator[Finding]:
+    """Cells that got no number, by status, each with its first reason."""
+    bad = run.cells[run.cells["status"].notna() & (run.cells["status"] != "ok")]
+    for status in bad["status"].unique():
+        failed = bad[bad["status"] == status]
+        names = list(dict.fromkeys(failed["cell"]))
+        reasons = [reason for reason in failed["reason"] if isinstance(reason, str) and reason.strip()]
+        because = f": {reasons[0].strip().splitlines()[0].rstrip('.')}" if reasons else ""
+        word = "has" if len(names) == 1 else "have"
+        text = f"{listing(names)} {word} status {status} and no speed-up{because}."
+        yield Finding(text, "failure", "warning")
+
+
+def missing(run: Run) -> Iterator[Finding]:
+    """What the run does not hold: its end, cells without a latency, damaged lines of the record."""
+    if not run.finished:
+        text = "This run has not finished: what is here is what was measured until now."
+        yield Finding(text, "missing", "warning")
+    there = {str(condition): usable(condition.select(run.cells)) for condition in conditions(run)}
+    nothing = [name for name, cells in there.items() if cells.empty]
+    if nothing or not there:
+        yield Finding(f"Without any latency: {listing(nothing) or 'every workload'}.", "missing", "warning")
+    for condition in conditions(run):
+        cells = condition.select(run.cells)
+        lost = cells[(cells["status"].isna() | (cells["status"] == "ok")) & cells[LATENCY].isna()]
+        if len(lost) and len(there[str(condition)]):
+            text = f"{count(len(lost), 'cell')} of {len(cells)} without a latency: {listing(list(lost['cell']))}"
+            yield Finding(f"{text} ({condition}).", "missing", "warning")
+    if run.record.warnings:
+        text = f"The record is damaged: {'; '.join(run.record.warnings[:3])}."
+        yield Finding(text, "missing", "warning")

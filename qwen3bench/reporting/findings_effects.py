@@ -1,0 +1,173 @@
+"""Findings on effects: all switches together, each one, pairs that interact, memory, what is undecided."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qwen3bench.analysis.effects import effects as effects_of
+from qwen3bench.reporting import controls
+from qwen3bench.reporting.conditions import Condition, conditions
+from qwen3bench.reporting.finding import Finding, verdict_of, worth
+from qwen3bench.reporting.lookup import (
+    BASELINE,
+    LATENCY,
+    MEMORY,
+    all_on,
+    band,
+    device,
+    factors,
+    rows,
+    terms,
+    usable,
+)
+from qwen3bench.reporting.tables import signed_bytes
+from qwen3bench.reporting.units import is_number, listing, ratio, seconds, significant
+
+if TYPE_CHECKING:
+    from qwen3bench.analysis.run import Run
+
+_MOST_PAIRS = 3  # interactions named per condition
+_MOST_FACTORS = 6  # up to here each half of a design is analysed by itself in no time
+
+
+def together(run: Run, condition: Condition) -> Iterator[Finding]:
+    """What all switches give together, or what the baseline alone takes."""
+    good = {row.cell: row for row in rows(usable(condition.select(run.cells)))}
+    where = f"{condition} on {device(run)}"
+    if all_on(run) not in good:
+        return
+    row = good[all_on(run)]
+    if row.cell == BASELINE:
+        interval = f" [{seconds(row.latency_lo_s)}, {seconds(row.latency_hi_s)}]" if is_number(row.latency_lo_s) else ""
+        rate = f", {significant(row.tokens_per_s)} tokens/s" if is_number(row.tokens_per_s) else ""
+        yield Finding(f"The baseline takes {seconds(row.latency_s)}{interval}{rate} ({where}).", "together")
+        return
+    verdict = controls.heard(run, condition, verdict_of(row.speedup_lo, row.speedup_hi, band(run)), row.speedup)
+    said = worth(verdict, row.speedup, row.speedup_lo, row.speedup_hi, band(run))
+    subject = f"All {len(factors(run))} switches together" if len(factors(run)) > 1 else f"{row.cell} on"
+    times = f", {seconds(good[BASELINE].latency_s)} → {seconds(row.latency_s)}" if BASELINE in good else ""
+    noisy = " Noisy." if controls.noise(run, condition) else ""
+    yield Finding(f"{subject}: {said}{times} ({where}).{noisy}", "together")
+
+
+def switch(run: Run, name: str) -> Iterator[Finding]:
+    """What one switch is worth on average over the others, under every condition."""
+    parts = []
+    for condition in conditions(run):
+        chosen = condition.select(run.effects)
+        chosen = chosen[(chosen["metric"] == LATENCY) & (chosen["kind"] == "main") & (chosen["term"] == name)]
+        noisy = ", noisy" if controls.noise(run, condition) else ""
+        for row in rows(chosen):
+            because = f": {row.reason}" if isinstance(row.reason, str) and row.reason else ""
+            if is_number(row.estimate):
+                parts.append(f"{_worth(run, condition, row)} ({condition}{noisy}{because})")
+            else:
+                parts.append(f"cannot be told ({condition}{because})")
+    if parts:
+        yield Finding(f"{name}: {'; '.join(parts)}.", "switch")
+
+
+def joint(run: Run, condition: Condition) -> Iterator[Finding]:
+    """Which pairs of switches interact, what one is worth without the other, and what ran differently."""
+    effects = terms(run, condition, LATENCY, "interaction")
+    pairs = effects[(effects["term"].str.count(":") == 1) & effects["verdict"].isin(("faster", "slower"))]
+    order = np.log(pairs["estimate"]).abs().sort_values(ascending=False, kind="stable").index
+    for row in rows(pairs.loc[order[:_MOST_PAIRS]]):
+        if controls.heard(run, condition, row.verdict, row.estimate) != row.verdict:
+            continue
+        a, b = row.term.split(":")
+        manner = "give more together than each alone" if row.verdict == "faster" else "take from each other"
+        said = f"{a} and {b} {manner}: joint effect {ratio(row.estimate, row.lo, row.hi)} ({condition})."
+        noisy = " Noisy." if controls.noise(run, condition) else ""
+        halves, ran = _with_and_without(run, condition, a, b), _evidence(run, condition, a, b)
+        yield Finding(f"{said}{halves}{ran}{noisy}", "interaction")
+
+
+def _with_and_without(run: Run, condition: Condition, a: str, b: str) -> str:
+    """What the smaller switch of a pair is worth with the other on and off, each from its half of cells."""
+    main = {row.term: row.estimate for row in rows(terms(run, condition, LATENCY, "main"))}
+    if len(factors(run)) > _MOST_FACTORS or not {a, b} <= set(main):
+        return ""
+    small, large = sorted((a, b), key=lambda name: abs(math.log(main[name])))
+    samples = condition.select(run.samples)
+    samples = samples[samples["cell"].isin(usable(condition.select(run.cells))["cell"])]
+    others = [name for name in factors(run) if name != large]
+    halves = []
+    for level in (1, 0):
+        half = effects_of(samples[samples[large] == level], others, block="block", band=band(run))
+        halves += rows(half[(half["term"] == small) & (half["kind"] == "main") & half["estimate"].notna()])
+    if len(halves) < 2:
+        return ""
+    with_it, without = (_worth(run, condition, row) for row in halves)
+    verdicts = [controls.heard(run, condition, row.verdict, row.estimate) for row in halves]
+    if verdicts[0] == "faster" and verdicts[1] in ("same", "slower"):
+        return f" {small} pays only with {large}: {with_it} with it, {without} without."
+    return f" {small} with {large}: {with_it}; without: {without}."
+
+
+def _evidence(run: Run, condition: Condition, a: str, b: str) -> str:
+    """What ran in the four cells of a pair, where it differs."""
+    lines = {
+        line["cell"]: line
+        for line in run.record.of("evidence")
+        if line["workload"] == condition.workload and line["runtime"] == condition.runtime
+    }
+    names = [BASELINE, a, b, "+".join(name for name in factors(run) if name in (a, b))]
+    if any(name not in lines for name in names):
+        return ""
+    said = []
+    for key, words in (("attention_backend", "attention backend"), ("kernel_launches", "kernel launches")):
+        values = [lines[name].get(key) for name in names]
+        if None not in values and len(set(values)) > 1:
+            said.append(f"{words} " + ", ".join(f"{v} ({n})" for n, v in zip(names, values, strict=True)))
+    return f" What ran: {'; '.join(said)}." if said else ""
+
+
+def memory(run: Run) -> Iterator[Finding]:
+    """Which switches save peak memory, and whether that costs latency."""
+    for name in factors(run):
+        saved: dict[str, list[str]] = {}
+        costs = set()
+        for condition in conditions(run):
+            less = [row for row in rows(terms(run, condition, MEMORY, "main")) if row.term == name]
+            if less and less[0].verdict == "less":
+                saved.setdefault(signed_bytes(less[0].estimate), []).append(str(condition))
+                latency = [row for row in rows(terms(run, condition, LATENCY, "main")) if row.term == name]
+                costs |= {controls.heard(run, condition, r.verdict, r.estimate) for r in latency} or {"missing"}
+        if saved:
+            said = "; ".join(f"{amount} ({listing(names, 12)})" for amount, names in saved.items())
+            free = f" and costs no latency beyond ±{100 * band(run):g} % there" if costs == {"same"} else ""
+            text = f"{name} lowers peak memory{free}: {said}, on average over the other switches."
+            yield Finding(text, "memory")
+
+
+def undecided(run: Run, condition: Condition) -> Iterator[Finding]:
+    """Main effects without a verdict, and what would give one."""
+    effects = [r for r in rows(terms(run, condition, LATENCY, "main")) if r.verdict == "undecided"]
+    blocks = condition.select(run.samples)["block"].nunique()
+    around = [row for row in effects if row.lo <= 1 <= row.hi]
+    if around:
+        needed = max(_blocks_needed(row.estimate, row.lo, row.hi, blocks, band(run)) for row in around)
+        said = listing([f"{row.term} {ratio(row.estimate, row.lo, row.hi)}" for row in around])
+        advice = f"If the estimates stay, about {needed:,} blocks instead of {blocks} would decide."
+        yield Finding(f"{said} ({condition}). {advice}", "undecided")
+    for row in effects:
+        if row not in around:
+            said = f"{row.term} {ratio(row.estimate, row.lo, row.hi)} ({condition})"
+            advice = "the interval leaves out 1, but p, corrected for the number of terms, is not below 0.05"
+            yield Finding(f"{said}: {advice}. More processes would decide.", "undecided")
+
+
+def _blocks_needed(estimate: float, lo: float, hi: float, blocks: int, width: float) -> int:
+    """Blocks after which an interval that shrinks with their root leaves 1 or lies inside the band."""
+    distance, half_width = abs(math.log(estimate)), math.log(hi / lo) / 2
+    return math.ceil(blocks * (half_width / max(distance, width - distance)) ** 2) + 1
+
+
+def _worth(run: Run, condition: Condition, row: Any) -> str:
+    verdict = controls.heard(run, condition, row.verdict, row.estimate)
+    return worth(verdict, row.estimate, row.lo, row.hi, band(run))

@@ -1,0 +1,83 @@
+"""Look-ups in the tables of a run; rows come as objects with the columns as attributes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from qwen3bench.reporting.conditions import Condition
+from qwen3bench.reporting.units import count
+
+if TYPE_CHECKING:
+    from qwen3bench.analysis.run import Run
+
+BASELINE = "baseline"
+LATENCY, MEMORY = "latency_s", "peak_allocated_bytes"
+
+
+def factors(run: Run) -> list[str]:
+    """The run's factors in its own order."""
+    return [str(name) for name in run.record.run["factors"]]
+
+
+def all_on(run: Run) -> str:
+    """Label of the cell with every factor on."""
+    return "+".join(factors(run)) or BASELINE
+
+
+def directory(run: Run) -> Path:
+    """Where a run's files are, and its report goes."""
+    return run.record.path.parent
+
+
+def device(run: Run) -> str:
+    """Name of the device that was measured."""
+    return str(run.record.run.get("device") or "an unnamed device")
+
+
+def band(run: Run) -> float:
+    """Half-width around 1 inside which an effect counts as none (`analysis.band`)."""
+    settings = run.config.get("analysis")
+    return float(settings.get("band", 0.01)) if isinstance(settings, dict) else 0.01
+
+
+def usable(cells: pd.DataFrame) -> pd.DataFrame:
+    """Cells with status ok and a latency, the only ones a finding may rank; whole numbers become floats."""
+    good = cells[(cells["status"] == "ok") & cells[LATENCY].notna()]
+    return good.astype({name: float for name, kind in good.dtypes.items() if str(kind) == "Int64"})
+
+
+def is_peer(cells: pd.DataFrame) -> pd.Series:
+    """Which cells are other implementations, labelled `transformers:…`."""
+    return cells["cell"].str.contains(":", regex=False).astype(bool)
+
+
+def terms(run: Run, condition: Condition, metric: str, kind: str) -> pd.DataFrame:
+    """Effects of one kind that could be estimated, in the run's order of terms."""
+    chosen = condition.select(run.effects)
+    chosen = chosen[(chosen["metric"] == metric) & (chosen["kind"] == kind) & chosen["estimate"].notna()]
+    return chosen.astype({"estimate": float, "lo": float, "hi": float})
+
+
+def blocks_of(run: Run, condition: Condition) -> str:
+    """Blocks and processes behind the numbers of a condition, in words."""
+    samples = condition.select(run.samples)
+    blocks, processes = samples["block"].nunique(), samples["process"].nunique()
+    return f"{count(blocks, 'block')} in {count(processes, 'process', 'processes')}"
+
+
+def rows(frame: pd.DataFrame) -> list[Any]:
+    """All rows, in order."""
+    return list(frame.itertuples())
+
+
+def largest(frame: pd.DataFrame, column: str) -> Any:
+    """The row whose value in a column is the largest, the first of equals; missing values do not count."""
+    return rows(frame.dropna(subset=[column]).sort_values(column, ascending=False, kind="stable"))[0]
+
+
+def smallest(frame: pd.DataFrame, column: str) -> Any:
+    """The row whose value in a column is the smallest, the first of equals; missing values do not count."""
+    return rows(frame.dropna(subset=[column]).sort_values(column, kind="stable"))[0]

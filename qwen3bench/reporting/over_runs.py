@@ -1,0 +1,91 @@
+"""Effects of several runs side by side: where a switch pays, where its effect vanishes or turns around."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from qwen3bench.reporting import controls
+from qwen3bench.reporting.conditions import conditions
+from qwen3bench.reporting.finding import Finding
+from qwen3bench.reporting.lookup import LATENCY, largest, rows, smallest, terms
+from qwen3bench.reporting.tables import Entry, Table, drop_empty
+from qwen3bench.reporting.units import count, listing, ratio
+
+if TYPE_CHECKING:
+    from qwen3bench.analysis.run import Run
+
+_WHERE = ("model", "device", "dtype")  # part of a condition's name only where the runs differ in them
+_VERDICTS = (("faster", "faster"), ("slower", "slower"), ("undecided", "undecided"))
+
+
+def effects_over(runs: Sequence[Run]) -> pd.DataFrame:
+    """Main effects on latency of all runs, one row per run, workload, runtime and switch.
+
+    Columns: run (from 1), model, device, dtype, workload, runtime, batch_size, prompt_tokens, condition,
+    noisy, term, estimate, lo, hi, verdict.
+    """
+    lines: list[dict[str, Any]] = []
+    for number, run in enumerate(runs, start=1):
+        for condition in conditions(run):
+            cell = rows(condition.select(run.cells))[0]
+            same = {key: getattr(cell, key) for key in (*_WHERE, "batch_size", "prompt_tokens")}
+            where = {"run": number, **same, "workload": condition.workload, "runtime": condition.runtime}
+            where |= {"condition": str(condition), "noisy": controls.noise(run, condition) > 0}
+            for effect in rows(terms(run, condition, LATENCY, "main")):
+                values = {key: getattr(effect, key) for key in ("term", "estimate", "lo", "hi", "verdict")}
+                lines.append(where | values)
+    frame = pd.DataFrame(lines)
+    for key in _WHERE if lines else ():
+        if frame[key].nunique(dropna=False) > 1:
+            frame["condition"] = frame["condition"] + ", " + frame[key].astype(str)
+    return frame
+
+
+def over_findings(effects: pd.DataFrame, names: Sequence[str], width: float) -> Iterator[Finding]:
+    """Per switch, where it is faster, the same, slower or undecided; noisy conditions do not count."""
+    if effects.empty:
+        yield Finding("No run holds an effect on latency that could be estimated.", "missing", "warning")
+        return
+    noisy = list(dict.fromkeys(effects.loc[effects["noisy"], "condition"]))
+    if noisy:
+        yield Finding(f"Noisy, and left out of the findings: {listing(noisy)}.", "control", "warning")
+    quiet = effects[~effects["noisy"]]
+    for name in names:
+        found = dict(iter(quiet[quiet["term"] == name].groupby("verdict")))
+        said = []
+        for verdict, words in (*_VERDICTS, ("same", f"the same within ±{100 * width:g} %")):
+            if verdict in found:
+                how_much = _range(found[verdict]) if verdict in ("faster", "slower") else ""
+                said.append(f"{words} in {len(found[verdict])}{how_much}")
+        if not said:
+            continue
+        text = f"{name}: of {count(sum(map(len, found.values())), 'condition')}, {', '.join(said)}."
+        if {"faster", "slower"} <= set(found):
+            text += f" Its effect changes sign: slower at {listing(list(found['slower']['condition']), 4)}."
+        elif {"faster", "same"} <= set(found):
+            text += f" It vanishes at {listing(list(found['same']['condition']), 4)}."
+        yield Finding(text, "switch")
+
+
+def _range(effects: pd.DataFrame) -> str:
+    low, high = smallest(effects, "estimate"), largest(effects, "estimate")
+    said = [ratio(row.estimate, row.lo, row.hi) for row in (low, high)]
+    return f" ({said[0]})" if len(effects) == 1 else f" (from {said[0]} to {said[1]})"
+
+
+def over_table(effects: pd.DataFrame, names: Sequence[str]) -> Table:
+    """One row per run and condition, one column per switch: its effect and verdict."""
+    lines = []
+    for _, group in effects.groupby(["run", "condition"], sort=False):
+        first = rows(group)[0]
+        found = {
+            row.term: Entry(f"{ratio(row.estimate, row.lo, row.hi)} {row.verdict}", float(row.estimate))
+            for row in rows(group)
+        }
+        ends = Entry("noisy" if first.noisy else "")
+        opening = [Entry(str(first.run), float(first.run)), Entry(first.condition, first.condition)]
+        lines.append([*opening, *(found.get(name, Entry("")) for name in names), ends])
+    return drop_empty(Table(["run", "condition", *names, "control"], lines))

@@ -1,0 +1,84 @@
+"""Plot of the controls: two copies of the baseline against each other, and latency over the run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from qwen3bench.reporting.conditions import Condition
+from qwen3bench.reporting.controls import aa_series
+from qwen3bench.reporting.figures import BLUE, MUTED, ORANGE, PAPER, RULE, SERIES, Plot, new_figure
+from qwen3bench.reporting.lookup import device, rows
+from qwen3bench.reporting.units import count, is_number, ratio
+
+if TYPE_CHECKING:
+    from qwen3bench.analysis.run import Run
+
+
+def controls(run: Run, condition: Condition) -> Plot | None:
+    """A/A ratio of every block beside the mean latency of the blocks over time."""
+    pairs, drift = aa_series(run, condition), condition.select(run.controls.drift_series)
+    if len(pairs) < 2 and len(drift) < 2:
+        return None
+    parts = [*_aa_title(run, condition), *_drift_title(run, condition)]
+    figure = new_figure("; ".join(parts) or "Controls", f"{condition}; {device(run)}", 3.4)
+    left, right = figure.subplots(1, 2)
+    _draw_aa(left, run, condition)
+    _draw_drift(right, run, condition)
+    return Plot(f"controls-{condition.slug}", figure, "; ".join(parts), f"Controls. {'; '.join(parts)}.")
+
+
+def _draw_aa(axes: Axes, run: Run, condition: Condition) -> None:
+    pairs = aa_series(run, condition)
+    axes.axhline(1, color=MUTED, linewidth=0.9)
+    for row in rows(condition.select(run.controls.aa)):
+        colour = ORANGE if row.noisy else BLUE
+        axes.axhspan(1 - row.limit, 1 + row.limit, color=RULE, alpha=0.7, linewidth=0)
+        axes.axhline(row.ratio, color=colour, linestyle="--")
+        if is_number(row.lo):
+            axes.axhspan(row.lo, row.hi, color=colour, alpha=0.25, linewidth=0)
+    axes.scatter(pairs["block"], pairs["ratio"], s=18, color=BLUE, zorder=3)
+    axes.set_xlabel(f"block (n = {len(pairs)}); grey: allowed; coloured: mean, 95 %")
+    axes.set_ylabel("second copy / first")
+    axes.ticklabel_format(useOffset=False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _draw_drift(axes: Axes, run: Run, condition: Condition) -> None:
+    series = condition.select(run.controls.drift_series)
+    if series.empty:
+        return
+    start = series["time"].min()
+    for place, (process, blocks) in enumerate(series.groupby("process", sort=False)):
+        shape, colour = SERIES[place % len(SERIES)]
+        axes.plot(
+            blocks["time"] - start,
+            100 * (blocks["relative_latency"] - 1),
+            linewidth=0.8,
+            color=colour,
+            marker=shape,
+            markersize=4,
+            markerfacecolor=colour if place % 2 == 0 else PAPER,
+            label=f"process {process}",
+        )
+    axes.axhline(0, color=MUTED, linewidth=0.9)
+    axes.set_xlabel(f"time into the run (s); n = {count(len(series), 'block')}")
+    axes.set_ylabel("latency against the run's mean (%)")
+    if series["process"].nunique() <= 8:
+        axes.legend(fontsize=8)
+
+
+def _aa_title(run: Run, condition: Condition) -> list[str]:
+    summary = rows(condition.select(run.controls.aa))
+    said = [f"two copies of the baseline read {ratio(row.ratio, row.lo, row.hi)}" for row in summary]
+    return [f"Noisy: {text}" if row.noisy else text.capitalize() for text, row in zip(said, summary, strict=True)]
+
+
+def _drift_title(run: Run, condition: Condition) -> list[str]:
+    return [
+        f"latency moved by {100 * row.total:+.2g} % over the run".replace("-", "−")
+        for row in rows(condition.select(run.controls.drift))
+        if is_number(row.total)
+    ]

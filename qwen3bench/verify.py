@@ -1,0 +1,94 @@
+"""`python -m qwen3bench.verify [+opt=…] [model=…] [design=…]`: the equivalence gate alone."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from qwen3bench.bench.design import label
+from qwen3bench.cli import compose, guarded
+from qwen3bench.errors import UserError
+from qwen3bench.settings import Settings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 every cell computes the baseline's function, 3 some cell does not, 1 an error.
+
+    Without `+opt` or `design` all 2^5 cells of the five are judged.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(f"{__doc__}\n\n{main.__doc__}")
+        return 0
+    named = {argument.partition("=")[0].lstrip("+") for argument in arguments}
+    if not named & {"opt", "design"}:
+        arguments.append("design=full")
+    return guarded(lambda: verify(compose(arguments)))
+
+
+def verify(settings: Settings) -> int:
+    """Judge the cells of `settings`, print one line for each, and return the exit status."""
+    import torch  # late: mistakes on the command line need no torch
+
+    from qwen3bench.bench.equivalence import Gate
+
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"device={device}: PyTorch finds no CUDA device here; use device=cpu")
+    settings = settings.resolved(device)
+    began = time.monotonic()
+    dtype = getattr(torch, settings.dtype)
+    gate = Gate(settings.model, device=device, dtype=dtype, seed=settings.seed, opts=settings.opts)
+    model, judged = settings.model, gate.config
+    print(
+        f"{model.name} on {device}: {judged.num_layers} of {model.num_layers} layers, "
+        f"{judged.vocab_size} of {model.vocab_size} tokens; errors as multiples of the baseline's"
+    )
+    cells = settings.cells
+    width = max(len(label(cell)) for cell in cells)
+    columns = ["float32 max", "float32 rms"]
+    if dtype is not torch.float32:
+        columns += [f"{settings.dtype} max", f"{settings.dtype} rms"]
+    columns += ["mean KL", "same top-1"]
+    print("  ".join([f"{'cell':{width}}", "verdict ", *columns]))
+    failed = 0
+    for number, cell in enumerate(cells, start=1):
+        _progress(f"judging {label(cell)} ({number} of {len(cells)})")
+        try:
+            verdict = gate.check(cell)
+        except torch.cuda.OutOfMemoryError:
+            verdict = {
+                "equivalent": False,
+                "checks": {},
+                "reason": "out of memory; free some or name a smaller model",
+            }
+        _progress("")
+        failed += not verdict["equivalent"]
+        values = [verdict["checks"].get(column.replace(" ", "_") + "_ratio") for column in columns[:-2]]
+        values += [verdict.get("kl_mean"), verdict.get("top1_agreement")]
+        shown = [f"{_shown(value):>{len(column)}}" for value, column in zip(values, columns, strict=True)]
+        print("  ".join([f"{label(cell):{width}}", "ok      " if verdict["equivalent"] else "DIFFERS ", *shown]))
+        if verdict["reason"]:
+            print(f"  {verdict['reason']}")
+    print(
+        f"{len(cells) - failed} of {len(cells)} cells compute the baseline's function "
+        f"({time.monotonic() - began:.1f} s)"
+    )
+    return 3 if failed else 0
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

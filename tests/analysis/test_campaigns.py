@@ -1,0 +1,220 @@
+"""Simulated campaigns: what the intervals and the corrected tests promise, they keep."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.signal import lfilter
+
+from qwen3bench.analysis.design import contrasts, every_cell, shapley_contrasts
+from qwen3bench.analysis.effects import effects
+from qwen3bench.analysis.stopping import half_widths, stop_reason
+from qwen3bench.analysis.variance import clustered, replicated
+from qwen3bench.analysis.verdicts import ALPHA, holm
+
+CAMPAIGNS = 2_000
+PER_PROCESS = 3
+CELLS = every_cell(5)
+PLAN = contrasts(tuple("abcde"), CELLS).matrix
+RNG = np.random.default_rng
+
+
+def simulate(
+    rng: np.random.Generator,
+    processes: int,
+    *,
+    campaigns: int = CAMPAIGNS,
+    cells: int = 32,
+    noise: float = 0.01,
+    process_noise: float = 0.0,
+    drift: float = 0.0,
+    ar: float = 0.0,
+    unequal: bool = False,
+    grid_order: bool = False,
+) -> np.ndarray:
+    """log latency (campaigns, blocks, cells) of cells that are all alike.
+
+    `noise` per visit, `process_noise` per cell and process, `drift` per block (linear, within blocks too), `ar`
+    correlation from visit to visit, `unequal`: cells differ in noise up to threefold.
+    """
+    blocks = processes * PER_PROCESS
+    visits = PER_PROCESS * cells
+    white = rng.normal(size=(campaigns, processes, visits))
+    white[..., 0] /= np.sqrt(1 - ar**2)
+    noise_in_time = noise * np.sqrt(1 - ar**2) * lfilter([1], [1, -ar], white, axis=-1)
+    position = np.broadcast_to(np.arange(cells), (campaigns, blocks, cells))
+    if not grid_order:
+        position = rng.random(position.shape).argsort(axis=-1)
+    y = np.take_along_axis(noise_in_time.reshape(position.shape), position, axis=-1)
+    if unequal:
+        y = y * rng.permutation(np.linspace(0.5, 1.5, cells))
+    y = y + drift * (np.arange(blocks)[:, None] + position / cells)
+    shift = rng.normal(scale=process_noise, size=(campaigns, processes, cells)) if process_noise else 0
+    return y + np.repeat(np.broadcast_to(shift, (campaigns, processes, cells)), PER_PROCESS, axis=1)
+
+
+def process_of(blocks: int) -> np.ndarray:
+    return np.arange(blocks) // PER_PROCESS
+
+
+def family_wise_error(p: np.ndarray) -> float:
+    return float((holm(p) < ALPHA).any(axis=-1).mean())
+
+
+CONDITIONS = {
+    "independent": {},
+    "drift": {"drift": 0.01},
+    "ar1": {"ar": 0.8},
+    "process": {"process_noise": 0.01},
+    "unequal": {"unequal": True},
+    "all": {"drift": 0.01, "ar": 0.6, "process_noise": 0.01, "unequal": True},
+}
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_intervals_cover_and_nothing_is_found_where_nothing_is(name: str, processes: int) -> None:
+    y = simulate(RNG(processes), processes, **CONDITIONS[name])
+    found = clustered(y, process_of(y.shape[1]), PLAN)
+    covered = np.abs(found.estimate) <= found.half_width(0.95)
+    assert 0.93 <= covered.mean() <= 0.97
+    assert ((covered.mean(axis=0) > 0.93) & (covered.mean(axis=0) < 0.975)).all()
+    assert family_wise_error(found.p()) <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / CAMPAIGNS)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_shapley_intervals_cover(name: str, processes: int) -> None:
+    y = simulate(RNG(processes), processes, **CONDITIONS[name])
+    found = clustered(y, process_of(y.shape[1]), shapley_contrasts(5))
+    assert 0.93 <= np.mean(np.abs(found.estimate) <= found.half_width(0.95)) <= 0.97
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_intervals_cover_with_few_factors(k: int, processes: int) -> None:
+    y = simulate(RNG(k), processes, cells=2**k, process_noise=0.01, drift=0.01)
+    plan = contrasts(tuple("abc"[:k]), every_cell(k)).matrix
+    found = clustered(y, process_of(y.shape[1]), plan)
+    assert 0.93 <= np.mean(np.abs(found.estimate) <= found.half_width(0.95)) <= 0.97
+
+
+def test_intervals_cover_when_the_last_process_was_cut_short() -> None:
+    y = simulate(RNG(5), 4, process_noise=0.01)[:, :10]
+    found = clustered(y, process_of(10), PLAN)
+    assert 0.93 <= np.mean(np.abs(found.estimate) <= found.half_width(0.95)) <= 0.97
+
+
+def test_a_switch_whose_worth_depends_on_the_process_gets_an_interval_of_its_own() -> None:
+    rng = RNG(6)
+    y = simulate(rng, 6)
+    on = np.array(CELLS)[:, 0]
+    y = y + np.repeat(rng.normal(scale=0.02, size=(CAMPAIGNS, 6, 1)), PER_PROCESS, axis=1) * on
+    found = clustered(y, process_of(y.shape[1]), PLAN)
+    covered = np.abs(found.estimate) <= found.half_width(0.95)
+    assert covered[:, 0].mean() >= 0.93
+    pooled_alone = np.sqrt(np.mean(found.se[:, 1:] ** 2, axis=1)) * 2
+    assert np.mean(np.abs(found.estimate[:, 0]) <= pooled_alone) < 0.6
+
+
+def test_blocks_as_clusters_would_lie_where_processes_differ() -> None:
+    y = simulate(RNG(8), 2, process_noise=0.02)
+    naive = clustered(y, np.zeros(6), PLAN)
+    assert np.mean(np.abs(naive.estimate) <= naive.half_width(0.95)) < 0.85
+
+
+@pytest.mark.parametrize("name", ["independent", "ar1"])
+def test_one_percent_is_found_at_one_percent_noise_in_six_blocks(name: str) -> None:
+    planted = 0.01 * np.array(CELLS)[:, 2]
+    y = simulate(RNG(9), 2, **CONDITIONS[name]) - planted
+    found = clustered(y, process_of(6), PLAN)
+    p = holm(found.p())
+    assert ((p[:, 2] < ALPHA) & (found.estimate[:, 2] < 0)).mean() >= 0.8
+    assert (np.delete(p, 2, axis=1) < ALPHA).any(axis=1).mean() <= 0.06
+    assert found.estimate[:, 2].mean() == pytest.approx(-0.01, abs=2e-4)
+
+
+@pytest.mark.parametrize("target", [0.002, 0.003, 0.005])
+def test_intervals_cover_when_their_width_ends_the_campaign(target: float) -> None:
+    most = 24
+    y = simulate(RNG(10), most // PER_PROCESS, process_noise=0.003, drift=0.002)
+    covered = np.zeros(CAMPAIGNS)
+    false = np.zeros(CAMPAIGNS, dtype=bool)
+    going = np.ones(CAMPAIGNS, dtype=bool)
+    for blocks in range(6, most + 1):
+        found = clustered(y[going, :blocks], process_of(blocks), PLAN)
+        half = found.half_width(0.95)
+        stops = np.array(
+            [
+                stop_reason(
+                    dict(zip("abcde", widths[:5], strict=True)),
+                    blocks,
+                    -(-blocks // PER_PROCESS),
+                    0.0,
+                    target=target,
+                    max_seconds=1.0,
+                    max_blocks=most,
+                )
+                is not None
+                for widths in np.expm1(half)
+            ]
+        )
+        now = np.flatnonzero(going)[stops]
+        covered[now] = (np.abs(found.estimate) <= half)[stops].mean(axis=1)
+        false[now] = (holm(found.p()[stops]) < ALPHA).any(axis=1)
+        going[now] = False
+        if not going.any():
+            break
+    assert not going.any()
+    assert 0.93 <= covered.mean() <= 0.97
+    assert false.mean() <= 0.06
+
+
+def test_grid_order_reads_the_drift_as_effects() -> None:
+    """Why there are blocks in random order: the same drift, measured cell after cell, invents effects."""
+    drift = 0.01
+    grid = simulate(RNG(11), 2, drift=drift, noise=0.001, grid_order=True)
+    shuffled = simulate(RNG(11), 2, drift=drift, noise=0.001)
+    in_order = clustered(grid, process_of(6), PLAN)
+    in_random_order = clustered(shuffled, process_of(6), PLAN)
+    assert np.mean(np.abs(in_order.estimate[:, :5]) <= in_order.half_width(0.95)[:, :5]) < 0.2
+    assert family_wise_error(in_order.p()) == 1.0
+    assert 0.93 <= np.mean(np.abs(in_random_order.estimate) <= in_random_order.half_width(0.95)) <= 0.97
+    assert family_wise_error(in_random_order.p()) <= 0.06
+
+
+def test_cell_after_cell_without_blocks_reads_the_drift_as_effects() -> None:
+    """The usual benchmark: all repeats of a cell, then the next cell, while the machine warms up."""
+    rng = RNG(12)
+    repeats = 6
+    y = rng.normal(scale=0.001, size=(500, 32, repeats)) + 0.05 * (np.arange(32 * repeats) / 192).reshape(32, -1)
+    false = []
+    for campaign in y:
+        p = holm(replicated(list(campaign), PLAN).p())
+        false.append((p[:5] < ALPHA).all())
+    assert np.mean(false) > 0.95
+
+
+def test_effects_and_half_widths_are_the_simulated_core() -> None:
+    rng = RNG(13)
+    y = simulate(rng, 2, campaigns=1, process_noise=0.005)[0]
+    rows = [
+        {"block": b, "process": b // PER_PROCESS, "cell": label, "latency_s": np.exp(y[b, c])}
+        | dict(zip("abcde", cell, strict=True))
+        for b in range(6)
+        for c, cell in enumerate(CELLS)
+        for label in ["+".join(f for f, on in zip("abcde", cell, strict=True) if on) or "baseline"]
+    ]
+    frame = pd.DataFrame(rows).sample(frac=1, random_state=1)
+    table = effects(frame, list("abcde"), block="block")
+    core = clustered(y, process_of(6), np.vstack([PLAN, shapley_contrasts(5)]))
+    np.testing.assert_allclose(table["estimate"], np.exp(-core.estimate))
+    np.testing.assert_allclose(table["lo"], np.exp(-core.estimate - core.half_width(0.95)))
+    np.testing.assert_allclose(table["hi"], np.exp(-core.estimate + core.half_width(0.95)))
+    np.testing.assert_allclose(table["p"], core.p())
+    widths = half_widths(frame, list("abcde"))
+    known = core.df[:5] >= 5
+    expected = np.where(known, np.expm1(core.half_width(0.95)[:5]), np.inf)
+    assert list(widths) == list("abcde")
+    np.testing.assert_allclose(list(widths.values()), expected)

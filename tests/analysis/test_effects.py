@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+from itertools import permutations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from qwen3bench.analysis.design import contrasts, every_cell, shapley_contrasts
+from qwen3bench.analysis.effects import effects
+from qwen3bench.errors import UserError
+
+# Montgomery, Design and Analysis of Experiments, example 6.2 (2^4, filtration rate), in standard order.
+FILTRATION = [45, 71, 48, 65, 68, 60, 80, 65, 43, 100, 45, 104, 75, 86, 70, 96]
+FILTRATION_EFFECTS = {
+    "A": 21.625,
+    "B": 3.125,
+    "C": 9.875,
+    "D": 14.625,
+    "A:B": 0.125,
+    "A:C": -18.125,
+    "A:D": 16.625,
+    "B:C": 2.375,
+    "B:D": -0.375,
+    "C:D": -1.125,
+    "A:B:C": 1.875,
+    "A:B:D": 4.125,
+    "A:C:D": -1.625,
+    "B:C:D": -2.625,
+    "A:B:C:D": 1.375,
+}
+
+
+def standard_order(factors: str, values: list[float], name: str = "y") -> pd.DataFrame:
+    rows = [dict(zip(factors, cell, strict=True)) for cell in every_cell(len(factors))]
+    return pd.DataFrame(rows).assign(**{name: values})
+
+
+def by_term(table: pd.DataFrame, column: str = "estimate") -> dict[str, float]:
+    table = table[table["kind"] != "shapley"]
+    return dict(zip(table["term"], table[column], strict=True))
+
+
+def test_filtration_rate_gives_the_published_effects() -> None:
+    table = effects(standard_order("ABCD", FILTRATION), list("ABCD"), "y", log=False)
+    assert by_term(table) == FILTRATION_EFFECTS
+    assert table["lo"].isna().all()
+    assert (table["verdict"] == "undecided").all()
+    assert table["reason"].str.contains("no replicates").all()
+
+
+def test_half_fraction_of_filtration_rate_gives_the_published_effects_and_names_aliases() -> None:
+    """Montgomery, example 8.1: the half I = ABCD gives A 19.00, B 1.50, C 14.00, D 16.50."""
+    frame = standard_order("ABCD", FILTRATION)
+    half = frame[frame[list("ABCD")].sum(axis=1) % 2 == 0]
+    table = effects(half, list("ABCD"), "y", log=False)
+    known = {term: e for term, e in by_term(table).items() if not np.isnan(e)}
+    assert known == pytest.approx({"A": 19.0, "B": 1.5, "C": 14.0, "D": 16.5})
+    reasons = by_term(table, "reason")
+    assert "cannot be told from C:D" in reasons["A:B"]
+    assert "cannot be told from D" in reasons["A:B:C"]
+    assert "more than 1 factors taken for nil" in reasons["A"]
+    assert table.loc[table["kind"] == "shapley", "estimate"].isna().all()
+    assert set(table.loc[table["estimate"].isna(), "verdict"]) == {""}
+
+
+def test_pilot_plant_gives_the_published_effects_and_standard_error() -> None:
+    """Box, Hunter & Hunter, Statistics for Experimenters: T 23, C −5, K 1.5, …; standard error 1.4."""
+    pairs = [(59, 61), (74, 70), (50, 58), (69, 67), (50, 54), (81, 85), (46, 44), (79, 81)]
+    frames = [standard_order("TCK", list(values)) for values in zip(*pairs, strict=True)]
+    table = effects(pd.concat(frames), list("TCK"), "y", log=False)
+    expected = {"T": 23.0, "C": -5.0, "K": 1.5, "T:C": 1.5, "T:K": 10.0, "C:K": 0.0, "T:C:K": 0.5}
+    assert by_term(table) == expected
+    half = (table["hi"] - table["lo"])[table["kind"] != "shapley"] / 2
+    np.testing.assert_allclose(half / 2.306, np.sqrt(2), rtol=1e-3)  # t(8) · 1.4
+    assert (table["df"] == 8).all()
+
+
+def test_chemical_process_gives_the_published_analysis_of_variance() -> None:
+    """Montgomery, section 6.2: A 8.33, B −5.00, AB 1.67; P 0.0001, 0.0024, 0.1826."""
+    cells = [(28, 25, 27), (36, 32, 32), (18, 19, 23), (31, 30, 29)]
+    frames = [standard_order("AB", list(values)) for values in zip(*cells, strict=True)]
+    table = effects(pd.concat(frames), list("AB"), "y", log=False)
+    assert {t: round(e, 2) for t, e in by_term(table).items()} == {"A": 8.33, "B": -5.0, "A:B": 1.67}
+    assert {t: round(p, 4) for t, p in by_term(table, "p").items()} == {"A": 1e-4, "B": 0.0024, "A:B": 0.1826}
+    assert by_term(table, "p_holm")["B"] == pytest.approx(2 * by_term(table, "p")["B"])
+    assert by_term(table, "verdict") == {"A": "more", "B": "less", "A:B": "undecided"}
+
+
+def test_shapley_shares_are_the_mean_over_all_orders_and_sum_to_all_on() -> None:
+    table = effects(standard_order("ABCD", FILTRATION), list("ABCD"), "y", log=False)
+    shares = table[table["kind"] == "shapley"].set_index("term")["estimate"]
+    value = dict(zip(every_cell(4), FILTRATION, strict=True))
+    expected = dict.fromkeys("ABCD", 0.0)
+    orders = list(permutations(range(4)))
+    for order in orders:
+        cell = [0, 0, 0, 0]
+        for i in order:
+            before = value[tuple(cell)]
+            cell[i] = 1
+            expected["ABCD"[i]] += (value[tuple(cell)] - before) / len(orders)
+    assert shares.to_dict() == pytest.approx(expected)
+    assert shares.sum() == pytest.approx(96 - 45)
+
+
+def blocked(rng: np.random.Generator, worth: dict[str, float], blocks: int = 6, noise: float = 0.001) -> pd.DataFrame:
+    frames = []
+    for block in range(blocks):
+        frame = pd.DataFrame(every_cell(3), columns=list("abc"))
+        log_s = sum(-np.log(w) * frame[list(term.split(":"))].prod(axis=1) for term, w in worth.items())
+        frame["latency_s"] = np.exp(log_s + rng.normal(scale=noise, size=8) + 0.3 * block)
+        frames.append(frame.assign(block=block, process=block // 3))
+    return pd.concat(frames, ignore_index=True)
+
+
+def test_log_effects_read_as_speed_ups_with_verdicts() -> None:
+    table = effects(blocked(np.random.default_rng(0), {"a": 1.5, "c": 0.8}), list("abc"), block="block")
+    main = table[table["kind"] == "main"].set_index("term")
+    assert main["estimate"].to_dict() == pytest.approx({"a": 1.5, "b": 1.0, "c": 0.8}, rel=2e-3)
+    assert main["verdict"].to_dict() == {"a": "faster", "b": "same", "c": "slower"}
+    assert ((main["lo"] < main["estimate"]) & (main["estimate"] < main["hi"])).all()
+
+
+def test_shapley_product_is_all_on_over_baseline() -> None:
+    frame = blocked(np.random.default_rng(1), {"a": 1.5, "a:b": 1.1, "c": 0.8})
+    table = effects(frame, list("abc"), block="block")
+    log_s = np.log(frame["latency_s"]).groupby(frame[["a", "b", "c"]].sum(axis=1)).mean()
+    product = table.loc[table["kind"] == "shapley", "estimate"].prod()
+    assert product == pytest.approx(np.exp(log_s[0] - log_s[3]), rel=1e-12)
+
+
+def test_a_visits_repeats_count_as_their_median_and_the_copy_not_at_all() -> None:
+    frame = blocked(np.random.default_rng(2), {"a": 1.5})
+    plain = effects(frame, list("abc"), block="block")
+    repeats = [frame.assign(latency_s=frame["latency_s"] * f, copy=0) for f in (1.0, 0.9, 5.0)]
+    copy = frame[frame[list("abc")].sum(axis=1) == 0].assign(latency_s=1e9, copy=1)
+    pd.testing.assert_frame_equal(effects(pd.concat([*repeats, copy]), list("abc"), block="block"), plain)
+
+
+def test_small_certain_differences_are_the_same() -> None:
+    table = effects(blocked(np.random.default_rng(3), {"a": 1.005}, noise=1e-5), list("abc"), block="block")
+    row = table.iloc[0]
+    assert row["p_holm"] < 1e-6
+    assert row["lo"] > 1
+    assert row["verdict"] == "same"
+    assert (
+        effects(
+            blocked(np.random.default_rng(3), {"a": 1.005}, noise=1e-5), list("abc"), block="block", band=0.001
+        ).iloc[0]["verdict"]
+        == "faster"
+    )
+
+
+def test_a_missing_cell_leaves_what_least_squares_can_tell() -> None:
+    frame = blocked(np.random.default_rng(4), {"a": 1.5, "b": 1.2})
+    frame = frame[~((frame["a"] == 1) & (frame["b"] == 1) & (frame["c"] == 0))]
+    table = effects(frame, list("abc"), block="block").set_index(["term", "kind"])
+    assert table.loc[("a", "main"), "estimate"] == pytest.approx(1.5, rel=5e-3)
+    assert table.loc[("b", "main"), "estimate"] == pytest.approx(1.2, rel=5e-3)
+    assert "a+b" in table.loc[("a", "main"), "reason"]
+    highest = table.loc[("a:b:c", "interaction")]
+    assert np.isnan([highest["estimate"], highest["lo"], highest["p_holm"]]).all()
+    assert highest["verdict"] == ""
+    assert "not measured: a+b" in highest["reason"]
+    shapley = table[table.index.get_level_values("kind") == "shapley"]
+    assert shapley[["estimate", "lo", "hi", "p_holm"]].isna().all(axis=None)
+    assert shapley["reason"].str.contains("undefined").all()
+
+
+def test_two_cells_that_differ_in_two_factors_tell_neither() -> None:
+    frame = blocked(np.random.default_rng(5), {"a": 1.5, "b": 1.2})
+    frame = frame[(frame["c"] == 0) & (frame["a"] == frame["b"])]
+    table = effects(frame, list("ab"), block="block")
+    assert table["estimate"].isna().all()
+    assert "cannot be told from b" in table["reason"][0]
+
+
+def test_least_squares_agrees_with_a_regression() -> None:
+    rng = np.random.default_rng(6)
+    cells = tuple(c for c in every_cell(4) if c not in {(1, 0, 0, 0), (0, 1, 1, 0), (1, 1, 1, 1)})
+    plan = contrasts(tuple("abcd"), cells)
+    signs = 2 * np.array(cells) - 1
+    low = [t for t in plan.terms if len(t) <= 2]
+    design = np.column_stack([np.ones(len(cells)), *[signs[:, t].prod(axis=1) / 2 for t in low]])
+    y = design @ rng.normal(size=design.shape[1])
+    beta = np.linalg.lstsq(design, y, rcond=None)[0][1:]
+    known = ~np.isnan(plan.matrix[: len(low)]).any(axis=1)
+    assert known[:4].all()
+    np.testing.assert_allclose(plan.matrix[: len(low)][known] @ y, beta[known], atol=1e-9)
+
+
+def test_incomplete_blocks_are_left_out() -> None:
+    frame = blocked(np.random.default_rng(7), {"a": 1.5}, blocks=7)
+    cut = frame[~((frame["block"] == 6) & (frame["a"] == 1))]
+    pd.testing.assert_frame_equal(
+        effects(cut, list("abc"), block="block"), effects(frame[frame["block"] < 6], list("abc"), block="block")
+    )
+
+
+def test_counted_bytes_are_exact() -> None:
+    frame = standard_order("ab", [1000, 1000, 700, 700], "peak_allocated_bytes")
+    table = effects(frame, list("ab"), "peak_allocated_bytes", log=False, exact=True)
+    main = table.set_index(["term", "kind"])
+    assert main.loc[("b", "main"), ["estimate", "lo", "hi"]].tolist() == [-300, -300, -300]
+    assert by_term(table, "verdict") == {"a": "same", "b": "less", "a:b": "same"}
+    assert table["p_holm"].isna().all()
+    assert not table[["estimate", "lo", "hi"]].isna().any(axis=None)
+
+
+def test_values_that_never_vary_have_a_verdict_and_no_p() -> None:
+    frame = standard_order("ab", [1000, 1200, 700, 900], "bytes")
+    blocks = pd.concat([frame.assign(block=b) for b in range(3)])
+    table = effects(blocks, list("ab"), "bytes", block="block", log=False)
+    assert by_term(table, "verdict") == {"a": "more", "b": "less", "a:b": "same"}
+    assert table["p_holm"].isna().all()
+    assert (table["lo"] == table["hi"]).all()
+
+
+def test_one_block_has_estimates_and_no_interval() -> None:
+    frame = blocked(np.random.default_rng(8), {"a": 1.5}, blocks=1)
+    table = effects(frame, list("abc"), block="block")
+    assert table["estimate"].notna().all()
+    assert table[["lo", "hi", "p_holm"]].isna().all(axis=None)
+    assert (table["verdict"] == "undecided").all()
+    assert table["reason"].str.contains("one block").all()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda f: f.drop(columns="a"), "no column a"),
+        (lambda f: f.assign(a=2), "0 and 1"),
+        (lambda f: f.assign(latency_s=0.0), "above zero"),
+        (lambda f: f.assign(latency_s=np.inf), "finite"),
+        (lambda f: f.assign(latency_s=np.nan), "no sample"),
+        (lambda f: f.assign(runtime=["eager", "graph"] * 24), "several runtimes"),
+        (lambda f: f[f.index % 8 == f["block"]], "no block holds every cell"),
+    ],
+)
+def test_unusable_samples_are_refused(change: object, said: str) -> None:
+    frame = blocked(np.random.default_rng(9), {"a": 1.5})
+    with pytest.raises(UserError, match=said):
+        effects(change(frame), list("abc"), block="block")  # type: ignore[operator]
+
+
+def test_shapley_contrasts_sum_to_all_on_minus_baseline() -> None:
+    total = shapley_contrasts(4).sum(axis=0)
+    np.testing.assert_allclose(total, [-1, *[0] * 14, 1], atol=1e-12)

@@ -1,0 +1,146 @@
+"""`flash`: one call of PyTorch's fused attention, told no more than it needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen3bench import ModelConfig, build_model
+from qwen3bench.errors import UserError
+from qwen3bench.model.attention import AdditiveMask, EagerAttention, Mask
+from qwen3bench.model.cache import KVCache
+from qwen3bench.model.parts import Parts
+from qwen3bench.opt.flash import BACKENDS, FlashAttention, apply
+from qwen3bench.opt.mask import BooleanMask
+
+CPU = torch.device("cpu")
+Call = dict[str, Any]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """What fused attention was called with, and which of its kernels were allowed then."""
+    recorded: list[Call] = []
+    real = F.scaled_dot_product_attention
+
+    def spy(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+        allowed = {
+            "flash": torch.backends.cuda.flash_sdp_enabled(),
+            "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
+            "efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+            "math": torch.backends.cuda.math_sdp_enabled(),
+        }
+        recorded.append(kwargs | {"query": query, "key": key, "value": value, "allowed": allowed})
+        return real(query, key, value, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    return recorded
+
+
+def run(config: ModelConfig, weights: dict[str, Tensor], opts: Any, *chunks: int) -> None:
+    """Feed the model chunks of so many tokens, one after the other, through a cache."""
+    model = build_model(config, opts, weights)
+    cache = KVCache(config, 2, sum(chunks), "cpu", torch.float32)
+    start = 0
+    for length in chunks:
+        model(torch.randint(0, config.vocab_size, (2, length)), cache, start=start)
+        start += length
+
+
+def test_baseline_makes_no_call(tiny: ModelConfig, tiny_weights: dict[str, Tensor], calls: list[Call]) -> None:
+    run(tiny, tiny_weights, ("tie", "mlp", "mask", "norm"), 5, 1)
+    assert calls == []
+
+
+def test_one_call_in_each_layer_with_the_heads_as_they_are_stored(
+    tiny: ModelConfig, tiny_weights: dict[str, Tensor], calls: list[Call]
+) -> None:
+    run(tiny, tiny_weights, ("flash",), 5)
+    assert len(calls) == tiny.num_layers
+    for call in calls:
+        assert call["query"].shape == (2, tiny.num_heads, 5, tiny.head_dim)
+        assert call["key"].shape == call["value"].shape == (2, tiny.num_kv_heads, 5, tiny.head_dim)
+        assert call["enable_gqa"]
+
+
+def test_prefill_with_mask_has_no_mask_tensor(
+    tiny: ModelConfig, tiny_weights: dict[str, Tensor], calls: list[Call]
+) -> None:
+    run(tiny, tiny_weights, ("flash", "mask"), 5)
+    assert [(call["attn_mask"], call["is_causal"]) for call in calls] == [(None, True)] * tiny.num_layers
+
+
+def test_one_query_is_never_called_causal(
+    tiny: ModelConfig, tiny_weights: dict[str, Tensor], calls: list[Call]
+) -> None:
+    run(tiny, tiny_weights, ("flash", "mask"), 5, 1)
+    for call in calls[tiny.num_layers :]:
+        assert call["key"].shape[2] == 6
+        assert (call["attn_mask"], call["is_causal"]) == (None, False)
+
+
+def test_a_chunk_against_a_cache_gets_a_boolean_mask(
+    tiny: ModelConfig, tiny_weights: dict[str, Tensor], calls: list[Call]
+) -> None:
+    run(tiny, tiny_weights, ("flash", "mask"), 2, 3)
+    attends = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    for call in calls[tiny.num_layers :]:
+        assert not call["is_causal"]
+        assert torch.equal(call["attn_mask"], attends)
+
+
+def test_without_mask_the_additive_one_is_passed_on(
+    tiny: ModelConfig, tiny_weights: dict[str, Tensor], calls: list[Call]
+) -> None:
+    run(tiny, tiny_weights, ("flash",), 3, 1)
+    x = float("-inf")
+    prefill = torch.tensor([[0, x, x], [0, 0, x], [0, 0, 0]])
+    assert not any(call["is_causal"] for call in calls)
+    assert torch.equal(calls[0]["attn_mask"], prefill)
+    assert torch.equal(calls[-1]["attn_mask"], torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize(("queries", "start"), [(7, 0), (1, 0), (1, 6), (3, 4)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (8, 1)])
+@pytest.mark.parametrize("mask", [AdditiveMask(), BooleanMask()], ids=["additive", "boolean"])
+def test_context_is_the_eager_one(queries: int, start: int, heads: int, kv_heads: int, mask: Mask) -> None:
+    q = torch.randn(2, heads, queries, 16, dtype=torch.float64)
+    k, v = torch.randn(2, 2, kv_heads, start + queries, 16, dtype=torch.float64)
+    contexts = [
+        attend(q, k, v, attend.mask(mask, queries, start, CPU, torch.float64), mask.apply)
+        for attend in (EagerAttention(), FlashAttention())
+    ]
+    torch.testing.assert_close(contexts[1], contexts[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_forced_backend_is_the_only_one_allowed(backend: str, calls: list[Call]) -> None:
+    attend = apply(Parts(), backend=backend).attend
+    q = torch.randn(1, 2, 4, 16)
+    try:
+        attend(q, q, q, None, BooleanMask().apply)
+    except RuntimeError:  # this machine has no such kernel
+        assert backend not in ("math", "flash")
+    assert [name for name, on in calls[0]["allowed"].items() if on] == [backend]
+
+
+def test_auto_leaves_the_choice_to_pytorch(calls: list[Call]) -> None:
+    q = torch.randn(1, 2, 4, 16)
+    apply(Parts()).attend(q, q, q, None, BooleanMask().apply)
+    assert all(calls[0]["allowed"].values())
+
+
+def test_the_backend_comes_from_the_options(
+    tiny: ModelConfig, tiny_weights: dict[str, Tensor], calls: list[Call]
+) -> None:
+    run(tiny, tiny_weights, {"flash": {"backend": "math"}, "mask": {}}, 4)
+    assert all(call["allowed"]["math"] and not call["allowed"]["flash"] for call in calls)
+
+
+def test_an_unknown_backend_is_named_with_those_that_exist() -> None:
+    with pytest.raises(UserError, match=r"flash.backend='cudn' is unknown; .* auto, flash, cudnn, efficient, math"):
+        apply(Parts(), backend="cudn")

@@ -1,0 +1,160 @@
+"""`mlp`: one gate-up product over one stored weight, then SiLU and product in one kernel."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen3bench import ModelConfig, build_model
+from qwen3bench.model.layers import FeedForward
+from qwen3bench.opt.mlp import FusedFeedForward, silu_mul
+
+
+def is_one_stored_weight(ff: FusedFeedForward) -> bool:
+    """Whether fc1's and fc2's weights are the two halves of the tensor that the product reads."""
+    rows = ff.gate_up.shape[0] // 2
+    return (
+        ff.fc1.weight.data_ptr() == ff.gate_up.data_ptr()
+        and ff.fc2.weight.data_ptr() == ff.gate_up[rows:].data_ptr()
+        and torch.equal(torch.cat((ff.fc1.weight, ff.fc2.weight)), ff.gate_up)
+        and ff.fc1.weight.dtype is ff.gate_up.dtype
+    )
+
+
+def computes_swiglu(ff: FusedFeedForward) -> bool:
+    x = torch.randn(2, 3, ff.fc1.in_features, dtype=ff.fc1.weight.dtype)
+    expected = F.linear(F.silu(F.linear(x, ff.fc1.weight)) * F.linear(x, ff.fc2.weight), ff.fc3.weight)
+    return torch.allclose(ff(x), expected, rtol=0, atol=2e-2 if x.dtype is torch.bfloat16 else 1e-5)
+
+
+def blocks(model: nn.Module) -> list[FusedFeedForward]:
+    return [module for module in model.modules() if isinstance(module, FusedFeedForward)]
+
+
+def test_every_feed_forward_is_fused(tiny: ModelConfig) -> None:
+    assert len(blocks(build_model(tiny, ("mlp",), device="meta"))) == tiny.num_layers
+    assert blocks(build_model(tiny, ("flash", "tie", "mask", "norm"), device="meta")) == []
+
+
+def test_gate_and_up_are_the_banks_own_rows(tiny: ModelConfig, tiny_weights: dict[str, Tensor]) -> None:
+    for layer, ff in enumerate(blocks(build_model(tiny, ("mlp",), tiny_weights))):
+        assert is_one_stored_weight(ff)
+        assert ff.gate_up.data_ptr() == tiny_weights[f"model.layers.{layer}.mlp.gate_proj.weight"].data_ptr()
+        assert ff.fc2.weight.data_ptr() == tiny_weights[f"model.layers.{layer}.mlp.up_proj.weight"].data_ptr()
+
+
+def test_weights_stored_apart_are_copied_into_one(tiny: ModelConfig, tiny_weights: dict[str, Tensor]) -> None:
+    apart = {name: tensor.clone() for name, tensor in tiny_weights.items()}
+    for layer, ff in enumerate(
+        blocks(build_model(tiny, ("mlp",), apart | {"lm_head.weight": apart["model.embed_tokens.weight"]}))
+    ):
+        assert is_one_stored_weight(ff)
+        assert ff.gate_up.data_ptr() != apart[f"model.layers.{layer}.mlp.gate_proj.weight"].data_ptr()
+        assert torch.equal(ff.fc1.weight, apart[f"model.layers.{layer}.mlp.gate_proj.weight"])
+        assert computes_swiglu(ff)
+
+
+def test_nothing_is_counted_twice(tiny: ModelConfig, tiny_weights: dict[str, Tensor]) -> None:
+    fused, baseline = build_model(tiny, ("mlp",), tiny_weights), build_model(tiny, (), tiny_weights)
+    assert fused.num_parameters == baseline.num_parameters
+    assert fused.parameter_bytes == baseline.parameter_bytes
+    assert list(fused.state_dict()) == list(baseline.state_dict())
+
+
+def load(model: nn.Module, other: nn.Module, assign: bool) -> nn.Module:
+    model.load_state_dict(other.state_dict(), assign=assign)
+    return model
+
+
+CHANGES: dict[str, Callable[[nn.Module, nn.Module], nn.Module]] = {
+    "to": lambda model, other: model.to(torch.bfloat16),
+    "double": lambda model, other: model.double(),
+    "deepcopy": lambda model, other: copy.deepcopy(model),
+    "load_state_dict": lambda model, other: load(model, other, assign=False),
+    "load_state_dict(assign)": lambda model, other: load(model, other, assign=True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_one_weight_survives(tiny: ModelConfig, tiny_weights: dict[str, Tensor], change: str) -> None:
+    """A stale copy would go unseen: the module would show new weights and compute with the old ones."""
+    own = {name: tensor.clone() for name, tensor in tiny_weights.items()}
+    other = build_model(tiny, (), {name: tensor.flip(0) for name, tensor in tiny_weights.items()})
+    model = CHANGES[change](build_model(tiny, ("mlp",), own), other)
+    for layer, ff in enumerate(blocks(model)):
+        assert is_one_stored_weight(ff)
+        assert computes_swiglu(ff)
+        up = tiny_weights[f"model.layers.{layer}.mlp.up_proj.weight"]
+        expected = up.flip(0) if change.startswith("load") else up
+        assert torch.equal(ff.fc2.weight, expected.to(ff.fc2.weight.dtype))
+    assert model.num_parameters == build_model(tiny, (), device="meta").num_parameters
+
+
+def test_one_gate_up_product(
+    tiny: ModelConfig, tiny_weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+    real = F.linear
+
+    def spy(x: Tensor, weight: Tensor, *bias: Any) -> Tensor:
+        shapes.append(tuple(weight.shape))
+        return real(x, weight, *bias)
+
+    monkeypatch.setattr(F, "linear", spy)
+    x = torch.randn(1, 3, tiny.emb_dim)
+    for opts, expected in (
+        ((), [(tiny.hidden_dim, tiny.emb_dim)] * 2 + [(tiny.emb_dim, tiny.hidden_dim)]),
+        (("mlp",), [(2 * tiny.hidden_dim, tiny.emb_dim), (tiny.emb_dim, tiny.hidden_dim)]),
+    ):
+        ff = build_model(tiny, opts, tiny_weights).trf_blocks[0].ff
+        shapes.clear()
+        ff(x)
+        assert shapes == expected
+
+
+def plain(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    return gate / (1 + torch.exp(-gate)) * up
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 14), (1, 256), (5, 1, 2)])
+def test_silu_mul(shape: tuple[int, ...]) -> None:
+    for dtype, rtol in ((torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 2**-7)):
+        gate_up = (4 * torch.randn(shape)).to(dtype)
+        out = silu_mul(gate_up)
+        assert out.shape == (*shape[:-1], shape[-1] // 2)
+        assert out.dtype is dtype
+        torch.testing.assert_close(out.double(), plain(gate_up), rtol=rtol, atol=0)
+
+
+def test_silu_is_of_the_gate_and_not_of_the_up_half() -> None:
+    assert silu_mul(torch.tensor([-30.0, 5.0])).abs() < 1e-10
+    assert silu_mul(torch.tensor([5.0, -30.0])) == pytest.approx(-149.0, abs=0.1)
+
+
+def test_feed_forward_is_the_baselines(tiny: ModelConfig) -> None:
+    baseline, fused = FeedForward(tiny).double(), FusedFeedForward(tiny).double()
+    fused.load_state_dict(baseline.state_dict())
+    x = torch.randn(2, 5, tiny.emb_dim, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), baseline(x), rtol=0, atol=1e-14)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-8), (torch.float16, 2**-10)])
+@pytest.mark.parametrize("shape", [(1, 1, 6144), (2, 511, 51200), (3, 7, 2 * 77), (1, 2048, 6144)])
+def test_silu_mul_on_cuda_is_one_kernel_and_right(shape: tuple[int, ...], dtype: torch.dtype, rtol: float) -> None:
+    gate_up = 4 * torch.randn(shape, device="cuda", dtype=dtype)
+    expected = plain(gate_up)
+    torch.testing.assert_close(silu_mul(gate_up).double(), expected, rtol=rtol, atol=1e-7)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        silu_mul(gate_up)
+        torch.cuda.synchronize()
+    kernels = [event for event in profile.events() if event.device_type is torch.autograd.DeviceType.CUDA]
+    assert [kernel.name for kernel in kernels] == ["_silu_mul_kernel"]

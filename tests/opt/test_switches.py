@@ -1,0 +1,127 @@
+"""Every switch replaces its own part and no other's, and one file of each kind adds a new one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qwen3bench import ModelConfig, build_model, choices, optimizations
+from qwen3bench.errors import UserError
+from qwen3bench.model.attention import AdditiveMask
+from qwen3bench.model.layers import RMSNorm
+from qwen3bench.model.parts import Parts, assemble
+from qwen3bench.opt.norm import apply as fuse_norms
+
+PART = {"flash": "attend", "tie": "head", "mlp": "mlp", "mask": "mask", "norm": "norm"}
+
+
+def changed_parts(parts: Parts) -> set[str]:
+    return {f.name for f in fields(Parts) if getattr(parts, f.name) is not getattr(Parts(), f.name)}
+
+
+def test_the_five_in_the_order_of_labels(all_opts: tuple[str, ...]) -> None:
+    assert all_opts[:5] == ("flash", "tie", "mlp", "mask", "norm")
+
+
+@pytest.mark.parametrize("name", PART)
+def test_a_switch_replaces_its_part_and_no_other(name: str) -> None:
+    (switch,) = optimizations.resolve([name]).values()
+    assert changed_parts(switch(Parts())) == {PART[name]}
+
+
+def test_a_cell_replaces_the_parts_of_its_switches(each_cell: tuple[str, ...]) -> None:
+    parts = assemble(optimizations.resolve(each_cell))
+    assert changed_parts(parts) == {PART[name] for name in each_cell if name in PART}
+
+
+def test_no_switch_changes_the_state_dict(tiny: ModelConfig, tiny_weights: dict[str, Tensor], each_opt: str) -> None:
+    state = build_model(tiny, (each_opt,), tiny_weights).state_dict()
+    baseline = build_model(tiny, (), tiny_weights).state_dict()
+    assert list(state) == list(baseline)
+    assert all(torch.equal(tensor, baseline[name]) for name, tensor in state.items())
+
+
+def test_two_switches_that_claim_one_part_are_refused_in_either_order() -> None:
+    def other_norms(parts: Parts) -> Parts:
+        return replace(parts, norm=lambda dim, eps: RMSNorm(dim, eps))
+
+    for claims in (
+        {"norm": fuse_norms, "other": other_norms},
+        {"other": other_norms, "norm": fuse_norms},
+    ):
+        with pytest.raises(UserError, match=r"replace the part 'norm'; switch one of them off") as refusal:
+            assemble(claims)
+        assert "norm" in str(refusal.value)
+        assert "other" in str(refusal.value)
+
+
+def test_each_switch_sees_the_baseline() -> None:
+    seen: list[Parts] = []
+
+    def watch(parts: Parts) -> Parts:
+        seen.append(parts)
+        return replace(parts, mask=AdditiveMask())
+
+    assemble({"norm": fuse_norms, "watch": watch})
+    assert changed_parts(seen[0]) == set()
+
+
+SIXTH_PY = """
+from dataclasses import replace
+
+from qwen3bench.model.layers import TransformerBlock
+
+
+class LoudBlock(TransformerBlock):
+    pass
+
+
+def apply(parts, volume=3):
+    LoudBlock.volume = volume
+    return replace(parts, block=LoudBlock)
+"""
+SIXTH_YAML = """\
+# @package opt.sixth
+_target_: sixth_optimization.apply
+order: 25
+volume: 11
+"""
+
+
+@pytest.fixture
+def sixth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One Python file and one YAML file, in a copy of configs/."""
+    configs = shutil.copytree(choices.config_dir(), tmp_path / "configs")
+    (configs / "opt" / "sixth.yaml").write_text(SIXTH_YAML)
+    (tmp_path / "sixth_optimization.py").write_text(SIXTH_PY)
+    monkeypatch.syspath_prepend(tmp_path)
+    choices_of_a_group = choices.choices
+    for module in (choices, optimizations):
+        monkeypatch.setattr(module, "config_dir", lambda: configs, raising=False)
+    choices_of_a_group.cache_clear()
+    yield
+    choices_of_a_group.cache_clear()
+
+
+@pytest.mark.usefixtures("sixth")
+def test_one_file_of_each_kind_adds_a_sixth(tiny: ModelConfig, tiny_weights: dict[str, Tensor]) -> None:
+    assert choices.choices("opt") == ("flash", "tie", "sixth", "mlp", "mask", "norm")
+    assert list(optimizations.resolve({"norm", "sixth", "tie"})) == ["tie", "sixth", "norm"]
+    tokens = torch.zeros(1, 3, dtype=torch.long)
+    model = build_model(tiny, ("norm", "sixth", "tie"), tiny_weights)
+    assert {type(block).__name__ for block in model.trf_blocks} == {"LoudBlock"}
+    assert model.trf_blocks[0].volume == 11
+    assert build_model(tiny, {"sixth": {"volume": 12}}, tiny_weights).trf_blocks[0].volume == 12
+    assert torch.equal(model(tokens), build_model(tiny, ("norm",), tiny_weights)(tokens))
+    with pytest.raises(UserError, match="there are flash, tie, sixth, mlp, mask, norm; did you mean sixth"):
+        build_model(tiny, ("sixht",), tiny_weights)
+
+
+def test_the_sixth_is_gone_again(all_opts: tuple[str, ...]) -> None:
+    assert choices.choices("opt") == all_opts

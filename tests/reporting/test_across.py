@@ -1,0 +1,133 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from qwen3bench.analysis.run import Run, load_run
+from qwen3bench.bench.record import RecordWriter
+from qwen3bench.errors import UserError
+from qwen3bench.reporting import figures
+from qwen3bench.reporting.across import find_runs, write_overview
+from qwen3bench.reporting.over_runs import effects_over, over_findings, over_table
+from qwen3bench.reporting.plot_across import regimes, trends
+
+Lines = list[dict[str, Any]]
+NAMES = ("flash", "tie")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> list[Run]:
+    """Three runs over the prompt's length; the last one is noisy."""
+    lines: Callable[..., Lines] = request.getfixturevalue("record_lines")
+    found = []
+    for place, tokens in enumerate((128, 512, 2048)):
+        directory = tmp_path_factory.getbasetemp() / "multirun" / str(place)
+        with RecordWriter(directory) as writer:
+            writer.append(*lines(factors=NAMES, prompt_tokens=tokens, copy_shift=0.02 * (place == 2)))
+        found.append(load_run(directory))
+    return found
+
+
+def effects(**verdicts: list[str]) -> pd.DataFrame:
+    """Effects over runs with these verdicts per switch, one condition each."""
+    estimate = {"faster": 1.2, "slower": 0.9, "same": 1.0, "undecided": 1.02}
+    return pd.DataFrame(
+        {
+            "run": place,
+            "condition": f"prefill 1×{2**place} graph",
+            "noisy": False,
+            "term": term,
+            "estimate": estimate[verdict],
+            "lo": estimate[verdict] - 0.01,
+            "hi": estimate[verdict] + 0.01,
+            "verdict": verdict,
+        }
+        for term, row in verdicts.items()
+        for place, verdict in enumerate(row)
+    )
+
+
+def said(frame: pd.DataFrame, name: str) -> str:
+    (text,) = [finding.text for finding in over_findings(frame, [name], 0.01)]
+    return text
+
+
+def test_a_change_of_sign_is_told_with_its_place() -> None:
+    text = said(effects(flash=["faster", "slower", "same"]), "flash")
+    assert "faster in 1 (1.20× [1.19, 1.21]), slower in 1 (0.90× [0.89, 0.91])" in text
+    assert text.endswith("Its effect changes sign: slower at prefill 1×2 graph.")
+
+
+def test_an_effect_that_vanishes_is_told_with_its_place() -> None:
+    assert said(effects(flash=["faster", "same"]), "flash").endswith("It vanishes at prefill 1×2 graph.")
+
+
+@pytest.mark.parametrize("other", ["undecided", "faster"])
+def test_undecided_is_neither_a_change_nor_a_loss(other: str) -> None:
+    text = said(effects(flash=["faster", other]), "flash")
+    assert "changes sign" not in text
+    assert "vanishes" not in text
+
+
+def test_noisy_conditions_do_not_count() -> None:
+    frame = effects(flash=["faster", "slower"])
+    frame.loc[1, "noisy"] = True
+    found = list(over_findings(frame, ["flash"], 0.01))
+    assert [finding.level for finding in found] == ["warning", "plain"]
+    assert "slower" not in found[1].text
+
+
+def test_effects_of_runs_stand_side_by_side(runs: list[Run]) -> None:
+    frame = effects_over(runs)
+    assert len(frame) == len(runs) * len(NAMES)
+    assert frame["noisy"].tolist() == [False] * 4 + [True] * 2
+    assert frame["condition"].unique().tolist() == [f"prefill 1×{n} graph" for n in (128, 512, 2048)]
+    table = over_table(frame, NAMES)
+    assert table.headings == ["run", "condition", "flash", "tie", "control"]
+    assert [row[0].text for row in table.rows] == ["1", "2", "3"]
+
+
+def test_what_differs_between_runs_becomes_part_of_the_condition(runs: list[Run]) -> None:
+    runs[0].cells["device"] = "another card"
+    try:
+        assert effects_over(runs)["condition"].iloc[0] == "prefill 1×128 graph, another card"
+    finally:
+        runs[0].cells["device"] = runs[1].cells["device"].iloc[0]
+
+
+def test_trends_need_three_lengths(runs: list[Run]) -> None:
+    frame = effects_over(runs)
+    with figures.style():
+        whole = trends(frame, NAMES, 0.01)
+        assert whole is not None
+        assert whole.title.startswith("Effects from 128 to 2048 prompt tokens")
+        assert trends(frame[frame["run"] < 3], NAMES, 0.01) is None
+        assert regimes(frame, NAMES, 0.01) is not None
+
+
+def test_the_overview_is_written_with_links_to_its_runs(runs: list[Run], tmp_path: Path) -> None:
+    home = runs[0].path.parent
+    path = write_overview(runs, home)
+    assert path == home / "report.html"
+    assert 'href="0/report.html"' in path.read_text("utf-8")
+    text = (home / "report.md").read_text("utf-8")
+    assert "](0/report.md)" in text
+    assert "3 runs together" in text
+    assert "Noisy, and left out of the findings: prefill 1×2048 graph." in text
+    assert (home / "plots" / "regimes.svg").is_file()
+
+
+def test_runs_are_found_below_a_directory_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for name in ("10", "2", "1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "samples.jsonl").touch()
+    (tmp_path / "latest").symlink_to("2")
+    assert [path.name for path in find_runs([tmp_path])] == ["1", "2", "10"]
+    assert find_runs([tmp_path / "2", tmp_path / "latest"]) == [tmp_path / "2"]
+
+
+def test_a_directory_without_runs_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no run"):
+        find_runs([tmp_path])

@@ -1,0 +1,86 @@
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from qwen3bench.analysis.run import Run
+from qwen3bench.reporting.conditions import conditions
+from qwen3bench.reporting.controls import aa_series, heard, noise, sentences
+
+Lines = list[dict[str, Any]]
+
+
+def said(run: Run, start: str) -> list[tuple[str, bool]]:
+    return [(control.text, control.failed) for control in sentences(run) if control.text.startswith(start)]
+
+
+def test_a_quiet_run_passes_every_control(full_run: Run) -> None:
+    assert not [control.text for control in sentences(full_run) if control.failed]
+    for start in ("A/A", "Negative control", "Positive control", "Drift", "Equivalence", "Under eager"):
+        assert said(full_run, start)
+
+
+def test_the_positive_control_gives_the_bytes_of_the_head(full_run: Run) -> None:
+    ((text, _),) = said(full_run, "Positive control")
+    assert "311,164,928 bytes" in text
+    assert "16 pairs" in text
+
+
+def test_a_tie_that_saves_other_bytes_fails(full_run: Run) -> None:
+    table = full_run.controls.tie_memory.copy()
+    table.loc[table["cell"] == "flash", "ok"] = False
+    run = replace(full_run, controls=replace(full_run.controls, tie_memory=table))
+    ((text, failed),) = said(run, "Positive control")
+    assert failed
+    assert text.endswith("when added to flash.")
+
+
+def test_a_tie_that_changes_latency_fails(full_run: Run) -> None:
+    table = full_run.controls.tie_latency.assign(ok=False)
+    run = replace(full_run, controls=replace(full_run.controls, tie_latency=table))
+    assert all(failed for _, failed in said(run, "Negative control"))
+
+
+def test_the_host_bound_share_is_graph_over_eager(full_run: Run) -> None:
+    text = next(text for text, _ in said(full_run, "Under eager") if "in prefill" in text)
+    assert "25 % of the time (baseline)" in text
+    assert "not kernel time" in text
+
+
+def test_noise_hides_what_is_smaller_than_it(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    run = run_of(record_lines(factors=("flash",), copy_shift=-0.02))
+    (condition,) = conditions(run)
+    assert noise(run, condition) == pytest.approx(0.02, abs=0.002)
+    assert heard(run, condition, "faster", 1.01) == "noise"
+    assert heard(run, condition, "slower", 0.99) == "noise"
+    assert heard(run, condition, "faster", 1.1) == "faster"
+    assert aa_series(run, condition)["ratio"].mean() == pytest.approx(0.98, abs=0.002)
+
+
+def test_a_quiet_condition_hides_nothing(full_run: Run) -> None:
+    condition = conditions(full_run)[0]
+    assert noise(full_run, condition) == 0
+    assert heard(full_run, condition, "faster", 1.0001) == "faster"
+
+
+def test_blocks_under_a_disturbance_are_counted(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    lines = record_lines(factors=("flash",))
+    for line in [line for line in lines if line["type"] == "block"][:2]:
+        line |= {"state": "flagged", "flags": ["hw_thermal_slowdown"]}
+    ((text, failed),) = said(run_of(lines), "2 blocks")
+    assert failed
+    assert text == "2 blocks measured under a disturbance that stayed: hw_thermal_slowdown."
+
+
+def test_without_a_second_copy_there_is_no_series(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    lines = [line for line in record_lines(factors=("flash",)) if line.get("copy") != 1]
+    run = run_of(lines)
+    assert aa_series(run, conditions(run)[0]).empty
+    assert not said(run, "A/A")

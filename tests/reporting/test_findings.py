@@ -1,0 +1,291 @@
+"""No sentence may claim what a verdict does not support."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from qwen3bench.analysis.run import Run
+from qwen3bench.reporting.finding import Finding, verdict_of, worth
+from qwen3bench.reporting.findings import findings, grouped
+from qwen3bench.reporting.findings_cells import shown_faster
+
+Lines = list[dict[str, Any]]
+TWO = ("flash", "tie")
+
+
+@pytest.fixture
+def small_run(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> Run:
+    """Four cells of flash and tie, quiet and finished."""
+    return run_of(record_lines(factors=TWO))
+
+
+def with_effect(run: Run, term: str, **values: Any) -> Run:
+    """The run with other values in the main effect or interaction of a term on latency."""
+    effects = run.effects.copy()
+    row = (effects["term"] == term) & (effects["metric"] == "latency_s") & (effects["kind"] != "shapley")
+    for name, value in values.items():
+        effects.loc[row, name] = value
+    return replace(run, effects=effects)
+
+
+def with_cell(run: Run, cell: str, **values: Any) -> Run:
+    """The run with other values in one row of its cells."""
+    cells = run.cells.astype({"equivalent": object, "reason": object})
+    for name, value in values.items():
+        cells.loc[cells["cell"] == cell, name] = value
+    return replace(run, cells=cells)
+
+
+@pytest.fixture(scope="module")
+def full_findings(full_run: Run) -> list[Finding]:
+    return findings(full_run)
+
+
+def of_kind(found: list[Finding], kind: str) -> list[str]:
+    return [finding.text for finding in found if finding.kind == kind]
+
+
+def texts(run: Run, kind: str) -> list[str]:
+    return of_kind(findings(run), kind)
+
+
+def about(found: list[Finding], name: str) -> str:
+    return next(text for text in of_kind(found, "switch") if text.startswith(f"{name}:"))
+
+
+def of_switch(run: Run, name: str) -> str:
+    return about(findings(run), name)
+
+
+def test_a_quiet_run_says_what_was_planted(full_findings: list[Finding]) -> None:
+    together = of_kind(full_findings, "together")
+    assert any("All 5 switches together: 1.57" in text or "together: 1.58" in text for text in together)
+    assert all("on NVIDIA H100" in text for text in together)
+    assert "the same within ±1 %" in about(full_findings, "tie")
+    assert "faster" not in about(full_findings, "tie")
+    assert "1.271" in about(full_findings, "norm")
+    assert "faster (prefill 1×512 graph)" in about(full_findings, "norm")
+    memory = next(text for text in of_kind(full_findings, "memory") if text.startswith("tie "))
+    assert "costs no latency beyond ±1 %" in memory
+    assert "−296.8 MiB" in memory
+    assert not [finding for finding in full_findings if finding.level == "warning"]
+
+
+def test_an_interaction_names_what_ran_and_where_the_switch_pays(full_findings: list[Finding]) -> None:
+    text = of_kind(full_findings, "interaction")[0]
+    assert text.startswith("flash and mask give more together")
+    assert "mask pays only with flash: 1.0" in text
+    backends = "none (baseline), cudnn (flash), none (mask), flash_attention (flash+mask)"
+    assert f"attention backend {backends}" in text
+
+
+def test_every_number_has_its_condition(full_findings: list[Finding]) -> None:
+    for kind in ("together", "recommended", "switch", "interaction", "memory"):
+        for text in of_kind(full_findings, kind):
+            assert "(prefill 1×512" in text or "(decode 1×512" in text
+
+
+@pytest.mark.parametrize("verdict", ["same", "undecided"])
+def test_no_direction_is_claimed_without_a_verdict(small_run: Run, verdict: str) -> None:
+    run = with_effect(small_run, "flash", verdict=verdict, estimate=1.004, lo=0.998, hi=1.03)
+    text = of_switch(run, "flash")
+    assert verdict in text
+    assert "faster" not in text
+    assert "slower" not in text
+
+
+def test_a_slower_switch_is_called_slower(small_run: Run) -> None:
+    run = with_effect(small_run, "flash", verdict="slower", estimate=0.95, lo=0.94, hi=0.96)
+    assert "slower, 0.95× [0.94, 0.96]" in of_switch(run, "flash")
+
+
+def test_memory_is_not_called_free_when_latency_is_undecided(small_run: Run) -> None:
+    run = with_effect(small_run, "tie", verdict="undecided", estimate=1.0, lo=0.95, hi=1.05)
+    text = next(text for text in texts(run, "memory") if text.startswith("tie "))
+    assert "costs no latency" not in text
+    assert "−296.8 MiB" in text
+
+
+def test_an_undecided_effect_says_what_would_decide(small_run: Run) -> None:
+    run = with_effect(small_run, "flash", verdict="undecided", estimate=1.002, lo=0.982, hi=1.0224)
+    (text,) = texts(run, "undecided")
+    assert text.startswith("flash 1.00× [0.98, 1.02] (prefill 1×512 graph).")
+    needed = int(text.split("about ")[1].split(" blocks")[0])
+    half_width = math.log(1.0224 / 0.982) / 2
+    assert needed == math.ceil(6 * (half_width / (0.01 - math.log(1.002))) ** 2) + 1
+
+
+def test_an_interval_beside_one_without_significance_asks_for_processes(small_run: Run) -> None:
+    run = with_effect(small_run, "flash", verdict="undecided", estimate=1.06, lo=1.05, hi=1.07, p_holm=0.3)
+    (text,) = texts(run, "undecided")
+    assert "More processes would decide" in text
+
+
+def test_an_undecided_interaction_is_not_told(full_run: Run) -> None:
+    run = with_effect(full_run, "flash:mask", verdict="undecided")
+    assert not [text for text in texts(run, "interaction") if "flash and mask" in text]
+
+
+def test_an_effect_that_cannot_be_estimated_gives_its_reason(small_run: Run) -> None:
+    gone = {"verdict": "", "estimate": np.nan, "lo": np.nan, "hi": np.nan, "reason": "aliased with tie"}
+    text = of_switch(with_effect(small_run, "flash", **gone), "flash")
+    assert text == "flash: cannot be told (prefill 1×512 graph: aliased with tie)."
+
+
+@pytest.mark.parametrize("status", ["oom", "not_equivalent", "crashed", "timeout", "invalid"])
+def test_a_failed_cell_is_named_and_never_praised(small_run: Run, status: str) -> None:
+    run = with_cell(small_run, "flash+tie", status=status, reason="it did not work\nsecond line")
+    (text,) = texts(run, "failure")
+    assert text == f"flash+tie has status {status} and no speed-up: it did not work."
+    praised = [finding.text for finding in findings(run) if finding.kind in ("together", "recommended")]
+    assert not [text for text in praised if "flash+tie" in text or "together" in text]
+
+
+def test_a_noisy_run_warns_recommends_nothing_and_tells_noise_from_gain(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    run = run_of(record_lines(factors=("flash", "mlp"), copy_shift=0.02))
+    assert any(
+        text.startswith("Noisy: two copies of the baseline differ by more than 0.5 %") for text in texts(run, "control")
+    )
+    assert texts(run, "recommended") == ["No recommendation for prefill 1×512 graph: it is noisy."]
+    assert "no more than the noise" in of_switch(run, "mlp")  # 1.2 %, but the copies are 2 % apart
+    assert "faster (prefill 1×512 graph, noisy)" in of_switch(run, "flash")
+
+
+def test_nothing_is_recommended_when_nothing_is_shown_to_be_faster(small_run: Run) -> None:
+    cells = small_run.cells.assign(speedup=1.001, speedup_lo=0.98, speedup_hi=1.022)
+    run = replace(small_run, cells=cells)
+    assert texts(run, "recommended") == ["No cell is shown to be faster than the baseline (prefill 1×512 graph)."]
+    assert all("undecided" in text for text in texts(run, "together"))
+
+
+def test_the_best_of_many_needs_more_than_its_own_interval() -> None:
+    rng = np.random.default_rng(1)
+    chosen = 0
+    for _ in range(300):
+        blocks = rng.normal(0, 0.02, (6, 31))
+        mean, error = blocks.mean(0), blocks.std(0, ddof=1) / math.sqrt(6)
+        cells = pd.DataFrame({"cell": "x", "speedup": np.exp(mean)}, index=range(31))
+        cells["speedup_lo"], cells["speedup_hi"] = np.exp(mean - 2.571 * error), np.exp(mean + 2.571 * error)
+        chosen += bool(shown_faster(pd.concat([cells, cells.head(1)]), 6, 0.01).any())
+    assert chosen <= 0.05 * 300
+
+
+def test_a_cell_inside_the_band_is_not_recommended() -> None:
+    cells = pd.DataFrame(
+        {
+            "speedup": [1.0, 1.005, 1.5],
+            "speedup_lo": [np.nan, 1.004, 1.49],
+            "speedup_hi": [np.nan, 1.006, 1.51],
+        }
+    )
+    assert shown_faster(cells, 12, 0.01).tolist() == [False, False, True]
+
+
+def limited(run: Run, gib: float) -> Run:
+    return replace(run, config=run.config | {"report": {"memory_limit_gib": gib}})
+
+
+def test_the_recommendation_keeps_the_memory_limit(small_run: Run) -> None:
+    (free,) = texts(small_run, "recommended")
+    assert free.startswith("flash+tie: ")
+    need = small_run.cells.set_index("cell")["peak_allocated_bytes"] / 2**30
+    (none,) = texts(limited(small_run, float(need.min()) - 0.01), "recommended")
+    assert none.startswith("No cell fits within ")
+    (fits,) = texts(limited(with_cell(small_run, "flash+tie", peak_allocated_bytes=2**40), 4), "recommended")
+    assert fits.startswith("flash within 4 GiB: ")
+
+
+def test_a_memory_limit_without_measured_memory_is_said_to_be_unknown(small_run: Run) -> None:
+    run = replace(small_run, cells=small_run.cells.assign(peak_allocated_bytes=pd.NA))
+    (text,) = texts(limited(run, 4), "recommended")
+    assert "unknown: peak memory was not measured" in text
+
+
+def test_equal_cells_are_settled_by_memory(small_run: Run) -> None:
+    (text,) = texts(small_run, "recommended")
+    assert "2 cells cannot be told apart in latency" in text
+
+
+def test_a_single_cell_compares_nothing(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:
+    run = run_of(record_lines(factors=()))
+    (text,) = texts(run, "together")
+    assert text.startswith("The baseline takes 7.")
+    assert "tokens/s" in text
+    assert not [finding for finding in findings(run) if finding.kind in ("switch", "recommended", "interaction")]
+
+
+def test_a_partial_run_says_so(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:
+    lines = record_lines(factors=TWO, workloads=("prefill", "decode"))
+    cut = [
+        line for line in lines if line["type"] != "end" and not (line.get("workload") == "decode" and "block" in line)
+    ]
+    run = run_of(cut)
+    assert any("has not finished" in text for text in texts(run, "missing"))
+    assert any(text.startswith("Without any latency: decode 1×512 graph") for text in texts(run, "missing"))
+
+
+def test_a_run_with_nothing_measured_has_only_warnings(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    run = run_of([line for line in record_lines(factors=TWO) if line["type"] in ("run", "session")])
+    assert {finding.level for finding in findings(run)} == {"warning"}
+
+
+def test_cells_without_a_latency_are_named(small_run: Run) -> None:
+    run = with_cell(small_run, "flash", latency_s=np.nan, speedup=np.nan)
+    assert "1 cell of 4 without a latency: flash (prefill 1×512 graph)." in texts(run, "missing")
+
+
+def test_unverified_cells_are_named(small_run: Run) -> None:
+    run = with_cell(small_run, "flash", equivalent=None)
+    assert "Not verified to compute the baseline's function: flash." in texts(run, "control")
+
+
+def test_a_peer_is_measured_against_the_baseline_and_never_recommended(small_run: Run) -> None:
+    peer = small_run.cells.tail(1).assign(
+        cell="transformers:sdpa",
+        flash=pd.NA,
+        tie=pd.NA,
+        speedup=3.0,
+        speedup_lo=2.9,
+        speedup_hi=3.1,
+        latency_s=1e-3,
+    )
+    run = replace(small_run, cells=pd.concat([small_run.cells, peer], ignore_index=True))
+    assert texts(run, "peer") == [
+        "transformers:sdpa takes 1.000 ms; against the baseline 3.00× [2.90, 3.10] faster (prefill 1×512 graph)."
+    ]
+    assert not [text for text in texts(run, "recommended") if "transformers" in text]
+
+
+@pytest.mark.parametrize(
+    ("lo", "hi", "verdict"),
+    [
+        (0.995, 1.005, "same"),
+        (1.001, 1.2, "faster"),
+        (0.8, 0.9, "slower"),
+        (0.98, 1.2, "undecided"),
+        (math.nan, math.nan, "missing"),
+    ],
+)
+def test_verdict_of_a_speed_up(lo: float, hi: float, verdict: str) -> None:
+    assert verdict_of(lo, hi, 0.01) == verdict
+
+
+def test_words_without_a_verdict_claim_nothing() -> None:
+    assert worth("", 1.2, 1.1, 1.3, 0.01) == "1.20× [1.10, 1.30] without a verdict"
+    assert worth("missing", math.nan, math.nan, math.nan, 0.01) == "not measured"
+
+
+def test_every_plain_finding_has_a_heading(full_findings: list[Finding]) -> None:
+    plain = [finding for finding in full_findings if finding.level == "plain"]
+    assert sum(len(group) for _, group in grouped(plain)) == len(plain)
+    x = Finding("x", "switch")
+    assert grouped([x]) == [("Each switch, on average over the others", [x])]

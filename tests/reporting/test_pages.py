@@ -1,0 +1,171 @@
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen3bench.analysis.run import Run
+from qwen3bench.errors import UserError
+from qwen3bench.reporting.pages import markdown, write_report
+
+Lines = list[dict[str, Any]]
+
+
+class Tags(HTMLParser):
+    """Collects start tags with their attributes, and the text of the body."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "input", "path", "use", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.open:
+            assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def page(written: Path) -> str:
+    return (written / "report.html").read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def text(written: Path) -> str:
+    return (written / "report.md").read_text("utf-8")
+
+
+def test_a_report_is_two_pages_and_their_plots(written: Path, text: str) -> None:
+    assert {path.name for path in written.iterdir()} >= {"report.md", "report.html", "plots"}
+    linked = re.findall(r"\]\((plots/[^)]+)\)", text)
+    assert linked
+    assert {Path(link).suffix for link in linked} == {".svg"}
+    for link in linked:
+        assert (written / link).is_file()
+        assert (written / link).with_suffix(".png").is_file()
+    assert not list(written.rglob(".*tmp*"))
+
+
+def test_the_page_is_balanced_and_needs_nothing_from_outside(page: str) -> None:
+    tags = Tags(page)
+    assert not tags.open
+    names = [name for name, _ in tags.tags]
+    assert "img" not in names
+    assert names.count("script") == 1
+    for name, attributes in tags.tags:
+        for key in ("src", "href", "xlink:href"):
+            if value := attributes.get(key):
+                assert value.startswith(("#", "data:")), (name, value)
+    assert "url(http" not in page
+    assert "@import" not in page
+
+
+def test_identifiers_are_unique_in_the_page(page: str) -> None:
+    identifiers = [attributes["id"] for name, attributes in Tags(page).tags if name in ("section", "svg", "g")]
+    assert len(identifiers) == len(set(identifiers))
+
+
+def test_every_picture_has_words(page: str, text: str) -> None:
+    pictures = [attributes for name, attributes in Tags(page).tags if name == "svg"]
+    assert pictures
+    assert all(attributes.get("aria-label") for attributes in pictures)
+    assert not re.search(r"!\[\]", text)
+
+
+def test_nothing_measured_becomes_markup(page: str, text: str) -> None:
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert" in page
+    assert "<b>left" not in page
+    assert "\\<script>alert" in text
+    assert "no \\| room \\<b>left\\</b> second line" in text
+
+
+def test_tables_of_markdown_are_rectangular(text: str) -> None:
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert len(tables) > 4
+    for table in tables:
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(widths) == 1
+
+
+def test_the_failed_cell_has_its_reason_on_both_pages(page: str, text: str) -> None:
+    for content in (page, text):
+        assert "What went wrong" in content
+        assert "flash+tie has status oom and no speed-up" in content
+
+
+def test_command_configuration_and_method_are_told(page: str, text: str) -> None:
+    for content in (page, text):
+        assert "python -m qwen3bench design=full" in content
+        assert "random order" in content
+        assert "measure.max_seconds" in content
+        assert "every effect is as tight as asked for" in content
+        assert "2025-01-02 03:04 UTC" in content
+
+
+def test_both_pages_say_the_same_findings(page: str, text: str) -> None:
+    said = re.findall(r"^- (flash: .*|tie: .*)$", text, re.MULTILINE)
+    assert said
+    for sentence in said:
+        assert sentence.replace("\\", "") in page
+
+
+def test_a_noisy_run_opens_with_a_warning(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:
+    path = write_report(run_of(record_lines(factors=("flash",), copy_shift=0.02)))
+    page = path.read_text("utf-8")
+    assert page.index('class="warning"') < page.index('class="findings"')
+    text = path.with_suffix(".md").read_text("utf-8")
+    assert text.index("> **Warning:** Noisy: two copies of the baseline") < text.index("## Findings")
+
+
+def test_a_run_with_nothing_measured_still_gives_a_page(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    path = write_report(run_of([line for line in record_lines(factors=("flash",)) if line["type"] == "run"]))
+    page = path.read_text("utf-8")
+    assert "has not finished" in page
+    assert "Nothing could be found out from what was measured." in page
+    assert not Tags(page).open
+
+
+def test_writing_twice_gives_the_same_pages(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:
+    run = run_of(record_lines(factors=("flash",)))
+    first = write_report(run).read_bytes()
+    assert write_report(run).read_bytes() == first
+
+
+def test_many_cells_are_cut_in_markdown_and_whole_in_the_page(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    run = run_of(record_lines(factors=tuple("abcdefg"), blocks=2, memory=False, evidence=False))
+    path = write_report(replace(run, effects=run.effects.head(0)))
+    assert path.read_text("utf-8").count("a+b+c+d+e+f+g</td>") >= 1
+    assert "64 of 128 rows" in path.with_suffix(".md").read_text("utf-8")
+
+
+def test_a_directory_that_cannot_be_written_is_a_clear_error(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    run = run_of(record_lines(factors=("flash",)))
+    (run.path / "report.md").mkdir()
+    with pytest.raises(UserError, match="report.md"):
+        write_report(run)
+
+
+@pytest.mark.parametrize(
+    ("value", "escaped"),
+    [("a|b", "a\\|b"), ("x\ny", "x y"), ("[1.0](2)", "[1.0]\\(2)"), ("*a* `b` <c>", "\\*a\\* \\`b\\` \\<c>")],
+)
+def test_markdown_takes_no_markup_from_values(value: str, escaped: str) -> None:
+    assert markdown(value) == escaped

@@ -1,0 +1,158 @@
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from qwen3bench.analysis.run import Run
+from qwen3bench.reporting import figures
+from qwen3bench.reporting.conditions import conditions
+from qwen3bench.reporting.figures import Plot
+from qwen3bench.reporting.plot_cells import memory_latency, pareto_front, ranked
+from qwen3bench.reporting.plot_effects import by_condition, forest, interactions
+from qwen3bench.reporting.plot_waterfall import waterfall
+from qwen3bench.reporting.plots import condition_plots, run_plots
+
+Lines = list[dict[str, Any]]
+
+
+def drawn(run: Run) -> dict[str, Plot]:
+    with figures.style():
+        plots = [*run_plots(run), *(plot for c in conditions(run) for plot in condition_plots(run, c))]
+    return {plot.name: plot for plot in plots}
+
+
+def test_a_full_run_has_every_plot(full_run: Run) -> None:
+    of_condition = {"effects", "cells", "memory", "waterfall-latency", "waterfall-memory", "interactions", "controls"}
+    found = drawn(full_run)
+    where = [f"{workload}-{runtime}" for workload in ("prefill", "decode") for runtime in ("graph", "eager")]
+    names = {f"{name}-{place}" for name in of_condition for place in where}
+    assert set(found) == names | {"effects-by-condition", "roofline"}
+    assert all(plot.title in plot.alt or "n " in plot.alt or plot.alt for plot in found.values())
+
+
+def test_titles_state_what_is_seen(full_run: Run) -> None:
+    found = drawn(full_run)
+    assert found["effects-prefill-graph"].title.startswith("norm gains most, 1.271")
+    assert "within ±1 %: tie" in found["effects-prefill-graph"].title
+    assert "7.2" in found["cells-prefill-graph"].title
+    assert found["interactions-prefill-graph"].title.startswith("flash and mask gain more together")
+    assert "tie, −296.8 MiB" in found["waterfall-memory-prefill-graph"].title
+    assert "flash and norm" in found["effects-by-condition"].title
+
+
+def test_axes_carry_units_and_counts(full_run: Run) -> None:
+    condition = conditions(full_run)[0]
+    plot = ranked(full_run, condition)
+    assert plot is not None
+    assert plot.figure.axes[1].get_xlabel() == "latency (ms): median, 95 % interval; n = 18 samples per cell"
+    cloud = memory_latency(full_run, condition)
+    assert cloud is not None
+    assert cloud.figure.axes[0].get_ylabel() == "peak allocated memory (GiB)"
+
+
+def test_the_steps_of_the_waterfall_end_at_all_on(full_run: Run) -> None:
+    plot = waterfall(full_run, conditions(full_run)[0], "peak_allocated_bytes")
+    assert plot is not None
+    bars = plot.figure.axes[0].patches
+    steps, (start, end) = bars[:5], bars[5:]
+    drop = sum(bar.get_height() for bar in steps)
+    assert start.get_height() - drop == pytest.approx(end.get_height())
+
+
+def test_plots_without_data_are_left_out(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:
+    lines = record_lines(factors=("flash", "tie"), memory=False, evidence=False)
+    run = run_of([line for line in lines if line["type"] not in ("cost", "ceiling")])
+    assert set(drawn(run)) == {
+        f"{name}-prefill-graph" for name in ("effects", "cells", "waterfall-latency", "controls")
+    }
+
+
+def test_one_cell_is_a_plot_too(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:
+    found = drawn(run_of(record_lines(factors=())))
+    assert found["cells-prefill-graph"].title.startswith("baseline: 7.")
+    assert not [name for name in found if name.startswith(("effects", "waterfall", "interactions", "memory"))]
+
+
+def test_no_waterfall_is_made_up_for_a_missing_cell(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    lines = [line for line in record_lines(factors=("flash", "tie", "mask")) if line.get("cell") != "flash"]
+    run = run_of(lines)
+    condition = conditions(run)[0]
+    with figures.style():
+        assert waterfall(run, condition, "latency_s") is None
+        assert forest(run, condition) is not None
+
+
+def test_a_direction_in_a_title_needs_its_verdict(full_run: Run) -> None:
+    run = replace(full_run, effects=full_run.effects.assign(verdict="undecided"))
+    condition = conditions(run)[0]
+    with figures.style():
+        plots = (forest(run, condition), interactions(run, condition), by_condition(run))
+    for plot in plots:
+        assert plot is not None
+        assert "gain more" not in plot.title
+        assert "gains most" not in plot.title
+        assert not plot.title.startswith("Faster")
+
+
+def test_the_pareto_front_holds_what_nothing_equals_or_beats() -> None:
+    rng = np.random.default_rng(0)
+    cells = pd.DataFrame(rng.integers(1, 20, (200, 2)), columns=["latency_s", "peak_allocated_bytes"])
+    front = pareto_front(cells)
+    for row in cells.itertuples():
+        beaten = (front["latency_s"] <= row.latency_s) & (front["peak_allocated_bytes"] <= row.peak_allocated_bytes)
+        assert beaten.any()
+    assert front["latency_s"].is_monotonic_increasing
+    assert (front["peak_allocated_bytes"].diff().dropna() < 0).all()
+
+
+@pytest.fixture
+def plot() -> Plot:
+    figure = Figure()
+    axes = figure.subplots()
+    axes.plot([1, 2], [3, 4], color=figures.BLUE)
+    axes.set_title("a < b & $c$", color=figures.INK)
+    return Plot("name", figure, "title", 'alt "quoted" <text>')
+
+
+def test_files_are_the_same_every_time(tmp_path: Path, full_run: Run) -> None:
+    files = []
+    for place in ("a", "b"):
+        with figures.style():
+            plot = forest(full_run, conditions(full_run)[0])
+            assert plot is not None
+            figures.save(plot, tmp_path / place)
+        files.append({path.name: path.read_bytes() for path in (tmp_path / place).iterdir()})
+    assert files[0] == files[1]
+    assert set(files[0]) == {"effects-prefill-graph.svg", "effects-prefill-graph.png"}
+    assert b"<text" in files[0]["effects-prefill-graph.svg"]  # text stays text: it can be searched and read aloud
+
+
+def test_an_embedded_plot_is_well_formed_and_follows_the_theme(tmp_path: Path, plot: Plot) -> None:
+    with figures.style():
+        svg = figures.save(plot, tmp_path).svg
+    root = ET.fromstring(svg)
+    assert root.get("aria-label") == plot.alt
+    assert root.get("role") == "img"
+    assert f"var(--blue, {figures.BLUE})" in svg
+    assert f"var(--ink, {figures.INK})" in svg
+    assert "a &lt; b &amp; $c$" in svg
+    identifiers = [element.get("id") for element in root.iter() if element.get("id")]
+    assert all(str(identifier).startswith("name-") for identifier in identifiers)
+    assert "<metadata" not in svg
+
+
+def test_the_style_is_not_left_behind() -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    with figures.style():
+        assert matplotlib.rcParams["svg.fonttype"] == "none"
+    assert dict(matplotlib.rcParams) == before

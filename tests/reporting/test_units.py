@@ -1,0 +1,78 @@
+import math
+
+import pandas as pd
+import pytest
+
+from qwen3bench.reporting.units import (
+    SECONDS,
+    count,
+    interval_decimals,
+    is_number,
+    listing,
+    percent,
+    ratio,
+    seconds,
+    significant,
+    size,
+    unit_for,
+)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(7.19e-3, "7.190 ms"), (2.5, "2.500 s"), (3.04e-5, "30.40 µs"), (1.0, "1.000 s"), (9e-9, "0.009000 µs")],
+)
+def test_seconds_take_the_unit_in_which_they_are_at_least_one(value: float, text: str) -> None:
+    assert seconds(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(311_164_928, "296.8 MiB"), (2**30, "1.000 GiB"), (1536, "1.500 KiB"), (0, "0 B"), (3, "3.000 B")],
+)
+def test_memory_is_shown_in_binary_units(value: float, text: str) -> None:
+    assert size(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "lo", "hi", "text"),
+    [
+        (1.2712, 1.2653, 1.2771, "1.271× [1.265, 1.277]"),
+        (1.27, 1.20, 1.34, "1.27× [1.20, 1.34]"),
+        (1.00003, 0.99991, 1.00015, "1.0000× [0.9999, 1.0002]"),
+        (1.5, math.nan, math.nan, "1.500×"),
+        (math.nan, math.nan, math.nan, ""),
+    ],
+)
+def test_a_ratio_shows_the_decimals_that_its_interval_supports(value: float, lo: float, hi: float, text: str) -> None:
+    assert ratio(value, lo, hi) == text
+
+
+def test_an_interval_without_width_keeps_four_decimals() -> None:
+    assert interval_decimals(1.0, 1.0) == 4
+
+
+def test_a_column_takes_one_unit_by_its_median() -> None:
+    assert unit_for([0.5e-3, 2e-3, 4.0, None, math.nan], SECONDS).symbol == "ms"
+    assert unit_for([], SECONDS).symbol == "s"
+
+
+def test_missing_values_are_no_numbers() -> None:
+    assert [is_number(value) for value in (None, math.nan, pd.NA, math.inf, "1", 0, 1.5)] == [False] * 5 + [True] * 2
+
+
+def test_significant_keeps_whole_numbers_whole() -> None:
+    assert [significant(value) for value in (112_326.4, 0.00123456, -7.5)] == [
+        "112,326",
+        "0.001235",
+        "-7.500",
+    ]
+
+
+def test_words_for_counts_lists_and_shares() -> None:
+    assert (count(1, "cell"), count(2, "process", "processes")) == ("1 cell", "2 processes")
+    assert listing([]) == ""
+    assert listing(["a"]) == "a"
+    assert listing(["a", "b", "c"]) == "a, b and c"
+    assert listing(list("abcdefgh"), 3) == "a, b and 6 more"
+    assert percent(0.0025) == "0.25 %"

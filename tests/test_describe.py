@@ -1,0 +1,174 @@
+"""`python -m qwen3bench.describe` prints the block of the document that the project starts from."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qwen3bench.describe import describe, main
+from qwen3bench.model.config import ModelConfig
+
+BLOCK = """\
+==================================================
+Qwen3Model(
+  (tok_emb): Embedding(151936, 1024)
+  (trf_blocks): ModuleList(
+    (0-27): 28 x TransformerBlock(
+      (att): GroupedQueryAttention(
+        (W_query): Linear(in_features=1024, out_features=2048, bias=False)
+        (W_key): Linear(in_features=1024, out_features=1024, bias=False)
+        (W_value): Linear(in_features=1024, out_features=1024, bias=False)
+        (out_proj): Linear(in_features=2048, out_features=1024, bias=False)
+        (q_norm): RMSNorm()
+        (k_norm): RMSNorm()
+      )
+      (ff): FeedForward(
+        (fc1): Linear(in_features=1024, out_features=3072, bias=False)
+        (fc2): Linear(in_features=1024, out_features=3072, bias=False)
+        (fc3): Linear(in_features=3072, out_features=1024, bias=False)
+      )
+      (norm1): RMSNorm()
+      (norm2): RMSNorm()
+    )
+  )
+  (final_norm): RMSNorm()
+  (out_head): Linear(in_features=1024, out_features=151936, bias=False)
+)
+==================================================
+Total number of parameters: {parameters}
+
+Total number of unique parameters: {unique}
+==================================================
+float32 (PyTorch default): {float32} GB
+bfloat16: {bfloat16} GB
+==================================================
+"""
+BASELINE = BLOCK.format(parameters="751,632,384", unique="596,049,920", float32="5.64", bfloat16="2.82")
+# The document has 440,467,456 in the unique line: it subtracts the tied embedding a second time.
+ALL_ON = BLOCK.format(parameters="596,049,920", unique="596,049,920", float32="4.48", bfloat16="2.24")
+
+
+def test_baseline_is_the_documents_block(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert capsys.readouterr().out.startswith(BASELINE)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["+opt=flash,tie,mlp,mask,norm", "opt=[norm,mask,mlp,tie,flash]", "+opt=tie,tie,flash,mlp,mask,norm"],
+)
+def test_all_five_are_one_model(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([argument]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(ALL_ON)
+    assert out.count("Qwen3Model(") == 1
+
+
+def test_every_cell_prints_one_of_the_two_blocks(all_cells: list[tuple[str, ...]]) -> None:
+    config = ModelConfig(num_layers=28, emb_dim=1024, num_heads=16, num_kv_heads=8, head_dim=128, hidden_dim=3072)
+    for cell in all_cells:
+        assert describe(config, cell).startswith(ALL_ON if "tie" in cell else BASELINE), cell
+
+
+def test_what_stands_underneath(capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    assert capsys.readouterr().out.removeprefix(BASELINE) == (
+        "Memory is (parameters + gradients + RoPE buffers) × element size; its GB are GiB (2^30 bytes).\n"
+        "Weights alone: 2.80 GiB in float32, 1.40 GiB in bfloat16.\n"
+        "Non-embedding parameters: 440,467,456\n"
+    )
+
+
+def test_weights_alone_count_a_tied_head_once(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["+opt=tie"])
+    assert "Weights alone: 2.22 GiB in float32, 1.11 GiB in bfloat16." in capsys.readouterr().out
+
+
+class CountAllocations(TorchDispatchMode):
+    """Counts the bytes of all tensors that an operation really makes."""
+
+    allocated_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                self.allocated_bytes += tensor.nbytes
+        return result
+
+
+@pytest.mark.parametrize("opts", ["", "flash,tie,mlp,mask,norm"])
+def test_the_largest_allocates_nothing(opts: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with CountAllocations() as count:
+        assert main(["model=32b", f"opt=[{opts}]"]) == 0
+    assert "Total number of unique parameters: 31,984,210,944\n" in capsys.readouterr().out
+    assert count.allocated_bytes < 1024
+
+
+def test_a_checkpoints_directory_gives_the_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "qwen3",
+                "vocab_size": 999,
+                "num_hidden_layers": 3,
+                "hidden_size": 24,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 1,
+                "head_dim": 10,
+                "intermediate_size": 56,
+                "max_position_embeddings": 64,
+                "rms_norm_eps": 1e-6,
+                "rope_theta": 1e6,
+            }
+        )
+    )
+    assert main([f"weights={tmp_path}"]) == 0
+    out = capsys.readouterr().out
+    assert "(tok_emb): Embedding(999, 24)" in out
+    assert "(W_key): Linear(in_features=24, out_features=10, bias=False)" in out
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "usage: python -m qwen3bench.describe" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("+opt=flsh", "did you mean flash?"),
+        ("model=9b", "qwen3-8b"),
+        ("weights=/no/such/directory", "no such directory"),
+        ("model.num_heads=7", "no multiple of num_kv_heads"),
+        ("--multirun", "not an option here"),
+        ("opt.flash.backend=quick", "add opt=flash"),
+    ],
+)
+def test_mistakes_are_told_in_two_lines(argument: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([argument]) == 1
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.out == ""
+    assert captured.err.count("\n") <= 2
+    assert "Traceback" not in captured.err
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "qwen3bench.describe", "model=tiny", "+opt=tie"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert done.stderr == ""
+    assert "(out_head): Linear(in_features=64, out_features=512, bias=False)" in done.stdout

@@ -1,0 +1,88 @@
+"""`python -m qwen3bench.report` from its command line."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qwen3bench.bench.record import RecordWriter
+from qwen3bench.report import main
+
+DEVICE = "a device"
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """Writes the record of a run of the baseline and flash, 3 % apart, under a name."""
+
+    def write(name: str, finished: bool = True) -> Path:
+        config = {"batch_size": 1, "prompt_tokens": 8, "new_tokens": 1, "analysis": {"band": 0.01, "confidence": 0.95}}
+        first = {"factors": ["flash"], "cells": ["baseline", "flash"], "workloads": ["prefill"], "runtimes": ["eager"]}
+        lines = [{"type": "run", "config": config, **first, "model": "tiny", "device": DEVICE, "dtype": "float32"}]
+        where = {"workload": "prefill", "runtime": "eager", "attempt": 0}
+        for block in range(6):
+            here = {**where, "block": block, "process": block // 3}
+            for position, (cell, copy) in enumerate((("baseline", 0), ("flash", 0), ("baseline", 1))):
+                at = {**here, "cell": cell, "copy": copy, "position": position}
+                value = (0.97 if cell == "flash" else 1.0) * (1 + 1e-4 * ((7 * block + 3 * position) % 5))
+                lines.append({"type": "sample", **at, "repeat": 0, "latency_s": value, "time": 10.0 * block + position})
+                lines.append({"type": "visit", **at, "samples": 1})
+            lines.append({"type": "block", **here, "state": "ok", "flags": [], "time": 10.0 * block + 9})
+        if finished:
+            lines.append({"type": "end", "status": "finished", "time": 99.0})
+        with RecordWriter(tmp_path / name) as record:
+            record.append(*lines)
+        return tmp_path / name
+
+    return write
+
+
+def test_it_rebuilds_tables_and_report_from_the_record(
+    make_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run("run")
+    record = (run / "samples.jsonl").read_bytes()
+    assert main([str(run)]) == 0
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"cells.csv", "effects.csv", "report.md", "report.html", "plots"}
+    assert (run / "samples.jsonl").read_bytes() == record
+    out = capsys.readouterr().out
+    assert str(run / "report.html") in out
+    assert "flash: 1.03" in out
+
+
+def test_a_partial_run_gives_a_report_that_says_so(
+    make_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run("run", finished=False)
+    assert main([str(run / "samples.jsonl")]) == 0
+    assert "This run has not finished" in capsys.readouterr().out
+    assert "This run has not finished" in (run / "report.md").read_text("utf-8")
+
+
+def test_several_runs_give_one_page_more(
+    make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [make_run("0"), make_run("1")]
+    assert main([str(run) for run in runs] + ["--out", str(tmp_path / "both")]) == 0
+    assert "flash" in (tmp_path / "both" / "report.md").read_text("utf-8")
+    assert f"Over all runs: {tmp_path / 'both' / 'report.html'}" in capsys.readouterr().out
+    assert main([str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_what_is_no_run_is_one_line_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "nowhere")]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert "nowhere" in err
+
+
+def test_help_is_quick_and_needs_no_torch() -> None:
+    code = "import sys; from qwen3bench.report import main; main(['--help'])"
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, check=True)
+    assert "Measures nothing" in done.stdout
+    assert "torch" not in done.stderr
