@@ -38,8 +38,9 @@ def columns(factors: Iterable[str]) -> list[str]:
 
 
 def cells_table(record: Record, samples: pd.DataFrame | None = None) -> pd.DataFrame:
-    """One row per cell × workload × runtime of a record, whole or partial; what was not measured is missing,
-    never 0.
+    """One row per cell × workload × runtime of a record, whole or partial.
+
+    What was not measured is missing, never 0.
 
     `latency_s` is the median over visits; its interval and the speed-up's are over blocks, clustered by
     process. `speedup` is the geometric mean of baseline / cell within blocks, for cells with status `ok`
@@ -66,7 +67,8 @@ def cells_table(record: Record, samples: pd.DataFrame | None = None) -> pd.DataF
     confidence = analysis_setting(record, "confidence")
     table = _add(table, _latency(timed, confidence), [*_LATENCY, "ttft_s", "tpot_s", "itl_p50_s", "itl_p99_s"], _KEYS)
     # Numbers computed from NaN have no speed: they took other paths.
-    table.loc[table["status"] == "invalid", _LATENCY[:3]] = np.nan
+    times = [*_LATENCY[:3], "ttft_s", "tpot_s", "itl_p50_s", "itl_p99_s"]
+    table.loc[table["status"] == "invalid", times] = np.nan
     table = _add(table, _speedups(samples, table, confidence), ["speedup", "speedup_lo", "speedup_hi"], _KEYS)
     _rates(record, table)
     codes = factor_columns(table["cell"].tolist(), factors)
@@ -111,19 +113,17 @@ def _add(table: pd.DataFrame, more: pd.DataFrame, fields: list[str], keys: list[
 
 
 def _status(record: Record, table: pd.DataFrame, samples: pd.DataFrame) -> tuple[list[str | None], list[str | None]]:
-    failures = record.of("failure")
-    exact: dict[tuple[Any, ...], dict[str, Any]] = {
-        (f["cell"], f.get("workload"), f.get("runtime")): f for f in failures
-    }
-    verified = {v["cell"]: v for v in record.of("verify")}
+    failures = {(f["cell"], f.get("workload"), f.get("runtime")): f for f in record.of("failure")}
+    verified = {line["cell"]: line for line in record.of("verify")}
     timed = samples.loc[samples["copy"] == 0, _KEYS].drop_duplicates()
     measured = set(timed.itertuples(index=False, name=None))
     status: list[str | None] = []
     reason: list[str | None] = []
     for cell, workload, runtime in table[_KEYS].itertuples(index=False, name=None):
         keys = [(cell, w, r) for w in (None, workload) for r in (None, runtime)]
-        failed = next((exact[key] for key in keys if key in exact), None)
+        failed = next((failures[key] for key in keys if key in failures), None)
         check = verified.get(cell)
+        state: str | None
         if failed:
             state, why = str(failed["status"]), failed.get("reason")
         elif check and not check["equivalent"]:
@@ -149,9 +149,10 @@ def _latency(timed: pd.DataFrame, confidence: float) -> pd.DataFrame:
     result = groups[fields].median()
     result["samples"] = timed.groupby(_KEYS).size()
     log_s, process = np.log(visits["latency_s"].to_numpy(float)), visits["process"].to_numpy()
+    where: dict[Any, Any] = dict(groups.indices)
     half = pd.Series(
-        [float(clustered_mean(log_s[i], process[i]).half_width(confidence)) for i in groups.indices.values()],
-        index=pd.MultiIndex.from_tuples(list(groups.indices), names=_KEYS),
+        [float(clustered_mean(log_s[i], process[i]).half_width(confidence)) for i in where.values()],
+        index=pd.MultiIndex.from_tuples(list(where), names=_KEYS),
     )
     result["latency_lo_s"] = result["latency_s"] * np.exp(-half)
     result["latency_hi_s"] = result["latency_s"] * np.exp(half)
@@ -205,4 +206,5 @@ def _rates(record: Record, table: pd.DataFrame) -> None:
     cost = _add(table[["cell", "workload"]], record.frame("cost"), ["flops", "bytes"], ["cell", "workload"])
     for name, amount, peak in (("mfu", "flops", "matmul_flops_per_s"), ("mbu", "bytes", "copy_bytes_per_s")):
         peak_per_s = ceiling.get(peak)
-        table[name] = pd.to_numeric(cost[amount]).to_numpy(dtype=float) / latency / peak_per_s if peak_per_s else np.nan
+        amounts = pd.to_numeric(cost[amount], errors="coerce").to_numpy(dtype=float)
+        table[name] = amounts / latency / peak_per_s if peak_per_s else np.nan

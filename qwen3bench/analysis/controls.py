@@ -120,7 +120,7 @@ def _drift(samples: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
         level = matrix.log_s.mean(axis=1)
         level = level - level.mean()
         hours = (blocks - blocks.min()) / 3600
-        slope = np.polyfit(hours, level, 1)[0] if hours.nunique() > 1 else np.nan
+        slope = np.polyfit(hours, level, 1)[0] if hours.notna().all() and hours.nunique() > 1 else np.nan
         slopes.append(
             {
                 "workload": workload,

@@ -1,5 +1,4 @@
-"""Which effects a set of cells can tell, and the contrast that estimates each: two-level factorial
-designs."""
+"""Which effects a set of cells can tell, and the contrast that estimates each (two-level factorials)."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from qwen3bench.analysis.variance import Estimates, clustered, replicated
 from qwen3bench.analysis.verdicts import holm, verdicts
 from qwen3bench.errors import UserError
 
+_MOST_FACTORS = 12  # 4,095 terms
 COLUMNS = ["term", "kind", "estimate", "lo", "hi", "p_holm", "verdict", "reason", "p", "df"]
 
 
@@ -98,8 +99,7 @@ def effects(
 
 @dataclass(frozen=True)
 class _Table:
-    """Values by cell: `y` (blocks, cells) with the `process` of each block, or without blocks the replicates
-    of each cell."""
+    """Values by cell: `y` (blocks, cells) with each block's `process`, or without blocks each cell's replicates."""
 
     cells: tuple[tuple[int, ...], ...]
     y: NDArray[np.float64] | None
@@ -117,10 +117,8 @@ class _Table:
         return "no interval: one block" if self.y is not None else "no interval: no replicates"
 
     def estimates(self, matrix: NDArray[np.float64], exact: bool) -> Estimates:
-        if self.y is not None:
-            found = clustered(self.y, self.process, matrix)
-        else:
-            found = replicated(self.replicates, matrix)
+        y = self.y
+        found = replicated(self.replicates, matrix) if y is None else clustered(y, self.process, matrix)
         if not exact:
             return found
         estimate = np.round(found.estimate, 6) + 0.0  # no −0; weights such as 1/5 leave crumbs of a byte
@@ -130,6 +128,8 @@ class _Table:
 def _checked(samples: pd.DataFrame, factors: tuple[str, ...], value: str, block: str | None, log: bool) -> pd.DataFrame:
     if not factors or len(set(factors)) < len(factors):
         raise UserError(f"factors must be one or more different column names, not {list(factors)}")
+    if len(factors) > _MOST_FACTORS:
+        raise UserError(f"{len(factors)} factors have 2^{len(factors)} terms; ask for at most {_MOST_FACTORS}")
     absent = [c for c in (*factors, value, *([block] if block else [])) if c not in samples]
     if absent:
         raise UserError(f"the samples have no column {', '.join(absent)}; they have {', '.join(map(str, samples))}")
@@ -142,8 +142,7 @@ def _checked(samples: pd.DataFrame, factors: tuple[str, ...], value: str, block:
     rows = rows.dropna(subset=[*factors, value])
     if rows.empty:
         raise UserError(f"no sample has a {value}")
-    codes = rows[list(factors)].to_numpy()
-    if not np.isin(codes, (0, 1)).all():
+    if not np.isin(rows[list(factors)].to_numpy(), (0, 1)).all():
         raise UserError(f"the columns {', '.join(factors)} must hold 0 and 1 alone")
     values = rows[value].to_numpy(dtype=float)
     if not np.isfinite(values).all() or (log and (values <= 0).any()):

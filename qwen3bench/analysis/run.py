@@ -22,8 +22,7 @@ _BYTES = ("peak_allocated_bytes", "parameter_bytes")
 
 @dataclass(frozen=True)
 class Run:
-    """A run's tables: `cells`, `effects` (columns as cells.csv and effects.csv) and `samples` (those that
-    count).
+    """A run's tables: `cells`, `effects` (columns as cells.csv and effects.csv) and `samples` (those that count).
 
     `stops`: one row per workload and runtime, why measuring ended. `environment` and `config` as recorded.
     `warnings`: what of the record was not usable.

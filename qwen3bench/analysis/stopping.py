@@ -29,6 +29,8 @@ def half_widths(
     to look small makes intervals lie, and the fewer degrees of freedom the more often it looks small.
     """
     frame = samples if isinstance(samples, pd.DataFrame) else pd.DataFrame(list(samples))
+    if frame.empty:
+        return {}
     frame = frame.assign(copy=frame["copy"].fillna(0) if "copy" in frame else 0)
     frame = frame[frame["copy"] == 0]
     matrix = block_matrix(frame)

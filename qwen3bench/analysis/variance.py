@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special, stats
+from scipy import special
 
 Array = NDArray[np.float64]
 _OWN_LEVEL = 0.10
@@ -36,8 +36,7 @@ class Estimates:
 
 
 def clustered(y: Array, process: NDArray[Any], contrasts: Array) -> Estimates:
-    """Estimates of `contrasts` (terms, cells) over the blocks of `y` (…, blocks, cells), clustered by
-    process.
+    """Estimates of `contrasts` (terms, cells) from blocks `y` (…, blocks, cells), clustered by process.
 
     `process` (blocks,) names the process of each block; with a single one the blocks are the clusters. Block
     effects (drift) leave with each block's mean. Every contrast sums to zero over the cells.
@@ -75,7 +74,7 @@ def clustered(y: Array, process: NDArray[Any], contrasts: Array) -> Estimates:
         rest = np.maximum(pooled * (cells - 1) - own, 0) / (cells - 2)
         rest_df = np.maximum(pooled_df * (cells - 2) / (cells - 1), df)
         with np.errstate(divide="ignore", invalid="ignore"):
-            scatters = stats.f.sf(own / rest, df, rest_df) < _OWN_LEVEL
+            scatters = special.fdtrc(df, rest_df, own / rest) < _OWN_LEVEL
         ms = np.where(scatters, own, pooled)
         ms_df = np.where(scatters, df, np.maximum(pooled_df, df))
     return Estimates(estimate, np.sqrt(ms * norm * _inflation(size)) / blocks, ms_df)
@@ -112,11 +111,11 @@ def clustered_mean(y: Array, process: NDArray[Any]) -> Estimates:
 
 
 def _inflation(size: NDArray[Any]) -> float:
-    """The variance of a sum over blocks in units of the mean square between clusters of `size` blocks: their
-    number, where clusters are equal.
+    """The variance of a sum over blocks, in units of the mean square between clusters of `size` blocks.
 
-    Where they are not, the mean square holds less of the variance between clusters than the sum does, and
-    this makes up for it (Searle, Casella & McCulloch, Variance Components, 1992, section 3.6).
+    The number of blocks, where clusters are equal. Where they are not, the mean square holds less of the variance
+    between clusters than the sum does, and this makes up for it (Searle, Casella & McCulloch, Variance Components,
+    1992, section 3.6).
     """
     blocks = size.sum()
     per_cluster = (blocks - (size**2).sum() / blocks) / (len(size) - 1)

@@ -13,8 +13,9 @@ ALPHA = 0.05
 def holm(p: ArrayLike) -> NDArray[np.float64]:
     """p corrected for the number of tests, along the last axis.
 
-    Holm, A Simple Sequentially Rejective Multiple Test Procedure, 1979. NaN (no test made) stays NaN and does not
-    count. (statsmodels' multipletests gives the same numbers, but collects garbage at each call: seconds in a report.)
+    Holm, A Simple Sequentially Rejective Multiple Test Procedure, 1979. NaN (no test made) stays NaN and does
+    not count. (statsmodels' multipletests gives the same numbers, but collects garbage at each call: seconds
+    in a report.)
     """
     p = np.asarray(p, dtype=float)
     order = np.argsort(p, axis=-1)  # NaN last

@@ -20,6 +20,7 @@ from qwen3bench.bench.monitor import Monitor, Telemetry, braked, flags
 from qwen3bench.bench.progress import Reporter, duration
 from qwen3bench.bench.record import Record, RecordWriter
 from qwen3bench.bench.supervisor import CellFailure, WorkerProcess
+from qwen3bench.errors import UserError
 from qwen3bench.settings import Settings
 
 Where = tuple[str, str]  # workload, runtime
@@ -32,6 +33,8 @@ class Timing:
 
     samples: list[dict[str, Any]] = field(default_factory=list)
     blocks: int = 0
+    attempts: int = 0  # at the next block, whatever became of them
+    braked: int = 0  # of these, ended under a brake
     processes: set[int] = field(default_factory=set)
     measured_s: float = 0.0
     stopped: bool = False
@@ -68,7 +71,11 @@ class Campaign:
             self._take_up(done)
 
     def run(self) -> None:
-        """All passes that are not done yet. Every process it started has ended when it returns or raises."""
+        """All passes that are not done yet. Every process it started has ended when it returns or raises.
+
+        Raises `UserError` where no worker can be started, where one refuses what the user asked for, and where the
+        record cannot be written.
+        """
         with self._stack:
             self._check()
             self._each_cell("parameters", "counting parameters")
@@ -85,9 +92,12 @@ class Campaign:
 
     def _check(self) -> None:
         """Build every cell once: what the user can mend is refused before anything is measured."""
-        if not all(self._is_done("parameters", cell) for cell in self.labels):
-            with self.progress.stage("loading the weights, building every cell", 1):
-                self._ask("load", cells=self.labels)
+        left = [cell for cell in self.labels if self._runs(cell) and not self._is_done("parameters", cell)]
+        with self.progress.stage("loading the weights, building every cell", len(left)) as stage:
+            for cell in left:
+                stage.step(cell)
+                with self._failing("load", cell):
+                    self._ask("load", cells=[cell])
 
     def _each_cell(self, pass_: str, title: str) -> None:
         self._steps(pass_, title, [(cell, {}) for cell in self.labels])
@@ -107,21 +117,28 @@ class Campaign:
                 stage.step(" ".join([cell, *where.values()]))
                 with self._failing(pass_, cell, **where):
                     answer = self._ask(pass_, cell=cell, **where)
-                    self.writer.append({"type": pass_, **answer, "cell": cell, **where})
+                    self._append_answer({**answer, "type": pass_, "cell": cell, **where})
                     if pass_ == "verify" and not answer["equivalent"]:
-                        self._fail(pass_, cell, CellFailure("not_equivalent", answer["reason"]))
+                        reason = answer.get("reason") or "no reason given"
+                        self._fail(pass_, cell, CellFailure("not_equivalent", reason))
 
     def _ceilings(self) -> None:
         """What the device can reach, and the least that each cell asks of it."""
         if self._is_done("ceiling"):
             return
         with self.progress.stage("measuring what the device can reach", 1):
-            costs = [
-                {"type": "cost", "cell": cell, "workload": workload, **self._ask("cost", cell=cell, workload=workload)}
-                for workload in self.settings.workloads
-                for cell in self.labels
-            ]
-            self.writer.append({"type": "ceiling", **self._ask("ceilings")}, *costs)
+            try:
+                costs = [
+                    {**self._ask("cost", cell=cell, workload=workload), "type": "cost"}
+                    | {"cell": cell, "workload": workload}
+                    for workload in self.settings.workloads
+                    for cell in self.labels
+                    if self._runs(cell)
+                ]
+                self._append_answer({**self._ask("ceilings"), "type": "ceiling"}, *costs)
+            except CellFailure as failure:  # no cell is to blame, and none needs it
+                self._end_worker()
+                self.progress.note(f"what the device can reach is not known: {failure.reason}")
 
     # Timing
 
@@ -133,10 +150,12 @@ class Campaign:
         """
         while waiting := [where for where, timing in self.timings.items() if not timing.stopped]:
             for where in waiting:
-                if self._cells(where):
-                    self._time_in_process(where)
-                else:
+                if not self._cells(where):
                     self._stop(where, "failed")
+                elif reason := self._reason_to_stop(where):  # the earlier start was ended before it could say so
+                    self._stop(where, reason)
+                else:
+                    self._time_in_process(where)
                 if where is waiting[-1]:
                     self._end_worker()
 
@@ -158,12 +177,16 @@ class Campaign:
 
     def _prepare(self, where: Where) -> bool:
         """Make every cell ready in the present worker; False where a cell failed and the worker is gone."""
-        visits = [(cell, 0) for cell in self._cells(where)]
+        cells = self._cells(where)
+        visits = [(cell, 0) for cell in cells]
         if (BASELINE, 0) in visits:
             visits.append((BASELINE, 1))
         workload, runtime = where
         with self.progress.stage(f"preparing {workload} {runtime} in process {self._number()}", len(visits)) as stage:
-            self._ask("enter", workload=workload, runtime=runtime)
+            with self._failing("time", cells[0], workload=workload, runtime=runtime) as outcome:
+                self._ask("enter", workload=workload, runtime=runtime, cell=cells[0])
+            if outcome.failed:
+                return False
             for cell, copy in visits:
                 stage.step(cell)
                 with self._failing("time", cell, workload=workload, runtime=runtime) as outcome:
@@ -186,8 +209,10 @@ class Campaign:
     def _block(self, where: Where) -> bool:
         """One block, measured again under a brake or beside a foreign process; False where a cell failed in it."""
         timing = self.timings[where]
-        attempts = self.settings.measure.max_attempts
-        for attempt in range(attempts):
+        most = self.settings.measure.max_attempts
+        while True:
+            attempt = timing.attempts
+            timing.attempts += 1
             started = time.monotonic()
             samples = self._visits(where, timing.blocks, attempt)
             if samples is None:
@@ -196,16 +221,17 @@ class Campaign:
             timing.measured_s += elapsed_s
             telemetry = self._monitor.sample(self._own_pids())
             brakes = braked(telemetry)
-            state = "ok" if not brakes else "repeat" if attempt + 1 < attempts else "flagged"
+            timing.braked += bool(brakes)
+            state = "ok" if not brakes else "repeat" if timing.braked < most else "flagged"
             if brakes:
                 self.progress.note(f"block {timing.blocks}, attempt {attempt + 1}: {state} ({', '.join(brakes)})")
             self._close_block(where, attempt, state, telemetry, elapsed_s)
             if state != "repeat":
                 timing.samples += samples
                 timing.blocks += 1
+                timing.attempts = timing.braked = 0
                 timing.processes.add(self._process)
                 return True
-        raise AssertionError("the last attempt is never repeated")
 
     def _visits(self, where: Where, block: int, attempt: int) -> list[dict[str, Any]] | None:
         """All visits of one block, in its random order; None where a cell failed."""
@@ -229,11 +255,13 @@ class Campaign:
                 with self._failing("time", cell, workload=workload, runtime=runtime) as outcome:
                     answer = self._ask("visit", cell=cell, copy=copy, repeats=repeats)
                     samples = [
-                        {**visit, "repeat": repeat, "time": answer["time"], **sample}
+                        {**sample, **visit, "repeat": repeat, "time": answer["time"]}
                         for repeat, sample in enumerate(answer["samples"])
                     ]
-                    lines = [{"type": "sample", **sample} for sample in samples]
-                    self.writer.append(*lines, {"type": "visit", **visit, "samples": len(samples)})
+                    if len(samples) != repeats:
+                        raise CellFailure("crashed", f"the worker answered {len(samples)} values, not {repeats}")
+                    lines = [{**sample, "type": "sample"} for sample in samples]
+                    self._append_answer(*lines, {"type": "visit", **visit, "samples": len(samples)})
                     taken += samples
                 if outcome.failed:
                     return None
@@ -258,6 +286,8 @@ class Campaign:
 
     def _reason_to_stop(self, where: Where) -> str | None:
         timing, measure = self.timings[where], self.settings.measure
+        if not timing.blocks:
+            return None
         return stop_reason(
             half_widths(timing.samples, self.settings.factors),
             timing.blocks,
@@ -349,6 +379,13 @@ class Campaign:
             }
         )
 
+    def _append_answer(self, *lines: dict[str, Any]) -> None:
+        """To the record, what a worker answered. Raises `CellFailure` where it makes no line that can be used."""
+        try:
+            self.writer.append(*lines)
+        except ValueError as error:
+            raise CellFailure("crashed", f"the worker's answer cannot be used: {str(error)[:200]}") from None
+
     def _is_done(self, *step: str) -> bool:
         return step in self._finished
 
@@ -371,6 +408,11 @@ class Campaign:
                 closed.add((line["workload"], line["runtime"], line["process"], line["block"], line["attempt"]))
                 timing.blocks = max(timing.blocks, line["block"] + 1)
                 timing.processes.add(line["process"])
+        for line in [*done.of("sample"), *done.of("block")]:
+            timing = self.timings[line["workload"], line["runtime"]]
+            if line["block"] == timing.blocks:  # begun and not closed: its next attempt is another one
+                timing.attempts = max(timing.attempts, line["attempt"] + 1)
+                timing.braked += line["type"] == "block"
         for line in done.of("sample"):
             if tuple(line[k] for k in ("workload", "runtime", "process", "block", "attempt")) in closed:
                 self.timings[line["workload"], line["runtime"]].samples.append(line)
@@ -387,7 +429,10 @@ class Campaign:
             started = time.monotonic()
             self._process = self._number()
             self._worker = self._stack.enter_context(self._start_worker(self.writer.directory / "worker.log"))
-            self._worker.ask("open", QUIET_S, config=self.settings.to_dict())
+            try:
+                self._worker.ask("open", QUIET_S, config=self.settings.to_dict())
+            except CellFailure as failure:  # no cell has run in it
+                raise UserError(f"no worker could be started: {failure.reason}") from None
             self.writer.append(
                 {
                     "type": "process",

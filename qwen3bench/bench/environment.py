@@ -19,7 +19,7 @@ from qwen3bench.errors import UserError
 
 _PACKAGE = Path(qwen3bench.__file__).resolve().parent
 _CHECKOUT = _PACKAGE.parent
-_CHANGES_NO_NUMBER = ("run", "resume", "report", "hydra")
+CHANGES_NO_NUMBER = ("run", "resume", "report", "hydra")
 
 
 def environment(device: str | None = None) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def fingerprint(config: dict[str, Any], weights_fingerprint: str) -> dict[str, s
 
     device = str(config.get("device") or "cpu")
     name = device_name(device)
-    measured = {key: value for key, value in config.items() if key not in _CHANGES_NO_NUMBER}
+    measured = {key: value for key, value in config.items() if key not in CHANGES_NO_NUMBER}
     text = json.dumps(measured, sort_keys=True, default=str)
     return {
         "config": hashlib.sha256(text.encode()).hexdigest(),

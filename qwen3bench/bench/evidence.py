@@ -167,10 +167,7 @@ def _profiled(launch: Callable[[], object], device: torch.device) -> _Profile:
         activities.append(ProfilerActivity.CUDA)
         torch.cuda.synchronize(device)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above USDT: else stderr tells of every start and stop
-    with (
-        torch.no_grad(),
-        profile(activities=activities) as profiled,
-    ):  # as timed: another mode would recompile
+    with torch.no_grad(), profile(activities=activities) as profiled:  # as timed: another mode would recompile
         launch()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

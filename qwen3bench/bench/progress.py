@@ -69,8 +69,9 @@ class Reporter:
             self.bar.update(self._task, description=f"{title}: {what}", completed=done, total=total)
 
     def note(self, text: str) -> None:
-        """A line that stays."""
-        self.console.print(text, markup=False)
+        """A line that stays. Control characters are escaped: what a worker says must not steer the terminal."""
+        plain = "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+        self.console.print(plain, markup=False)
 
 
 def duration(seconds: float) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +20,8 @@ from rich.console import Console
 
 from qwen3bench.analysis.run import load_run, write_derived
 from qwen3bench.bench.campaign import QUIET_S, Campaign
-from qwen3bench.bench.environment import differences
+from qwen3bench.bench.environment import CHANGES_NO_NUMBER, differences
+from qwen3bench.bench.monitor import Monitor
 from qwen3bench.bench.progress import Reporter, duration
 from qwen3bench.bench.record import Record, RecordWriter, clean_stale, point_latest, read_record, write_atomic
 from qwen3bench.bench.supervisor import CellFailure, WorkerProcess
@@ -29,47 +31,90 @@ from qwen3bench.reporting.terminal import terminal_summary
 from qwen3bench.settings import Settings, settings_from
 
 RESULTS = Path("results")
+_PLAIN_PATH = re.compile(r"(?=[^/]*/)[A-Za-z_/][\w./-]*")
+_MOST_KEYS = 6  # named where a config changed
 
 
 class Interrupted(BaseException):
     """A signal that asks the run to end; carries its number."""
 
 
-def run(settings: Settings) -> int:
+def run(
+    settings: Settings,
+    start_worker: Callable[[Path], WorkerProcess] = WorkerProcess,
+    monitor: Monitor | None = None,
+) -> int:
     """Measure what `settings` ask for and write the report; the exit status (CONTRACT.md, Commands).
 
     Raises `UserError` for what the user can mend. SIGINT and SIGTERM end the workers, keep the record, and give 130
     and 143.
     """
     started = time.monotonic()
-    directory = settings.resume or settings.dir or RESULTS / f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{settings.model.name}"
-    if settings.resume and not (directory / "samples.jsonl").exists():
-        raise UserError(f"resume={directory}: there is no run (samples.jsonl) to continue")
+    directory = _directory(settings)
     reporter = Reporter()
+    measured = False
     try:
         with _signals(), RecordWriter(directory) as writer, reporter.running():
-            campaign = _campaign(settings, writer, reporter)
-            campaign.run()
-            writer.append({"type": "end", "status": "finished", "time": time.time()})
+            with _interruption_recorded(writer):
+                _campaign(settings, writer, reporter, start_worker, monitor).run()
+                writer.append({"type": "end", "status": "finished", "time": time.time()})
+                measured = True
             with reporter.stage("analysing and writing the report", 1):
                 finished = load_run(directory)
                 write_derived(finished)
                 write_report(finished)
     except Interrupted as stop:
-        print(
-            f"\ninterrupted; nothing measured is lost. Continue: {_resume_command(directory)}\n"
-            f"or read what there is: python -m qwen3bench.report {shlex.quote(str(directory))}",
-            file=sys.stderr,
-        )
+        report = f"python -m qwen3bench.report {shlex.quote(str(directory))}"
+        if measured:
+            print(f"\ninterrupted with everything measured. Write the report: {report}", file=sys.stderr)
+        else:
+            print(
+                f"\ninterrupted; nothing measured is lost. Continue: {_resume_command(directory)}\n"
+                f"or read what there is: {report}",
+                file=sys.stderr,
+            )
         return 128 + stop.args[0]
     if directory.resolve().parent == RESULTS.resolve():
         point_latest(directory)
     terminal_summary(finished, Console())
     print(f"took {duration(time.monotonic() - started)}", file=sys.stderr)
-    return _status(finished.cells)
+    status = _status(finished.cells)
+    if status == 1:
+        print(f"qwen3bench: error: no cell could be measured; {directory / 'report.html'} says why", file=sys.stderr)
+    return status
 
 
-def _campaign(settings: Settings, writer: RecordWriter, reporter: Reporter) -> Campaign:
+def _directory(settings: Settings) -> Path:
+    """Where the run is written. Raises `UserError` where it is to be continued there and cannot be."""
+    if settings.resume and not (settings.resume / "samples.jsonl").exists():
+        raise UserError(f"resume={settings.resume}: there is no run (samples.jsonl) to continue")
+    name = re.sub(r"[^\w.-]+", "-", settings.model.name)[
+        :80
+    ]  # a model may have any name, and must not choose the place
+    directory = settings.resume or settings.dir or RESULTS / f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{name}"
+    if not str(directory).isprintable():  # could not be typed to continue the run
+        raise UserError(f"run.dir={str(directory)!r}: holds control characters; name another directory")
+    return directory
+
+
+@contextmanager
+def _interruption_recorded(writer: RecordWriter) -> Iterator[None]:
+    try:
+        yield
+    except Interrupted:
+        with suppress(UserError):  # a full disk
+            if not writer.empty:
+                writer.append({"type": "end", "status": "interrupted", "time": time.time()})
+        raise
+
+
+def _campaign(
+    settings: Settings,
+    writer: RecordWriter,
+    reporter: Reporter,
+    start_worker: Callable[[Path], WorkerProcess],
+    monitor: Monitor | None,
+) -> Campaign:
     """The run's campaign: a new record's first line written, or an old record checked and taken up."""
     directory = writer.directory
     clean_stale(directory)
@@ -79,8 +124,10 @@ def _campaign(settings: Settings, writer: RecordWriter, reporter: Reporter) -> C
         for warning in done.warnings:
             reporter.note(f"warning: {warning}")
         if _only_resume(sys.argv):
-            settings = settings_from({**done.run["config"], "resume": str(directory)})
-    with reporter.stage("starting a worker", 1), WorkerProcess(directory / "worker.log") as worker:
+            settings = _recorded_settings(done, directory)
+    elif settings.resume:
+        raise UserError(f"resume={directory}: nothing is recorded there yet; begin again with run.dir={directory}")
+    with reporter.stage("starting a worker", 1), start_worker(directory / "worker.log") as worker:
         try:
             settings = settings.resolved(worker.ask("probe", QUIET_S, device=settings.device)["device"])
             worker.ask("open", QUIET_S, config=settings.to_dict())
@@ -90,14 +137,9 @@ def _campaign(settings: Settings, writer: RecordWriter, reporter: Reporter) -> C
     if done is None:
         _begin(settings, writer, identity)
     else:
-        changed = differences(done.run.get("fingerprint", {}), identity["fingerprint"])
-        if changed:
-            raise UserError(
-                f"{directory}: cannot be continued, as {', '.join(changed)} changed since it began; "
-                "start a new run with another run.dir"
-            )
+        _refuse_changed(done, settings, identity, directory)
     writer.append({"type": "session", "command": sys.argv, "time": time.time()})
-    return Campaign(settings, writer, reporter, done)
+    return Campaign(settings, writer, reporter, done, start_worker, monitor)
 
 
 def _begin(settings: Settings, writer: RecordWriter, identity: dict[str, Any]) -> None:
@@ -115,7 +157,7 @@ def _begin(settings: Settings, writer: RecordWriter, identity: dict[str, Any]) -
             "workloads": list(settings.workloads),
             "runtimes": list(settings.runtimes),
             "model": settings.model.name,
-            "device": identity["environment"]["device"],
+            "device": identity["environment"].get("device"),
             "dtype": settings.dtype,
             "fingerprint": identity["fingerprint"],
         }
@@ -130,6 +172,43 @@ def _refuse_finished(done: Record, directory: Path) -> None:
         )
 
 
+def _refuse_changed(done: Record, settings: Settings, identity: dict[str, Any], directory: Path) -> None:
+    """Raises `UserError` where something differs that would make the old samples and the new ones two things."""
+    changed = differences(done.run.get("fingerprint") or {}, identity["fingerprint"])
+    if not changed:
+        return
+    keys = config_differences(done.run["config"], settings.to_dict())
+    words = [f"the configuration ({'; '.join(keys)})" if keys and w == "the configuration" else w for w in changed]
+    advice = f"or continue it as it was with {_override('resume', directory)} alone" if keys else ""
+    raise UserError(
+        f"{directory}: cannot be continued, as {', '.join(words)} changed since it began\n"
+        f"start a new run with another run.dir {advice}".rstrip()
+    )
+
+
+def config_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two resolved configs, in words: key, old value, new value; where a run is written apart."""
+    before, after = (dict(_leaves("", {k: v for k, v in c.items() if k not in CHANGES_NO_NUMBER})) for c in (old, new))
+    keys = [key for key in dict.fromkeys((*before, *after)) if before.get(key) != after.get(key)]
+    words = [f"{key}: {before.get(key)!r:.60} then, {after.get(key)!r:.60} now" for key in keys]
+    return words if len(words) <= _MOST_KEYS else [*words[:_MOST_KEYS], f"and {len(words) - _MOST_KEYS} more"]
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves(f"{path}.{key}" if path else str(key), item)
+    else:
+        yield path, value
+
+
+def _recorded_settings(done: Record, directory: Path) -> Settings:
+    try:
+        return settings_from({**done.run["config"], "resume": str(directory)})
+    except UserError as error:
+        raise UserError(f"{directory}: holds a config that this qwen3bench does not read ({error})") from None
+
+
 def _only_resume(argv: list[str]) -> bool:
     """Whether the command says nothing but which run to continue."""
     return len(argv) == 2 and argv[1].startswith("resume=")
@@ -137,7 +216,17 @@ def _only_resume(argv: list[str]) -> bool:
 
 def _resume_command(directory: Path) -> str:
     """The line that continues this run."""
-    return f"python -m qwen3bench resume={shlex.quote(str(directory))}"
+    return f"python -m qwen3bench {_override('resume', directory)}"
+
+
+def _override(key: str, path: Path) -> str:
+    """KEY=PATH as the shell, Hydra and OmegaConf want it quoted."""
+    text = str(path)
+    if not _PLAIN_PATH.fullmatch(text):
+        text = re.sub(r"(\\*)'", r"\1\1\\'", text.replace("${", r"\${"))
+        text += "\\" * (len(text) - len(text.rstrip("\\")))
+        text = f"'{text}'"
+    return shlex.quote(f"{key}={text}")
 
 
 def _status(cells: Any) -> int:

@@ -1,7 +1,8 @@
 """The supervisor's end of a worker process: start it, ask it, and end it whatever state it is in.
 
 A CUDA fault or an out-of-memory error poisons the process that it happens in, so models run in a child that can be
-thrown away. The supervisor waits in the kernel (select), never in a loop, so that it takes no time from what is measured.
+thrown away. The supervisor waits in the kernel (select), never in a loop, so that it takes no time from what is
+measured.
 """
 
 from __future__ import annotations
@@ -18,19 +19,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qwen3bench.bench import protocol
-from qwen3bench.errors import UserError
+from qwen3bench.bench.protocol import CellFailure as CellFailure
 
 WORKER = (sys.executable, "-m", "qwen3bench.bench.worker")
-
-
-class CellFailure(Exception):
-    """A request that the worker could not fulfil: the cell's status and the reason. The worker is not to be used again."""
-
-    def __init__(self, status: str, reason: str, peak_allocated_bytes: int | None = None) -> None:
-        super().__init__(reason)
-        self.status = status
-        self.reason = reason
-        self.peak_allocated_bytes = peak_allocated_bytes
+_MOST_BYTES = 1 << 26  # of one answer; the longest real one, a profile's kernels, has some 10 kB
+_END_S = 3.0  # for a process to be gone that has closed its output, or that was killed
 
 
 class WorkerProcess:
@@ -52,6 +45,7 @@ class WorkerProcess:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._replies, selectors.EVENT_READ)
         self._buffer = b""
+        self._ended = False
 
     def __enter__(self) -> WorkerProcess:
         return self
@@ -75,24 +69,17 @@ class WorkerProcess:
             self._requests.flush()
         except BrokenPipeError:
             raise self._died() from None
-        try:
-            reply = protocol.decode(self._line(timeout_s, op))
-        except ValueError as error:
-            raise CellFailure("crashed", f"the worker's answer to {op} is no message ({error})") from None
-        if "ok" in reply:
-            return reply["ok"]
-        failed = reply.get("error", {})
-        if failed.get("status") == "refused":
-            raise UserError(failed.get("reason", op))
-        raise CellFailure(
-            failed.get("status", "crashed"), failed.get("reason", "no reason given"), failed.get("peak_allocated_bytes")
-        )
+        return protocol.answer(self._line(timeout_s, op), op)
 
     def end(self) -> None:
         """End the process group at once; the worker keeps nothing that would be lost."""
+        if self._ended:  # by now another process may have its number
+            return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        self._ended = True
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process that a driver holds must not hold the run
+            self._process.wait(_END_S)
         self._selector.close()
         with contextlib.suppress(BrokenPipeError):
             self._requests.close()
@@ -109,12 +96,17 @@ class WorkerProcess:
             if not chunk:
                 raise self._died()
             self._buffer += chunk
+            if len(self._buffer) > _MOST_BYTES:
+                raise CellFailure("crashed", f"the worker's answer to {op} has no end")
         line, self._buffer = self._buffer.split(b"\n", 1)
         return line
 
     def _died(self) -> CellFailure:
-        code = self._process.wait()
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+        try:
+            code = self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            return CellFailure("crashed", "the worker closed its output without an answer")
+        how = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit status {code}"
         said = self._last_words()
         return CellFailure("crashed", f"the worker {how} without an answer" + (f": {said}" if said else ""))
 
@@ -125,3 +117,9 @@ class WorkerProcess:
             lines = deque((line.strip() for line in log if line.strip()), maxlen=1)
             return lines[0].decode(errors="replace")[:300] if lines else ""
         return ""
+
+
+def _signal_name(number: int) -> str:
+    with contextlib.suppress(ValueError):  # real-time signals have no name
+        return signal.Signals(number).name
+    return f"signal {number}"

@@ -21,7 +21,7 @@ from qwen3bench.bench import protocol
 from qwen3bench.bench.bank import Bank
 from qwen3bench.bench.ceilings import measure_ceilings
 from qwen3bench.bench.costs import cell_cost
-from qwen3bench.bench.design import Cell, cell_of
+from qwen3bench.bench.design import BASELINE, Cell, cell_of
 from qwen3bench.bench.environment import environment, fingerprint
 from qwen3bench.bench.equivalence import Gate
 from qwen3bench.bench.evidence import collect, forget_compilations
@@ -169,12 +169,12 @@ class Worker:
 
     # Timing
 
-    def op_enter(self, workload: str, runtime: str) -> dict[str, Any]:
-        """Begin timing cells of one workload in one runtime."""
+    def op_enter(self, workload: str, runtime: str, cell: str = BASELINE) -> dict[str, Any]:
+        """Begin timing cells of one workload in one runtime; `cell` fills the cache where there is one."""
         self.op_release()
         bank = self._models()
         self._runtime = make_runtime(runtime, self.device)
-        self._workload = Workload(self._size(workload), bank.build(()), self.settings.seed)
+        self._workload = Workload(self._size(workload), bank.build(cell_of(cell)), self.settings.seed)
         return {}
 
     def op_prepare(self, cell: str, copy: int) -> dict[str, Any]:
@@ -281,10 +281,10 @@ def serve(requests: BinaryIO, replies: BinaryIO, worker: Worker) -> None:
         request = protocol.decode(line)
         operation = getattr(worker, f"op_{request.pop('op')}")
         try:
-            reply: dict[str, Any] = {"ok": operation(**request)}
+            reply = protocol.encode({"ok": operation(**request)})
         except Exception as error:
-            reply = {"error": failure(error)}
-        replies.write(protocol.encode(reply))
+            reply = protocol.encode({"error": failure(error)})
+        replies.write(reply)
         replies.flush()
 
 
@@ -292,6 +292,8 @@ def main() -> None:
     """Serve on the process's own pipes; whatever libraries print goes to standard error."""
     if sys.platform == "linux":  # die with the supervisor, however it dies
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    # A machine that shuts down sends this to all; that is the end of the run, and no cell's failure.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     serve(sys.stdin.buffer, replies, Worker())

@@ -147,7 +147,11 @@ def memory(run: Run) -> Iterator[Finding]:
 
 def undecided(run: Run, condition: Condition) -> Iterator[Finding]:
     """Main effects without a verdict, and what would give one."""
-    effects = [r for r in rows(terms(run, condition, LATENCY, "main")) if r.verdict == "undecided"]
+    effects = [
+        row
+        for row in rows(terms(run, condition, LATENCY, "main"))
+        if controls.heard(run, condition, row.verdict, row.estimate) == "undecided"
+    ]
     blocks = condition.select(run.samples)["block"].nunique()
     around = [row for row in effects if row.lo <= 1 <= row.hi]
     if around:

@@ -53,7 +53,8 @@ def page_content(run: Run) -> dict[str, Any]:
     """Everything that the templates show, plots already written under the run's directory."""
     with figures.style():
         sections = [_section(run, condition) for condition in conditions(run)]
-        overall = [figures.save(plot, directory(run) / "plots") for plot in plots.run_plots(run)]
+        opening = [figures.save(plot, directory(run) / "plots") for plot in plots.opening_plots(run)]
+        closing = [figures.save(plot, directory(run) / "plots") for plot in plots.closing_plots(run)]
     found = findings(run)
     return {
         "title": f"{run.record.run.get('model') or 'A model'} on {device(run)}",
@@ -63,7 +64,8 @@ def page_content(run: Run) -> dict[str, Any]:
         "warnings": [finding for finding in found if finding.level == "warning"],
         "controls": controls.sentences(run),
         "sections": sections,
-        "overall": overall,
+        "opening": opening,
+        "closing": closing,
         "equivalence": _equivalence(run),
         "evidence": tables.evidence_table(lines) if (lines := run.record.of("evidence")) else None,
         "failures": _failures(run),

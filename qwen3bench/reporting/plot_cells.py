@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import LogFormatter
 from numpy.typing import NDArray
 
 from qwen3bench.reporting.conditions import Condition
@@ -66,7 +66,8 @@ def ranked(run: Run, condition: Condition) -> Plot | None:
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=ratios)
     _draw_switches(left, cells, factors(run), few)
     x, y = _scaled(cells, LATENCY, unit), np.arange(len(cells))
-    right.errorbar(x, y, xerr=_bars(cells, unit), fmt="none", ecolor=GREY, elinewidth=1.2, capsize=2 if few else 0)
+    look: dict[str, Any] = {"elinewidth": 1.2, "capsize": 2} if few else {"elinewidth": 0.5, "alpha": 0.35}
+    right.errorbar(x, y, xerr=_bars(cells, unit), fmt="none", ecolor=GREY, **look)
     right.scatter(x, y, s=22 if few else 5, color=BLUE, zorder=3)
     for row, cell in enumerate(cells["cell"]):
         if cell == BASELINE:
@@ -124,7 +125,8 @@ def memory_latency(run: Run, condition: Condition) -> Plot | None:
     figure = new_figure(title, f"{condition}; {device(run)}", 4.6)
     axes = figure.subplots()
     x, y = _scaled(cells, LATENCY, x_unit), _scaled(cells, MEMORY, y_unit)
-    axes.errorbar(x, y, xerr=_bars(cells, x_unit), fmt="none", ecolor=GREY, elinewidth=1)
+    if len(cells) <= _ROWS_NAMED:
+        axes.errorbar(x, y, xerr=_bars(cells, x_unit), fmt="none", ecolor=GREY, elinewidth=1)
     axes.scatter(x, y, s=26, color=BLUE, alpha=0.75, label="cell", zorder=3)
     front_x, front_y = _scaled(front, LATENCY, x_unit), _scaled(front, MEMORY, y_unit)
     axes.step(front_x, front_y, where="post", color=GREEN, linewidth=1.2, zorder=2)
@@ -174,12 +176,13 @@ def roofline(run: Run) -> Plot | None:
         f"{best.cell} comes closest to the roofline: {percent(best.share)} of what the device allows "
         f"({best.workload}, {best.runtime})"
     )
-    ceiling = f"{flops_ceiling / 1e12:.3g} TFLOP/s in matrix products, {bytes_ceiling / 1e12:.3g} TB/s in copies"
+    scale, unit = (1e12, "TFLOP/s") if flops_ceiling >= 1e12 else (1e9, "GFLOP/s")
+    ceiling = f"{flops_ceiling / scale:.3g} {unit} in matrix products, {bytes_ceiling / 1e9:,.3g} GB/s in copies"
     figure = new_figure(title, f"{device(run)}; ceilings measured: {ceiling}", 4.6)
     axes = figure.subplots()
     ridge = flops_ceiling / bytes_ceiling
     line = np.geomspace(min(cells["intensity"].min(), ridge) / 3, max(cells["intensity"].max(), ridge) * 3, 200)
-    axes.plot(line, np.minimum(flops_ceiling, bytes_ceiling * line) / 1e12, color=INK, label="roofline")
+    axes.plot(line, np.minimum(flops_ceiling, bytes_ceiling * line) / scale, color=INK, label="roofline")
     for place, ((workload, runtime), group) in enumerate(cells.groupby(["workload", "runtime"], sort=False)):
         shape, colour = SERIES[place % len(SERIES)]
         look: dict[str, Any] = {
@@ -190,13 +193,14 @@ def roofline(run: Run) -> Plot | None:
             "linewidth": 1.3,
         }
         label = f"{workload} {runtime} (n = {count(len(group), 'cell')})"
-        axes.scatter(group["intensity"], group["rate"] / 1e12, **look, label=label, zorder=3)
+        axes.scatter(group["intensity"], group["rate"] / scale, **look, label=label, zorder=3)
     axes.set_xscale("log")
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_major_formatter(LogFormatter())
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
     axes.set_xlabel("arithmetic intensity (FLOP per byte that must be moved)")
-    axes.set_ylabel("achieved rate (TFLOP/s)")
+    axes.set_ylabel(f"achieved rate ({unit})")
     axes.legend(loc="best")
     return Plot("roofline", figure, title, f"Achieved arithmetic rate of each cell under the roofline. {title}.")
 

@@ -86,7 +86,8 @@ def _forest_title(effects: pd.DataFrame, width: float) -> str:
         names = list(effects.loc[effects["verdict"] == verdict, "term"])
         if names:
             parts.append(f"{words}: {listing(names)}")
-    return "; ".join(parts) or "No effect on latency could be judged"
+    title = "; ".join(parts) or "No effect on latency could be judged"
+    return title if len(faster) else title[0].upper() + title[1:]
 
 
 def _verdict_handles(verdicts: pd.Series) -> list[Line2D]:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from qwen3bench.reporting import controls
 from qwen3bench.reporting.conditions import Condition
 from qwen3bench.reporting.figures import BLUE, GREY, MUTED, ORANGE, Plot, new_figure
 from qwen3bench.reporting.lookup import (
@@ -44,6 +45,7 @@ def waterfall(run: Run, condition: Condition, metric: str) -> Plot | None:
         levels.append(levels[-1] / share if latency else levels[-1] + share)
     what = "latency" if latency else "peak memory"
     title = _waterfall_title(shares, what, latency, start, end)
+    title = f"Noisy: {title}" if latency and controls.noise(run, condition) else title
     figure = new_figure(title, f"{condition}; {device(run)}; n = {blocks_of(run, condition)}", 3.6)
     axes = figure.subplots()
     _steps(axes, shares, levels, latency, unit)
@@ -84,8 +86,7 @@ def _waterfall_title(shares: pd.DataFrame, what: str, latency: bool, start: floa
     unit = unit_for([start], SECONDS if latency else BYTES)
     whole = f"All on: {what} {unit.text(start)} → {unit.text(end)} {unit.symbol}"
     first = rows(shares)[0]
-    gain = first.estimate > 1 if latency else first.estimate < 0
-    if not gain:
+    if first.verdict not in ("faster", "less"):
         return whole
     share = ratio(first.estimate, first.lo, first.hi) if latency else signed_bytes(first.estimate)
     return f"{whole}; the largest share is that of {first.term}, {share}"

@@ -23,7 +23,8 @@ _OF_CONDITION = (
     plot_effects.interactions,
     plot_controls.controls,
 )
-_OF_RUN = (plot_effects.by_condition, plot_cells.roofline)
+_OPENING = (plot_effects.by_condition,)
+_CLOSING = (plot_cells.roofline,)
 
 
 def condition_plots(run: Run, condition: Condition) -> Iterator[Plot]:
@@ -33,8 +34,11 @@ def condition_plots(run: Run, condition: Condition) -> Iterator[Plot]:
             yield plot
 
 
-def run_plots(run: Run) -> Iterator[Plot]:
-    """Plots over all workloads and runtimes of a run."""
-    for draw in _OF_RUN:
-        if plot := draw(run):
-            yield plot
+def opening_plots(run: Run) -> Iterator[Plot]:
+    """Plots over all workloads and runtimes that come first."""
+    yield from (plot for draw in _OPENING if (plot := draw(run)))
+
+
+def closing_plots(run: Run) -> Iterator[Plot]:
+    """Plots over all workloads and runtimes that come last."""
+    yield from (plot for draw in _CLOSING if (plot := draw(run)))

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from statsmodels.stats.multitest import multipletests
 
 from qwen3bench.analysis.verdicts import holm, verdicts
 
 
+@settings(max_examples=20, deadline=None)  # multipletests is slow
 @given(st.lists(st.floats(0, 1) | st.just(float("nan")), min_size=1, max_size=40))
 def test_holm_is_statsmodels_holm(p: list[float]) -> None:
     tested = [x for x in p if not np.isnan(x)]

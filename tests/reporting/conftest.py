@@ -233,7 +233,7 @@ def write_lines(directory: Path, lines: list[Line]) -> Path:
     return directory
 
 
-@pytest.fixture(name="record_lines")
+@pytest.fixture(name="record_lines", scope="session")
 def record_lines_fixture() -> Callable[..., list[Line]]:
     return record_lines
 

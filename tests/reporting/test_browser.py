@@ -91,6 +91,13 @@ def test_text_in_pictures_follows_the_theme(page: Any) -> None:
     assert ink(page) == "rgb(230, 230, 227)"
 
 
+def test_print_is_dark_on_white_whatever_the_theme(page: Any) -> None:
+    page.emulate_media(color_scheme="dark", media="print")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert ink(page) == "rgb(0, 0, 0)"
+    assert not page.locator("input.filter").first.is_visible()
+
+
 def test_it_reads_without_script(browser: Any, written: Path) -> None:
     context = browser.new_context(java_script_enabled=False)
     opened = context.new_page()

@@ -1,0 +1,168 @@
+"""What changed between two runs, by the same verdicts as within one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import special
+
+from qwen3bench.analysis.frames import analysis_setting
+from qwen3bench.analysis.run import Run
+from qwen3bench.analysis.variance import clustered_mean
+from qwen3bench.analysis.verdicts import holm, verdicts
+
+_KEYS = ["cell", "workload", "runtime"]
+_TERM_KEYS = ["workload", "runtime", "metric", "term", "kind"]
+_CHANGE = ["a", "b", "ratio", "lo", "hi", "p_holm", "verdict"]
+# Settings that say where results go or how they are shown, not what was measured.
+_NOT_COMPARED = ("run.", "resume", "report.")
+_WORDS = {"latency_s": ("faster", "slower"), "peak_allocated_bytes": ("less", "more")}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What differs between runs A and B; `ratio` above 1: B is faster, or needs less.
+
+    - `config`, `environment`: key, a, b of the settings that differ
+    - `status`: cell, workload, runtime, a, b of the cells whose status differs
+    - `cells`: cell, workload, runtime, metric, a, b, ratio (A / B), lo, hi, p_holm, verdict
+    - `effects`: workload, runtime, metric, term, kind, a, b, ratio (B's effect / A's), lo, hi, p_holm,
+      verdict
+    - `only`: what one run alone holds, in words
+    """
+
+    config: pd.DataFrame
+    environment: pd.DataFrame
+    status: pd.DataFrame
+    cells: pd.DataFrame
+    effects: pd.DataFrame
+    only: list[str]
+
+    @property
+    def slower(self) -> list[str]:
+        """What got slower in B, in words: cells, effects that lost worth, cells that are no longer ok."""
+        lost = self.status[self.status["a"] == "ok"].fillna("not measured")
+        said = [f"{r.cell} is {r.b!s} ({r.workload}, {r.runtime})" for r in lost.itertuples()]
+        cells = self.cells[self.cells["verdict"] == "slower"]
+        said += [f"{r.cell} ({r.workload}, {r.runtime})" for r in cells.itertuples()]
+        effects = self.effects[self.effects["verdict"] == "slower"]
+        return said + [f"effect of {r.term}, {r.kind} ({r.workload}, {r.runtime})" for r in effects.itertuples()]
+
+
+def compare(a: Run, b: Run) -> Comparison:
+    """What changed from run A to run B.
+
+    Latencies and effects of two runs are independent: intervals are Welch's (1947), p is Holm's over the
+    terms, or the cells, of one workload and runtime; the verdicts are those of `effects`, with B's band.
+    Bytes are compared as counted.
+    """
+    band = analysis_setting(b.record, "band")
+    confidence = analysis_setting(b.record, "confidence")
+    return Comparison(
+        config=_differences(a.config, b.config),
+        environment=_differences(a.environment, b.environment),
+        status=_status(a, b),
+        cells=_cells(a, b, band, confidence),
+        effects=_effects(a, b, band, confidence),
+        only=_only(a, b),
+    )
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any]) -> pd.DataFrame:
+    flat_a, flat_b = dict(_flat(a)), dict(_flat(b))
+    keys = [k for k in dict.fromkeys([*flat_a, *flat_b]) if not k.startswith(_NOT_COMPARED)]
+    rows = [(k, flat_a.get(k), flat_b.get(k)) for k in keys if flat_a.get(k) != flat_b.get(k)]
+    return pd.DataFrame(rows, columns=["key", "a", "b"], dtype=object)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _status(a: Run, b: Run) -> pd.DataFrame:
+    both = a.cells[[*_KEYS, "status"]].merge(b.cells[[*_KEYS, "status"]], on=_KEYS, suffixes=("_a", "_b"))
+    both = both.rename(columns={"status_a": "a", "status_b": "b"}).astype(object)
+    both = both.where(both.notna(), None)
+    return both[[x != y for x, y in zip(both["a"], both["b"], strict=True)]].reset_index(drop=True)
+
+
+def _cells(a: Run, b: Run, band: float, confidence: float) -> pd.DataFrame:
+    columns = [*_KEYS, "metric", *_CHANGE]
+    latency = _log_latency(a).merge(_log_latency(b), on=_KEYS, suffixes=("_a", "_b"))
+    latency = _judged(latency, _KEYS[1:], _WORDS["latency_s"], band, confidence)
+    latency["a"], latency["b"] = np.exp(latency["mean_a"]), np.exp(latency["mean_b"])
+    metric = "peak_allocated_bytes"
+    ok_a, ok_b = (run.cells.loc[run.cells["status"] == "ok", [*_KEYS, metric]].dropna() for run in (a, b))
+    memory = ok_a.merge(ok_b, on=_KEYS, suffixes=("_a", "_b"))
+    memory["a"], memory["b"] = memory[f"{metric}_a"].astype(float), memory[f"{metric}_b"].astype(float)
+    memory["ratio"] = memory["lo"] = memory["hi"] = memory["a"] / memory["b"]
+    memory["p_holm"] = np.nan
+    gain = memory["ratio"] - 1
+    memory["verdict"] = verdicts(gain, gain, gain, memory["p_holm"], band, _WORDS[metric])
+    parts = [t for t in (latency.assign(metric="latency_s"), memory.assign(metric=metric)) if len(t)]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+
+
+def _log_latency(run: Run) -> pd.DataFrame:
+    """Mean log latency of each cell that is ok, with its error over blocks and processes."""
+    samples = run.samples[run.samples["copy"] == 0].merge(run.cells.loc[run.cells["status"] == "ok", _KEYS], on=_KEYS)
+    visits = samples.groupby([*_KEYS, "block"], sort=False).agg({"latency_s": "median", "process": "first"})
+    rows = []
+    for key, group in visits.groupby(level=_KEYS, sort=False):
+        found = clustered_mean(np.log(group["latency_s"].to_numpy(float)), group["process"].to_numpy())
+        rows.append((*tuple(key), float(found.estimate), float(found.se), float(found.df)))
+    return pd.DataFrame(rows, columns=[*_KEYS, "mean", "se", "df"])
+
+
+def _effects(a: Run, b: Run, band: float, confidence: float) -> pd.DataFrame:
+    columns = [*_TERM_KEYS, *_CHANGE]
+    terms = []
+    for run in (a, b):
+        table = run.effects[(run.effects["metric"] == "latency_s") & run.effects["estimate"].notna()].copy()
+        half = (np.log(table["hi"].astype(float)) - np.log(table["lo"].astype(float))) / 2
+        quantile = special.stdtrit(table["df"].astype(float), (1 + analysis_setting(run.record, "confidence")) / 2)
+        table["se"], table["mean"] = half / quantile, -np.log(table["estimate"].astype(float))
+        terms.append(table[[*_TERM_KEYS, "estimate", "mean", "se", "df"]])
+    both = terms[0].merge(terms[1], on=_TERM_KEYS, suffixes=("_a", "_b"))
+    if both.empty:
+        return pd.DataFrame(columns=columns)
+    both["shapley"] = both["kind"] == "shapley"
+    both = _judged(both, ["workload", "runtime", "shapley"], _WORDS["latency_s"], band, confidence)
+    return both.rename(columns={"estimate_a": "a", "estimate_b": "b"})[columns]
+
+
+def _judged(
+    both: pd.DataFrame, family: list[str], words: tuple[str, str], band: float, confidence: float
+) -> pd.DataFrame:
+    """`both` with ratio, lo, hi, p_holm and verdict of the change in the log scale columns `mean`, `se` and
+    `df`."""
+    change = (both["mean_a"] - both["mean_b"]).to_numpy(float)
+    variance_a, variance_b = both["se_a"].to_numpy(float) ** 2, both["se_b"].to_numpy(float) ** 2
+    se = np.sqrt(variance_a + variance_b)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        df = se**4 / (variance_a**2 / both["df_a"].to_numpy(float) + variance_b**2 / both["df_b"].to_numpy(float))
+        p = np.where(se > 0, 2 * special.stdtr(df, -np.abs(change) / se), np.nan)
+        half = np.where(se == 0, 0.0, special.stdtrit(df, (1 + confidence) / 2) * se)
+    both = both.assign(ratio=np.exp(change), lo=np.exp(change - half), hi=np.exp(change + half), p_holm=p)
+    both["p_holm"] = both.groupby(family)["p_holm"].transform(lambda values: holm(values.to_numpy()))
+    both["verdict"] = verdicts(both["ratio"] - 1, both["lo"] - 1, both["hi"] - 1, both["p_holm"], band, words)
+    return both
+
+
+def _only(a: Run, b: Run) -> list[str]:
+    said = []
+    for name, run, other in (("A", a, b), ("B", b, a)):
+        for what, column in (("cell", "cell"), ("workload", "workload"), ("runtime", "runtime")):
+            theirs = set(other.cells[column])
+            alone = [str(v) for v in dict.fromkeys(run.cells[column]) if v not in theirs]
+            if alone:
+                said.append(f"{what}{'s' if len(alone) > 1 else ''} in {name} alone: {', '.join(alone)}")
+    return said

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qwen3bench.compare import main
+
+Write = Callable[..., Path]
+
+
+def output(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str]:
+    status = main([str(a) for a in argv])
+    return status, capsys.readouterr().out
+
+
+def section(text: str, title: str) -> str:
+    return re.split(rf"^## {title}$", text, flags=re.M)[1].split("\n## ")[0]
+
+
+def test_two_runs_of_the_same_show_nothing(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = write_run("a", seed=1), write_run("b", seed=2)
+    status, text = output(capsys, a, b, "--fail-on", "slower")
+    assert status == 0
+    assert "Nothing got slower." in text
+    assert "No difference." in section(text, "Configuration")
+    assert "0 changed" in section(text, "Effects")
+
+
+def test_an_effect_that_lost_half_its_gain_fails(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    a = write_run("a", seed=1, worth={"flash": 1.2, "norm": 1.3})
+    b = write_run("b", seed=2, worth={"flash": 1.1, "norm": 1.3})
+    status, text = output(capsys, a, b, "--fail-on", "slower")
+    assert status == 3
+    effects = section(text, "Effects")
+    assert re.search(r"\| flash \| main \| prefill \| graph \| 1\.2\d* \| 1\.1\d* \| ×0\.91", effects)
+    assert "| norm | main" not in effects
+    assert output(capsys, a, b)[0] == 0  # told, not failed
+    back, text = output(capsys, b, a, "--fail-on", "slower")
+    assert back == 0
+    assert "faster" in section(text, "Effects")
+
+
+def test_raw_latency_alone_can_get_slower(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    a = write_run("a", seed=1, blocks=12)
+    b = write_run("b", seed=2, blocks=12, baseline_s={("prefill", "graph"): 0.0115})
+    status, text = output(capsys, a, b, "--fail-on", "slower")
+    assert status == 3
+    cells = section(text, "Cells")
+    assert re.search(
+        r"\| baseline \| prefill \| graph \| latency_s \| [0-9.]+ \| 0\.011\d+ \| ×0\.8[67].* \| slower \|", cells
+    )
+    assert "0 changed" in section(text, "Effects")
+
+
+def test_a_cell_that_broke_fails(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    failure = {"type": "failure", "cell": "mlp", "status": "oom", "reason": "out of memory"}
+    status, text = output(capsys, write_run("a"), write_run("b", extra=[failure]), "--fail-on", "slower")
+    assert status == 3
+    assert "| mlp | prefill | graph | ok | oom |" in section(text, "Status")
+
+
+def test_differences_of_settings_come_first(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    a = write_run("a", config={"batch_size": 1, "run": {"dir": "a"}})
+    b = write_run("b", config={"batch_size": 8, "run": {"dir": "b"}})
+    (a / "environment.json").write_text('{"torch": "2.11", "cuda": {"driver": "570"}}')
+    (b / "environment.json").write_text('{"torch": "2.13", "cuda": {"driver": "570"}}')
+    _, text = output(capsys, a, b)
+    assert "| batch_size | 1 | 8 |" in section(text, "Configuration")
+    assert "run.dir" not in text
+    assert "| torch | 2.11 | 2.13 |" in section(text, "Environment")
+    assert "driver" not in text
+    order = [text.index(f"## {t}") for t in ("Configuration", "Environment", "Cells", "Effects")]
+    assert order == sorted(order)
+
+
+def test_memory_that_changed_is_told(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    where = {"cell": "flash", "workload": "prefill", "runtime": "graph"}
+    more = {"type": "memory", **where, "peak_allocated_bytes": 1_800_000}
+    status, text = output(capsys, write_run("a"), write_run("b", extra=[more]), "--fail-on", "slower")
+    assert "| flash | prefill | graph | peak_allocated_bytes | 9e+05 | 1.8e+06 | ×0.5000 | — | more |" in text
+    assert status == 0
+
+
+def test_what_one_run_lacks_is_said(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    a = write_run("a", factors=("flash", "tie"))
+    b = write_run("b", factors=("flash", "tie"), cells=["baseline", "flash"])
+    _, text = output(capsys, a, b)
+    assert "cells in A alone: tie, flash+tie" in text
+
+
+def test_html_is_one_file_that_escapes_what_it_shows(write_run: Write, tmp_path: Path) -> None:
+    hostile = "<script>alert(1)</script>|`x`"
+    a, b = write_run("a", config={"note": "x"}), write_run("b", config={"note": hostile})
+    page = tmp_path / "page.html"
+    assert main([str(a), str(b), "--html", str(page)]) == 0
+    text = page.read_text()
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    assert not re.search(r"(src|href)=", text)
+
+
+def test_hostile_text_stays_in_its_markdown_cell(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = write_run("a", config={"note": "x"}), write_run("b", config={"note": "<b>|\n# y"})
+    _, text = output(capsys, a, b)
+    assert "| note | x | &lt;b&gt;\\| # y |" in text
+
+
+def test_no_run_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path), str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("qwen3bench: error:")
+    assert error.count("\n") == 1

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qwen3bench.analysis.run import load_run
+
+Write = Callable[..., Path]
+
+
+@pytest.mark.parametrize(
+    ("runtime", "copy_ratio", "noisy"),
+    [("graph", 1.0, False), ("graph", 1.02, True), ("eager", 1.01, False), ("eager", 0.95, True)],
+)
+def test_two_copies_of_the_baseline(write_run: Write, runtime: str, copy_ratio: float, noisy: bool) -> None:
+    run = load_run(write_run(baseline_s={("prefill", runtime): 0.01}, copy_ratio=copy_ratio))
+    (row,) = run.controls.aa.itertuples()
+    assert row.ratio == pytest.approx(copy_ratio, abs=2e-3)
+    assert row.lo < row.ratio < row.hi
+    assert row.noisy is noisy
+    assert run.controls.noisy is noisy
+
+
+def test_tie_is_the_negative_control_of_latency(write_run: Write) -> None:
+    good = load_run(write_run("good")).controls.tie_latency
+    bad = load_run(write_run("bad", worth={"tie": 1.05})).controls.tie_latency
+    assert good["ok"].tolist() == [True]
+    assert bad["ok"].tolist() == [False]
+
+
+def test_tie_is_the_positive_control_of_memory(write_run: Write) -> None:
+    good = load_run(write_run("good")).controls.tie_memory
+    assert len(good) == 16
+    assert good["ok"].all()
+    assert set(good["saved_bytes"]) == {512 * 64 * 2}
+    wrong = {"type": "parameters", "cell": "tie", "parameter_bytes": 200_000}
+    bad = load_run(write_run("bad", extra=[wrong])).controls.tie_memory.set_index("cell")
+    assert not bad.loc["baseline", "ok"]
+    assert bad.loc["flash", "ok"]
+
+
+def test_drift_is_measured_over_time(write_run: Write) -> None:
+    controls = load_run(write_run(drift_per_block=0.01, blocks=12)).controls
+    (row,) = controls.drift.itertuples()
+    assert row.total == pytest.approx(0.116, abs=0.002)  # eleven steps of 1 %
+    assert row.per_hour == pytest.approx(0.01 * 3600, rel=0.02)
+    assert len(controls.drift_series) == 12
+    assert controls.drift_series["relative_latency"].is_monotonic_increasing
+
+
+def test_the_gpus_busy_share_is_graph_over_eager(write_run: Write) -> None:
+    run = load_run(write_run(baseline_s={("prefill", "eager"): 0.03, ("prefill", "graph"): 0.006}))
+    host = run.controls.host.set_index("cell")
+    assert host.loc["baseline", "busy_share"] == pytest.approx(0.2, rel=0.01)
+    assert load_run(write_run("graph alone")).controls.host.empty
+
+
+def test_controls_of_an_empty_run_are_empty(write_run: Write) -> None:
+    controls = load_run(write_run(blocks=0, cells=["baseline"], factors=[])).controls
+    assert controls.aa.empty
+    assert controls.tie_latency.empty
+    assert controls.drift.empty
+    assert not controls.noisy

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qwen3bench.analysis.run import load_run
+from qwen3bench.analysis.stopping import half_widths, stop_reason
+from qwen3bench.bench.record import read_record
+
+Write = Callable[..., Path]
+LIMITS = {"target": 0.0025, "max_seconds": 60.0}
+
+
+def test_half_widths_are_those_of_the_published_intervals(write_run: Write) -> None:
+    run = load_run(write_run(blocks=12))
+    widths = half_widths(run.samples, run.factors)
+    main = run.effects[(run.effects["metric"] == "latency_s") & (run.effects["kind"] == "main")]
+    published = np.where(main["df"] >= 5, np.sqrt(main["hi"] / main["lo"]) - 1, np.inf)
+    assert widths == pytest.approx(dict(zip(main["term"], published, strict=True)))
+    assert np.isfinite(list(widths.values())).any()
+
+
+def test_sample_lines_do_as_well_as_a_table(write_run: Write) -> None:
+    directory = write_run(factors=("flash", "tie"), blocks=12)
+    lines = read_record(directory).of("sample")
+    assert half_widths(lines, ["flash", "tie"]) == half_widths(load_run(directory).samples, ["flash", "tie"])
+
+
+def test_a_pair_that_differs_in_two_factors_is_judged_by_its_speedup(write_run: Write) -> None:
+    run = load_run(write_run(factors=("flash", "tie"), cells=["baseline", "flash+tie"], blocks=18))
+    assert list(half_widths(run.samples, run.factors)) == ["flash+tie"]
+
+
+def test_the_baseline_alone_is_judged_by_its_latency(write_run: Write) -> None:
+    run = load_run(write_run(factors=[], cells=["baseline"], blocks=18))
+    widths = half_widths(run.samples, [])
+    assert list(widths) == ["baseline"]
+    assert 0 < widths["baseline"] < 0.01
+
+
+def test_two_processes_of_one_factor_are_too_few_to_stop(write_run: Write) -> None:
+    run = load_run(write_run(factors=["flash"], noise=0.0))
+    assert half_widths(run.samples, ["flash"]) == {"flash": np.inf}
+
+
+def test_nothing_measured_has_no_half_width() -> None:
+    assert half_widths([], ["flash"]) == {}
+    assert stop_reason({}, 0, 0, 0.0, **LIMITS) is None
+
+
+@pytest.mark.parametrize(
+    ("widths", "blocks", "processes", "measured_s", "reason"),
+    [
+        ({"a": 0.002, "b": 0.0025}, 6, 2, 1.0, "target"),
+        ({"a": 0.002, "b": 0.0026}, 6, 2, 1.0, None),
+        ({"a": 0.001}, 5, 2, 1.0, None),
+        ({"a": 0.001}, 6, 1, 1.0, None),
+        ({"a": 0.001}, 6, 2, 60.0, "target"),
+        ({"a": np.inf}, 6, 2, 60.0, "max_seconds"),
+        ({}, 0, 0, 60.0, "max_seconds"),
+        ({"a": 0.01}, 20, 4, 1.0, "max_blocks"),
+    ],
+)
+def test_stop_reason(
+    widths: dict[str, float], blocks: int, processes: int, measured_s: float, reason: str | None
+) -> None:
+    assert stop_reason(widths, blocks, processes, measured_s, **LIMITS, max_blocks=20) == reason
