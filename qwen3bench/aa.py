@@ -25,8 +25,9 @@ from qwen3bench.bench.campaign import QUIET_S, Campaign
 from qwen3bench.bench.design import BASELINE, label
 from qwen3bench.bench.environment import differences
 from qwen3bench.bench.progress import Reporter
+from qwen3bench.bench.protocol import CellFailure
 from qwen3bench.bench.record import RecordWriter, read_record, write_atomic
-from qwen3bench.bench.supervisor import CellFailure, WorkerProcess
+from qwen3bench.bench.supervisor import WorkerProcess
 from qwen3bench.cli import compose, guarded
 from qwen3bench.errors import UserError
 from qwen3bench.settings import Settings

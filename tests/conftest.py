@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from qwen3bench.choices import choices, options_of
+from qwen3bench.cli import compose
 from qwen3bench.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -18,11 +19,16 @@ if TYPE_CHECKING:
 
 
 def subsets() -> list[tuple[str, ...]]:
-    """All combinations of the optimizations that configs/opt declares, the baseline first."""
-    return [
-        tuple(name for name, on in zip(choices("opt"), levels, strict=True) if on)
-        for levels in product((False, True), repeat=len(choices("opt")))
+    """All combinations of the five, the baseline first; then each optimization beyond them, alone and with the five."""
+    five = compose(["design=full"]).factors
+    cells = [
+        tuple(name for name, on in zip(five, levels, strict=True) if on)
+        for levels in product((False, True), repeat=len(five))
     ]
+    for beyond in choices("opt"):
+        if beyond not in five:
+            cells += [(beyond,), tuple(sorted((*five, beyond), key=choices("opt").index))]
+    return cells
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -93,5 +99,5 @@ def all_opts() -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def all_cells() -> list[tuple[str, ...]]:
-    """All combinations of the optimizations, the baseline first."""
+    """The cells of `subsets`."""
     return subsets()

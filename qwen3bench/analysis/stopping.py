@@ -53,9 +53,10 @@ def half_widths(
     else:
         names = [c for c in cells if c != BASELINE]
         found = matrix.log_ratios(BASELINE, names)
-    return {
-        name: _relative(half, df) for name, half, df in zip(names, found.half_width(confidence), found.df, strict=True)
-    }
+    # A term that stands on its own variance has few degrees of freedom, and a wide interval that says so; whether
+    # variances are known at all is told by those that are pooled.
+    df = float(np.max(found.df))
+    return {name: _relative(half, df) for name, half in zip(names, found.half_width(confidence), strict=True)}
 
 
 def stop_reason(

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen3bench.bench.logit_errors import Comparison, Errors, WrongLogitsError, case_errors
 from qwen3bench.model.build import build_model
 from qwen3bench.model.cache import KVCache
 from qwen3bench.model.checkpoint import EMBEDDING, HEAD
@@ -44,12 +45,6 @@ Build = Callable[[ModelConfig, tuple[str, ...], Weights, torch.device, torch.dty
 Options = Mapping[str, Mapping[str, Any]]
 Factory = Callable[[Weights, torch.dtype], Any]
 NewCache = Callable[[Any, int, int], Any]
-
-MAX_RATIO = 2.0
-RMS_RATIO = 2.0  # in float32
-RMS_RATIO_RUN = 1.25  # in the run's dtype
-RELATIVE_L2 = 1e-3
-TOP1_AGREEMENT = 0.99
 
 LENGTHS = (1, 7, 37, 130)  # one row, and multiples of no tile
 BATCH_SIZE = 3
@@ -215,18 +210,18 @@ class Gate:
             baseline = self._baseline_errors(dtype).only([case.name for case in chosen])
             errors = self._attempt(factory, dtype, chosen, new_cache, stand_in)
             if isinstance(errors, str):
-                return verdict | {"reason": f"{_name(dtype)}: {errors}"}
+                return verdict | {"reason": f"{dtype_name(dtype)}: {errors}"}
             if errors.stood_in:
-                checks[f"{_name(dtype)}_stood_in"] = errors.stood_in
+                checks[f"{dtype_name(dtype)}_stood_in"] = errors.stood_in
             comparison = Comparison(errors, baseline, dtype, is_run_dtype=dtype is self.dtype)
-            checks |= {f"{_name(dtype)}_{name}": value for name, value in comparison.checks.items()}
+            checks |= {f"{dtype_name(dtype)}_{name}": value for name, value in comparison.checks.items()}
             if dtype is torch.float32:
                 verdict["max_abs_error"] = errors.max
             if dtype is self.dtype:
                 verdict["kl_mean"] = errors.kl_mean
                 verdict["top1_agreement"] = comparison.top1_agreement
             if comparison.reason:
-                return verdict | {"reason": f"{_name(dtype)}: {comparison.reason}"}
+                return verdict | {"reason": f"{dtype_name(dtype)}: {comparison.reason}"}
         return verdict | {"equivalent": True}
 
     def _build(self, cell: tuple[str, ...], opts: Options, weights: Weights, dtype: torch.dtype) -> Any:
@@ -316,10 +311,6 @@ class Gate:
                 torch.set_num_threads(threads)
 
 
-class WrongLogitsError(Exception):
-    """Logits that cannot be compared."""
-
-
 def kv_cache(model: Any, batch_size: int, capacity: int) -> KVCache:
     """A cache for `model`, whose positions hold 3 until they are filled: read too early, they show."""
     weight = model.tok_emb.weight
@@ -343,129 +334,6 @@ def logits_of(model: Any, tokens: Tensor, chunks: Sequence[int], new_cache: NewC
     return torch.cat(logits, dim=1)
 
 
-@dataclass(frozen=True)
-class CaseErrors:
-    """How far the logits of one case are from the reference; of tokens (b, t), over the vocabulary v."""
-
-    max: float
-    sum_squares: float
-    count: int
-    kl: Tensor  # (b, t) of the reference from the cell, in nats
-    same_top1: Tensor  # (b, t)
-    margin: Tensor  # (b, t) of the reference: its largest logit above the second
-    largest_reference: float
-    sum_squares_reference: float
-
-
-@torch.inference_mode()
-def case_errors(logits: Tensor, reference: Tensor) -> CaseErrors:
-    """The errors of logits (b, t, v) against the reference (b, t, v) in float64.
-
-    Raises WrongLogitsError where they hold NaN or infinity, or have another shape.
-    """
-    if logits.shape != reference.shape:
-        raise WrongLogitsError(f"logits have the shape {tuple(logits.shape)}, not {tuple(reference.shape)}")
-    if not torch.isfinite(logits).all():
-        raise WrongLogitsError("logits hold NaN or infinity")
-    wide = logits.double()
-    error = wide - reference
-    top = reference.topk(2, dim=-1)
-    expected = reference.log_softmax(dim=-1)
-    return CaseErrors(
-        max=error.abs().max().item(),
-        sum_squares=error.square().sum().item(),
-        count=error.numel(),
-        kl=(expected.exp() * (expected - wide.log_softmax(dim=-1))).sum(dim=-1).cpu(),
-        same_top1=(wide.argmax(dim=-1) == top.indices[..., 0]).cpu(),
-        margin=(top.values[..., 0] - top.values[..., 1]).cpu(),
-        largest_reference=reference.abs().max().item(),
-        sum_squares_reference=reference.square().sum().item(),
-    )
-
-
-@dataclass(frozen=True)
-class Errors:
-    """The errors of one model, by case, and pooled over all of them."""
-
-    by_case: Mapping[str, CaseErrors]
-    stood_in: int = 0  # cases of which another model's are taken
-
-    def only(self, names: Sequence[str]) -> Errors:
-        """The errors of these cases alone."""
-        return Errors({name: self.by_case[name] for name in names})
-
-    @property
-    def max(self) -> float:
-        return max(case.max for case in self.by_case.values())
-
-    @property
-    def rms(self) -> float:
-        return math.sqrt(self._sum("sum_squares") / self._sum("count"))
-
-    @property
-    def rms_reference(self) -> float:
-        return math.sqrt(self._sum("sum_squares_reference") / self._sum("count"))
-
-    @property
-    def largest_reference(self) -> float:
-        return max(case.largest_reference for case in self.by_case.values())
-
-    @property
-    def kl_mean(self) -> float:
-        return self._all("kl").mean().item()
-
-    @property
-    def worst_case(self) -> str:
-        return max(self.by_case, key=lambda name: self.by_case[name].max)
-
-    def top1_agreement(self, margin: float) -> float | None:
-        """Share of the positions with a reference margin above `margin` that have the same top token."""
-        clear = self._all("margin") > margin
-        return self._all("same_top1")[clear].double().mean().item() if clear.any() else None
-
-    def _sum(self, field: str) -> float:
-        return sum(getattr(case, field) for case in self.by_case.values())
-
-    def _all(self, field: str) -> Tensor:
-        return torch.cat([getattr(case, field).flatten() for case in self.by_case.values()])
-
-
-class Comparison:
-    """A cell's errors held against the baseline's; `reason` says in words which check fails first."""
-
-    def __init__(self, cell: Errors, baseline: Errors, dtype: torch.dtype, is_run_dtype: bool) -> None:
-        rounding = torch.finfo(dtype).eps / 2
-        base_max = max(baseline.max, rounding * cell.largest_reference)
-        base_rms = max(baseline.rms, rounding * cell.rms_reference)
-        self.checks = {
-            "max_error": cell.max,
-            "rms_error": cell.rms,
-            "max_ratio": cell.max / base_max,
-            "rms_ratio": cell.rms / base_rms,
-            "relative_l2": cell.rms / cell.rms_reference,
-        }
-        self.top1_agreement = cell.top1_agreement(2 * base_max)
-        rms_limit = RMS_RATIO if dtype is torch.float32 else RMS_RATIO_RUN
-        reasons = []
-        for kind, error, base, limit in (
-            ("maximum", cell.max, base_max, MAX_RATIO),
-            ("root-mean-square", cell.rms, base_rms, rms_limit),
-        ):
-            if not error <= limit * base:
-                reasons.append(
-                    f"the {kind} error {error:.2g} is {error / base:.3g} × the baseline's {base:.2g} "
-                    f"(limit {limit:g} ×), worst in {cell.worst_case}"
-                )
-        if dtype is torch.float32 and not self.checks["relative_l2"] <= RELATIVE_L2:
-            reasons.append(f"the relative L2 error {self.checks['relative_l2']:.2g} is above {RELATIVE_L2:g}")
-        if is_run_dtype and self.top1_agreement is not None and self.top1_agreement < TOP1_AGREEMENT:
-            reasons.append(
-                f"the most likely token is the same in {self.top1_agreement:.1%} of the clear positions "
-                f"(limit {TOP1_AGREEMENT:.0%})"
-            )
-        self.reason = reasons[0] if reasons else None
-
-
 @contextmanager
 def exact_float32() -> Iterator[None]:
     """Matrix products of float32 in float32, whatever was set: no TF32 on CUDA, no bfloat16 on a CPU."""
@@ -479,7 +347,8 @@ def exact_float32() -> Iterator[None]:
         cuda.fp32_precision, cpu.fp32_precision = before
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` of torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from qwen3bench.bench.design import cell_of, label
 from qwen3bench.bench.workloads import Workload
-from qwen3bench.model.qwen3 import Qwen3Model
+from qwen3bench.model.decoder import Decoder
 
 SEPARATE = "separate operations"
 UNKNOWN = "unknown"
@@ -63,7 +63,7 @@ _IDLE = {
 
 
 def collect(
-    model: Qwen3Model,
+    model: Decoder,
     workload: Workload,
     runtime: str = "eager",
     launches: Sequence[Callable[[], object]] | None = None,

@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch._dynamo
 
 from qwen3bench.bench.workloads import Step
 from qwen3bench.errors import UserError
-from qwen3bench.model.qwen3 import Qwen3Model
+from qwen3bench.model.decoder import Decoder
 
 Launch = Callable[[], object]
 
@@ -37,7 +36,7 @@ class Runtime:
         """Whether CUDA events time it; else the host clock around a synchronize does."""
         return False
 
-    def prepare_model(self, model: Qwen3Model) -> None:
+    def prepare_model(self, model: Decoder) -> None:
         """Whatever the runtime does to a model before its first step."""
 
     def prepare(self, step: Step) -> Launch:
@@ -82,6 +81,7 @@ class GraphRuntime(Runtime):
         return graph.replay
 
 
+@dataclass
 class CompileRuntime(Runtime):
     """`compile`: torch.compile of the block, launched from Python; on CUDA `CompiledGraphRuntime` captures it.
 
@@ -90,16 +90,18 @@ class CompileRuntime(Runtime):
     silently run eager.
     """
 
-    name = "compile"
-    warm_ups = 3  # the first compiles; in `generate` a second length makes lengths symbolic
+    name: str = "compile"
+    warm_ups: int = 3  # the first compiles; in `generate` a second length makes lengths symbolic
 
     def __post_init__(self) -> None:
+        import torch._dynamo  # seconds, which the other runtimes need not wait for
+
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         if self.device.type == "cpu":
             _require_cpp_compiler()
 
-    def prepare_model(self, model: Qwen3Model) -> None:
-        blocks = list(model.trf_blocks)
+    def prepare_model(self, model: Decoder) -> None:
+        blocks = list(model.compile_units)
         compiled = torch.compile(_own_copy(type(blocks[0]).forward), fullgraph=True)
         for block in blocks:
             block.forward = types.MethodType(compiled, block)
@@ -112,6 +114,7 @@ class CompileRuntime(Runtime):
         return step
 
 
+@dataclass
 class CompiledGraphRuntime(CompileRuntime):
     """`compile` on CUDA: the compiled model, captured in a graph."""
 

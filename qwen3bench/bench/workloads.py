@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qwen3bench.model.cache import KVCache
-from qwen3bench.model.qwen3 import Qwen3Model
+from qwen3bench.model.decoder import Decoder
 
 Step = Callable[[], Tensor]
 
@@ -48,7 +48,7 @@ class Workload:
     def __init__(
         self,
         size: WorkloadSize,
-        model: Qwen3Model,
+        model: Decoder,
         seed: int = 0,
     ) -> None:
         self.size = size
@@ -70,7 +70,7 @@ class Workload:
         """What the KV cache occupies, in bytes."""
         return self.cache.num_bytes if self.cache is not None else 0
 
-    def steps(self, model: Qwen3Model) -> list[Step]:
+    def steps(self, model: Decoder) -> list[Step]:
         """The forwards of one timed value, each launching its work and returning logits (b, t, vocabulary)."""
         prompt, token, cache, n = self.prompt, self.token, self.cache, self.size.prompt_tokens
         if self.size.name == "prefill":

@@ -87,7 +87,7 @@ class GroupedQueryAttention(nn.Module):
         cache: tuple[Tensor, Tensor] | None = None,
         start: int = 0,
     ) -> Tensor:
-        """`cache` holds keys and values (b, g, capacity, d), those before `start` filled; the new ones are written in."""
+        """`cache` holds keys and values (b, g, capacity, d), filled before `start`; the new ones are written in."""
         queries, keys, values = (y.unflatten(-1, (-1, self.head_dim)) for y in self.project(x))  # (b, t, heads, d)
         queries = apply_rope(self.q_norm(queries).transpose(1, 2), cos, sin)
         keys = apply_rope(self.k_norm(keys).transpose(1, 2), cos, sin)

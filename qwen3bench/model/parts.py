@@ -18,14 +18,17 @@ def separate_head(tok_emb: nn.Embedding) -> nn.Linear:
     return nn.Linear(tok_emb.embedding_dim, tok_emb.num_embeddings, bias=False)
 
 
+_EAGER, _ADDITIVE = EagerAttention(), AdditiveMask()
+
+
 @dataclass(frozen=True)
 class Parts:
     """What the builder puts together; the defaults are the baseline."""
 
     block: Callable[[ModelConfig, Parts], nn.Module] = TransformerBlock
     attention: Callable[[ModelConfig, Parts], nn.Module] = GroupedQueryAttention
-    attend: Attend = EagerAttention()
-    mask: Mask = AdditiveMask()
+    attend: Attend = _EAGER
+    mask: Mask = _ADDITIVE
     norm: Callable[[int, float], nn.Module] = RMSNorm
     mlp: Callable[[ModelConfig], nn.Module] = FeedForward
     head: Callable[[nn.Embedding], nn.Linear] = separate_head

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from qwen3bench.model.cache import KVCache
 from qwen3bench.model.config import ModelConfig
+from qwen3bench.model.decoder import Decoder
 from qwen3bench.model.parts import Parts
 
 
@@ -23,7 +26,7 @@ def rope_tables(config: ModelConfig, device: torch.device | str, dtype: torch.dt
     return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
-class Qwen3Model(nn.Module):
+class Qwen3Model(Decoder):
     """A decoder-only transformer: token ids (b, t) to logits (b, t, vocabulary).
 
     Raises ValueError where the tokens run past the context length.
@@ -58,25 +61,7 @@ class Qwen3Model(nn.Module):
             x = block(x, mask, cos, sin, None if cache is None else cache.layer(index), start)
         return self.out_head(self.final_norm(x[:, -logits_to_keep:]))
 
-    # Counts
-
     @property
-    def num_parameters(self) -> int:
-        """Parameters stored; a shared tensor counts once."""
-        return sum(p.numel() for p in self.parameters())
-
-    @property
-    def num_unique_parameters(self) -> int:
-        """Parameters with the embedding and the output head counted once, stored twice or not."""
-        twice = self.out_head.weight is not self.tok_emb.weight
-        return self.num_parameters - (self.out_head.weight.numel() if twice else 0)
-
-    @property
-    def num_non_embedding_parameters(self) -> int:
-        """Parameters of the blocks and the final norm."""
-        return self.num_unique_parameters - self.tok_emb.weight.numel()
-
-    @property
-    def parameter_bytes(self) -> int:
-        """What the stored parameters occupy, in bytes."""
-        return sum(p.nbytes for p in self.parameters())
+    def compile_units(self) -> Sequence[nn.Module]:
+        """The blocks (PyTorch's "regional compilation")."""
+        return list(self.trf_blocks)

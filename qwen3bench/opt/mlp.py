@@ -7,19 +7,17 @@ both halves of a row where they lie.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from qwen3bench.model.config import ModelConfig
 from qwen3bench.model.layers import FeedForward
 from qwen3bench.model.parts import Parts
-from qwen3bench.model.weights import stacked
+from qwen3bench.model.stack import StackedLinears
 
 _HAS_TRITON = find_spec("triton") is not None
 if _HAS_TRITON:
@@ -53,35 +51,15 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return out
 
 
-class FusedFeedForward(FeedForward):
-    """SwiGLU with one gate-up product; fc1 and fc2 are the two halves of one stored weight. For inference."""
+class FusedFeedForward(FeedForward, StackedLinears):
+    """SwiGLU with one gate-up product; fc1 and fc2 are the two halves of one stored weight."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.pack()
-        self.register_load_state_dict_post_hook(_pack_again)
-
-    def pack(self) -> None:
-        """Store fc1's and fc2's weights as slices of one tensor; no copy where they lie so already."""
-        self.gate_up = stacked(self.fc1.weight.detach(), self.fc2.weight.detach())
-        for linear, half in zip((self.fc1, self.fc2), self.gate_up.chunk(2), strict=True):
-            linear.weight = nn.Parameter(half, requires_grad=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedFeedForward:
-        super()._apply(fn, recurse)
-        self.pack()
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # deepcopy and unpickling copy each parameter on its own
-        self.pack()
+        self.stack("fc1", "fc2")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc3(silu_mul(F.linear(x, self.gate_up)))
-
-
-def _pack_again(module: FusedFeedForward, incompatible_keys: object) -> None:
-    module.pack()  # load_state_dict(assign=True) replaces the parameters
+        return self.fc3(silu_mul(self.product(x)))
 
 
 def apply(parts: Parts) -> Parts:

@@ -24,16 +24,16 @@ if _HAS_TRITON:
     import triton.language as tl
 
     @triton.jit
-    def _rms_norm_kernel(x, weight, out, rows, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _rms_norm_kernel(x, weight, out, rows, width, heads, stride, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         column = tl.arange(0, BLOCK)
         inside = (row[:, None] < rows) & (column[None, :] < width)
-        at = row[:, None] * width + column[None, :]
-        values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        start = row // heads * stride + row % heads * width  # the heads of one token lie together
+        values = tl.load(x + start[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
         gain = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(values * values, axis=1) / width + eps)
         normed = values * scale[:, None] * gain[None, :]
-        tl.store(out + at, normed.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + row[:, None] * width + column[None, :], normed.to(out.dtype.element_ty), mask=inside)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -44,14 +44,32 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if not (_HAS_TRITON and x.is_cuda) or torch.compiler.is_compiling() or x.dtype is torch.float64:
         return F.rms_norm(x, weight.shape, weight, eps)
-    x = x.contiguous()
-    out = torch.empty_like(x)
+    heads, stride = _layout(x)
+    if stride is None:
+        x = x.contiguous()
+        heads, stride = 1, x.shape[-1]
+    out = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     width = x.shape[-1]
     rows = x.numel() // width
     block = triton.next_power_of_2(width)
     rows_each = max(1, min(_NUMBERS // block, triton.next_power_of_2(triton.cdiv(rows, _MULTIPROCESSORS))))
-    _rms_norm_kernel[(triton.cdiv(rows, rows_each),)](x, weight, out, rows, width, eps, ROWS=rows_each, BLOCK=block)
+    _rms_norm_kernel[(triton.cdiv(rows, rows_each),)](
+        x, weight, out, rows, width, heads, stride, eps, ROWS=rows_each, BLOCK=block
+    )
     return out
+
+
+def _layout(x: Tensor) -> tuple[int, int | None]:
+    """Rows that lie together, and the distance from such a group to the next: of a slice of a wider product, too.
+
+    None as distance where the groups do not lie at equal distances, so that a copy is needed.
+    """
+    if x.dim() < 3 or x.is_contiguous():
+        return 1, x.shape[-1] if x.is_contiguous() else None
+    *outer, heads, width = range(x.dim())
+    together = x.stride(width) == 1 and x.stride(heads) == x.shape[width]
+    even = all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in outer[:-1])
+    return x.shape[heads], x.stride(outer[-1]) if together and even else None
 
 
 class FusedRMSNorm(RMSNorm):

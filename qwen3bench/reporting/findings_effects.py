@@ -25,7 +25,7 @@ from qwen3bench.reporting.lookup import (
     usable,
 )
 from qwen3bench.reporting.tables import signed_bytes
-from qwen3bench.reporting.units import is_number, listing, ratio, seconds, significant
+from qwen3bench.reporting.units import count, is_number, listing, ratio, seconds, significant
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -160,7 +160,10 @@ def undecided(run: Run, condition: Condition) -> Iterator[Finding]:
         advice = f"If the estimates stay, about {needed:,} blocks instead of {blocks} would decide."
         yield Finding(f"{said} ({condition}). {advice}", "undecided")
     for row in effects:
-        if row not in around:
+        if not is_number(row.lo):
+            said = f"{row.term} {ratio(row.estimate)} ({condition})"
+            yield Finding(f"{said}: {count(blocks, 'block')} gives no interval; more would.", "undecided")
+        elif row not in around:
             said = f"{row.term} {ratio(row.estimate, row.lo, row.hi)} ({condition})"
             advice = "the interval leaves out 1, but p, corrected for the number of terms, is not below 0.05"
             yield Finding(f"{said}: {advice}. More processes would decide.", "undecided")

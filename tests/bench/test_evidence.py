@@ -224,7 +224,15 @@ def test_on_a_cpu_only_norm_is_without_effect() -> None:
 # On a GPU
 
 CUDA = replace(
-    SMALL, num_layers=2, emb_dim=512, num_heads=8, num_kv_heads=4, head_dim=128, hidden_dim=1024, vocab_size=4096
+    SMALL,
+    context_length=512,
+    num_layers=2,
+    emb_dim=512,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=128,
+    hidden_dim=1024,
+    vocab_size=4096,
 )
 LARGE = [WorkloadSize("prefill", 2, 200, 0), WorkloadSize("decode", 2, 200, 1)]
 
@@ -272,6 +280,7 @@ def test_a_forced_backend_is_recognised_on_cuda(backend: str, name: str) -> None
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:.*(not used because|runtime disabled)")
 def test_flash_attention_refuses_an_explicit_mask_on_cuda() -> None:
     with pytest.raises(RuntimeError, match="No available kernel"), pytest.warns(UserWarning, match="attn_mask"):
         on_cuda({"flash": {"backend": "flash"}}, LARGE[0])

@@ -18,12 +18,12 @@ from qwen3bench.opt.mlp import FusedFeedForward, silu_mul
 
 def is_one_stored_weight(ff: FusedFeedForward) -> bool:
     """Whether fc1's and fc2's weights are the two halves of the tensor that the product reads."""
-    rows = ff.gate_up.shape[0] // 2
+    rows = ff.stacked_weight.shape[0] // 2
     return (
-        ff.fc1.weight.data_ptr() == ff.gate_up.data_ptr()
-        and ff.fc2.weight.data_ptr() == ff.gate_up[rows:].data_ptr()
-        and torch.equal(torch.cat((ff.fc1.weight, ff.fc2.weight)), ff.gate_up)
-        and ff.fc1.weight.dtype is ff.gate_up.dtype
+        ff.fc1.weight.data_ptr() == ff.stacked_weight.data_ptr()
+        and ff.fc2.weight.data_ptr() == ff.stacked_weight[rows:].data_ptr()
+        and torch.equal(torch.cat((ff.fc1.weight, ff.fc2.weight)), ff.stacked_weight)
+        and ff.fc1.weight.dtype is ff.stacked_weight.dtype
     )
 
 
@@ -45,7 +45,7 @@ def test_every_feed_forward_is_fused(tiny: ModelConfig) -> None:
 def test_gate_and_up_are_the_banks_own_rows(tiny: ModelConfig, tiny_weights: dict[str, Tensor]) -> None:
     for layer, ff in enumerate(blocks(build_model(tiny, ("mlp",), tiny_weights))):
         assert is_one_stored_weight(ff)
-        assert ff.gate_up.data_ptr() == tiny_weights[f"model.layers.{layer}.mlp.gate_proj.weight"].data_ptr()
+        assert ff.stacked_weight.data_ptr() == tiny_weights[f"model.layers.{layer}.mlp.gate_proj.weight"].data_ptr()
         assert ff.fc2.weight.data_ptr() == tiny_weights[f"model.layers.{layer}.mlp.up_proj.weight"].data_ptr()
 
 
@@ -55,7 +55,7 @@ def test_weights_stored_apart_are_copied_into_one(tiny: ModelConfig, tiny_weight
         blocks(build_model(tiny, ("mlp",), apart | {"lm_head.weight": apart["model.embed_tokens.weight"]}))
     ):
         assert is_one_stored_weight(ff)
-        assert ff.gate_up.data_ptr() != apart[f"model.layers.{layer}.mlp.gate_proj.weight"].data_ptr()
+        assert ff.stacked_weight.data_ptr() != apart[f"model.layers.{layer}.mlp.gate_proj.weight"].data_ptr()
         assert torch.equal(ff.fc1.weight, apart[f"model.layers.{layer}.mlp.gate_proj.weight"])
         assert computes_swiglu(ff)
 

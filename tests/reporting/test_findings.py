@@ -126,6 +126,16 @@ def test_an_interval_beside_one_without_significance_asks_for_processes(small_ru
     assert "More processes would decide" in text
 
 
+def test_an_effect_without_an_interval_asks_for_blocks(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    run = run_of(record_lines(factors=("flash",), blocks=1))
+    (text,) = texts(run, "undecided")
+    assert text.startswith("flash 1.1")
+    assert text.endswith("1 block gives no interval; more would.")
+    assert "faster" not in of_switch(run, "flash")
+
+
 def test_an_undecided_interaction_is_not_told(full_run: Run) -> None:
     run = with_effect(full_run, "flash:mask", verdict="undecided")
     assert not [text for text in texts(run, "interaction") if "flash and mask" in text]

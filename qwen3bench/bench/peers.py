@@ -1,0 +1,160 @@
+"""Other implementations of Qwen3, called as ours is, on the same weights and the same cache.
+
+A peer is asked for as its own `generate` would ask: with a static cache (transformers' documentation, "Optimizing
+LLM inference": the fastest of its caches, and the one that compiles), and without a mask for a prompt, where its SDPA
+needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from qwen3bench.errors import UserError
+from qwen3bench.model.cache import KVCache
+from qwen3bench.model.checkpoint import EMBEDDING, HEAD
+from qwen3bench.model.config import ModelConfig
+from qwen3bench.model.decoder import Decoder
+from qwen3bench.model.weights import head_is_tied
+
+ATTENTIONS = ("sdpa", "eager")
+
+
+def is_peer(cell: str) -> bool:
+    """Whether a cell's label names a peer (`transformers:sdpa`)."""
+    return ":" in cell
+
+
+def require_peer(cell: str) -> None:
+    """Raise `UserError` where a peer of this label does not exist or cannot be imported."""
+    name, _, attention = cell.partition(":")
+    if name != "transformers":
+        raise UserError(f"peer {name!r} is not known; there is transformers")
+    if attention not in ATTENTIONS:
+        raise UserError(f"peer.transformers.attention: {attention!r} is unknown: use {' | '.join(ATTENTIONS)}")
+    _transformers()
+
+
+def build_peer(
+    cell: str,
+    config: ModelConfig,
+    weights: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> TransformersModel:
+    """The peer with this label, its parameters the tensors of `weights`, a state dict with Hugging Face's names.
+
+    Without `weights` it is on `meta`, in `dtype`. Its head is tied where the config says so and the weights agree,
+    as in transformers; else a head that shares the embedding's tensor gets a copy. Raises `UserError` as
+    `require_peer` does.
+    """
+    require_peer(cell)
+    return TransformersModel(config, cell.partition(":")[2], weights, dtype)
+
+
+class TransformersModel(Decoder):
+    """transformers' Qwen3ForCausalLM with our model's call."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention: str,
+        weights: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.attention = attention
+        tied = config.tie_word_embeddings and (weights is None or head_is_tied(weights))
+        language_model = _on_meta(config, attention, tied)
+        if weights is None:
+            language_model.to(dtype=dtype)
+        else:
+            _assign(language_model, weights, tied)
+        self.language_model = language_model.eval().requires_grad_(False)
+        self.tok_emb = language_model.model.embed_tokens
+        self.out_head = language_model.lm_head
+        self._static_caches: WeakKeyDictionary[KVCache, Any] = WeakKeyDictionary()
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, start: int = 0, logits_to_keep: int = 0) -> Tensor:
+        past = None if cache is None else self._static_cache(cache)
+        if past is not None:
+            lengths = [layer.cumulative_length for layer in past.layers]
+            torch._foreach_zero_(lengths)
+            torch._foreach_add_(lengths, start)
+        # SDPA does without a mask for tokens with none before them. transformers finds that out by itself, as in
+        # `generate`'s prefill, but not inside compiled code or a captured graph, where it cannot read the length.
+        whole = past is None or (start == 0 and tokens.shape[1] > 1)
+        mask = {"full_attention": None} if self.attention == "sdpa" and whole else None
+        output = self.language_model(
+            input_ids=tokens,
+            attention_mask=mask,
+            past_key_values=past,
+            use_cache=past is not None,
+            logits_to_keep=logits_to_keep,
+        )
+        logits: Tensor = output.logits
+        return logits
+
+    @property
+    def compile_units(self) -> Sequence[nn.Module]:
+        """The whole model: what transformers compiles."""
+        return [self.language_model]
+
+    def _static_cache(self, cache: KVCache) -> Any:
+        """transformers' StaticCache over the tensors of `cache`."""
+        if cache not in self._static_caches:
+            with torch.inference_mode(False):  # else it could not be written to outside of it
+                past = _transformers().StaticCache(self.language_model.config, max_cache_len=cache.keys.shape[3])
+                for index, layer in enumerate(past.layers):
+                    keys, values = cache.layer(index)
+                    layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
+                    layer.keys, layer.values = keys, values
+            self._static_caches[cache] = past
+        return self._static_caches[cache]
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+        from transformers import Qwen3Config, Qwen3ForCausalLM, StaticCache  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"peer=transformers needs the package transformers, 5 or newer ({' '.join(str(error).split())[:200]}); "
+            "pip install 'qwen3bench[peers]', or leave the peer out"
+        ) from error
+    return transformers
+
+
+def _on_meta(config: ModelConfig, attention: str, tied: bool) -> Any:
+    transformers = _transformers()
+    theirs = transformers.Qwen3Config(
+        vocab_size=config.vocab_size,
+        hidden_size=config.emb_dim,
+        intermediate_size=config.hidden_dim,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.context_length,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
+        rms_norm_eps=config.rms_norm_eps,
+        tie_word_embeddings=tied,
+        attn_implementation=attention,
+    )
+    with torch.device("meta"):
+        return transformers.Qwen3ForCausalLM(theirs)
+
+
+def _assign(language_model: Any, weights: Mapping[str, Tensor], tied: bool) -> None:
+    embedding, head = weights[EMBEDDING], weights[HEAD]
+    if not tied and head.data_ptr() == embedding.data_ptr():
+        head = head.clone()
+    language_model.load_state_dict({**weights, HEAD: head}, strict=True, assign=True)
+    if tied:
+        language_model.lm_head.weight = language_model.model.embed_tokens.weight
+    rotary = language_model.model.rotary_emb  # its frequencies are no part of a checkpoint
+    language_model.model.rotary_emb = type(rotary)(language_model.config).to(embedding.device)

@@ -1,0 +1,52 @@
+"""What the benchmark asks of any model: one call, its weights at the two ends, and how many it has."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from qwen3bench.model.cache import KVCache
+from qwen3bench.model.config import ModelConfig
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer: token ids (b, t) to logits (b, t, vocabulary)."""
+
+    config: ModelConfig
+    tok_emb: nn.Embedding
+    out_head: nn.Linear
+
+    @abstractmethod
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, start: int = 0, logits_to_keep: int = 0) -> Tensor:
+        """Logits of `tokens`, the first of which stands at position `start` after what `cache` holds.
+
+        `logits_to_keep` > 0 computes only the last that many positions' logits.
+        """
+
+    @property
+    @abstractmethod
+    def compile_units(self) -> Sequence[nn.Module]:
+        """The modules to compile. All run the same code, so one compilation serves them."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters stored; a shared tensor counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def num_unique_parameters(self) -> int:
+        """Parameters with the embedding and the output head counted once, stored twice or not."""
+        twice = self.out_head.weight is not self.tok_emb.weight
+        return self.num_parameters - (self.out_head.weight.numel() if twice else 0)
+
+    @property
+    def num_non_embedding_parameters(self) -> int:
+        """Parameters of the blocks and the final norm."""
+        return self.num_unique_parameters - self.tok_emb.weight.numel()
+
+    @property
+    def parameter_bytes(self) -> int:
+        """What the stored parameters occupy, in bytes."""
+        return sum(p.nbytes for p in self.parameters())

@@ -1,0 +1,151 @@
+"""Whole runs with a fake worker: the real command line, supervisor, campaign, record and analysis, without PyTorch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen3bench.analysis.run import Run, load_run
+from qwen3bench.bench import run as run_module
+from qwen3bench.bench.monitor import Monitor, Telemetry
+from qwen3bench.bench.record import Record, read_record
+from qwen3bench.bench.supervisor import WorkerProcess
+from qwen3bench.cli import compose, guarded
+from qwen3bench.settings import Settings
+
+Fault = dict[str, Any]
+Start = Callable[[Path], WorkerProcess]
+
+SMALL = (
+    "model=tiny",
+    "device=cpu",
+    "measure.target=0.00001",
+    "measure.min_blocks=3",
+    "measure.max_blocks=3",
+    "measure.min_processes=1",
+    "measure.blocks_per_process=2",
+)
+
+
+@pytest.fixture
+def start_fake() -> Callable[..., Start]:
+    """Makes `start_worker` for a run: fake workers that suffer `faults` (fake_worker.py), from process `since` on."""
+
+    def make(faults: Sequence[Fault] = (), since: int = 0, pids: list[int] | None = None) -> Start:
+        started = 0
+
+        def start(log: Path) -> WorkerProcess:
+            nonlocal started
+            text = json.dumps(list(faults) if started >= since else [])
+            started += 1
+            script = str(Path(__file__).with_name("fake_worker.py"))
+            worker = WorkerProcess(log, (sys.executable, "-I", "-S", script, text))
+            if pids is not None:
+                pids.append(worker.pid)
+            return worker
+
+        return start
+
+    return make
+
+
+class FakeMonitor(Monitor):
+    """A card whose state is told beforehand, one look after another; the last stays."""
+
+    def __init__(self, *looks: Telemetry) -> None:
+        self.looks = list(looks)
+
+    def sample(self, own_pids: object = None) -> Telemetry:
+        return self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
+
+
+@pytest.fixture
+def fake_monitor() -> type[FakeMonitor]:
+    return FakeMonitor
+
+
+@dataclass
+class Outcome:
+    """What a command left."""
+
+    directory: Path
+    status: int
+    out: str
+    err: str
+    pids: list[int] = field(default_factory=list)
+
+    @property
+    def record(self) -> Record:
+        return read_record(self.directory)
+
+    @cached_property
+    def run(self) -> Run:
+        return load_run(self.directory)
+
+    @property
+    def statuses(self) -> dict[str, str | None]:
+        """The status of each cell, of the first workload and runtime."""
+        cells = self.run.cells
+        return dict(zip(cells["cell"], cells["status"], strict=True))
+
+    @property
+    def error(self) -> str:
+        """The one error, told in one or two lines without a traceback."""
+        assert self.status == 1
+        assert "Traceback" not in self.err
+        _, error = self.err.split("qwen3bench: error: ")
+        assert len(error.splitlines()) <= 2
+        return error
+
+
+@pytest.fixture
+def measure(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    start_fake: Callable[..., Start],
+) -> Callable[..., Outcome]:
+    """`python -m qwen3bench` in this process with fake workers, a small run unless it continues one.
+
+    Writes to tmp_path/run, `to` or `resume`; `changes` are made to the composed settings. The report is not written
+    unless asked for, as drawing takes longer than all else.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def command(
+        *overrides: str,
+        faults: Sequence[Fault] = (),
+        since: int = 0,
+        monitor: Monitor | None = None,
+        to: Path | None = None,
+        resume: Path | None = None,
+        report: bool = False,
+        **changes: Any,
+    ) -> Outcome:
+        directory = resume or to or tmp_path / "run"
+        pids: list[int] = []
+        start = start_fake(faults, since, pids)
+        settings = _composed(overrides if resume else (*SMALL, *overrides))
+        settings = replace(settings, dir=None if resume else directory, resume=resume, **changes)
+        where = f"resume={directory}" if resume else f"run.dir={directory}"
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "argv", ["qwen3bench", *overrides, where])
+            if not report:
+                patched.setattr(run_module, "write_report", lambda run: None)
+            status = guarded(lambda: run_module.run(settings, start, monitor))
+        out, err = capsys.readouterr()
+        return Outcome(directory, status, out, err, pids)
+
+    return command
+
+
+@cache
+def _composed(overrides: tuple[str, ...]) -> Settings:
+    return compose(overrides)

@@ -1,0 +1,200 @@
+"""A run that is interrupted or killed loses nothing, and its continuation measures nothing twice."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from qwen3bench.analysis.run import load_run
+from qwen3bench.bench.record import read_record
+
+Measure = Callable[..., Any]
+SOURCE = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("run_fake.py")
+FULL = ("design=full", "opt=flash,tie")
+KEYS = ["workload", "runtime", "block", "cell", "copy", "repeat"]
+
+
+def _command(*arguments: str) -> list[str]:
+    return [sys.executable, str(SCRIPT), *arguments]
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(SOURCE)}
+
+
+def _until(condition: Callable[[], bool], limit_s: float) -> bool:
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return condition()
+
+
+def _keys(directory: Path) -> list[tuple[Any, ...]]:
+    return sorted(load_run(directory).samples[KEYS].itertuples(index=False, name=None))
+
+
+def test_killed_at_a_hundred_random_moments_it_ends_with_the_same_samples(tmp_path: Path) -> None:
+    sizes = [f"measure.{name}" for name in ("min_blocks=5", "max_blocks=5", "blocks_per_process=2", "repeats=2")]
+    arguments = ["model=tiny", "device=cpu", *FULL, "workload=prefill,generate", "measure.target=0.00001", *sizes]
+    done = subprocess.run(
+        _command("kill", "100", "0", str(tmp_path), *arguments),
+        env=_environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    logs = "\n".join(log.read_text(errors="replace")[-2000:] for log in tmp_path.glob("*.log"))
+    assert done.returncode == 0, done.stderr + logs
+    finished = int(done.stdout)
+    assert finished > 0
+    expected = _keys(tmp_path / "whole")
+    assert len(expected) == 2 * 5 * (4 + 1) * 2
+    for number in range(finished):
+        directory = tmp_path / str(number)
+        assert _keys(directory) == expected
+        used = load_run(directory).samples
+        assert set(used.groupby(["workload", "runtime", "block"])["process"].nunique()) == {1}
+        stops = read_record(directory).of("stop")
+        assert [(line["workload"], line["blocks"]) for line in stops] == [("prefill", 5), ("generate", 5)]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_children_keeps_the_record_and_tells_how_to_continue(
+    measure: Measure, tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    directory = tmp_path / "a run's place"
+    hangs = '[{"does":"hang","op":"visit","cell":"flash"}]'
+    settings = ["model=tiny", "device=cpu", *FULL, "measure.min_blocks=3", "measure.max_blocks=3"]
+    process = subprocess.Popen(
+        _command("run", hangs, *settings, 'run.dir="a run\'s place"'),
+        env=_environment(),
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    record = directory / "samples.jsonl"
+    assert _until(lambda: record.exists() and b'"purpose":"time"' in record.read_bytes(), 60)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    time.sleep(0.3)
+    process.send_signal(number)
+    _, gone_late = psutil.wait_procs(children, timeout=5)
+    _, err = process.communicate(timeout=10)
+    assert gone_late == []
+    assert process.returncode == status
+    assert "Traceback" not in err
+    kept = read_record(directory)
+    assert kept.warnings == []
+    assert kept.of("end")[-1]["status"] == "interrupted"
+    (line,) = (line for line in err.splitlines() if "Continue: " in line)
+    python, _, module, *arguments = shlex.split(line.partition("Continue: ")[2])
+    assert (python, module) == ("python", "qwen3bench")
+    subprocess.run(_command("run", "[]", *arguments), env=_environment(), cwd=tmp_path, check=True, timeout=100)
+    assert set(load_run(directory).cells["status"]) == {"ok"}
+
+
+def test_a_signal_while_the_report_is_written_asks_for_no_continuation(
+    measure: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwen3bench.bench import run as run_module
+
+    monkeypatch.setattr(run_module, "write_derived", lambda run: os.kill(os.getpid(), signal.SIGINT))
+    done = measure(*FULL)
+    assert done.status == 130
+    assert "Continue" not in done.err
+    assert f"python -m qwen3bench.report {tmp_path / 'run'}" in done.err
+    assert [line["status"] for line in done.record.of("end")] == ["finished"]
+
+
+def test_after_a_signal_the_handlers_are_those_of_before(measure: Measure) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    measure(*FULL)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+# What may be continued
+
+
+@pytest.fixture
+def broken(measure: Measure) -> Any:
+    """A run that ended before its timing."""
+    return measure(*FULL, faults=[{"does": "die", "op": "open"}], since=2)
+
+
+def test_resume_alone_takes_the_recorded_config(measure: Measure, broken: Any) -> None:
+    done = measure(resume=broken.directory)
+    assert done.status == 0
+    assert set(done.statuses) == {"baseline", "flash", "tie", "flash+tie"}
+    assert len(done.record.of("session")) == 2
+    verified = [line["cell"] for line in done.record.of("verify")]
+    assert sorted(verified) == sorted(set(verified))  # nothing was done twice
+
+
+def test_the_same_command_with_its_directory_continues(measure: Measure, broken: Any) -> None:
+    assert measure(*FULL).status == 0
+
+
+def test_another_config_is_refused_with_the_keys_that_differ(measure: Measure, broken: Any) -> None:
+    before = (broken.directory / "samples.jsonl").read_bytes()
+    done = measure(*FULL, "batch_size=3", "seed=5")
+    assert "the configuration (" in done.error
+    assert "batch_size: 1 then, 3 now" in done.error
+    assert "seed: 0 then, 5 now" in done.error
+    assert "flash" not in done.error
+    assert (broken.directory / "samples.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [("weights", "the weights"), ("code", "the code"), ("torch", "torch (none then, other now)"), ("device", "device")],
+)
+def test_other_weights_code_torch_or_device_are_refused(
+    measure: Measure, broken: Any, tmp_path: Path, part: str, words: str
+) -> None:
+    fingerprint = {**broken.record.run["fingerprint"], part: "other"}
+    fault = {"does": "answer", "fields": {"fingerprint": fingerprint}, "op": "identify"}
+    done = measure(resume=broken.directory, faults=[fault])
+    assert f"cannot be continued, as {words}" in done.error
+    assert "configuration" not in done.error
+
+
+def test_a_finished_run_is_not_continued(measure: Measure) -> None:
+    done = measure(*FULL)
+    before = (done.directory / "samples.jsonl").read_bytes()
+    for again in (measure(*FULL), measure(resume=done.directory)):
+        assert "holds a finished run" in again.error
+        assert again.pids == []
+    assert (done.directory / "samples.jsonl").read_bytes() == before
+
+
+def test_what_is_no_run_is_not_continued(measure: Measure, tmp_path: Path) -> None:
+    assert "there is no run" in measure(resume=tmp_path / "nowhere").error
+    assert not (tmp_path / "nowhere").exists()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "samples.jsonl").touch()
+    assert "nothing is recorded there yet" in measure(resume=tmp_path / "begun").error
+
+
+def test_a_config_of_another_version_is_refused_in_one_line(measure: Measure, broken: Any, tmp_path: Path) -> None:
+    from qwen3bench.bench.record import RecordWriter
+
+    run = {k: v for k, v in broken.record.run.items() if k not in ("v", "type", "crc")}
+    run["config"] = {**run["config"], "unheard_of": 1}
+    with RecordWriter(tmp_path / "other") as writer:
+        writer.append({"type": "run", **run})
+    assert "holds a config that this qwen3bench does not read" in measure(resume=tmp_path / "other").error
