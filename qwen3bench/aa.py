@@ -114,7 +114,11 @@ def measure(settings: Settings, count: int) -> int:
     for number in range(1, count + 1):
         started = time.monotonic()
         home = directory / f"campaign-{number:02}"
-        _campaign(replace(settings, seed=settings.seed + number - 1, dir=home, resume=None), identity)
+        try:
+            _campaign(replace(settings, seed=settings.seed + number - 1, dir=home, resume=None), identity)
+        except KeyboardInterrupt:
+            print(f"\ninterrupted; nothing measured is lost. Continue with run.dir={directory}", file=sys.stderr)
+            raise
         found = outcomes_of(load_run(home), number)
         outcomes += found
         for each in found:

@@ -11,8 +11,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from qwen3bench.errors import UserError
 from qwen3bench.choices import choices, config_dir, nearest
+from qwen3bench.errors import UserError
 
 _NOT_OPTIONS = ("_target_", "order")
 
@@ -38,7 +38,8 @@ def resolve(opts: Iterable[str] | Mapping[str, Mapping[str, Any]]) -> dict[str, 
     """
     from hydra.utils import get_method
 
-    given = opts if isinstance(opts, Mapping) else dict.fromkeys([opts] if isinstance(opts, str) else opts, {})
+    names = [opts] if isinstance(opts, str) else opts
+    given: dict[str, Mapping[str, Any]] = {name: opts[name] if isinstance(opts, Mapping) else {} for name in names}
     declarations = {name: declared(name) for name in given}
     resolved: dict[str, Callable[[Any], Any]] = {}
     for name in sorted(given, key=choices("opt").index):

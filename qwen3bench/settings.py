@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qwen3bench.bench.design import DESIGNS, Cell, design_cells
+from qwen3bench.bench.design import DESIGNS, Cell, design_cells, label
 from qwen3bench.choices import choices, options_of
 from qwen3bench.choices import config_dir as config_dir
 from qwen3bench.choices import nearest as nearest
@@ -89,6 +89,12 @@ class Settings:
     def cells(self) -> list[Cell]:
         """The cells of the run's design, the baseline first; peers are not among them."""
         return design_cells(self.design, self.factors)
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels of all cells of the run, the baseline first and the peers last (`transformers:sdpa`)."""
+        peers = [f"{name}:{kind}" for name, options in self.peers.items() for kind in options["attention"]]
+        return [*map(label, self.cells), *peers]
 
     def resolved(self, device: str) -> Settings:
         """These settings on `device` (`cpu`, `cuda`, `cuda:1`): no `auto` and no open size is left.
@@ -197,6 +203,11 @@ def settings_from(config: DictConfig | Mapping[str, Any]) -> Settings:
     for name, options in settings.opts.items():
         if not isinstance(options.get("_target_"), str):
             raise UserError(f"opt.{name} names no function; its YAML file needs `_target_: package.module.function`")
+    for name, options in settings.peers.items():
+        kinds = options.get("attention")
+        if set(options) != {"attention"} or not isinstance(kinds, list) or not all(isinstance(k, str) for k in kinds):
+            raise UserError(f"peer.{name} needs a list of its cells and nothing else: peer.{name}.attention=[sdpa]")
+        options["attention"] = list(dict.fromkeys(kinds))
     return settings
 
 

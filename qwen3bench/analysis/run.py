@@ -11,6 +11,7 @@ import pandas as pd
 
 from qwen3bench.analysis.cells import cells_table
 from qwen3bench.analysis.controls import Controls, controls
+from qwen3bench.analysis.effective import compare_effective
 from qwen3bench.analysis.effects import COLUMNS, effects
 from qwen3bench.analysis.frames import analysis_setting, used_samples
 from qwen3bench.bench.record import Record, read_record, write_atomic
@@ -47,6 +48,20 @@ class Run:
     def warnings(self) -> list[str]:
         """What of the record was not usable, in words."""
         return self.record.warnings
+
+    @property
+    def evidence(self) -> list[dict[str, Any]]:
+        """What ran in each cell, workload and runtime; the notes name switches that changed nothing of it."""
+        lines = self.record.of("evidence")
+        wheres = dict.fromkeys((line["workload"], line["runtime"]) for line in lines)
+        idle = {
+            where: compare_effective({x["cell"]: x for x in lines if (x["workload"], x["runtime"]) == where})
+            for where in wheres
+        }
+        return [
+            {**line, "notes": [*line.get("notes", []), *idle[line["workload"], line["runtime"]].get(line["cell"], [])]}
+            for line in lines
+        ]
 
     @property
     def finished(self) -> bool:

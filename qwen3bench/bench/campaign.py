@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3bench.analysis.stopping import half_widths, stop_reason
-from qwen3bench.bench.design import BASELINE, block_order, label
+from qwen3bench.bench.design import BASELINE, block_order
 from qwen3bench.bench.monitor import Monitor, Telemetry, braked, flags
 from qwen3bench.bench.progress import Reporter, duration
 from qwen3bench.bench.record import Record, RecordWriter
@@ -61,7 +61,7 @@ class Campaign:
         self._worker: WorkerProcess | None = None
         self._process = -1
         self._purpose = "check"
-        self.labels = [label(cell) for cell in settings.cells]
+        self.labels = settings.labels
         self.failures: dict[tuple[str, str | None, str | None], str] = {}
         self._finished: set[tuple[str, ...]] = set()  # (pass, cell, workload, runtime) of steps that ended
         self.timings: dict[Where, Timing] = {

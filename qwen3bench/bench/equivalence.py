@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3bench.bench.logit_errors import Comparison, Errors, WrongLogitsError, case_errors
+from qwen3bench.bench.logit_errors import MAX_RATIO, Comparison, Errors, WrongLogitsError, case_errors
 from qwen3bench.model.build import build_model
 from qwen3bench.model.cache import KVCache
 from qwen3bench.model.checkpoint import EMBEDDING, HEAD
@@ -187,14 +187,18 @@ class Gate:
         return self.check_model(factory(self.opts), kv_cache, factory({}) if has_options else None)
 
     def check_model(
-        self, factory: Factory, new_cache: NewCache | None = None, stand_in: Factory | None = None
+        self,
+        factory: Factory,
+        new_cache: NewCache | None = None,
+        stand_in: Factory | None = None,
+        max_ratio: float = MAX_RATIO,
     ) -> dict[str, Any]:
         """The verdict on any model: `factory(weights, dtype)` makes one from weights with Hugging Face's names.
 
         It is called as `model(tokens)` for logits (b, t, vocabulary) and, where `new_cache(model, batch_size,
         capacity)` is given, as `model(tokens, cache, start)`; without it only prefill is judged. `stand_in`
-        makes the model for cases that the first refuses and no workload asks for. A model that raises is not
-        equivalent, unless for want of memory.
+        makes the model for cases that the first refuses and no workload asks for. `max_ratio` is the limit of
+        the maximum error in float32. A model that raises is not equivalent, unless for want of memory.
         """
         chosen = [case for case in self.cases if new_cache is not None or not case.chunks]
         checks: dict[str, float] = {"layers": self.config.num_layers, "vocabulary": self.config.vocab_size}
@@ -213,7 +217,7 @@ class Gate:
                 return verdict | {"reason": f"{dtype_name(dtype)}: {errors}"}
             if errors.stood_in:
                 checks[f"{dtype_name(dtype)}_stood_in"] = errors.stood_in
-            comparison = Comparison(errors, baseline, dtype, is_run_dtype=dtype is self.dtype)
+            comparison = Comparison(errors, baseline, dtype, dtype is self.dtype, max_ratio)
             checks |= {f"{dtype_name(dtype)}_{name}": value for name, value in comparison.checks.items()}
             if dtype is torch.float32:
                 verdict["max_abs_error"] = errors.max

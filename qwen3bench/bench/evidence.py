@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from qwen3bench.bench.design import cell_of, label
 from qwen3bench.bench.workloads import Workload
 from qwen3bench.model.decoder import Decoder
 
@@ -81,13 +80,17 @@ def collect(
     compiled = runtime == "compile"
     steps = workload.steps(model)
     ends = sorted({0, len(steps) - 1})
-    before = _compiled_graphs()
-    operations = [_profiled(steps[i], device).operations for i in ends]
-    kernels = [_profiled((launches or steps)[i], device).kernels for i in ends]
+    before = _compiled_graphs() if compiled else 0
     on_cpu = device.type == "cpu"
-    last = {} if on_cpu and compiled else operations[-1] if on_cpu else kernels[-1]
-    backends = [attention_backend(k, o, compiled) for k, o in zip(kernels, operations, strict=True)]
-    notes = [] if on_cpu else [f"attention by an unknown kernel: {name}" for name in _unknown_attention(kernels)]
+    kernels: list[Counter[str]] = [Counter() if on_cpu else _kernels((launches or steps)[i]) for i in ends]
+    backends, last = [], Counter[str]()
+    for i, ran in zip(ends, kernels, strict=True):
+        backend = _backend_of_kernels(ran)
+        # Operations are profiled only where they are needed: each costs the profiler far more than a kernel.
+        operations = _operations(steps[i]) if on_cpu or backend is None else Counter[str]()
+        backends.append(backend or attention_backend((), operations, compiled))
+        last = ran if not on_cpu else Counter() if compiled else operations
+    notes = [f"attention by an unknown kernel: {name}" for name in _unknown_attention(kernels)]
     if on_cpu and compiled:
         notes.append("compiled code on a CPU shows no kernels in a profile")
     return {
@@ -105,10 +108,8 @@ def collect(
 
 def attention_backend(kernels: Iterable[str], operations: Iterable[str], compiled: bool = False) -> str:
     """The implementation of attention that the names of kernels and of ATen operations tell of."""
-    for name in kernels:
-        for part, backend in _ATTENTION_KERNELS.items():
-            if part in name and any(word in name.lower() for word in _ATTENTION_WORDS):
-                return backend
+    if backend := _backend_of_kernels(kernels):
+        return backend
     operations = set(operations)
     for part, backend in _ATTENTION_OPERATIONS.items():
         if f"_scaled_dot_product_{part}" in operations:
@@ -118,60 +119,53 @@ def attention_backend(kernels: Iterable[str], operations: Iterable[str], compile
     return UNKNOWN
 
 
-def compare_effective(evidence_by_cell: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Notes on switches without effect on what ran, by cell label, for one workload and runtime.
-
-    A switch is without effect in a cell that ran the same kernels as often, over the same storage, as the
-    cell without it. Cells whose kernels no profile shows, and cells without such a neighbour, get no note.
-    """
-    notes: dict[str, list[str]] = {}
-    for name, evidence in evidence_by_cell.items():
-        if ":" in name or not evidence.get("kernels"):
-            continue
-        cell = cell_of(name)
-        for factor in cell:
-            without = label(tuple(other for other in cell if other != factor))
-            if without in evidence_by_cell and _same_work(evidence, evidence_by_cell[without]):
-                notes.setdefault(name, []).append(f"{factor} changed nothing that ran: same kernels as {without}")
-    return notes
-
-
 def forget_compilations() -> None:
     """Set the counters of torch.compile to zero: to be called before a cell is compiled."""
     torch._dynamo.utils.counters.clear()
 
 
-def _same_work(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return all(one[field] == other[field] for field in ("kernels", "attention_backend", "tied_storage"))
+def _backend_of_kernels(kernels: Iterable[str]) -> str | None:
+    for name in kernels:
+        for part, backend in _ATTENTION_KERNELS.items():
+            if part in name and any(word in name.lower() for word in _ATTENTION_WORDS):
+                return backend
+    return None
 
 
-class _Profile:
-    """Kernels and computing ATen operations of one launch: name → how often."""
-
-    def __init__(self, events: Iterable[Any]) -> None:
-        events = list(events)
-        self.kernels = Counter(
-            _short(e.name)
-            for e in events
-            if e.device_type == torch.autograd.DeviceType.CUDA
-            and not e.is_user_annotation
-            and not e.name.startswith(("Memcpy", "Memset"))
+def _kernels(launch: Callable[[], object]) -> Counter[str]:
+    """The CUDA kernels of one launch: name → how often."""
+    for activities in ([ProfilerActivity.CUDA], [ProfilerActivity.CPU, ProfilerActivity.CUDA]):
+        found = Counter(
+            _short(event.name)
+            for event in _profiled(launch, activities)
+            if event.device_type == torch.autograd.DeviceType.CUDA
+            and not event.is_user_annotation
+            and not event.name.startswith(("Memcpy", "Memset"))
         )
-        host = (e for e in events if e.device_type == torch.autograd.DeviceType.CPU and e.cpu_parent is None)
-        self.operations = Counter(name for event in host for name in _computing(event))
+        if found:  # profiling the host too takes ten times as long, and some versions show no kernels without
+            return found
+    return Counter()
 
 
-def _profiled(launch: Callable[[], object], device: torch.device) -> _Profile:
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-        torch.cuda.synchronize(device)
+def _operations(launch: Callable[[], object]) -> Counter[str]:
+    """The ATen operations of one launch that compute: name → how often."""
+    return Counter(
+        name
+        for event in _profiled(launch, [ProfilerActivity.CPU])
+        if event.device_type == torch.autograd.DeviceType.CPU and event.cpu_parent is None
+        for name in _computing(event)
+    )
+
+
+def _profiled(launch: Callable[[], object], activities: Sequence[ProfilerActivity]) -> list[Any]:
+    """The events of one launch."""
+    synchronize = torch.cuda.synchronize if ProfilerActivity.CUDA in activities else lambda: None
+    synchronize()
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above USDT: else stderr tells of every start and stop
     with torch.no_grad(), profile(activities=activities) as profiled:  # as timed: another mode would recompile
         launch()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    return _Profile(profiled.events())
+        synchronize()
+    return list(profiled.events())
 
 
 def _short(name: str) -> str:

@@ -110,7 +110,14 @@ class Errors:
 class Comparison:
     """A cell's errors held against the baseline's; `reason` says in words which check fails first."""
 
-    def __init__(self, cell: Errors, baseline: Errors, dtype: torch.dtype, is_run_dtype: bool) -> None:
+    def __init__(
+        self,
+        cell: Errors,
+        baseline: Errors,
+        dtype: torch.dtype,
+        is_run_dtype: bool,
+        max_ratio: float = MAX_RATIO,  # in float32
+    ) -> None:
         rounding = torch.finfo(dtype).eps / 2
         base_max = max(baseline.max, rounding * cell.largest_reference)
         base_rms = max(baseline.rms, rounding * cell.rms_reference)
@@ -122,10 +129,11 @@ class Comparison:
             "relative_l2": cell.rms / cell.rms_reference,
         }
         self.top1_agreement = cell.top1_agreement(2 * base_max)
-        rms_limit = RMS_RATIO if dtype is torch.float32 else RMS_RATIO_RUN
+        exact = dtype is torch.float32
+        max_limit, rms_limit = (max_ratio, RMS_RATIO) if exact else (MAX_RATIO, RMS_RATIO_RUN)
         reasons = []
         for kind, error, base, limit in (
-            ("maximum", cell.max, base_max, MAX_RATIO),
+            ("maximum", cell.max, base_max, max_limit),
             ("root-mean-square", cell.rms, base_rms, rms_limit),
         ):
             if not error <= limit * base:
@@ -133,7 +141,7 @@ class Comparison:
                     f"the {kind} error {error:.2g} is {error / base:.3g} × the baseline's {base:.2g} "
                     f"(limit {limit:g} ×), worst in {cell.worst_case}"
                 )
-        if dtype is torch.float32 and not self.checks["relative_l2"] <= RELATIVE_L2:
+        if exact and not self.checks["relative_l2"] <= RELATIVE_L2:
             reasons.append(f"the relative L2 error {self.checks['relative_l2']:.2g} is above {RELATIVE_L2:g}")
         if is_run_dtype and self.top1_agreement is not None and self.top1_agreement < TOP1_AGREEMENT:
             reasons.append(

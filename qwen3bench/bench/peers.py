@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from qwen3bench.bench.equivalence import Gate, kv_cache
 from qwen3bench.errors import UserError
 from qwen3bench.model.cache import KVCache
 from qwen3bench.model.checkpoint import EMBEDDING, HEAD
@@ -22,6 +23,9 @@ from qwen3bench.model.decoder import Decoder
 from qwen3bench.model.weights import head_is_tied
 
 ATTENTIONS = ("sdpa", "eager")
+# transformers computes rotary angles in float32: at position 100 they are off by some 1e-5, and with peaky attention
+# single logits by up to 2.4 × the baseline's maximum error. The root-mean-square error keeps the gate's own limit.
+MAX_RATIO = 4.0
 
 
 def is_peer(cell: str) -> bool:
@@ -53,6 +57,15 @@ def build_peer(
     """
     require_peer(cell)
     return TransformersModel(config, cell.partition(":")[2], weights, dtype)
+
+
+def judge_peer(gate: Gate, cell: str) -> dict[str, Any]:
+    """The equivalence gate's verdict on a peer, as the record's `verify` line has it."""
+
+    def factory(weights: dict[str, Tensor], dtype: torch.dtype) -> TransformersModel:
+        return build_peer(cell, gate.config, weights, dtype)
+
+    return gate.check_model(factory, kv_cache, max_ratio=MAX_RATIO)
 
 
 class TransformersModel(Decoder):

@@ -46,7 +46,7 @@ _MOST = 2**63  # larger whole numbers are of no use, and some readers fail on th
 FAILURES = ("oom", "crashed", "timeout", "not_equivalent", "invalid")
 
 
-class CellFailure(Exception):  # noqa: N818
+class CellFailure(Exception):
     """A request that the worker could not fulfil: the cell's status and the reason. Nothing more is asked of it."""
 
     def __init__(self, status: str, reason: str, peak_allocated_bytes: int | None = None) -> None:
@@ -84,10 +84,11 @@ def answer(line: bytes, op: str) -> Message:
         error = _checked(reply["error"], ("status", "reason"))
     except (ValueError, TypeError, AttributeError, KeyError) as fault:
         raise CellFailure("crashed", f"the worker's answer to {op} is no message ({fault})") from None
+    reason = error["reason"] or "no reason given"
     if error["status"] == "refused":
-        raise UserError(error["reason"])
+        raise UserError(reason)
     status = error["status"] if error["status"] in FAILURES else "crashed"
-    raise CellFailure(status, error["reason"], error.get("peak_allocated_bytes"))
+    raise CellFailure(status, reason, error.get("peak_allocated_bytes"))
 
 
 def _checked(fields: Message, needed: tuple[str, ...] = ()) -> Message:

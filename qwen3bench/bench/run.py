@@ -153,7 +153,7 @@ def _begin(settings: Settings, writer: RecordWriter, identity: dict[str, Any]) -
             "created": datetime.now().astimezone().isoformat(timespec="seconds"),
             "config": config,
             "factors": list(settings.factors),
-            "cells": ["+".join(cell) or "baseline" for cell in settings.cells],
+            "cells": settings.labels,
             "workloads": list(settings.workloads),
             "runtimes": list(settings.runtimes),
             "model": settings.model.name,

@@ -40,8 +40,7 @@ class Runtime:
         """Whatever the runtime does to a model before its first step."""
 
     def prepare(self, step: Step) -> Launch:
-        """A function that launches the step's work again. Runs the step at least once, untimed."""
-        step()
+        """A function that launches the work of a step that has run before."""
         return step
 
 
@@ -54,7 +53,7 @@ class GraphRuntime(Runtime):
     """
 
     name: str = "graph"
-    warm_ups: int = 2
+    warm_ups: int = 1  # on the stream of the capture, where libraries set up what they need for it
 
     def __post_init__(self) -> None:
         if self.device.type != "cuda":
@@ -76,8 +75,6 @@ class GraphRuntime(Runtime):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             step()
-        graph.replay()
-        torch.cuda.synchronize()
         return graph.replay
 
 

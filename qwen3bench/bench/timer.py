@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -78,11 +79,11 @@ def time_device(launches: Sequence[Callable[[], object]], repeats: int, inner: i
     return [
         TimedValue(
             events[0].elapsed_time(events[-1]) / 1e3,
-            tuple(a.elapsed_time(b) / 1e3 for a, b in zip(events, events[1:], strict=False)),
+            tuple(a.elapsed_time(b) / 1e3 for a, b in pairwise(events)),
         )
         for events in marks
     ]
 
 
 def _differences(marks: Sequence[float]) -> tuple[float, ...]:
-    return tuple(b - a for a, b in zip(marks, marks[1:], strict=False))
+    return tuple(b - a for a, b in pairwise(marks))

@@ -113,7 +113,7 @@ def _evidence(run: Run, condition: Condition, a: str, b: str) -> str:
     """What ran in the four cells of a pair, where it differs."""
     lines = {
         line["cell"]: line
-        for line in run.record.of("evidence")
+        for line in run.evidence
         if line["workload"] == condition.workload and line["runtime"] == condition.runtime
     }
     names = [BASELINE, a, b, "+".join(name for name in factors(run) if name in (a, b))]

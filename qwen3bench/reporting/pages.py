@@ -67,7 +67,7 @@ def page_content(run: Run) -> dict[str, Any]:
         "opening": opening,
         "closing": closing,
         "equivalence": _equivalence(run),
-        "evidence": tables.evidence_table(lines) if (lines := run.record.of("evidence")) else None,
+        "evidence": tables.evidence_table(lines) if (lines := run.evidence) else None,
         "failures": _failures(run),
         "measured": _measured(run),
         "commands": [_command(line) for line in run.record.of("session")],

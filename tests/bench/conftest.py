@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from qwen3bench.analysis.run import Run, load_run
 from qwen3bench.bench import run as run_module
 from qwen3bench.bench.monitor import Monitor, Telemetry
+from qwen3bench.bench.protocol import answer
 from qwen3bench.bench.record import Record, read_record
 from qwen3bench.bench.supervisor import WorkerProcess
 from qwen3bench.cli import compose, guarded
@@ -105,6 +107,45 @@ class Outcome:
         return error
 
 
+class TellingWorker:
+    """A worker in this process: fake_worker.py's answers, `change(op, answer)` of them, through the real protocol."""
+
+    pid = 0
+    spec = spec_from_file_location("fake_worker", Path(__file__).with_name("fake_worker.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def __init__(self, change: Callable[[str, dict[str, Any]], dict[str, Any]]) -> None:
+        self.change = change
+        self.worker = self.module.FakeWorker()
+
+    def __enter__(self) -> TellingWorker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def ask(self, op: str, timeout_s: float, **arguments: Any) -> dict[str, Any]:
+        reply = self.change(op, getattr(self.worker, op)(**arguments))
+        return answer(json.dumps({"ok": reply}).encode(), op)
+
+    def end(self) -> None:
+        """There is no process to end."""
+
+
+@pytest.fixture(scope="session")
+def telling_worker() -> type[TellingWorker]:
+    return TellingWorker
+
+
+@pytest.fixture(scope="session")
+def small_settings() -> Callable[..., Settings]:
+    """Settings of a small run that some overrides change."""
+    return lambda *overrides: _composed((*SMALL, *overrides))
+
+
 @pytest.fixture
 def measure(
     tmp_path: Path,
@@ -133,7 +174,8 @@ def measure(
         pids: list[int] = []
         start = start_fake(faults, since, pids)
         settings = _composed(overrides if resume else (*SMALL, *overrides))
-        settings = replace(settings, dir=None if resume else directory, resume=resume, **changes)
+        place = {"dir": None if resume else directory, "resume": resume}
+        settings = replace(settings, **{**place, **changes})
         where = f"resume={directory}" if resume else f"run.dir={directory}"
         with monkeypatch.context() as patched:
             patched.setattr(sys, "argv", ["qwen3bench", *overrides, where])

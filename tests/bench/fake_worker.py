@@ -135,4 +135,5 @@ def main():
             os.write(1, json.dumps(reply).encode() + b"\n")
 
 
-main()
+if __name__ == "__main__":
+    main()

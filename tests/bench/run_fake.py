@@ -66,7 +66,7 @@ def kill(count: int, seed: int, directory: Path, arguments: list[str]) -> None:
             replace(settings, resume=run) if by_name else replace(settings, dir=run), directory / f"{finished}.log"
         )
         if kills < count:
-            time.sleep(chance.uniform(0, whole_s / 3))
+            time.sleep(chance.uniform(0, whole_s / 4))
             os.kill(child, signal.SIGKILL)
         _, code = os.waitpid(child, 0)
         if os.WIFSIGNALED(code):

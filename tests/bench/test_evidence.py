@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from qwen3bench.analysis.effective import compare_effective
 from qwen3bench.bench.design import design_cells, label
 from qwen3bench.bench.evidence import (
     SEPARATE,
     UNKNOWN,
     attention_backend,
     collect,
-    compare_effective,
     forget_compilations,
 )
 from qwen3bench.bench.runtimes import GraphRuntime, Runtime

@@ -16,7 +16,9 @@ import psutil
 import pytest
 
 from qwen3bench.analysis.run import load_run
-from qwen3bench.bench.record import read_record
+from qwen3bench.bench import run as run_module
+from qwen3bench.bench.record import RecordWriter, read_record
+from qwen3bench.cli import main
 
 Measure = Callable[..., Any]
 SOURCE = Path(__file__).parents[2]
@@ -74,7 +76,11 @@ def test_killed_at_a_hundred_random_moments_it_ends_with_the_same_samples(tmp_pa
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_children_keeps_the_record_and_tells_how_to_continue(
-    measure: Measure, tmp_path: Path, number: signal.Signals, status: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    start_fake: Callable[..., Any],
+    number: signal.Signals,
+    status: int,
 ) -> None:
     directory = tmp_path / "a run's place"
     hangs = '[{"does":"hang","op":"visit","cell":"flash"}]'
@@ -104,15 +110,15 @@ def test_a_signal_ends_the_children_keeps_the_record_and_tells_how_to_continue(
     (line,) = (line for line in err.splitlines() if "Continue: " in line)
     python, _, module, *arguments = shlex.split(line.partition("Continue: ")[2])
     assert (python, module) == ("python", "qwen3bench")
-    subprocess.run(_command("run", "[]", *arguments), env=_environment(), cwd=tmp_path, check=True, timeout=100)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_module, "write_report", lambda run: None)
+    assert main(arguments, lambda settings: run_module.run(settings, start_fake())) == 0
     assert set(load_run(directory).cells["status"]) == {"ok"}
 
 
 def test_a_signal_while_the_report_is_written_asks_for_no_continuation(
     measure: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwen3bench.bench import run as run_module
-
     monkeypatch.setattr(run_module, "write_derived", lambda run: os.kill(os.getpid(), signal.SIGINT))
     done = measure(*FULL)
     assert done.status == 130
@@ -191,8 +197,6 @@ def test_what_is_no_run_is_not_continued(measure: Measure, tmp_path: Path) -> No
 
 
 def test_a_config_of_another_version_is_refused_in_one_line(measure: Measure, broken: Any, tmp_path: Path) -> None:
-    from qwen3bench.bench.record import RecordWriter
-
     run = {k: v for k, v in broken.record.run.items() if k not in ("v", "type", "crc")}
     run["config"] = {**run["config"], "unheard_of": 1}
     with RecordWriter(tmp_path / "other") as writer:

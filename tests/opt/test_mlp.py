@@ -156,5 +156,5 @@ def test_silu_mul_on_cuda_is_one_kernel_and_right(shape: tuple[int, ...], dtype:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         silu_mul(gate_up)
         torch.cuda.synchronize()
-    kernels = [event for event in profile.events() if event.device_type is torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     assert [kernel.name for kernel in kernels] == ["_silu_mul_kernel"]

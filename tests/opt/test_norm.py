@@ -89,7 +89,7 @@ def test_norm_on_cuda_is_one_kernel_and_right(shape: tuple[int, ...], dtype: tor
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         norm(x)
         torch.cuda.synchronize()
-    kernels = [event for event in profile.events() if event.device_type is torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     assert len(kernels) == 1, [kernel.name for kernel in kernels]
 
 

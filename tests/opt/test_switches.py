@@ -120,7 +120,7 @@ def test_one_file_of_each_kind_adds_a_sixth(tiny: ModelConfig, tiny_weights: dic
     assert model.trf_blocks[0].volume == 11
     assert build_model(tiny, {"sixth": {"volume": 12}}, tiny_weights).trf_blocks[0].volume == 12
     assert torch.equal(model(tokens), build_model(tiny, ("norm",), tiny_weights)(tokens))
-    with pytest.raises(UserError, match="there are flash, tie, sixth, mlp, .*; did you mean sixth"):
+    with pytest.raises(UserError, match=r"there are flash, tie, sixth, mlp, .*; did you mean sixth"):
         build_model(tiny, ("sixht",), tiny_weights)
 
 

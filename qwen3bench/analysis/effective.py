@@ -1,0 +1,30 @@
+"""Which switches changed nothing of what ran."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qwen3bench.bench.design import cell_of, label
+
+
+def compare_effective(evidence_by_cell: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Notes on switches without effect on what ran, by cell label, for one workload and runtime.
+
+    A switch is without effect in a cell that ran the same kernels as often, over the same storage, as the
+    cell without it. Cells whose kernels no profile shows, and cells without such a neighbour, get no note.
+    """
+    notes: dict[str, list[str]] = {}
+    for name, evidence in evidence_by_cell.items():
+        if ":" in name or not evidence.get("kernels"):
+            continue
+        cell = cell_of(name)
+        for factor in cell:
+            without = label(tuple(other for other in cell if other != factor))
+            if without in evidence_by_cell and _same_work(evidence, evidence_by_cell[without]):
+                notes.setdefault(name, []).append(f"{factor} changed nothing that ran: same kernels as {without}")
+    return notes
+
+
+def _same_work(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return all(one[field] == other[field] for field in ("kernels", "attention_backend", "tied_storage"))

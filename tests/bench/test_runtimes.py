@@ -1,0 +1,109 @@
+"""Whatever launches a step does the same work."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from qwen3bench.bench.runtimes import make_runtime
+from qwen3bench.bench.workloads import Workload, WorkloadSize
+from qwen3bench.errors import UserError
+from qwen3bench.model.build import build_model
+from qwen3bench.model.config import ModelConfig
+from qwen3bench.model.qwen3 import Qwen3Model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def model(tiny: ModelConfig, tiny_weights: dict[str, Tensor]) -> Qwen3Model:
+    return build_model(tiny, ("flash",), tiny_weights).requires_grad_(False)
+
+
+@pytest.fixture
+def _dynamo() -> Iterator[None]:
+    """What a runtime sets for its process, set back."""
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=False):
+        yield
+
+
+def test_eager_is_the_step_itself(model: Qwen3Model) -> None:
+    (step,) = Workload(WorkloadSize("prefill", 1, 4, 0), model).steps(model)
+    runtime = make_runtime("eager", CPU)
+    runtime.prepare_model(model)
+    assert runtime.prepare(step) is step
+    assert not runtime.on_device_clock
+    assert runtime.compile_s is None
+
+
+def test_graphs_are_refused_on_a_cpu() -> None:
+    with pytest.raises(UserError, match="runtime=graph needs a CUDA device; use runtime=eager"):
+        make_runtime("graph", CPU)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+@pytest.mark.usefixtures("_dynamo")
+def test_compiled_generation_matches_eager_and_compiles_nothing_when_warm(model: Qwen3Model) -> None:
+    torch._dynamo.reset()
+    workload = Workload(WorkloadSize("generate", 1, 6, 4), model)
+    with torch.no_grad():
+        expected = [step().clone() for step in workload.steps(model)]
+        runtime = make_runtime("compile", CPU)
+        runtime.prepare_model(model)
+        launches = [runtime.prepare(step) for step in workload.steps(model)]
+        counters = torch._dynamo.utils.counters["stats"]
+        compiled = counters["unique_graphs"]
+        assert compiled > 0
+        assert runtime.compile_s is not None
+        assert runtime.compile_s > 0
+        for _ in range(2):
+            for launch, logits in zip(launches, expected, strict=True):
+                torch.testing.assert_close(launch(), logits, rtol=1e-4, atol=1e-4)
+        assert counters["unique_graphs"] == compiled
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.usefixtures("_dynamo")
+def test_without_a_compiler_compile_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def none() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler .* install g\+\+ or clang, or use runtime=eager"):
+        make_runtime("compile", CPU)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["graph", "compile"])
+@pytest.mark.parametrize("workload", ["prefill", "decode", "generate"])
+def test_replayed_graphs_match_eager(
+    tiny: ModelConfig, tiny_weights: dict[str, Tensor], name: str, workload: str
+) -> None:
+    device = torch.device("cuda")
+    weights = {key: tensor.to(device) for key, tensor in tiny_weights.items()}
+    model = build_model(tiny, ("flash", "mask"), weights).requires_grad_(False)
+    inputs = Workload(WorkloadSize(workload, 2, 16, 3), model)
+    with torch.no_grad():
+        expected = [step().argmax(-1).clone() for step in inputs.steps(model)]
+        token = inputs.token.clone()
+        runtime = make_runtime(name, device)
+        runtime.prepare_model(model)
+        launches = [runtime.prepare(step) for step in inputs.steps(model)]
+        assert runtime.on_device_clock
+        inputs.token.zero_()
+        for launch in launches:
+            launch()
+        torch.cuda.synchronize()
+    if workload == "generate":
+        assert torch.equal(inputs.token, expected[-1])
+    else:
+        assert torch.equal(inputs.token, torch.zeros_like(token))

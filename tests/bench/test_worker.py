@@ -1,0 +1,237 @@
+"""The real worker's operations, in this process on the tiny model; faults on a real card at the end."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qwen3bench.bench import protocol
+from qwen3bench.bench.protocol import CellFailure
+from qwen3bench.bench.supervisor import WorkerProcess
+from qwen3bench.bench.worker import Worker, failure, serve
+from qwen3bench.errors import UserError
+from qwen3bench.model.weights import load_weights
+from qwen3bench.settings import Settings
+
+Ask = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def _gradients() -> Iterator[None]:
+    """The worker turns them off for its process."""
+    yield
+    torch.set_grad_enabled(True)
+
+
+@pytest.fixture
+def settings(small_settings: Callable[..., Settings]) -> Settings:
+    overrides = ("design=full", "opt=flash,tie", "workload=prefill,decode,generate", "new_tokens=3", "prompt_tokens=8")
+    return small_settings(*overrides).resolved("cpu")
+
+
+@pytest.fixture
+def worker() -> Worker:
+    return Worker()
+
+
+@pytest.fixture
+def ask(worker: Worker) -> Ask:
+    """A request to the worker through its real loop and the real protocol."""
+
+    def send(op: str, **arguments: Any) -> dict[str, Any]:
+        replies = io.BytesIO()
+        serve(io.BytesIO(protocol.encode({"op": op, **arguments})), replies, worker)
+        return protocol.answer(replies.getvalue(), op)
+
+    return send
+
+
+@pytest.fixture
+def opened(ask: Ask, settings: Settings) -> Ask:
+    ask("open", config=settings.to_dict())
+    return ask
+
+
+def test_it_finds_the_device(ask: Ask) -> None:
+    assert ask("probe", device="cpu") == {"device": "cpu"}
+    assert ask("probe", device="auto") == {"device": "cuda" if torch.cuda.is_available() else "cpu"}
+    with pytest.raises(UserError, match=r"device=cuda:99: PyTorch sees .* CUDA device"):
+        ask("probe", device="cuda:99")
+
+
+def test_it_tells_what_must_not_change(opened: Ask) -> None:
+    identity = opened("identify")
+    assert set(identity["fingerprint"]) == {"config", "weights", "code", "torch", "device"}
+    assert identity["environment"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("workload", ["prefill", "decode", "generate"])
+def test_a_cell_is_prepared_and_visited(opened: Ask, workload: str) -> None:
+    opened("load", cells=["baseline", "flash+tie"])
+    opened("enter", workload=workload, runtime="eager", cell="flash+tie")
+    for cell, copy in (("baseline", 0), ("flash+tie", 0), ("baseline", 1)):
+        assert opened("prepare", cell=cell, copy=copy) == {"compile_s": None}
+    samples = opened("visit", cell="baseline", copy=1, repeats=3)["samples"]
+    assert len(samples) == 3
+    for sample in samples:
+        assert sample["latency_s"] > 0
+        assert ("ttft_s" in sample) == (workload == "generate")
+        if workload == "generate":
+            assert len(sample["itl_s"]) == 2
+            assert sample["ttft_s"] + sum(sample["itl_s"]) == pytest.approx(sample["latency_s"], rel=1e-6)
+            assert sample["tpot_s"] == pytest.approx(sum(sample["itl_s"]) / 2)
+
+
+def test_one_generated_token_has_no_time_between_tokens(ask: Ask, small_settings: Callable[..., Settings]) -> None:
+    settings = small_settings("workload=generate", "new_tokens=1", "prompt_tokens=4").resolved("cpu")
+    ask("open", config=settings.to_dict())
+    ask("enter", workload="generate", runtime="eager", cell="baseline")
+    ask("prepare", cell="baseline", copy=0)
+    (sample,) = ask("visit", cell="baseline", copy=0, repeats=1)["samples"]
+    assert sample["latency_s"] > 0
+    assert sample.get("tpot_s") is None
+
+
+def test_parameters_and_costs_are_the_models(opened: Ask) -> None:
+    plain, tied = opened("parameters", cell="baseline"), opened("parameters", cell="tie")
+    embedding = 512 * 64
+    assert plain["num_parameters"] - tied["num_parameters"] == embedding
+    assert plain["num_unique_parameters"] == tied["num_unique_parameters"] == tied["num_parameters"]
+    assert plain["parameter_bytes"] == 4 * plain["num_parameters"]
+    assert opened("cost", cell="tie", workload="prefill")["flops"] > 0
+
+
+def test_a_true_cell_passes_the_gate(opened: Ask) -> None:
+    verdict = opened("verify", cell="flash+tie")
+    assert verdict["equivalent"] is True
+    assert verdict["reason"] is None
+
+
+def test_evidence_names_what_ran(opened: Ask) -> None:
+    evidence = opened("evidence", cell="flash", workload="prefill", runtime="eager")
+    assert (evidence["workload"], evidence["runtime"]) == ("prefill", "eager")
+    assert evidence["kernel_launches"] == sum(evidence["kernels"].values()) > 0
+    assert evidence["tied_storage"] is False
+
+
+@pytest.fixture
+def overflowing(tmp_path: Path, settings: Settings) -> Settings:
+    """A checkpoint whose numbers are finite and whose logits are not."""
+    shape = settings.model
+    weights = {name: tensor.clone() for name, tensor in load_weights("random", shape).items()}
+    weights["model.layers.0.mlp.up_proj.weight"].fill_(1e38)
+    weights.pop("lm_head.weight", None)
+    save_file(weights, tmp_path / "model.safetensors")
+    names = {"vocab_size": "vocab_size", "num_layers": "num_hidden_layers", "emb_dim": "hidden_size"}
+    names |= {"num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
+    names |= {"hidden_dim": "intermediate_size", "context_length": "max_position_embeddings"}
+    names |= {"rms_norm_eps": "rms_norm_eps", "tie_word_embeddings": "tie_word_embeddings"}
+    config = {theirs: getattr(shape, ours) for ours, theirs in names.items()}
+    config |= {"rope_theta": shape.rope_base, "hidden_act": "silu", "model_type": "qwen3"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return replace(settings, weights=str(tmp_path))
+
+
+def test_logits_that_are_not_finite_are_never_timed(ask: Ask, overflowing: Settings) -> None:
+    ask("open", config=overflowing.to_dict())
+    ask("enter", workload="prefill", runtime="eager", cell="baseline")
+    with pytest.raises(CellFailure, match="logits are not finite") as caught:
+        ask("prepare", cell="baseline", copy=0)
+    assert caught.value.status == "invalid"
+    with pytest.raises(CellFailure):  # it was not made ready
+        ask("visit", cell="baseline", copy=0, repeats=1)
+
+
+def test_what_cannot_be_loaded_is_refused_as_the_users(ask: Ask, settings: Settings, tmp_path: Path) -> None:
+    ask("open", config=replace(settings, weights=str(tmp_path / "none")).to_dict())
+    with pytest.raises(UserError, match="none"):
+        ask("load", cells=["baseline"])
+
+
+def test_errors_become_a_status_and_one_line() -> None:
+    assert failure(UserError("name another")) == {"status": "refused", "reason": "name another"}
+    assert failure(ValueError("two\n  lines")) == {"status": "crashed", "reason": "ValueError: two lines"}
+    assert failure(MemoryError())["status"] == "oom"
+    assert failure(torch.cuda.OutOfMemoryError("CUDA out of memory"))["status"] == "oom"
+    assert failure(RuntimeError("DefaultCPUAllocator: can't allocate"))["status"] == "oom"
+    assert len(failure(RuntimeError("x" * 10_000))["reason"]) < 600
+
+
+def test_an_answer_that_is_no_json_is_a_failure_and_the_worker_lives_on(worker: Worker) -> None:
+    worker.op_odd = lambda: {"latency_s": float("nan")}  # type: ignore[attr-defined]
+    replies = io.BytesIO()
+    requests = protocol.encode({"op": "odd"}) + protocol.encode({"op": "probe", "device": "cpu"})
+    serve(io.BytesIO(requests), replies, worker)
+    odd, probe = replies.getvalue().splitlines()
+    with pytest.raises(CellFailure, match="JSON compliant"):
+        protocol.answer(odd, "odd")
+    assert protocol.answer(probe, "probe") == {"device": "cpu"}
+
+
+# On a real card
+
+FAULTY = """
+import sys, torch
+from qwen3bench.bench import worker
+real = worker.Worker.op_prepare
+
+def prepare(self, cell, copy):
+    if cell == "flash":
+        if sys.argv[1] == "assert":  # an index outside, noticed on the device
+            table = torch.zeros(4, 4, device="cuda")
+            torch.nn.functional.embedding(torch.tensor([10**6], device="cuda"), table).sum().item()
+        keep = [torch.empty(2**30, dtype=torch.uint8, device="cuda") for _ in range(10**6)]
+    return real(self, cell, copy)
+
+worker.Worker.op_prepare = prepare
+worker.main()
+"""
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("fault", "status", "reason"), [("memory", "oom", "memory"), ("assert", "crashed", "assert")])
+def test_a_fault_on_the_card_costs_its_cell_alone(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    small_settings: Callable[..., Settings],
+    fault: str,
+    status: str,
+    reason: str,
+) -> None:
+    from qwen3bench.analysis.run import load_run
+    from qwen3bench.bench import run as run_module
+
+    monkeypatch.setattr(run_module, "write_report", lambda run: None)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    settings = replace(small_settings("design=full", "opt=flash,tie"), device="cuda", dir=tmp_path / "run")
+    command = (sys.executable, "-c", FAULTY, fault)
+    assert run_module.run(settings, lambda log: WorkerProcess(log, command)) == 3
+    run = load_run(tmp_path / "run")
+    assert dict(zip(run.cells["cell"], run.cells["status"], strict=True)) == {
+        "baseline": "ok",
+        "flash": status,
+        "tie": "ok",
+        "flash+tie": "ok",
+    }
+    (line,) = run.record.of("failure")
+    assert reason in line["reason"]
+    if status == "oom":
+        assert line["peak_allocated_bytes"] > 2**30
+
+
+@pytest.mark.cuda
+def test_memory_is_the_cells_own(ask: Ask, settings: Settings) -> None:
+    ask("open", config=replace(settings, device="cuda").to_dict())
+    plain, tied = (ask("memory", cell=cell, workload="decode", runtime="eager") for cell in ("baseline", "tie"))
+    assert plain["peak_allocated_bytes"] - tied["peak_allocated_bytes"] == 4 * 512 * 64
+    assert plain["peak_reserved_bytes"] >= plain["peak_allocated_bytes"] > 0
+    assert plain["cache_bytes"] == tied["cache_bytes"] > 0

@@ -1,0 +1,217 @@
+"""The documents say what is so: commands work, links lead somewhere, shown files are the real ones."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qwen3bench import aa, compare, describe, report, verify
+from qwen3bench.analysis.cells import columns
+from qwen3bench.analysis.run import EFFECT_COLUMNS
+from qwen3bench.cli import main
+from qwen3bench.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "results" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FIVE = ["flash", "tie", "mlp", "mask", "norm"]
+FIRST_RUN = "+opt=flash,tie model=tiny measure=quick measure.max_seconds=1 measure.min_blocks=1"
+
+
+def fences(text: str, language: str) -> list[str]:
+    return [body for kind, body in FENCE.findall(text) if kind == language]
+
+
+def spans(text: str) -> list[str]:
+    """The code inside lines."""
+    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", FENCE.sub("", text))]
+
+
+def commands() -> list[str]:
+    """Every command that a document shows, once."""
+    found = []
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        found += [line for body in fences(text, "sh") for line in body.splitlines() if line.strip()]
+        found += [code for code in spans(text) if code.startswith(("make ", "python -m "))]
+    return list(dict.fromkeys(shlex.join(shlex.split(line, comments=True)) for line in found))
+
+
+def reads_a_run(command: str) -> bool:
+    return command.startswith(("python -m qwen3bench.report ", "python -m qwen3bench.compare "))
+
+
+@pytest.fixture
+def make() -> Callable[[list[str]], None]:
+    """Asks make what it would do."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+
+    def ask(words: list[str]) -> None:
+        if shutil.which("make") is None:
+            pytest.skip("make is not installed")
+        subprocess.run(["make", "-n", *words], cwd=ROOT, env=environment, check=True, capture_output=True, timeout=60)
+
+    return ask
+
+
+@pytest.mark.parametrize("command", [command for command in commands() if not reads_a_run(command)])
+def test_a_command_works(
+    command: str, make: Callable[[list[str]], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Make's targets exist, runs compose and fit the device, and what is quick on a tiny model is done."""
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command)
+    runs: list[Settings] = []
+
+    def note(settings: Settings, count: int = 0) -> int:
+        runs.append(settings.resolved("cuda"))
+        return 0
+
+    if words[0] == "make":
+        make(words[1:])
+        return
+    assert words[:2] == ["python", "-m"], "a test of this kind of command is missing"
+    module, arguments = words[2], words[3:]
+    if module == "qwen3bench":
+        assert main(arguments, run=note) == 0
+        assert bool(runs) != bool({"--help", "--cfg"} & set(arguments))
+    elif not arguments:
+        assert find_spec(module) is not None
+    elif module == "qwen3bench.aa":
+        monkeypatch.setattr(aa, "measure", note)
+        assert aa.main(arguments) == 0
+        assert len(runs) == 1
+    else:
+        assert {"qwen3bench.describe": describe, "qwen3bench.verify": verify}[module].main(arguments) == 0
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory in which the first command of the README has run, on a tiny model and briefly."""
+    assert "python -m qwen3bench +opt=flash,tie" in commands()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "qwen3bench", *FIRST_RUN.split()]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    results = tmp_path / "results"
+    run = (results / "latest").resolve()
+    for name in ("before", "after", "reference/NAME"):
+        shutil.copytree(run, results / name)
+    monkeypatch.chdir(tmp_path)
+    yield run
+
+
+def test_the_first_command_and_all_that_reads_a_run(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    promised = re.findall(r"^\| (`.*?) \| ", README.partition("## A run's directory")[2], re.MULTILINE)
+    names = [name for line in promised for name in spans(line)]
+    assert names[0] == "samples.jsonl"
+    assert len(names) >= 8
+    for name in names:
+        assert (measured / name).exists(), name
+    done = [command for command in commands() if reads_a_run(command)]
+    assert len(done) >= 3
+    for command in done:
+        module, *arguments = shlex.split(command)[2:]
+        entry = {"qwen3bench.report": report.main, "qwen3bench.compare": compare.main}[module]
+        assert entry(arguments) == 0, command
+    assert (measured.parent / "both" / "report.html").is_file()
+    (snippet,) = fences(README, "python")
+    capsys.readouterr()
+    exec(compile(snippet, "README.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert "flash+tie" in said
+    assert "verdict" in said
+
+
+def anchors(text: str) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_and_paths_lead_somewhere(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", text)):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+    for code in spans(text):
+        if re.fullmatch(r"(qwen3bench|configs|tests|docs|notebooks|\.ci)/[\w./-]*", code):
+            assert (ROOT / code).exists(), code
+
+
+def test_the_layout_is_the_trees() -> None:
+    (tree,) = fences(README, "")
+    package = False
+    seen = []
+    for line in tree.splitlines():
+        name = line.split()[0]
+        package = package if line.startswith(" ") else name == "qwen3bench/"
+        seen.append(f"qwen3bench/{name}" if package and line.startswith(" ") else name)
+        more = re.findall(r"\b\w+\.py\b", line.partition(name)[2])
+        seen += [f"qwen3bench/{other}" for other in more]
+    assert len(seen) >= 15
+    assert [name for name in seen if not (ROOT / name).exists()] == []
+    packages = {f"qwen3bench/{init.parent.name}/" for init in (ROOT / "qwen3bench").glob("*/__init__.py")}
+    assert packages <= set(seen)
+
+
+def test_shown_files_are_the_real_ones() -> None:
+    text = (ROOT / "docs" / "add-an-optimization.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^`([\w./-]+)`:\n\n```\w+\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert [name for name, _ in shown] == ["qwen3bench/opt/qkv.py", "configs/opt/qkv.yaml", "tests/opt/test_qkv.py"]
+    for name, body in shown:
+        assert body == (ROOT / name).read_text(encoding="utf-8"), f"{name} changed; show it as it is"
+
+
+def test_named_tests_of_the_snippets_exist() -> None:
+    source = (ROOT / "tests" / "test_seed_snippets.py").read_text(encoding="utf-8")
+    section = README.partition("## Snippets that do not run")[2].partition("\n## ")[0]
+    named = [code for code in spans(section) if code.startswith("test_")]
+    assert len(named) >= 9
+    assert [name for name in named if f"def {name}(" not in source] == []
+
+
+def test_listed_columns_are_those_of_the_tables() -> None:
+    text = (ROOT / "docs" / "reading-the-numbers.md").read_text(encoding="utf-8").partition("## Columns")[2]
+    cells, effects = (text.partition(f"`{name}`: ")[2].partition("\n\n")[0] for name in ("cells.csv", "effects.csv"))
+    of_factors = set(FIVE)
+    assert {*spans(cells.partition(". A peer")[0])} == {c for c in columns(FIVE) if c not in of_factors}
+    assert {*spans(re.sub(r"\([^)]*\)", "", effects))} == set(EFFECT_COLUMNS)
+
+
+def test_the_place_of_the_results_is_marked_once() -> None:
+    assert README.count("<!-- results -->") == README.count("<!-- /results -->") == 1
+    assert README.index("<!-- results -->") < README.index("<!-- /results -->")
+
+
+def test_version_and_license_are_the_same_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert citation["version"] == project["version"]
+    assert f"## [{project['version']}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert citation["license"] == project["license"] == "MIT"
+    assert (ROOT / "LICENSE").read_text(encoding="utf-8").startswith("MIT License\n")
