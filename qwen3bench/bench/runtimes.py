@@ -88,6 +88,7 @@ class CompileRuntime(Runtime):
     """
 
     name: str = "compile"
+    inductor: dict[str, Any] = field(default_factory=dict)  # its options (torch._inductor.config)
     warm_ups: int = 3  # the first compiles; in `generate` a second length makes lengths symbolic
 
     def __post_init__(self) -> None:
@@ -99,7 +100,7 @@ class CompileRuntime(Runtime):
 
     def prepare_model(self, model: Decoder) -> None:
         blocks = list(model.compile_units)
-        compiled = torch.compile(_own_copy(type(blocks[0]).forward), fullgraph=True)
+        compiled = torch.compile(_own_copy(type(blocks[0]).forward), fullgraph=True, options=self.inductor)
         for block in blocks:
             block.forward = types.MethodType(compiled, block)
 
@@ -128,13 +129,14 @@ class CompiledGraphRuntime(CompileRuntime):
         return self._graphs.prepare(step)
 
 
-def make_runtime(name: str, device: torch.device) -> Runtime:
-    """The runtime of that name on `device`. Raises `UserError` where it does not exist there."""
-    if name == "eager":
-        return Runtime(device)
-    if name == "graph":
-        return GraphRuntime(device)
-    return CompiledGraphRuntime(device) if device.type == "cuda" else CompileRuntime(device)
+def make_runtime(name: str, device: torch.device, **options: Any) -> Runtime:
+    """The runtime of that name on `device`, with the options of its YAML file.
+
+    Raises `UserError` where it does not exist there.
+    """
+    kinds: dict[str, type[Runtime]] = {"eager": Runtime, "graph": GraphRuntime}
+    compiled = CompiledGraphRuntime if device.type == "cuda" else CompileRuntime
+    return kinds.get(name, compiled)(device, **options)
 
 
 def _own_copy(function: Any) -> types.FunctionType:

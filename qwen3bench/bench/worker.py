@@ -38,7 +38,7 @@ from qwen3bench.settings import Settings, settings_from
 FAST_S = 0.05  # what is launched once more rather than trusted at once
 
 
-class InvalidCell(Exception):
+class InvalidCell(Exception):  # noqa: N818
     """A cell that runs and must not be measured, with the reason."""
 
 
@@ -138,7 +138,7 @@ class Worker:
         inputs = Workload(self._size(workload), model, s.seed)
         torch.cuda.empty_cache()  # making the weights needed more for a moment than keeping them does
         torch.cuda.reset_peak_memory_stats(self.device)
-        launches = self._launches(make_runtime(runtime, self.device), model, inputs)
+        launches = self._launches(self._make_runtime(runtime), model, inputs)
         for launch in launches:
             launch()
         torch.cuda.synchronize(self.device)
@@ -164,7 +164,7 @@ class Worker:
         if self._workload is None or self._workload.size.name != workload:
             self._workload = Workload(self._size(workload), model, self.settings.seed)
         forget_compilations()
-        launches = self._launches(make_runtime(runtime, self.device), model, self._workload)
+        launches = self._launches(self._make_runtime(runtime), model, self._workload)
         for launch in launches:  # what happens only the first time is not what is timed
             launch()
         return collect(model, self._workload, runtime, launches)
@@ -179,7 +179,7 @@ class Worker:
     def op_enter(self, workload: str, runtime: str, cell: str = BASELINE) -> dict[str, Any]:
         """Begin timing cells of one workload in one runtime; `cell` fills the cache where there is one."""
         self.op_release()
-        self._runtime = make_runtime(runtime, self.device)
+        self._runtime = self._make_runtime(runtime)
         self._workload = Workload(self._size(workload), self._on_bank(cell), self.settings.seed)
         return {}
 
@@ -237,6 +237,9 @@ class Worker:
 
     def _opts(self, cell: Cell) -> dict[str, dict[str, Any]]:
         return {name: self.settings.opts.get(name, {}) for name in cell}
+
+    def _make_runtime(self, name: str) -> Runtime:
+        return make_runtime(name, self.device, **self.settings.runtimes[name])
 
     def _size(self, workload: str) -> WorkloadSize:
         sizes = self.settings.workloads[workload]
