@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 
 from qwen3bench.choices import choices, config_dir, nearest
 from qwen3bench.errors import UserError
-from qwen3bench.settings import Settings, settings_from
+from qwen3bench.settings import Settings, settings_from, with_checkpoint_shape
 
 SEVERAL = ("opt", "workload", "runtime", "peer")  # groups that take several options
 _NAMES = re.compile(
@@ -48,7 +48,7 @@ def compose(argv: Sequence[str] | None = None) -> Settings:
         raise UserError(f"{overrides[0]} is not an option here; give KEY=VALUE, as in `model=tiny`")
     with _plain_errors(), hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
         config = hydra.compose("config", overrides)
-    return settings_from(config)
+    return with_checkpoint_shape(settings_from(config))
 
 
 def guarded(action: Callable[[], int]) -> int:
@@ -126,7 +126,7 @@ def _job_settings(config: DictConfig) -> Settings:
         print(f"#{job.job.num}: {' '.join(job.overrides.task)}", flush=True)
         directory = config.get("run", {}).get("dir")
         config.run.dir = str(Path(directory) / str(job.job.num)) if directory else job.runtime.output_dir
-    return settings_from(config)
+    return with_checkpoint_shape(settings_from(config))
 
 
 def _printable(text: str) -> str:

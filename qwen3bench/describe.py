@@ -18,7 +18,6 @@ from typing import Any
 from qwen3bench.cli import compose, guarded
 from qwen3bench.errors import UserError
 from qwen3bench.model.config import ModelConfig
-from qwen3bench.settings import Settings
 
 _RULE = "=" * 50
 _GIB = 2**30
@@ -67,18 +66,10 @@ def _run(arguments: Sequence[str]) -> int:
         print((__doc__ or "").strip())
         return 0
     settings = compose(arguments)
-    print(describe(_shape(settings), settings.opts))
-    return 0
-
-
-def _shape(settings: Settings) -> ModelConfig:
-    """The model's shape: the checkpoint's where one is named, else the one composed."""
-    if settings.weights == "random":
-        return settings.model
-    directory = Path(settings.weights).expanduser()
-    if not directory.is_dir():
+    if settings.weights != "random" and not Path(settings.weights).expanduser().is_dir():
         raise UserError(f"weights={settings.weights}: no such directory; give a checkpoint's, or a size: model=8b")
-    return ModelConfig.from_pretrained(directory)
+    print(describe(settings.model, settings.opts))
+    return 0
 
 
 if __name__ == "__main__":

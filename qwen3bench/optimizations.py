@@ -44,9 +44,10 @@ def resolve(opts: Iterable[str] | Mapping[str, Mapping[str, Any]]) -> dict[str, 
     resolved: dict[str, Callable[[Any], Any]] = {}
     for name in sorted(given, key=choices("opt").index):
         defaults, asked = _options(declarations[name]), _options(given[name])
+        target = given[name].get("_target_", declarations[name]["_target_"])
         if unknown := sorted(set(asked) - set(defaults)):
             raise UserError(f"{name} has no option {', '.join(unknown)}; it has: {', '.join(defaults) or 'none'}")
-        resolved[name] = partial(get_method(declarations[name]["_target_"]), **{**defaults, **asked})
+        resolved[name] = partial(get_method(target), **{**defaults, **asked})
     return resolved
 
 

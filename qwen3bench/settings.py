@@ -164,6 +164,17 @@ class Settings:
         }
 
 
+def with_checkpoint_shape(settings: Settings) -> Settings:
+    """These settings with the model's shape from config.json where the weights are a local directory.
+
+    Raises `UserError` where that file is missing or no Qwen3's.
+    """
+    directory = Path(settings.weights).expanduser()
+    if settings.weights == "random" or not directory.is_dir():
+        return settings
+    return replace(settings, model=ModelConfig.from_pretrained(directory))
+
+
 def settings_from(config: DictConfig | Mapping[str, Any]) -> Settings:
     """The settings that a composed config describes.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import numpy as np
@@ -25,7 +26,7 @@ def run_dir(tmp_path: Path) -> Path:
     """A run in which flash is worth 1.25× and tie nothing, with its tables."""
     rng = np.random.default_rng(0)
     where = {"workload": "prefill", "runtime": "eager", "attempt": 0}
-    lines = [
+    lines: list[dict[str, Any]] = [
         {
             "type": "run",
             "config": {"batch_size": 1, "prompt_tokens": 8, "analysis": {"band": 0.01, "confidence": 0.95}},

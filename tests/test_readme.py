@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -103,7 +103,7 @@ def test_a_command_works(
 
 
 @pytest.fixture
-def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory in which the first command of the README has run, on a tiny model and briefly."""
     assert "python -m qwen3bench +opt=flash,tie" in commands()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -115,7 +115,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in ("before", "after", "reference/NAME"):
         shutil.copytree(run, results / name)
     monkeypatch.chdir(tmp_path)
-    yield run
+    return run
 
 
 def test_the_first_command_and_all_that_reads_a_run(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,7 +38,7 @@ from qwen3bench.settings import Settings, settings_from
 FAST_S = 0.05  # what is launched once more rather than trusted at once
 
 
-class InvalidCell(Exception):  # noqa: N818
+class InvalidCell(Exception):
     """A cell that runs and must not be measured, with the reason."""
 
 
