@@ -1,4 +1,4 @@
-"""`python -m qwen3bench.verify [+opt=…] [model=…] [design=…]`: the equivalence gate alone."""
+"""`python -m qwen3bench.verify [+opt=…] [model=…] [design=…] [+peer=transformers]`: the equivalence gate alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from qwen3bench.bench.design import label
+from qwen3bench.bench.design import cell_of
 from qwen3bench.cli import compose, guarded
 from qwen3bench.errors import UserError
 from qwen3bench.settings import Settings
@@ -33,6 +33,7 @@ def verify(settings: Settings) -> int:
     import torch  # late: mistakes on the command line need no torch
 
     from qwen3bench.bench.equivalence import Gate
+    from qwen3bench.bench.peers import is_peer, judge_peer
 
     device = settings.device
     if device == "auto":
@@ -48,8 +49,8 @@ def verify(settings: Settings) -> int:
         f"{model.name} on {device}: {judged.num_layers} of {model.num_layers} layers, "
         f"{judged.vocab_size} of {model.vocab_size} tokens; errors as multiples of the baseline's"
     )
-    cells = settings.cells
-    width = max(len(label(cell)) for cell in cells)
+    cells = settings.labels
+    width = max(map(len, cells))
     columns = ["float32 max", "float32 rms"]
     if dtype is not torch.float32:
         columns += [f"{settings.dtype} max", f"{settings.dtype} rms"]
@@ -57,9 +58,9 @@ def verify(settings: Settings) -> int:
     print("  ".join([f"{'cell':{width}}", "verdict ", *columns]))
     failed = 0
     for number, cell in enumerate(cells, start=1):
-        _progress(f"judging {label(cell)} ({number} of {len(cells)})")
+        _progress(f"judging {cell} ({number} of {len(cells)})")
         try:
-            verdict = gate.check(cell)
+            verdict = judge_peer(gate, cell) if is_peer(cell) else gate.check(cell_of(cell))
         except torch.cuda.OutOfMemoryError:
             verdict = {
                 "equivalent": False,
@@ -71,7 +72,7 @@ def verify(settings: Settings) -> int:
         values = [verdict["checks"].get(column.replace(" ", "_") + "_ratio") for column in columns[:-2]]
         values += [verdict.get("kl_mean"), verdict.get("top1_agreement")]
         shown = [f"{_shown(value):>{len(column)}}" for value, column in zip(values, columns, strict=True)]
-        print("  ".join([f"{label(cell):{width}}", "ok      " if verdict["equivalent"] else "DIFFERS ", *shown]))
+        print("  ".join([f"{cell:{width}}", "ok      " if verdict["equivalent"] else "DIFFERS ", *shown]))
         if verdict["reason"]:
             print(f"  {verdict['reason']}")
     print(

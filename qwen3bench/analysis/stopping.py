@@ -41,18 +41,18 @@ def half_widths(
     if cells == [BASELINE]:
         alone = clustered_mean(log_s[:, 0], matrix.process)
         return {BASELINE: _relative(float(alone.half_width(confidence)), float(alone.df))}
-    codes = factor_columns(cells, factors)
-    own = ~codes.isna().any(axis=1).to_numpy()
-    order = np.lexsort(codes.to_numpy()[own].T)
-    chosen = np.flatnonzero(own)[order]
-    plan = contrasts(tuple(factors), tuple(tuple(int(v) for v in row) for row in codes.to_numpy()[chosen]))
-    mains = plan.matrix[: len(factors)]
-    if not np.isnan(mains).any():
-        found = clustered(log_s[:, chosen], matrix.process, mains)
-        names = [term_name(t, factors) for t in plan.terms[: len(factors)]]
-    else:
-        names = [c for c in cells if c != BASELINE]
-        found = matrix.log_ratios(BASELINE, names)
+    names = [cell for cell in cells if cell != BASELINE]
+    found = matrix.log_ratios(BASELINE, names)
+    if factors:
+        codes = factor_columns(cells, factors)
+        own = ~codes.isna().any(axis=1).to_numpy()
+        order = np.lexsort(codes.to_numpy()[own].T)
+        chosen = np.flatnonzero(own)[order]
+        plan = contrasts(tuple(factors), tuple(tuple(int(v) for v in row) for row in codes.to_numpy()[chosen]))
+        mains = plan.matrix[: len(factors)]
+        if not np.isnan(mains).any():
+            found = clustered(log_s[:, chosen], matrix.process, mains)
+            names = [term_name(t, factors) for t in plan.terms[: len(factors)]]
     # A term that stands on its own variance has few degrees of freedom, and a wide interval that says so; whether
     # variances are known at all is told by those that are pooled.
     df = float(np.max(found.df))

@@ -31,7 +31,7 @@ from qwen3bench.reporting.terminal import terminal_summary
 from qwen3bench.settings import Settings, settings_from
 
 RESULTS = Path("results")
-_PLAIN_PATH = re.compile(r"(?=[^/]*/)[A-Za-z_/][\w./-]*")
+_PLAIN_PATH = re.compile(r"(?!(?i:null|true|false|inf|nan)$)[A-Za-z_/][\w./-]*", re.ASCII)
 _MOST_KEYS = 6  # named where a config changed
 
 
@@ -179,7 +179,8 @@ def _refuse_changed(done: Record, settings: Settings, identity: dict[str, Any], 
         return
     keys = config_differences(done.run["config"], settings.to_dict())
     words = [f"the configuration ({'; '.join(keys)})" if keys and w == "the configuration" else w for w in changed]
-    advice = f"or continue it as it was with {_override('resume', directory)} alone" if keys else ""
+    only_keys = keys and len(changed) == 1
+    advice = f"or continue it as it was with {_override('resume', directory)} alone" if only_keys else ""
     raise UserError(
         f"{directory}: cannot be continued, as {', '.join(words)} changed since it began\n"
         f"start a new run with another run.dir {advice}".rstrip()
@@ -223,9 +224,9 @@ def _override(key: str, path: Path) -> str:
     """KEY=PATH as the shell, Hydra and OmegaConf want it quoted."""
     text = str(path)
     if not _PLAIN_PATH.fullmatch(text):
-        text = re.sub(r"(\\*)'", r"\1\1\\'", text.replace("${", r"\${"))
-        text += "\\" * (len(text) - len(text.rstrip("\\")))
-        text = f"'{text}'"
+        # Hydra takes backslashes literally but before its own quote; OmegaConf reads ${…}.
+        text = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + ('\\"' if m[2] else ""), text).replace("${", "\\${")
+        text = f'"{text}"'
     return shlex.quote(f"{key}={text}")
 
 

@@ -18,7 +18,7 @@ import pytest
 from qwen3bench.analysis.run import load_run
 from qwen3bench.bench import run as run_module
 from qwen3bench.bench.record import RecordWriter, read_record
-from qwen3bench.cli import main
+from qwen3bench.cli import compose, main
 
 Measure = Callable[..., Any]
 SOURCE = Path(__file__).parents[2]
@@ -133,6 +133,21 @@ def test_after_a_signal_the_handlers_are_those_of_before(measure: Measure) -> No
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+NAMES = ["results/2026-01-01_10-00-00-tiny", "r", "123", "1e5", "null", "True", "a b", "a'b", 'a"b', "a,b", "[a]", "é"]
+NAMES += ["k=v", "{a: b}", "${oc.env:HOME}", "$HOME", "back\\slash", 'both\\"', "end\\", "-m", "a#b", "~", "*"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_line_to_resume_names_any_directory(name: str) -> None:
+    line = run_module._resume_command(Path(name))
+    said = subprocess.run(["sh", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[:3] == ["python", "-m", "qwen3bench"]
+    (override,) = said.splitlines()[3:]
+    assert compose([override]).resume == Path(name).expanduser()
+    if name[0] == "r":
+        assert line == f"python -m qwen3bench resume={name}"
+
+
 # What may be continued
 
 
@@ -161,7 +176,8 @@ def test_another_config_is_refused_with_the_keys_that_differ(measure: Measure, b
     assert "the configuration (" in done.error
     assert "batch_size: 1 then, 3 now" in done.error
     assert "seed: 0 then, 5 now" in done.error
-    assert "flash" not in done.error
+    assert f"or continue it as it was with resume={broken.directory} alone" in done.error
+    assert "opt." not in done.error
     assert (broken.directory / "samples.jsonl").read_bytes() == before
 
 
