@@ -6,7 +6,8 @@ No module names an optimization; adding one takes its Python file and its YAML f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -26,7 +27,12 @@ def declared(name: str) -> dict[str, Any]:
         raise UserError(
             f"unknown optimization {name!r}; there are {', '.join(choices('opt'))}{nearest(name, choices('opt'))}"
         )
-    content = OmegaConf.to_container(OmegaConf.load(config_dir() / "opt" / f"{name}.yaml"))
+    return dict(_content(config_dir() / "opt" / f"{name}.yaml"))
+
+
+@cache
+def _content(path: Path) -> dict[str, Any]:
+    content = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
 

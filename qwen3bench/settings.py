@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -36,12 +37,13 @@ class Sizes:
 class Measure:
     """When to stop, and how the measuring is spread over processes, blocks and repeats.
 
-    `target` (relative 95 % half-width of a main effect) and `repeats` are None where the device decides.
+    `target` (relative 95 % half-width of a main effect), `max_seconds` and `repeats` (timed values of a
+    visit) are None where what is measured decides.
     """
 
     name: str
     target: float | None
-    max_seconds: float
+    max_seconds: float | None
     min_blocks: int
     max_blocks: int
     min_processes: int
@@ -131,7 +133,6 @@ class Settings:
             prompt_tokens=prompt_tokens,
             runtimes=runtimes,
             workloads=workloads,
-            measure=replace(self.measure, repeats=self.measure.repeats or (5 if kind == "cuda" else 1)),
         )
 
     def target(self, runtime: str) -> float:
@@ -139,6 +140,18 @@ class Settings:
         if self.measure.target is not None:
             return self.measure.target
         return 0.0025 if self.device.startswith("cuda") and runtime != "eager" else 0.01
+
+    def limit_s(self, blocks: int, processes: int) -> float:
+        """How many seconds of measuring are allowed, once so much is measured.
+
+        Unless `measure.max_seconds` says how many, it takes as long as it takes until there are intervals.
+        """
+        measure = self.measure
+        if measure.max_seconds is not None:
+            return measure.max_seconds
+        if blocks < measure.min_blocks or processes < measure.min_processes:
+            return math.inf
+        return 60.0 if self.device.startswith("cuda") else 3.0  # a CPU's noise does not yield to more blocks for long
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain data, for the record and config.yaml; `settings_from` takes it back."""
@@ -265,7 +278,7 @@ def _measure(section: Section) -> Measure:
     measure = Measure(
         name=section.text("name"),
         target=section.optional_number("target", below=1.0),
-        max_seconds=section.number("max_seconds"),
+        max_seconds=section.optional_number("max_seconds"),
         min_blocks=section.whole("min_blocks", least=1),
         max_blocks=section.whole("max_blocks", least=1),
         min_processes=section.whole("min_processes", least=1),

@@ -41,8 +41,7 @@ def half_widths(
     if cells == [BASELINE]:
         alone = clustered_mean(log_s[:, 0], matrix.process)
         return {BASELINE: _relative(float(alone.half_width(confidence)), float(alone.df))}
-    names = [cell for cell in cells if cell != BASELINE]
-    found = matrix.log_ratios(BASELINE, names)
+    found = None
     if factors:
         codes = factor_columns(cells, factors)
         own = ~codes.isna().any(axis=1).to_numpy()
@@ -53,6 +52,11 @@ def half_widths(
         if not np.isnan(mains).any():
             found = clustered(log_s[:, chosen], matrix.process, mains)
             names = [term_name(t, factors) for t in plan.terms[: len(factors)]]
+    if found is None and BASELINE in cells:
+        names = [cell for cell in cells if cell != BASELINE]
+        found = matrix.log_ratios(BASELINE, names)
+    if found is None:  # neither the main effects nor a speed-up can be told, however long it takes
+        return {}
     # A term that stands on its own variance has few degrees of freedom, and a wide interval that says so; whether
     # variances are known at all is told by those that are pooled.
     df = float(np.max(found.df))

@@ -6,6 +6,7 @@ replaced; its cell is recorded with a status and a reason, and the others go on.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from qwen3bench.errors import UserError
 from qwen3bench.settings import Settings
 
 Where = tuple[str, str]  # workload, runtime
+MEASURED_PER_SETUP = 0.25  # of the time that a process takes to be ready, at least so much again is measured in it
 QUIET_S = 120.0  # limit of a request that runs no model
 
 
@@ -51,6 +53,7 @@ class Campaign:
         done: Record | None = None,
         start_worker: Callable[[Path], WorkerProcess] = WorkerProcess,
         monitor: Monitor | None = None,
+        ready: WorkerProcess | None = None,
     ) -> None:
         self.settings = settings
         self.writer = writer
@@ -59,6 +62,7 @@ class Campaign:
         self._start_worker = start_worker
         self._stack = ExitStack()
         self._worker: WorkerProcess | None = None
+        self._ready = ready  # started before it is needed, as importing PyTorch takes seconds
         self._process = -1
         self._purpose = "check"
         self.labels = settings.labels
@@ -78,6 +82,8 @@ class Campaign:
         """
         with self._stack:
             self._check()
+            if any(not timing.stopped for timing in self.timings.values()):
+                self._ready = self._launched()  # the first timing process, while nothing is timed yet
             self._each_cell("parameters", "counting parameters")
             self._each_cell("verify", "verifying that every cell computes the baseline's function")
             if self.settings.device.startswith("cuda"):
@@ -162,17 +168,22 @@ class Campaign:
     def _time_in_process(self, where: Where) -> None:
         """Up to `blocks_per_process` blocks of one workload and runtime in the present worker."""
         measure, timing = self.settings.measure, self.timings[where]
+        started = time.monotonic()
         if not self._prepare(where):
             return
-        started_s = timing.measured_s
-        for _ in range(measure.blocks_per_process):
+        setup_s = time.monotonic() - started
+        before_s = timing.measured_s
+        for blocks in itertools.count(1):
             if not self._block(where):
                 return
             if reason := self._reason_to_stop(where):
                 self._stop(where, reason)
                 return
+            spent_s = timing.measured_s - before_s
+            # Kalibera & Jones, sec. 6: the dearer a process is to set up, the more is measured in each.
+            enough = blocks >= measure.blocks_per_process and spent_s >= MEASURED_PER_SETUP * setup_s
             # A share of the time for each process, or a slow device would never see a second one.
-            if timing.measured_s - started_s >= measure.max_seconds / measure.min_processes:
+            if enough or (measure.max_seconds and spent_s >= measure.max_seconds / measure.min_processes):
                 return
 
     def _prepare(self, where: Where) -> bool:
@@ -258,7 +269,7 @@ class Campaign:
                         {**sample, **visit, "repeat": repeat, "time": answer["time"]}
                         for repeat, sample in enumerate(answer["samples"])
                     ]
-                    if len(samples) != repeats:
+                    if repeats and len(samples) != repeats:
                         raise CellFailure("crashed", f"the worker answered {len(samples)} values, not {repeats}")
                     lines = [{**sample, "type": "sample"} for sample in samples]
                     self._append_answer(*lines, {"type": "visit", **visit, "samples": len(samples)})
@@ -294,7 +305,7 @@ class Campaign:
             len(timing.processes),
             timing.measured_s,
             target=self.settings.target(where[1]),
-            max_seconds=measure.max_seconds,
+            max_seconds=self.settings.limit_s(timing.blocks, len(timing.processes)),
             min_blocks=measure.min_blocks,
             min_processes=measure.min_processes,
             max_blocks=measure.max_blocks,
@@ -329,8 +340,11 @@ class Campaign:
         if not timing.blocks:
             return title
         a_block_s = timing.measured_s / timing.blocks
-        least = min(max(0, measure.min_blocks - timing.blocks) * a_block_s, measure.max_seconds - timing.measured_s)
-        most = measure.max_seconds - timing.measured_s
+        most = self.settings.limit_s(measure.min_blocks, measure.min_processes) - timing.measured_s
+        least = max(0, measure.min_blocks - timing.blocks) * a_block_s
+        if measure.max_seconds:
+            least = min(least, most)
+        most = max(least, most)
         return f"{title} ({duration(max(0, least))} to {duration(max(0, most))} left)"
 
     # Cells and their failures
@@ -428,7 +442,8 @@ class Campaign:
         if self._worker is None:
             started = time.monotonic()
             self._process = self._number()
-            self._worker = self._stack.enter_context(self._start_worker(self.writer.directory / "worker.log"))
+            self._worker = self._ready or self._launched()
+            self._ready = None
             try:
                 self._worker.ask("open", QUIET_S, config=self.settings.to_dict())
             except CellFailure as failure:  # no cell has run in it
@@ -444,6 +459,9 @@ class Campaign:
                 }
             )
         return self._worker
+
+    def _launched(self) -> WorkerProcess:
+        return self._stack.enter_context(self._start_worker(self.writer.directory / "worker.log"))
 
     def _number(self) -> int:
         """The number of the present worker, or of the next one."""

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -55,8 +55,8 @@ def run(
     measured = False
     try:
         with _signals(), RecordWriter(directory) as writer, reporter.running():
-            with _interruption_recorded(writer):
-                _campaign(settings, writer, reporter, start_worker, monitor).run()
+            with _interruption_recorded(writer), ExitStack() as workers:
+                _campaign(settings, writer, reporter, workers, start_worker, monitor).run()
                 writer.append({"type": "end", "status": "finished", "time": time.time()})
                 measured = True
             with reporter.stage("analysing and writing the report", 1):
@@ -112,6 +112,7 @@ def _campaign(
     settings: Settings,
     writer: RecordWriter,
     reporter: Reporter,
+    workers: ExitStack,
     start_worker: Callable[[Path], WorkerProcess],
     monitor: Monitor | None,
 ) -> Campaign:
@@ -127,7 +128,8 @@ def _campaign(
             settings = _recorded_settings(done, directory)
     elif settings.resume:
         raise UserError(f"resume={directory}: nothing is recorded there yet; begin again with run.dir={directory}")
-    with reporter.stage("starting a worker", 1), start_worker(directory / "worker.log") as worker:
+    with reporter.stage("starting a worker", 1):
+        worker = workers.enter_context(start_worker(directory / "worker.log"))
         try:
             settings = settings.resolved(worker.ask("probe", QUIET_S, device=settings.device)["device"])
             worker.ask("open", QUIET_S, config=settings.to_dict())
@@ -139,7 +141,7 @@ def _campaign(
     else:
         _refuse_changed(done, settings, identity, directory)
     writer.append({"type": "session", "command": sys.argv, "time": time.time()})
-    return Campaign(settings, writer, reporter, done, start_worker, monitor)
+    return Campaign(settings, writer, reporter, done, start_worker, monitor, ready=worker)
 
 
 def _begin(settings: Settings, writer: RecordWriter, identity: dict[str, Any]) -> None:

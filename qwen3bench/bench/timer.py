@@ -20,6 +20,10 @@ import torch
 MIN_VALUE_S = 1e-3  # 1,000 × the resolution of a CUDA event (about 0.5 µs to 1 µs), 10,000 × the host clock's
 
 
+VISIT_S = 20e-3  # what one visit's timed values fill, about: then blocks tell more than further values do
+MOST_REPEATS = 30
+
+
 @dataclass(frozen=True)
 class TimedValue:
     """One timed value: latency of all steps, and where there are several each step's own, in seconds."""
@@ -31,6 +35,11 @@ class TimedValue:
 def inner_repeats(estimate_s: float, min_value_s: float = MIN_VALUE_S) -> int:
     """How often work of `estimate_s` seconds is repeated inside one timed value."""
     return max(1, math.ceil(min_value_s / max(estimate_s, 1e-9)))
+
+
+def visit_repeats(value_s: float) -> int:
+    """How many timed values of `value_s` seconds one visit takes; a slow cell has one, as more blocks tell more."""
+    return max(1, min(MOST_REPEATS, int(VISIT_S / max(value_s, 1e-9))))
 
 
 def time_host(

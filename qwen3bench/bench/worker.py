@@ -27,7 +27,7 @@ from qwen3bench.bench.equivalence import Gate
 from qwen3bench.bench.evidence import collect, forget_compilations
 from qwen3bench.bench.peers import build_peer, is_peer, judge_peer, require_peer
 from qwen3bench.bench.runtimes import Runtime, make_runtime
-from qwen3bench.bench.timer import inner_repeats, time_device, time_host
+from qwen3bench.bench.timer import inner_repeats, time_device, time_host, visit_repeats
 from qwen3bench.bench.workloads import Workload, WorkloadSize
 from qwen3bench.errors import UserError
 from qwen3bench.model.build import build_model
@@ -48,7 +48,8 @@ class Prepared:
 
     model: Decoder
     launches: list[Callable[[], object]]
-    inner: int
+    inner: int  # launches inside one timed value
+    repeats: int  # timed values of a visit, unless the settings say how many
 
 
 class Worker:
@@ -195,17 +196,19 @@ class Worker:
         del logits
         self._runtime.compile_s = None
         launches = self._launches(self._runtime, model, self._workload)
-        self._prepared[cell, copy] = Prepared(model, launches, self._inner(launches))
+        estimate_s = self._estimate(launches)
+        inner = inner_repeats(estimate_s) if len(launches) == 1 else 1
+        self._prepared[cell, copy] = Prepared(model, launches, inner, visit_repeats(estimate_s * inner))
         return {"compile_s": self._runtime.compile_s}
 
-    def op_visit(self, cell: str, copy: int, repeats: int) -> dict[str, Any]:
-        """One visit: an untimed launch, then `repeats` timed values, in seconds."""
+    def op_visit(self, cell: str, copy: int, repeats: int | None) -> dict[str, Any]:
+        """One visit: an untimed launch, then `repeats` timed values (None: as the cell's latency asks), in seconds."""
         prepared = self._prepared[cell, copy]
         for launch in prepared.launches:
             launch()
         self._synchronize()
         started = time.time()
-        values = self._time(prepared.launches, repeats, prepared.inner)
+        values = self._time(prepared.launches, repeats or prepared.repeats, prepared.inner)
         samples = []
         for value in values:
             sample: dict[str, Any] = {"latency_s": value.latency_s}
@@ -263,14 +266,12 @@ class Worker:
             return time_device(launches, repeats, inner)
         return time_host(launches, repeats, inner, self._synchronize)
 
-    def _inner(self, launches: Sequence[Callable[[], object]]) -> int:
-        """Launches inside one timed value; where there are several steps each is timed once."""
-        if len(launches) > 1:
-            return 1
+    def _estimate(self, launches: Sequence[Callable[[], object]]) -> float:
+        """About how long one timed value takes, in seconds."""
         estimate_s = self._time(launches, repeats=1, inner=1)[0].latency_s
         if estimate_s < FAST_S:  # the first launch of a graph also uploads it
             estimate_s = min(estimate_s, self._time(launches, repeats=1, inner=1)[0].latency_s)
-        return inner_repeats(estimate_s)
+        return estimate_s
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -325,6 +326,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: None)
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    gc.freeze()  # what imports made stays; collecting between cells need not look at it
     serve(sys.stdin.buffer, replies, Worker())
 
 

@@ -75,7 +75,7 @@ class FakeWorker:
         for name in cell.split("+"):
             true_s *= EFFECT.get(name, 1.0)
         samples = []
-        for _ in range(repeats):
+        for _ in range(repeats or 1):
             sample = {"latency_s": true_s * self.random.lognormvariate(0, 0.002)}
             if self.workload == "generate":
                 sample |= {"ttft_s": 0.004, "tpot_s": 0.001, "itl_s": [0.001, 0.001]}
