@@ -24,7 +24,7 @@ for line in sys.stdin:
 """
 FACTORS = ("flash", "tie")
 SMALL = ["campaigns=1", "opt=flash", "measure.min_processes=1", "measure.min_blocks=6", "measure.max_blocks=6"]
-SMALL += ["measure.blocks_per_process=6", "prompt_tokens=4", "seed=7"]
+SMALL += ["measure.blocks_per_process=6", "measure.repeats=1", "prompt_tokens=4", "seed=7"]
 
 
 def _outcome(campaign: int, p: float) -> Outcome:

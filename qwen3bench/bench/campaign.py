@@ -127,6 +127,9 @@ class Campaign:
                     if pass_ == "verify" and not answer["equivalent"]:
                         reason = answer.get("reason") or "no reason given"
                         self._fail(pass_, cell, CellFailure("not_equivalent", reason))
+                    if pass_ == "evidence" and (again := answer.get("recompiles")):
+                        reason = f"compiled {again} more graphs after its warm-up, so a latency may hold a compilation"
+                        self._fail(pass_, cell, CellFailure("invalid", reason), **where)
 
     def _ceilings(self) -> None:
         """What the device can reach, and the least that each cell asks of it."""

@@ -80,7 +80,7 @@ def collect(
     compiled = runtime == "compile"
     steps = workload.steps(model)
     ends = sorted({0, len(steps) - 1})
-    before = _compiled_graphs() if compiled else 0
+    before = compiled_graphs() if compiled else 0
     on_cpu = device.type == "cpu"
     kernels: list[Counter[str]] = [Counter() if on_cpu else _kernels((launches or steps)[i]) for i in ends]
     backends, last = [], Counter[str]()
@@ -100,7 +100,7 @@ def collect(
         "kernel_launches": sum(last.values()) or None,
         "tied_storage": model.out_head.weight.data_ptr() == model.tok_emb.weight.data_ptr(),
         "graph_breaks": _graph_breaks() if compiled else None,
-        "recompiles": _compiled_graphs() - before if compiled else None,
+        "recompiles": compiled_graphs() - before if compiled else None,
         "kernels": dict(sorted(last.items(), key=lambda item: (-item[1], item[0]))),
         "notes": notes,
     }
@@ -204,7 +204,8 @@ def _unknown_attention(kernels: Iterable[Mapping[str, int]]) -> list[str]:
     ]
 
 
-def _compiled_graphs() -> int:
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made since `forget_compilations`."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 

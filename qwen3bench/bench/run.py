@@ -140,7 +140,8 @@ def _campaign(
         _begin(settings, writer, identity)
     else:
         _refuse_changed(done, settings, identity, directory)
-    writer.append({"type": "session", "command": sys.argv, "time": time.time()})
+    command = ["python", "-m", "qwen3bench", *sys.argv[1:]]
+    writer.append({"type": "session", "command": command, "time": time.time()})
     return Campaign(settings, writer, reporter, done, start_worker, monitor, ready=worker)
 
 

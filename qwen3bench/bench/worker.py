@@ -24,9 +24,9 @@ from qwen3bench.bench.costs import cell_cost
 from qwen3bench.bench.design import BASELINE, Cell, cell_of
 from qwen3bench.bench.environment import environment, fingerprint
 from qwen3bench.bench.equivalence import Gate
-from qwen3bench.bench.evidence import collect, forget_compilations
+from qwen3bench.bench.evidence import collect, compiled_graphs, forget_compilations
 from qwen3bench.bench.peers import build_peer, is_peer, judge_peer, require_peer
-from qwen3bench.bench.runtimes import Runtime, make_runtime
+from qwen3bench.bench.runtimes import CompileRuntime, Runtime, make_runtime
 from qwen3bench.bench.timer import inner_repeats, time_device, time_host, visit_repeats
 from qwen3bench.bench.workloads import Workload, WorkloadSize
 from qwen3bench.errors import UserError
@@ -36,6 +36,7 @@ from qwen3bench.model.weights import load_weights, weights_fingerprint
 from qwen3bench.settings import Settings, settings_from
 
 FAST_S = 0.05  # what is launched once more rather than trusted at once
+SLOW_S = 0.5  # what is known well enough after its first launch
 
 
 class InvalidCell(Exception):
@@ -166,8 +167,9 @@ class Worker:
             self._workload = Workload(self._size(workload), model, self.settings.seed)
         forget_compilations()
         launches = self._launches(self._make_runtime(runtime), model, self._workload)
-        for launch in launches:  # what happens only the first time is not what is timed
-            launch()
+        if self.device.type == "cuda" or runtime == "compile":
+            for launch in launches:  # what happens only the first time is not what is timed
+                launch()
         return collect(model, self._workload, runtime, launches)
 
     def op_ceilings(self) -> dict[str, Any]:
@@ -189,14 +191,17 @@ class Worker:
         assert self._runtime is not None
         assert self._workload is not None
         model = self._on_bank(cell)
+        started = time.perf_counter()
         for step in self._workload.steps(model):
             logits = step()
         if not bool(torch.isfinite(logits).all()):
             raise InvalidCell("its logits are not finite (NaN or infinity), so its latency would mean nothing")
         del logits
+        first_s = time.perf_counter() - started
         self._runtime.compile_s = None
         launches = self._launches(self._runtime, model, self._workload)
-        estimate_s = self._estimate(launches)
+        slow = first_s > SLOW_S and not self._runtime.on_device_clock
+        estimate_s = first_s if slow else self._estimate(launches)
         inner = inner_repeats(estimate_s) if len(launches) == 1 else 1
         self._prepared[cell, copy] = Prepared(model, launches, inner, visit_repeats(estimate_s * inner))
         return {"compile_s": self._runtime.compile_s}
@@ -207,8 +212,10 @@ class Worker:
         for launch in prepared.launches:
             launch()
         self._synchronize()
-        started = time.time()
+        started, compiled = time.time(), self._compiled_graphs()
         values = self._time(prepared.launches, repeats or prepared.repeats, prepared.inner)
+        if self._compiled_graphs() != compiled:
+            raise InvalidCell("it was compiled again while it was timed, so its latency may hold a compilation")
         samples = []
         for value in values:
             sample: dict[str, Any] = {"latency_s": value.latency_s}
@@ -265,6 +272,9 @@ class Worker:
         if self._runtime.on_device_clock:
             return time_device(launches, repeats, inner)
         return time_host(launches, repeats, inner, self._synchronize)
+
+    def _compiled_graphs(self) -> int:
+        return compiled_graphs() if isinstance(self._runtime, CompileRuntime) else 0
 
     def _estimate(self, launches: Sequence[Callable[[], object]]) -> float:
         """About how long one timed value takes, in seconds."""

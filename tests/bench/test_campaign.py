@@ -158,7 +158,7 @@ def test_a_run_that_had_enough_blocks_only_says_so(campaign: Callable[..., Any])
     run, asked = campaign(PROCESS, *(line for block in range(3) for line in _block(block, 0, "ok")))
     assert "visit" not in asked
     assert [(line["reason"], line["blocks"], line["measured_s"]) for line in run.record.of("stop")] == [
-        ("max_blocks", 3, 15.0)
+        ("max_seconds", 3, 15.0)
     ]
 
 

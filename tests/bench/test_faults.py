@@ -144,6 +144,15 @@ def test_a_cell_that_is_not_equivalent_gets_no_speedup(measure: Measure) -> None
     assert row["latency_s"] > 0
 
 
+def test_a_cell_compiled_again_after_its_warm_up_is_invalid_and_not_timed(measure: Measure) -> None:
+    done = measure(*FULL, faults=[{"does": "answer", "fields": {"recompiles": 2}, "op": "evidence", "cell": "flash"}])
+    assert done.status == 3
+    row = done.run.cells.set_index("cell").loc["flash"]
+    assert row["status"] == "invalid"
+    assert "compiled 2 more graphs" in row["reason"]
+    assert "flash" not in set(done.run.samples["cell"])
+
+
 def test_a_device_that_cannot_tell_its_ceilings_is_measured_all_the_same(measure: Measure) -> None:
     done = measure(*FULL, faults=[{**OUT_OF_MEMORY, "op": "ceilings"}])
     assert done.status == 0
