@@ -165,7 +165,8 @@ class Worker:
         model = self._on_bank(cell)
         if self._workload is None or self._workload.size.name != workload:
             self._workload = Workload(self._size(workload), model, self.settings.seed)
-        forget_compilations()
+        if runtime == "compile":
+            forget_compilations()
         launches = self._launches(self._make_runtime(runtime), model, self._workload)
         if self.device.type == "cuda" or runtime == "compile":
             for launch in launches:  # what happens only the first time is not what is timed
