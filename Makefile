@@ -6,7 +6,7 @@ RUN ?= results/latest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint type format ablate bench aa report clean
+.PHONY: help setup test lint type format ablate regimes bench aa report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,6 +16,17 @@ setup: $(VENV)/.dev ## install everything into .venv, tests and checks too
 
 ablate: $(VENV)/.run ## measure all 2^5 combinations on the best device here and write the report
 	$(BIN)/python -m qwen3bench design=full $(ARGS)
+
+# Where does a switch's worth change sign or vanish? One run a point, then one page over all of them.
+REGIMES ?= results/regimes
+RUNTIMES ?= [eager,graph]
+PREFILL ?= batch_size=1,8 prompt_tokens=128,512,2048,8192
+DECODE ?= prompt_tokens=128,2048,8192
+regimes: $(VENV)/.run ## the same over prompt lengths, batch sizes and runtimes (RUNTIMES=[eager] without a GPU), on one page
+	$(BIN)/python -m qwen3bench -m design=full runtime=$(RUNTIMES) $(PREFILL) hydra.sweep.dir=$(REGIMES)/prefill $(ARGS)
+	$(BIN)/python -m qwen3bench -m design=full runtime=$(RUNTIMES) workload=[decode] $(DECODE) \
+	  hydra.sweep.dir=$(REGIMES)/decode $(ARGS)
+	$(BIN)/python -m qwen3bench.report $(REGIMES)/prefill/* $(REGIMES)/decode/* --out $(REGIMES)
 
 report: $(VENV)/.run ## rebuild the report of a run from its record (RUN=DIR; default: results/latest)
 	$(BIN)/python -m qwen3bench.report $(RUN) $(ARGS)

@@ -201,6 +201,7 @@ class Campaign:
                 self._ask("enter", workload=workload, runtime=runtime, cell=cells[0])
             if outcome.failed:
                 return False
+            self._ready = self._ready or self._launched()  # the next process starts while nothing is timed
             for cell, copy in visits:
                 stage.step(cell)
                 with self._failing("time", cell, workload=workload, runtime=runtime) as outcome:
@@ -218,6 +219,7 @@ class Campaign:
                         )
                 if outcome.failed:
                     return False
+        self._await_next()
         return True
 
     def _block(self, where: Where) -> bool:
@@ -462,6 +464,16 @@ class Campaign:
                 }
             )
         return self._worker
+
+    def _await_next(self) -> None:
+        """Wait until the next worker is up, so that its start takes nothing from what is timed."""
+        if self._ready is None:
+            return
+        try:
+            self._ready.ask("probe", QUIET_S, device=self.settings.device)
+        except (CellFailure, UserError):  # the next start tells why
+            self._ready.end()
+            self._ready = None
 
     def _launched(self) -> WorkerProcess:
         return self._stack.enter_context(self._start_worker(self.writer.directory / "worker.log"))

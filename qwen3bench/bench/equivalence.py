@@ -57,12 +57,12 @@ _SPARE = 5  # positions of a cache that are never filled: what reads them is wro
 def cut(config: ModelConfig, device: torch.device) -> ModelConfig:
     """The shape that the gate judges: the run's, with at most 4 layers (2 on a CPU or of a wide model).
 
-    All layers are alike, and what one does wrong shows in two. On a CPU the vocabulary is cut to 4096 rows,
-    as no switch touches the head's product; on CUDA it stays.
+    All layers are alike, and what one does wrong shows in two. The vocabulary is cut to 4096 rows, as no switch
+    touches the head's product.
     """
     wide = config.emb_dim > 2048
     layers = min(config.num_layers, 2 if wide or device.type == "cpu" else 4)
-    vocabulary = min(config.vocab_size, 4096) if device.type == "cpu" else config.vocab_size
+    vocabulary = min(config.vocab_size, 4096)
     context = min(config.context_length, 4 * LENGTHS[-1])
     return replace(config, num_layers=layers, vocab_size=vocabulary, context_length=context)
 

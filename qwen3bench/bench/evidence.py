@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from qwen3bench.bench.costs import forwards
 from qwen3bench.bench.workloads import Workload
 from qwen3bench.model.decoder import Decoder
+from qwen3bench.model.qwen3 import Qwen3Model
 
 SEPARATE = "separate operations"
 UNKNOWN = "unknown"
@@ -91,6 +93,8 @@ def collect(
         backends.append(backend or attention_backend((), operations, compiled))
         last = ran if not on_cpu else Counter() if compiled else operations
     notes = [f"attention by an unknown kernel: {name}" for name in _unknown_attention(kernels)]
+    if SEPARATE not in backends and isinstance(model, Qwen3Model):
+        notes.append(_mask_note(model, workload))
     if on_cpu and compiled:
         notes.append("compiled code on a CPU shows no kernels in a profile")
     return {
@@ -192,6 +196,15 @@ def _computes(name: str) -> bool:
     if packet is None:
         return False
     return not any(getattr(packet, overload).is_view for overload in packet.overloads())
+
+
+def _mask_note(model: Qwen3Model, workload: Workload) -> str:
+    """Whether fused attention is given a mask tensor: what `mask` is worth beside `flash`."""
+    queries, start, _ = forwards(workload.size)[-1]
+    weight = model.tok_emb.weight
+    if model.parts.attend.mask(model.parts.mask, queries, start, weight.device, weight.dtype) is None:
+        return "fused attention without a mask tensor"
+    return "fused attention is given a mask tensor, which the FlashAttention kernel refuses"
 
 
 def _unknown_attention(kernels: Iterable[Mapping[str, int]]) -> list[str]:
