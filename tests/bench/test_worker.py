@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -211,7 +212,7 @@ def test_a_fault_on_the_card_costs_its_cell_alone(
     from qwen3bench.bench import run as run_module
 
     monkeypatch.setattr(run_module, "write_report", lambda run: None)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)
     settings = replace(small_settings("design=full", "opt=flash,tie"), device="cuda", dir=tmp_path / "run")
     command = (sys.executable, "-c", FAULTY, fault)
     assert run_module.run(settings, lambda log: WorkerProcess(log, command)) == 3
