@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +125,9 @@ def _evidence(run: Run, condition: Condition, a: str, b: str) -> str:
         values = [lines[name].get(key) for name in names]
         if None not in values and len(set(values)) > 1:
             said.append(f"{words} " + ", ".join(f"{v} ({n})" for n, v in zip(names, values, strict=True)))
+    notes = [(note, name) for name in names for note in lines[name].get("notes") or []]
+    counts = Counter(note for note, _ in notes)
+    said += [f"{note} ({name})" for note, name in notes if counts[note] == 1]
     return f" What ran: {'; '.join(said)}." if said else ""
 
 

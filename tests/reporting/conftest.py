@@ -25,6 +25,9 @@ BASE_S = {
 Line = dict[str, Any]
 
 
+MASK_NOTES = {False: "fused attention is given a mask tensor", True: "fused attention without a mask tensor"}
+
+
 def cell_label(levels: dict[str, int]) -> str:
     """Label of the cell whose factors stand at these levels."""
     return "+".join(name for name, on in levels.items() if on) or "baseline"
@@ -153,7 +156,7 @@ def record_lines(
                         "graph_breaks": 0,
                         "recompiles": 0,
                         "kernels": {"gemm": 197},
-                        "notes": [],
+                        "notes": [MASK_NOTES[bool(levels.get("mask"))]] if levels.get("flash") else [],
                     }
                 )
         for workload in workloads:
