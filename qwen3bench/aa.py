@@ -21,13 +21,14 @@ from scipy.stats import binom
 
 from qwen3bench.analysis.run import Run, load_run, to_csv, write_derived
 from qwen3bench.analysis.verdicts import ALPHA
-from qwen3bench.bench.campaign import QUIET_S, Campaign
+from qwen3bench.bench.campaign import Campaign
 from qwen3bench.bench.design import BASELINE, label
 from qwen3bench.bench.environment import differences
 from qwen3bench.bench.progress import Reporter
 from qwen3bench.bench.protocol import CellFailure
 from qwen3bench.bench.record import RecordWriter, read_record, write_atomic
 from qwen3bench.bench.supervisor import WorkerProcess
+from qwen3bench.bench.workers import QUIET_S
 from qwen3bench.cli import compose, guarded
 from qwen3bench.errors import UserError
 from qwen3bench.settings import Settings
@@ -65,8 +66,7 @@ class CopiesCampaign(Campaign):
 
     def run(self) -> None:
         """Time the cells until the stopping rule is content."""
-        with self._stack:
-            self._purpose = "time"
+        with self._workers:
             self._time()
 
 

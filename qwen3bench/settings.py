@@ -13,8 +13,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qwen3bench.bench.design import DESIGNS, Cell, design_cells, label
 from qwen3bench.choices import choices, options_of
-from qwen3bench.choices import config_dir as config_dir
-from qwen3bench.choices import nearest as nearest
 from qwen3bench.errors import UserError
 from qwen3bench.model.config import ModelConfig
 from qwen3bench.section import Section

@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
@@ -19,12 +19,13 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from qwen3bench.analysis.run import load_run, write_derived
-from qwen3bench.bench.campaign import QUIET_S, Campaign
+from qwen3bench.bench.campaign import Campaign
 from qwen3bench.bench.environment import CHANGES_NO_NUMBER, differences
 from qwen3bench.bench.monitor import Monitor
 from qwen3bench.bench.progress import Reporter, duration
 from qwen3bench.bench.record import Record, RecordWriter, clean_stale, point_latest, read_record, write_atomic
 from qwen3bench.bench.supervisor import CellFailure, WorkerProcess
+from qwen3bench.bench.workers import QUIET_S, StartWorker
 from qwen3bench.errors import UserError
 from qwen3bench.reporting.pages import write_report
 from qwen3bench.reporting.terminal import terminal_summary
@@ -41,7 +42,7 @@ class Interrupted(BaseException):
 
 def run(
     settings: Settings,
-    start_worker: Callable[[Path], WorkerProcess] = WorkerProcess,
+    start_worker: StartWorker = WorkerProcess,
     monitor: Monitor | None = None,
 ) -> int:
     """Measure what `settings` ask for and write the report; the exit status (CONTRACT.md, Commands).
@@ -113,7 +114,7 @@ def _campaign(
     writer: RecordWriter,
     reporter: Reporter,
     workers: ExitStack,
-    start_worker: Callable[[Path], WorkerProcess],
+    start_worker: StartWorker,
     monitor: Monitor | None,
 ) -> Campaign:
     """The run's campaign: a new record's first line written, or an old record checked and taken up."""
