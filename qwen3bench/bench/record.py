@@ -32,6 +32,7 @@ _STALE = re.compile(r"\..+\.tmp-(\d{1,9})")
 
 _PLAIN = {str, int, bool, type(None)}
 _NUMBER = (int, float)
+_TIMES = ("latency_s", "ttft_s", "tpot_s")
 _WHERE: dict[str, Any] = {"cell": str, "workload": str, "runtime": str}
 # What a line of each type must hold to be usable. Any other field may be absent: not measured.
 _REQUIRED: dict[str, dict[str, Any]] = {
@@ -75,8 +76,11 @@ def _fault(line: dict[str, Any]) -> str | None:
     for field, kind in _REQUIRED[line["type"]].items():
         if not isinstance(line.get(field), kind):
             return f"{line['type']} without a proper {field}"
-    if line["type"] == "sample" and not line["latency_s"] > 0:
-        return "sample with a latency that is not above zero"
+    if line["type"] == "sample":
+        for field in _TIMES:
+            value = line.get(field)
+            if value is not None and not (isinstance(value, _NUMBER) and value > 0):
+                return f"sample with a {field} that is not above zero"
     return None
 
 

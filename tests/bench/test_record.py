@@ -111,6 +111,8 @@ def test_line_has_the_published_form() -> None:
         sample(latency_s=-0.1),
         sample(latency_s=float("nan")),
         sample(latency_s="0.1"),
+        sample(ttft_s=0),
+        sample(tpot_s="fast"),
         {**sample(), "cell": None},
     ],
     ids=str,

@@ -51,6 +51,7 @@ def test_graphs_are_refused_on_a_cpu() -> None:
 @pytest.mark.usefixtures("_dynamo")
 def test_compiled_generation_matches_eager_and_compiles_nothing_when_warm(model: Qwen3Model) -> None:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     workload = Workload(WorkloadSize("generate", 1, 6, 4), model)
     with torch.no_grad():
         expected = [step().clone() for step in workload.steps(model)]
