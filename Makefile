@@ -26,7 +26,7 @@ regimes: $(VENV)/.run ## the same over prompt lengths, batch sizes and runtimes 
 	$(BIN)/python -m qwen3bench -m design=full runtime=$(RUNTIMES) $(PREFILL) hydra.sweep.dir=$(REGIMES)/prefill $(ARGS)
 	$(BIN)/python -m qwen3bench -m design=full runtime=$(RUNTIMES) workload=[decode] $(DECODE) \
 	  hydra.sweep.dir=$(REGIMES)/decode $(ARGS)
-	$(BIN)/python -m qwen3bench.report $(REGIMES)/prefill/* $(REGIMES)/decode/* --out $(REGIMES)
+	$(BIN)/python -m qwen3bench.report $(REGIMES)/prefill $(REGIMES)/decode --out $(REGIMES)
 
 report: $(VENV)/.run ## rebuild the report of a run from its record (RUN=DIR; default: results/latest)
 	$(BIN)/python -m qwen3bench.report $(RUN) $(ARGS)
