@@ -170,3 +170,10 @@ def test_a_directory_that_cannot_be_written_is_a_clear_error(
 )
 def test_markdown_takes_no_markup_from_values(value: str, escaped: str) -> None:
     assert markdown(value) == escaped
+
+
+def test_what_ran_tells_why_flash_and_mask_belong_together(written: Path, run_of: Any, record_lines: Any) -> None:
+    for page in ("report.md", "report.html"):
+        assert "FlashAttention kernel refuses any explicit mask" in (written / page).read_text()
+    without = write_report(run_of(record_lines(factors=("flash", "tie"))))
+    assert "refuses any explicit mask" not in without.read_text()
