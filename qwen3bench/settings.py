@@ -149,7 +149,7 @@ class Settings:
             return measure.max_seconds
         if blocks < measure.min_blocks or processes < measure.min_processes:
             return math.inf
-        return 60.0 if self.device.startswith("cuda") else 3.0  # a CPU's noise does not yield to more blocks for long
+        return 60.0 if self.device.startswith("cuda") else 3.0  # a choice: a tiny model's run ends in half a minute
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain data, for the record and config.yaml; `settings_from` takes it back."""
