@@ -36,6 +36,8 @@ from qwen3bench.settings import Settings
 # On a noisy machine more than sixteen blocks take time and tell nothing more about false alarms.
 DEFAULTS = (
     "model=tiny",
+    "workload=prefill",
+    "prompt_tokens=64",
     "design=full",
     "device=cpu",
     "measure=quick",

@@ -314,7 +314,7 @@ def test_cfg_job_shows_the_composed_config() -> None:
     shown = _python("--cfg", "job", "--resolve", "+opt=tie,flash", "flash.backend=cudnn", "batch_size=3")
     assert (shown.returncode, shown.stderr) == (0, "")
     assert "backend: cudnn" in shown.stdout
-    assert shown.stdout.count("batch_size: 3") == 2  # the run's and prefill's
+    assert shown.stdout.count("batch_size: 3") == 3  # the run's, prefill's and decode's
     assert shown.stdout.index("  flash:") < shown.stdout.index("  tie:")
 
 

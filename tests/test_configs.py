@@ -115,7 +115,7 @@ def test_cuda_and_cpu_settle_what_auto_leaves_open() -> None:
     settings = compose(["workload=prefill,generate"])
     cuda, cpu = settings.resolved("cuda:1"), settings.resolved("cpu")
     assert (list(cuda.runtimes), cuda.dtype, cuda.prompt_tokens) == (["graph"], "bfloat16", 2048)
-    assert (list(cpu.runtimes), cpu.dtype, cpu.prompt_tokens) == (["eager"], "float32", 64)
+    assert (list(cpu.runtimes), cpu.dtype, cpu.prompt_tokens) == (["eager"], "float32", 32)
     assert cuda.workloads["generate"].prompt_tokens == 2048
     assert (cuda.target("graph"), cuda.target("compile"), cuda.target("eager")) == (0.0025, 0.0025, 0.01)
     assert cpu.target("compile") == 0.01
@@ -200,7 +200,7 @@ def test_the_resolved_config_gives_the_settings_back(device: str | None) -> None
         ("workload=", "no workload is named"),
         ("runtime=[]", "no runtime is named"),
         ("design.name=all", "design.name='all' is unknown"),
-        ("+workload.decode.tokens=1", "workload.decode.batch_size is missing"),
+        ("+workload.generate.tokens=1", "workload.generate.batch_size is missing"),
     ],
 )
 def test_a_wrong_value_is_named(override: str, message: str) -> None:

@@ -101,7 +101,11 @@ class TransformersModel(Decoder):
         # SDPA does without a mask for tokens with none before them. transformers finds that out by itself, as in
         # `generate`'s prefill, but not inside compiled code or a captured graph, where it cannot read the length.
         whole = past is None or (start == 0 and tokens.shape[1] > 1)
-        mask = {"full_attention": None} if self.attention == "sdpa" and whole else None
+        mask: dict[str, Tensor | None] | None = None
+        if self.attention == "sdpa" and whole:
+            mask = {"full_attention": None}
+        elif self.attention == "eager" and self._in_plain_graph(tokens):
+            mask = {"full_attention": self._additive_mask(tokens, past, start)}
         output = self.language_model(
             input_ids=tokens,
             attention_mask=mask,
@@ -111,6 +115,19 @@ class TransformersModel(Decoder):
         )
         logits: Tensor = output.logits
         return logits
+
+    def _in_plain_graph(self, tokens: Tensor) -> bool:
+        """Whether the step is being captured as it is, where transformers' own float mask fails: it copies a 0 over."""
+        compiled = "forward" in vars(self.language_model)
+        return tokens.is_cuda and torch.cuda.is_current_stream_capturing() and not compiled
+
+    def _additive_mask(self, tokens: Tensor, past: Any, start: int) -> Tensor:
+        """What transformers builds: (1, 1, t, keys), 0 where a query attends and the least number where not."""
+        queries = tokens.shape[1]
+        keys = queries if past is None else past.layers[0].keys.shape[2]
+        dtype = self.tok_emb.weight.dtype
+        mask = torch.full((queries, keys), torch.finfo(dtype).min, device=tokens.device, dtype=dtype)
+        return mask.triu(diagonal=start + 1)[None, None]
 
     @property
     def compile_units(self) -> Sequence[nn.Module]:

@@ -17,6 +17,22 @@ if TYPE_CHECKING:
     from qwen3bench.model.parts import Parts
 
 
+class Linear(nn.Linear):
+    """nn.Linear; on `meta`, where there is nothing to fill, it spares PyTorch the seconds of finding out how."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding, as `Linear` is nn.Linear."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm (arXiv:1910.07467) in elementary operations, computed in float32 or wider.
 
@@ -42,9 +58,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.emb_dim, config.hidden_dim, bias=False)
-        self.fc2 = nn.Linear(config.emb_dim, config.hidden_dim, bias=False)
-        self.fc3 = nn.Linear(config.hidden_dim, config.emb_dim, bias=False)
+        self.fc1 = Linear(config.emb_dim, config.hidden_dim, bias=False)
+        self.fc2 = Linear(config.emb_dim, config.hidden_dim, bias=False)
+        self.fc3 = Linear(config.hidden_dim, config.emb_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc3(F.silu(self.fc1(x)) * self.fc2(x))
@@ -65,10 +81,10 @@ class GroupedQueryAttention(nn.Module):
     def __init__(self, config: ModelConfig, parts: Parts) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.W_query = nn.Linear(config.emb_dim, config.num_heads * config.head_dim, bias=False)
-        self.W_key = nn.Linear(config.emb_dim, config.num_kv_heads * config.head_dim, bias=False)
-        self.W_value = nn.Linear(config.emb_dim, config.num_kv_heads * config.head_dim, bias=False)
-        self.out_proj = nn.Linear(config.num_heads * config.head_dim, config.emb_dim, bias=False)
+        self.W_query = Linear(config.emb_dim, config.num_heads * config.head_dim, bias=False)
+        self.W_key = Linear(config.emb_dim, config.num_kv_heads * config.head_dim, bias=False)
+        self.W_value = Linear(config.emb_dim, config.num_kv_heads * config.head_dim, bias=False)
+        self.out_proj = Linear(config.num_heads * config.head_dim, config.emb_dim, bias=False)
         self.q_norm = parts.norm(config.head_dim, config.rms_norm_eps)
         self.k_norm = parts.norm(config.head_dim, config.rms_norm_eps)
         self.attend = parts.attend

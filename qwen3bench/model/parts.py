@@ -10,12 +10,12 @@ from torch import nn
 from qwen3bench.errors import UserError
 from qwen3bench.model.attention import AdditiveMask, Attend, EagerAttention, Mask
 from qwen3bench.model.config import ModelConfig
-from qwen3bench.model.layers import FeedForward, GroupedQueryAttention, RMSNorm, TransformerBlock
+from qwen3bench.model.layers import FeedForward, GroupedQueryAttention, Linear, RMSNorm, TransformerBlock
 
 
 def separate_head(tok_emb: nn.Embedding) -> nn.Linear:
     """An output projection (e → vocabulary) with a weight of its own."""
-    return nn.Linear(tok_emb.embedding_dim, tok_emb.num_embeddings, bias=False)
+    return Linear(tok_emb.embedding_dim, tok_emb.num_embeddings, bias=False)
 
 
 _EAGER, _ADDITIVE = EagerAttention(), AdditiveMask()

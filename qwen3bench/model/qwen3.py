@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qwen3bench.model.cache import KVCache
 from qwen3bench.model.config import ModelConfig
 from qwen3bench.model.decoder import Decoder
+from qwen3bench.model.layers import Embedding
 from qwen3bench.model.parts import Parts
 
 
@@ -39,7 +40,7 @@ class Qwen3Model(Decoder):
         super().__init__()
         self.config = config
         self.parts = parts
-        self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
+        self.tok_emb = Embedding(config.vocab_size, config.emb_dim)
         self.trf_blocks = nn.ModuleList(parts.block(config, parts) for _ in range(config.num_layers))
         self.final_norm = parts.norm(config.emb_dim, config.rms_norm_eps)
         self.out_head = parts.head(self.tok_emb)

@@ -27,6 +27,7 @@ Start = Callable[[Path], WorkerProcess]
 
 SMALL = (
     "model=tiny",
+    "workload=prefill",
     "device=cpu",
     "measure.target=0.00001",
     "measure.min_blocks=3",

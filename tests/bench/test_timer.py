@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -85,10 +86,13 @@ def _products(a: torch.Tensor, count: int) -> None:
 @pytest.mark.cuda
 def test_device_time_is_that_of_the_work() -> None:
     a = torch.randn(4096, 4096, device="cuda")
-    once, twice = (
-        min(value.latency_s for value in time_device([partial(_products, a, n)], repeats=10)) for n in (4, 8)
-    )
-    assert twice / once == pytest.approx(2, rel=0.1)
+    ratios = []
+    for _ in range(9):  # other tests may use the card at the same time
+        once, twice = (
+            min(value.latency_s for value in time_device([partial(_products, a, n)], repeats=10)) for n in (4, 8)
+        )
+        ratios.append(twice / once)
+    assert statistics.median(ratios) == pytest.approx(2, rel=0.1)
     (steps,) = time_device([lambda: a @ a, lambda: a @ a], repeats=1)
     assert len(steps.steps_s) == 2
     assert sum(steps.steps_s) == pytest.approx(steps.latency_s, rel=0.01)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qwen3bench import ModelConfig, build_model
 from qwen3bench.model.layers import FeedForward
-from qwen3bench.opt.mlp import FusedFeedForward, silu_mul
+from qwen3bench.opt.mlp import FusedFeedForward, silu_mul, swiglu_row
 
 
 def is_one_stored_weight(ff: FusedFeedForward) -> bool:
@@ -158,3 +158,16 @@ def test_silu_mul_on_cuda_is_one_kernel_and_right(shape: tuple[int, ...], dtype:
         torch.cuda.synchronize()
     kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     assert [kernel.name for kernel in kernels] == ["_silu_mul_kernel"]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize(("width", "dim"), [(3072, 1024), (77, 130), (5, 2049)])
+def test_a_single_tokens_product_and_swiglu_are_one_kernel(
+    width: int, dim: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    weight = torch.randn(2 * width, dim, device="cuda", dtype=dtype) * dim**-0.5
+    x = torch.randn(1, 3, dim, device="cuda", dtype=dtype)[:, 1:2]  # a slice, as of a longer sequence
+    expected = plain(x.double() @ weight.double().T)
+    assert (swiglu_row(x, weight).double() - expected).abs().max() <= tolerance
+    assert swiglu_row(x, weight).shape == (1, 1, width)
