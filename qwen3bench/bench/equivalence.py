@@ -109,23 +109,27 @@ def sensitised(config: ModelConfig, device: torch.device, dtype: torch.dtype, se
 class Case:
     """One way to compute the logits of a prompt: in one forward, or in `chunks` of tokens against a cache.
 
-    `usual` are those that a workload asks for: a prefill, and single tokens after one.
+    `usual` are those that a workload asks for: a prefill, and single tokens after one. `sequences` of the prompt's take part.
     """
 
     name: str
     prompt: int
     chunks: tuple[int, ...] = ()
     usual: bool = False
+    sequences: int = BATCH_SIZE
 
 
 def cases(lengths: Sequence[int]) -> list[Case]:
-    """Each prompt in one forward, the long ones in chunks too, the short ones token by token."""
+    """Each prompt in one forward, the long ones in chunks too, the short ones token by token, also alone."""
     found = [Case(f"a prefill of length {n}", i, usual=n > 1) for i, n in enumerate(lengths)]
     for i, n in enumerate(lengths):
         if n <= 64:
-            alone = min(n, 12)
-            filled = (n - alone,) if n > alone else ()
-            found.append(Case(f"a decode of length {n}", i, (*filled, *[1] * alone), usual=n > alone))
+            singles = min(n, 5)
+            filled = (n - singles,) if n > singles else ()
+            chunks = (*filled, *[1] * singles)
+            found.append(Case(f"a decode of length {n}", i, chunks, usual=n > singles))
+            if n > singles:  # a lone token may have a kernel of its own
+                found.append(Case(f"a decode of one sequence of length {n}", i, chunks, usual=True, sequences=1))
         if n > 7:
             first = n // 2
             found.append(Case(f"chunks of length {n}", i, (first, 1, 3, n - first - 4)))
@@ -289,7 +293,7 @@ class Gate:
     ) -> Errors:
         found, stood_in = {}, 0
         for case in chosen:
-            prompt = self.prompts[case.prompt]
+            prompt, reference = (of[case.prompt][: case.sequences] for of in (self.prompts, self._references))
             try:
                 logits = logits_of(model, prompt, case.chunks, new_cache)
             except _FATAL:
@@ -299,7 +303,7 @@ class Gate:
                     raise
                 logits = logits_of(stand_in, prompt, case.chunks, new_cache)
                 stood_in += 1
-            found[case.name] = case_errors(logits, self._references[case.prompt])
+            found[case.name] = case_errors(logits, reference)
         return Errors(found, stood_in)
 
     @contextmanager

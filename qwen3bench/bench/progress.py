@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+_WORTH_SAYING_S = 5.0
 _QUIET_S = 10.0  # between two lines of one stage where the output is no terminal
 
 
@@ -61,7 +62,11 @@ class Reporter:
             self.bar.reset(self._task, description=title, total=total)
         elif total:
             self.note(title)
+        started = time.monotonic()
         yield Stage(self, title, total)
+        elapsed_s = time.monotonic() - started
+        if self.bar is None and elapsed_s >= _WORTH_SAYING_S:
+            self.note(f"  took {elapsed_s:.0f} s")
 
     def show(self, title: str, what: str, done: int, total: int) -> None:
         """The present step, on a terminal."""
