@@ -109,7 +109,8 @@ def sensitised(config: ModelConfig, device: torch.device, dtype: torch.dtype, se
 class Case:
     """One way to compute the logits of a prompt: in one forward, or in `chunks` of tokens against a cache.
 
-    `usual` are those that a workload asks for: a prefill, and single tokens after one. `sequences` of the prompt's take part.
+    `usual` are those that a workload asks for: a prefill, and single tokens after one. The prompt's first
+    `sequences` take part.
     """
 
     name: str
