@@ -151,7 +151,7 @@ def save(plot: Plot, directory: Path) -> SavedPlot:
     """Write NAME.svg and NAME.png into the directory; the same figure always gives the same bytes."""
     directory.mkdir(parents=True, exist_ok=True)
     plot.figure.draw_without_rendering()
-    plot.figure.set_layout_engine("none")  # laid out once, not once per file
+    plot.figure.set_layout_engine(None)  # laid out once, not once per file
     svg, png = io.BytesIO(), io.BytesIO()
     plot.figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     plot.figure.savefig(png, format="png", metadata={"Software": None})
