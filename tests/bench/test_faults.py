@@ -73,6 +73,42 @@ def test_a_fault_in_any_step_costs_its_cell_alone(
     assert all(_gone(pid) for pid in done.pids)
 
 
+@pytest.mark.parametrize(
+    ("fault", "status"),
+    [
+        ({}, "ok"),
+        (DIES, "crashed"),
+        (HANGS, "timeout"),
+        (BABBLES, "crashed"),
+        (OUT_OF_MEMORY, "oom"),
+        ({"does": "answer", "fields": {"equivalent": False, "reason": "another function"}}, "not_equivalent"),
+    ],
+)
+@pytest.mark.parametrize("cell", ["baseline", "flash+tie"])
+def test_on_a_card_the_gate_works_beside_the_passes_that_time_nothing(
+    measure: Measure, fault: dict[str, Any], status: str, cell: str
+) -> None:
+    faults = [{**fault, "op": "verify", "cell": cell}] if fault else []
+    done = measure(*FULL, "device=cuda", "measure.step_timeout_s=2", faults=faults)
+    assert done.statuses == {**dict.fromkeys(CELLS, "ok"), cell: status}
+    judged = [line["cell"] for line in done.record.of("verify")]
+    failed = [line["cell"] for line in done.record.of("failure")]
+    assert sorted({*judged, *failed}) == sorted(CELLS)
+    assert failed == ([] if status == "ok" else [cell])
+    assert "beside what follows" in done.err
+    assert all(_gone(pid) for pid in done.pids)
+
+
+def test_an_interrupted_gate_goes_on_where_it_was(measure: Measure) -> None:
+    first = measure(*FULL, "device=cuda", faults=[{"does": "error", "status": "refused", "reason": "no", "op": "cost"}])
+    assert first.status == 1
+    lines = len(first.record.of("verify"))
+    again = measure(resume=first.directory)
+    assert again.status == 0
+    assert sorted(line["cell"] for line in again.record.of("verify")) == sorted(CELLS)
+    assert lines == len(CELLS)
+
+
 def test_a_worker_killed_amid_a_block_has_the_block_done_again_in_one_process(measure: Measure, tmp_path: Path) -> None:
     done = measure(*FULL, faults=[{**DIES, "op": "visit", "cell": "flash", "once": str(tmp_path / "struck")}])
     assert done.statuses == {**dict.fromkeys(CELLS, "ok"), "flash": "crashed"}
