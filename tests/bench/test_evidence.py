@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -99,7 +100,7 @@ def test_the_first_block_alone_tells_of_the_same_attention(opts: Any) -> None:
     model = build_model(replace(SMALL, num_layers=3), opts)
     (step,) = Workload(PREFILL, model).steps(model)
     whole = _operations(step)
-    with pytest.raises(ZeroDivisionError), _first_block_alone(model):
+    with suppress(ZeroDivisionError), _first_block_alone(model):
         part = _operations(step)
         raise ZeroDivisionError
     assert sum(part.values()) < sum(whole.values()) / 2
