@@ -108,7 +108,7 @@ class Campaign:
             for cell, where in left:
                 stage.step(" ".join([cell, *where.values()]))
                 with self._failing(pass_, cell, **where):
-                    self._take(pass_, cell, self._workers.ask(pass_, cell=cell, **where), **where)
+                    self._take(pass_, cell, self._ask_beside(beside, pass_, cell, where), **where)
                 while beside is not None and beside.answered:
                     self._take_beside(beside)
 
@@ -137,6 +137,17 @@ class Campaign:
             return None
         self._progress.note(f"{VERIFYING}, beside what follows")
         return Beside(self._workers, "verify", cells)
+
+    def _ask_beside(self, beside: Beside | None, pass_: str, cell: str, where: dict[str, str]) -> dict[str, Any]:
+        """One step's answer; what found too little memory beside the gate is asked once more without it."""
+        try:
+            return self._workers.ask(pass_, cell=cell, **where)
+        except CellFailure as failure:
+            if failure.status != "oom" or beside is None or not beside.cells:
+                raise
+        self._workers.end()
+        self._finish(beside)
+        return self._workers.ask(pass_, cell=cell, **where)
 
     def _take_beside(self, beside: Beside) -> None:
         """The next answer from beside; waits for it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import time
 from collections.abc import Callable
@@ -97,6 +98,20 @@ def test_on_a_card_the_gate_works_beside_the_passes_that_time_nothing(
     assert failed == ([] if status == "ok" else [cell])
     assert "beside what follows" in done.err
     assert all(_gone(pid) for pid in done.pids)
+
+
+@pytest.mark.parametrize("op", ["memory", "evidence"])
+def test_what_found_no_memory_beside_the_gate_is_tried_again_without_it(
+    measure: Measure, tmp_path: Path, op: str
+) -> None:
+    slow = {"does": "hang", "op": "verify", "cell": "baseline"}  # the gate is still at work
+    fault = {**OUT_OF_MEMORY, "op": op, "cell": "flash", "once": str(tmp_path / "struck")}
+    done = measure(*FULL, "device=cuda", "measure.step_timeout_s=2", faults=[slow, fault])
+    assert (tmp_path / "struck").exists()
+    assert done.statuses == {**dict.fromkeys(CELLS, "ok"), "baseline": "timeout"}
+    lines = map(json.loads, (done.directory / "samples.jsonl").read_text().splitlines())
+    order = [(line["type"], line["cell"]) for line in lines if line["type"] in ("verify", op)]
+    assert order.index(("verify", "flash+tie")) < order.index((op, "flash"))
 
 
 def test_an_interrupted_gate_goes_on_where_it_was(measure: Measure) -> None:
