@@ -21,11 +21,9 @@ from qwen3bench.bench.monitor import Monitor, Telemetry, braked, flags
 from qwen3bench.bench.progress import Reporter, duration
 from qwen3bench.bench.record import Record, RecordWriter
 from qwen3bench.bench.supervisor import CellFailure, WorkerProcess
-from qwen3bench.bench.workers import Beside, StartWorker, Workers
+from qwen3bench.bench.workers import StartWorker, Workers
 from qwen3bench.settings import Settings
 
-VERIFYING = "verifying that every cell computes the baseline's function"
-SMALL_BYTES = 1 << 32  # parameters of a model beside which the gate has room on any card that it is measured on
 MEASURED_PER_SETUP = 0.25  # of the time that a process takes to be ready, at least so much again is measured in it
 
 
@@ -49,7 +47,6 @@ class Campaign:
         self._done = Done(settings, record)
         self._workers = Workers(settings, writer, start_worker, ready, self._done.process)
         self._labels = settings.labels
-        self._parameter_bytes: int | None = None  # the most that a cell stores
 
     def run(self) -> None:
         """All passes that are not done yet. Every process it started has ended when it returns or raises.
@@ -62,14 +59,10 @@ class Campaign:
             if any(not timing.stopped for timing in self._done.timings.values()):
                 self._workers.start_next()  # the first timing process, while nothing is timed yet
             self._each_cell("parameters", "counting parameters")
-            beside = self._gate_beside()
-            if beside is None:
-                self._each_cell("verify", VERIFYING)
+            self._each_cell("verify", "verifying that every cell computes the baseline's function")
             if self._settings.device.startswith("cuda"):
-                self._each_cell_where("memory", "measuring peak memory", beside)
-            self._each_cell_where("evidence", "recording what really runs", beside)
-            if beside is not None:
-                self._finish(beside)
+                self._each_cell_where("memory", "measuring peak memory")
+            self._each_cell_where("evidence", "recording what really runs")
             self._ceilings()
             self._workers.end()
             self._time()
@@ -88,17 +81,15 @@ class Campaign:
     def _each_cell(self, pass_: str, title: str) -> None:
         self._steps(pass_, title, [(cell, {}) for cell in self._labels])
 
-    def _each_cell_where(self, pass_: str, title: str, beside: Beside | None = None) -> None:
+    def _each_cell_where(self, pass_: str, title: str) -> None:
         steps = [
             (cell, {"workload": workload, "runtime": runtime})
             for workload, runtime in self._done.timings
             for cell in self._labels
         ]
-        self._steps(pass_, title, steps, beside)
+        self._steps(pass_, title, steps)
 
-    def _steps(
-        self, pass_: str, title: str, steps: list[tuple[str, dict[str, str]]], beside: Beside | None = None
-    ) -> None:
+    def _steps(self, pass_: str, title: str, steps: list[tuple[str, dict[str, str]]]) -> None:
         left = [
             (cell, where)
             for cell, where in steps
@@ -108,63 +99,14 @@ class Campaign:
             for cell, where in left:
                 stage.step(" ".join([cell, *where.values()]))
                 with self._failing(pass_, cell, **where):
-                    self._take(pass_, cell, self._ask_beside(beside, pass_, cell, where), **where)
-                while beside is not None and beside.answered:
-                    self._take_beside(beside)
-
-    def _take(self, pass_: str, cell: str, answer: dict[str, Any], **where: str) -> None:
-        """To the record, the answer to one step, and the failure that it tells of."""
-        self._append_answer({**answer, "type": pass_, "cell": cell, **where})
-        if pass_ == "parameters":
-            self._parameter_bytes = max(self._parameter_bytes or 0, answer.get("parameter_bytes") or 0)
-        if pass_ == "verify" and not answer["equivalent"]:
-            reason = answer.get("reason") or "no reason given"
-            self._fail(pass_, cell, CellFailure("not_equivalent", reason))
-        if pass_ == "evidence" and (again := answer.get("recompiles")):
-            reason = f"compiled {again} more graphs after its warm-up, so a latency may hold a compilation"
-            self._fail(pass_, cell, CellFailure("invalid", reason), **where)
-
-    # The gate in a process of its own, beside passes that time nothing either
-
-    def _gate_beside(self) -> Beside | None:
-        """The gate at work beside the next passes; None where it had better run alone, or there is nothing to judge.
-
-        On a CPU both would want the same cores, and beside a large model it might take memory that a cell needs.
-        """
-        cells = [cell for cell in self._labels if self._done.runs(cell) and ("verify", cell) not in self._done.steps]
-        small = self._parameter_bytes is not None and self._parameter_bytes <= SMALL_BYTES
-        if not cells or not small or not self._settings.device.startswith("cuda"):
-            return None
-        self._progress.note(f"{VERIFYING}, beside what follows")
-        return Beside(self._workers, "verify", cells)
-
-    def _ask_beside(self, beside: Beside | None, pass_: str, cell: str, where: dict[str, str]) -> dict[str, Any]:
-        """One step's answer; what found too little memory beside the gate is asked once more without it."""
-        try:
-            return self._workers.ask(pass_, cell=cell, **where)
-        except CellFailure as failure:
-            if failure.status != "oom" or beside is None or not beside.cells:
-                raise
-        self._workers.end()
-        self._finish(beside)
-        return self._workers.ask(pass_, cell=cell, **where)
-
-    def _take_beside(self, beside: Beside) -> None:
-        """The next answer from beside; waits for it."""
-        cell = beside.cell
-        try:
-            self._take("verify", cell, beside.answer(self._settings.measure.step_timeout_s))
-        except CellFailure as failure:
-            beside.end()
-            self._fail("verify", cell, failure)
-        beside.next()
-
-    def _finish(self, beside: Beside) -> None:
-        with self._progress.stage(VERIFYING, len(beside.cells)) as stage:
-            while beside.cells:
-                stage.step(beside.cell)
-                self._take_beside(beside)
-        beside.end()
+                    answer = self._workers.ask(pass_, cell=cell, **where)
+                    self._append_answer({**answer, "type": pass_, "cell": cell, **where})
+                    if pass_ == "verify" and not answer["equivalent"]:
+                        reason = answer.get("reason") or "no reason given"
+                        self._fail(pass_, cell, CellFailure("not_equivalent", reason))
+                    if pass_ == "evidence" and (again := answer.get("recompiles")):
+                        reason = f"compiled {again} more graphs after its warm-up, so a latency may hold a compilation"
+                        self._fail(pass_, cell, CellFailure("invalid", reason), **where)
 
     def _ceilings(self) -> None:
         """What the device can reach, and the least that each cell asks of it."""

@@ -125,12 +125,12 @@ def cases(lengths: Sequence[int]) -> list[Case]:
     found = [Case(f"a prefill of length {n}", i, usual=n > 1) for i, n in enumerate(lengths)]
     for i, n in enumerate(lengths):
         if n <= 64:
-            singles = min(n, 5)
+            singles = min(n, 12)
             filled = (n - singles,) if n > singles else ()
-            chunks = (*filled, *[1] * singles)
-            found.append(Case(f"a decode of length {n}", i, chunks, usual=n > singles))
-            if n > singles:  # a lone token may have a kernel of its own
-                found.append(Case(f"a decode of one sequence of length {n}", i, chunks, usual=True, sequences=1))
+            found.append(Case(f"a decode of length {n}", i, (*filled, *[1] * singles), usual=n > singles))
+        if 7 <= n <= 64:  # a lone token may have a kernel of its own
+            chunks = (n - 5, *[1] * 5)
+            found.append(Case(f"a decode of one sequence of length {n}", i, chunks, usual=True, sequences=1))
         if n > 7:
             first = n // 2
             found.append(Case(f"chunks of length {n}", i, (first, 1, 3, n - first - 4)))

@@ -64,23 +64,11 @@ class WorkerProcess:
         Raises `CellFailure` where the worker answers with an error, dies, or is silent for `timeout_s` seconds, and
         `UserError` where it refuses what the user asked for.
         """
-        self.post(op, **arguments)
-        return self.answer(op, timeout_s)
-
-    def post(self, op: str, **arguments: Any) -> None:
-        """Send a request whose `answer` is to be taken later. Raises `CellFailure` where the worker has died."""
         try:
             self._requests.write(protocol.encode({"op": op, **arguments}))
             self._requests.flush()
         except BrokenPipeError:
             raise self._died() from None
-
-    def answered(self) -> bool:
-        """Whether `answer` would find something to read at once."""
-        return bool(self._buffer or self._selector.select(0))
-
-    def answer(self, op: str, timeout_s: float) -> dict[str, Any]:
-        """The answer to what was posted; raises as `ask` does."""
         return protocol.answer(self._line(timeout_s, op), op)
 
     def end(self) -> None:

@@ -1,10 +1,9 @@
-"""The worker processes of a run: one at work, the next one started before it is needed, and one beside it."""
+"""The worker processes of a run: one at work, and the next one started before it is needed."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -82,15 +81,6 @@ class Workers:
             self._ready.end()
             self._ready = None
 
-    def beside(self) -> WorkerProcess:
-        """One more worker, beside the one at work, that has taken the settings.
-
-        It is the caller's to end; at the latest it ends with the others. Raises as `ask` does.
-        """
-        worker = self._launched()
-        self._open(worker)
-        return worker
-
     def end(self) -> None:
         """End the worker at work, poisoned or not."""
         if self._worker is not None:
@@ -103,7 +93,10 @@ class Workers:
             self.process = self.number
             self._worker = self._ready or self._launched()
             self._ready = None
-            self._open(self._worker)
+            try:
+                self._worker.ask("open", QUIET_S, config=self._settings.to_dict())
+            except CellFailure as failure:  # no cell has run in it
+                raise UserError(f"no worker could be started: {failure.reason}") from None
             self._writer.append(
                 {
                     "type": "process",
@@ -116,61 +109,5 @@ class Workers:
             )
         return self._worker
 
-    def _open(self, worker: WorkerProcess) -> None:
-        try:
-            worker.ask("open", QUIET_S, config=self._settings.to_dict())
-        except CellFailure as failure:  # no cell has run in it
-            raise UserError(f"no worker could be started: {failure.reason}") from None
-
     def _launched(self) -> WorkerProcess:
         return self._stack.enter_context(self._start(self._writer.directory / "worker.log"))
-
-
-class Beside:
-    """One pass over `cells` in a worker of its own, a cell at a time, while another worker is at other passes."""
-
-    def __init__(self, workers: Workers, op: str, cells: Sequence[str]) -> None:
-        self.cells = deque(cells)
-        self._workers = workers
-        self._op = op
-        self._worker: WorkerProcess | None = None
-        self._lost: CellFailure | None = None  # why the present cell could not be asked for
-        self._post()
-
-    @property
-    def cell(self) -> str:
-        """The cell that is at work."""
-        return self.cells[0]
-
-    @property
-    def answered(self) -> bool:
-        """Whether `answer` need not wait."""
-        return bool(self.cells) and (self._worker is None or self._worker.answered())
-
-    def answer(self, timeout_s: float) -> dict[str, Any]:
-        """The answer for `cell`. Raises as `WorkerProcess.ask` does."""
-        if self._lost is not None:
-            raise self._lost
-        assert self._worker is not None
-        return self._worker.answer(self._op, timeout_s)
-
-    def next(self) -> None:
-        """Go on to the next cell, in a fresh worker where the last was ended."""
-        self.cells.popleft()
-        if self.cells:
-            self._post()
-
-    def end(self) -> None:
-        """End the worker, poisoned or not."""
-        if self._worker is not None:
-            self._worker.end()
-            self._worker = None
-
-    def _post(self) -> None:
-        self._lost = None
-        try:
-            self._worker = self._worker or self._workers.beside()
-            self._worker.post(self._op, cell=self.cell)
-        except CellFailure as failure:
-            self._lost = failure
-            self.end()

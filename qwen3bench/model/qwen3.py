@@ -19,9 +19,8 @@ def rope_tables(config: ModelConfig, device: torch.device | str, dtype: torch.dt
 
     Computed in float64, so that the only rounding is the one to `dtype`.
     """
-    compute = torch.device(device)
-    if compute.type not in ("meta", "cuda"):  # not every device has float64
-        compute = torch.device("cpu")
+    meta = torch.device(device).type == "meta"
+    compute = torch.device("meta" if meta else "cpu")
     exponents = torch.arange(0, config.head_dim, 2, device=compute, dtype=torch.float64) / config.head_dim
     positions = torch.arange(config.context_length, device=compute, dtype=torch.float64)
     angles = torch.outer(positions, config.rope_base**-exponents).repeat(1, 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import time
 from collections.abc import Callable
@@ -72,56 +71,6 @@ def test_a_fault_in_any_step_costs_its_cell_alone(
     others = {key: n for key, n in _counts(done.run.samples).items() if key[0] != "tie"}
     assert others == {**{(cell, 0): 3 for cell in CELLS if cell != "tie"}, ("baseline", 1): 3}
     assert all(_gone(pid) for pid in done.pids)
-
-
-@pytest.mark.parametrize(
-    ("fault", "status"),
-    [
-        ({}, "ok"),
-        (DIES, "crashed"),
-        (HANGS, "timeout"),
-        (BABBLES, "crashed"),
-        (OUT_OF_MEMORY, "oom"),
-        ({"does": "answer", "fields": {"equivalent": False, "reason": "another function"}}, "not_equivalent"),
-    ],
-)
-@pytest.mark.parametrize("cell", ["baseline", "flash+tie"])
-def test_on_a_card_the_gate_works_beside_the_passes_that_time_nothing(
-    measure: Measure, fault: dict[str, Any], status: str, cell: str
-) -> None:
-    faults = [{**fault, "op": "verify", "cell": cell}] if fault else []
-    done = measure(*FULL, "device=cuda", "measure.step_timeout_s=2", faults=faults)
-    assert done.statuses == {**dict.fromkeys(CELLS, "ok"), cell: status}
-    judged = [line["cell"] for line in done.record.of("verify")]
-    failed = [line["cell"] for line in done.record.of("failure")]
-    assert sorted({*judged, *failed}) == sorted(CELLS)
-    assert failed == ([] if status == "ok" else [cell])
-    assert "beside what follows" in done.err
-    assert all(_gone(pid) for pid in done.pids)
-
-
-@pytest.mark.parametrize("op", ["memory", "evidence"])
-def test_what_found_no_memory_beside_the_gate_is_tried_again_without_it(
-    measure: Measure, tmp_path: Path, op: str
-) -> None:
-    slow = {"does": "hang", "op": "verify", "cell": "baseline"}  # the gate is still at work
-    fault = {**OUT_OF_MEMORY, "op": op, "cell": "flash", "once": str(tmp_path / "struck")}
-    done = measure(*FULL, "device=cuda", "measure.step_timeout_s=2", faults=[slow, fault])
-    assert (tmp_path / "struck").exists()
-    assert done.statuses == {**dict.fromkeys(CELLS, "ok"), "baseline": "timeout"}
-    lines = map(json.loads, (done.directory / "samples.jsonl").read_text().splitlines())
-    order = [(line["type"], line["cell"]) for line in lines if line["type"] in ("verify", op)]
-    assert order.index(("verify", "flash+tie")) < order.index((op, "flash"))
-
-
-def test_an_interrupted_gate_goes_on_where_it_was(measure: Measure) -> None:
-    first = measure(*FULL, "device=cuda", faults=[{"does": "error", "status": "refused", "reason": "no", "op": "cost"}])
-    assert first.status == 1
-    lines = len(first.record.of("verify"))
-    again = measure(resume=first.directory)
-    assert again.status == 0
-    assert sorted(line["cell"] for line in again.record.of("verify")) == sorted(CELLS)
-    assert lines == len(CELLS)
 
 
 def test_a_worker_killed_amid_a_block_has_the_block_done_again_in_one_process(measure: Measure, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from qwen3bench.model.config import ModelConfig
 from qwen3bench.model.layers import FeedForward, RMSNorm, apply_rope
 from qwen3bench.opt.flash import FlashAttention
 from qwen3bench.opt.mask import BooleanMask
+from qwen3bench.opt.mlp import FusedFeedForward
 
 TINY = ModelConfig(
     num_layers=2,
@@ -208,6 +209,15 @@ class NoSilu(FeedForward):
         return self.fc3(self.fc1(x) * self.fc2(x))
 
 
+class LoneNoSilu(FusedFeedForward):
+    """Right but for a single token, which has a kernel of its own."""
+
+    def forward(self, x):
+        if x.numel() == x.shape[-1]:
+            return self.fc3(self.fc1(x) * self.fc2(x))
+        return super().forward(x)
+
+
 class Swapped(FeedForward):
     def forward(self, x):
         return self.fc3(F.silu(self.fc2(x)) * self.fc1(x))
@@ -324,6 +334,7 @@ MUTANTS: dict[str, tuple[str, Build]] = {
     "causal diagonal one late, flash": ("flash", part(mask=Diagonal(1))),
     "is_causal top left in decode": ("flash+mask", part(attend=TopLeftCausal(lone=True, chunks=False))),
     "is_causal top left in chunks": ("flash+mask", part(attend=TopLeftCausal(lone=False, chunks=True))),
+    "SiLU left out for a lone token": ("mlp", part(mlp=LoneNoSilu)),
     "missing mask": ("baseline", part(mask=NoMask())),
     "missing mask, flash": ("flash+mask", part(attend=NoFlashMask())),
     "heads grouped in the wrong order": ("baseline", part(attend=WrongGroups())),

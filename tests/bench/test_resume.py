@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -75,13 +74,6 @@ def test_killed_at_a_hundred_random_moments_it_ends_with_the_same_samples(tmp_pa
         assert [(line["workload"], line["blocks"]) for line in stops] == [("prefill", 5), ("generate", 5)]
 
 
-@pytest.mark.parametrize(
-    ("device", "hanging", "seen"),
-    [
-        ("cpu", ("visit",), b'"purpose":"time"'),
-        ("cuda", ("evidence", "verify"), b'"type":"memory"'),  # the gate is at work beside the evidence
-    ],
-)
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_children_keeps_the_record_and_tells_how_to_continue(
     tmp_path: Path,
@@ -89,13 +81,10 @@ def test_a_signal_ends_the_children_keeps_the_record_and_tells_how_to_continue(
     start_fake: Callable[..., Any],
     number: signal.Signals,
     status: int,
-    device: str,
-    hanging: tuple[str, ...],
-    seen: bytes,
 ) -> None:
     directory = tmp_path / "a run's place"
-    hangs = json.dumps([{"does": "hang", "op": op, "cell": "flash"} for op in hanging])
-    settings = ["model=tiny", f"device={device}", *FULL, "measure.min_blocks=3", "measure.max_blocks=3"]
+    hangs = '[{"does":"hang","op":"visit","cell":"flash"}]'
+    settings = ["model=tiny", "device=cpu", *FULL, "measure.min_blocks=3", "measure.max_blocks=3"]
     process = subprocess.Popen(
         _command("run", hangs, *settings, 'run.dir="a run\'s place"'),
         env=_environment(),
@@ -105,7 +94,7 @@ def test_a_signal_ends_the_children_keeps_the_record_and_tells_how_to_continue(
         text=True,
     )
     record = directory / "samples.jsonl"
-    assert _until(lambda: record.exists() and seen in record.read_bytes(), 60)
+    assert _until(lambda: record.exists() and b'"purpose":"time"' in record.read_bytes(), 60)
     children = psutil.Process(process.pid).children(recursive=True)
     assert children
     time.sleep(0.3)

@@ -16,8 +16,11 @@ import torch
 from safetensors.torch import save_file
 
 from qwen3bench.bench import protocol
+from qwen3bench.bench import worker as worker_module
 from qwen3bench.bench.protocol import CellFailure
+from qwen3bench.bench.runtimes import Runtime
 from qwen3bench.bench.supervisor import WorkerProcess
+from qwen3bench.bench.timer import TimedValue
 from qwen3bench.bench.worker import Worker, failure, serve
 from qwen3bench.errors import UserError
 from qwen3bench.model.weights import load_weights
@@ -90,6 +93,38 @@ def test_a_cell_is_prepared_and_visited(opened: Ask, workload: str) -> None:
             assert len(sample["itl_s"]) == 2
             assert sample["ttft_s"] + sum(sample["itl_s"]) == pytest.approx(sample["latency_s"], rel=1e-6)
             assert sample["tpot_s"] == pytest.approx(sum(sample["itl_s"]) / 2)
+
+
+class Replayed(Runtime):
+    """A graph's behaviour on a CPU: a step is launched twice, and what is timed is a replay that runs no Python."""
+
+    @property
+    def on_device_clock(self) -> bool:
+        return True
+
+    def prepare(self, step: Callable[[], torch.Tensor]) -> Callable[[], object]:
+        step()
+        step()
+        return lambda: None
+
+
+@pytest.mark.parametrize("workload", ["prefill", "generate"])
+@pytest.mark.parametrize("finite", [True, False])
+def test_what_a_graph_writes_is_looked_at_too(
+    opened: Ask, worker: Worker, overflowing: Settings, monkeypatch: pytest.MonkeyPatch, workload: str, finite: bool
+) -> None:
+    monkeypatch.setattr(worker, "_make_runtime", lambda name: Replayed(torch.device("cpu")))
+    monkeypatch.setattr(worker_module, "time_device", lambda launches, repeats, inner: [TimedValue(1.0)] * repeats)
+    if not finite:
+        opened("open", config=replace(overflowing, workloads=worker.settings.workloads).to_dict())
+    opened("enter", workload=workload, runtime="eager")
+    if finite:
+        opened("prepare", cell="baseline", copy=0)
+        (prepared,) = worker._prepared.values()
+        assert len(prepared.launches) == (3 if workload == "generate" else 1)
+    else:
+        with pytest.raises(CellFailure, match="logits are not finite"):
+            opened("prepare", cell="baseline", copy=0)
 
 
 def test_one_generated_token_has_no_time_between_tokens(ask: Ask, small_settings: Callable[..., Settings]) -> None:

@@ -13,6 +13,7 @@ from qwen3bench import ModelConfig, build_model, load_weights
 from qwen3bench.errors import UserError
 from qwen3bench.model.build import hf_names
 from qwen3bench.model.checkpoint import tensor_shapes
+from qwen3bench.model.layers import Embedding, Linear
 
 TOKENS = (2, 13)
 
@@ -147,3 +148,15 @@ def test_tie_is_refused_where_it_would_change_the_function(tiny: ModelConfig, ti
     head[-1, -1] += 1e-3
     with pytest.raises(UserError, match="tying would change the function"):
         build_model(tiny, ("tie",), tiny_weights | {"lm_head.weight": head})
+
+
+def test_on_meta_nothing_is_filled(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("filled")
+
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", refuse)
+    monkeypatch.setattr(torch.nn.init, "normal_", refuse)
+    build_model(tiny, device="meta")
+    for layer in (Linear, Embedding):  # elsewhere they are
+        with pytest.raises(AssertionError, match="filled"):
+            layer(2, 3)
