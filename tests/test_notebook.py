@@ -108,7 +108,13 @@ def test_it_finds_a_run_of_every_combination_by_itself(
     with RecordWriter(reference / "a-pair") as record:
         first = {"config": {}, "factors": FACTORS, "cells": ["baseline", "flash+tie"]}
         record.append({"type": "run", **first, "workloads": ["prefill"], "runtimes": ["eager"]})
-    assert "tiny on a device" in execute(monkeypatch, tmp_path / "notebooks")
+    lines = (reference / "small" / "samples.jsonl").read_text().splitlines()
+    (reference / "a-cut-off-one").mkdir()
+    cut_off = [line for line in lines if '"end"' not in line]
+    (reference / "a-cut-off-one" / "samples.jsonl").write_text("\n".join(cut_off) + "\n")
+    said = execute(monkeypatch, tmp_path / "notebooks")
+    assert "tiny on a device" in said
+    assert "has not finished" not in said
 
 
 def test_it_is_committed_without_outputs() -> None:
