@@ -19,10 +19,11 @@ def rope_tables(config: ModelConfig, device: torch.device | str, dtype: torch.dt
 
     Computed in float64, so that the only rounding is the one to `dtype`.
     """
-    meta = torch.device(device).type == "meta"
-    compute = torch.device("meta" if meta else "cpu")
-    exponents = torch.arange(0, config.head_dim, 2, device=compute, dtype=torch.float64) / config.head_dim
-    positions = torch.arange(config.context_length, device=compute, dtype=torch.float64)
+    if torch.device(device).type == "meta":  # arithmetic there makes PyTorch import its compiler, which takes seconds
+        cos, sin = torch.empty(2, config.context_length, config.head_dim, device=device, dtype=dtype)
+        return cos, sin
+    exponents = torch.arange(0, config.head_dim, 2, device="cpu", dtype=torch.float64) / config.head_dim
+    positions = torch.arange(config.context_length, device="cpu", dtype=torch.float64)
     angles = torch.outer(positions, config.rope_base**-exponents).repeat(1, 2)
     return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 

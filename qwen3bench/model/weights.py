@@ -125,9 +125,11 @@ def stacked(*tensors: Tensor) -> Tensor:
             and (tensor.dtype, tensor.shape[1:]) == (first.dtype, first.shape[1:])
         )
         end += tensor.numel()
+    rows = sum(tensor.shape[0] for tensor in tensors)
+    if not in_place and first.is_meta:  # to concatenate there PyTorch would import its compiler, which takes seconds
+        return first.new_empty((rows, *first.shape[1:]))
     if not in_place:
         return torch.cat(tensors)
-    rows = sum(tensor.shape[0] for tensor in tensors)
     return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -135,6 +136,26 @@ def test_one_generated_token_has_no_time_between_tokens(ask: Ask, small_settings
     (sample,) = ask("visit", cell="baseline", copy=0, repeats=1)["samples"]
     assert sample["latency_s"] > 0
     assert sample.get("tpot_s") is None
+
+
+def test_timing_does_not_wait_for_the_compiler_to_be_imported() -> None:
+    code = """
+import sys
+from qwen3bench.bench.worker import Worker
+from qwen3bench.cli import compose
+
+settings = compose(["model=tiny", "opt=flash,tie,mlp,mask,norm,qkv", "workload=decode"]).resolved("cpu")
+worker = Worker()
+worker.op_open(settings.to_dict())
+worker.op_load(settings.labels)
+worker.op_parameters(settings.labels[-1])
+worker.op_enter("decode", "eager")
+worker.op_prepare(settings.labels[-1], 0)
+worker.op_visit(settings.labels[-1], 0, 1)
+print(settings.labels, "torch._dynamo" in sys.modules)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["['baseline',", "'flash+tie+mlp+mask+norm+qkv']", "False"]
 
 
 def test_parameters_and_costs_are_the_models(opened: Ask) -> None:
