@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -88,8 +89,12 @@ def collect(
     backends, last = [], Counter[str]()
     for i, ran in zip(ends, kernels, strict=True):
         backend = _backend_of_kernels(ran)
-        # Operations are profiled only where they are needed: each costs the profiler far more than a kernel.
-        operations = _operations(steps[i]) if on_cpu or backend is None else Counter[str]()
+        operations = Counter[str]()
+        if on_cpu:
+            operations = _operations(steps[i])
+        elif backend is None:  # each operation costs the profiler far more than a kernel, and all blocks are alike
+            with _first_block_alone(model):
+                operations = _operations(steps[i])
         backends.append(backend or attention_backend((), operations, compiled))
         last = ran if not on_cpu else Counter() if compiled else operations
     notes = [f"attention by an unknown kernel: {name}" for name in _unknown_attention(kernels)]
@@ -159,6 +164,20 @@ def _operations(launch: Callable[[], object]) -> Counter[str]:
         if event.device_type == torch.autograd.DeviceType.CPU and event.cpu_parent is None
         for name in _computing(event)
     )
+
+
+@contextmanager
+def _first_block_alone(model: Decoder) -> Iterator[None]:
+    """Our model without all blocks but the first; any other as it is."""
+    if not isinstance(model, Qwen3Model):
+        yield
+        return
+    blocks = model.trf_blocks
+    model.trf_blocks = blocks[:1]
+    try:
+        yield
+    finally:
+        model.trf_blocks = blocks
 
 
 def _profiled(launch: Callable[[], object], activities: Sequence[ProfilerActivity]) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,8 @@ from qwen3bench.bench.design import design_cells, label
 from qwen3bench.bench.evidence import (
     SEPARATE,
     UNKNOWN,
+    _first_block_alone,
+    _operations,
     attention_backend,
     collect,
     forget_compilations,
@@ -90,6 +93,19 @@ def test_it_says_whether_fused_attention_is_given_a_mask(opts: tuple[str, ...], 
 def test_each_layer_adds_the_same_operations() -> None:
     one, two, three = (evidence(config=replace(SMALL, num_layers=n))["kernel_launches"] for n in (1, 2, 3))
     assert three - two == two - one > 20
+
+
+@pytest.mark.parametrize("opts", [(), ("flash",), {"flash": {"backend": "math"}}, FIVE])
+def test_the_first_block_alone_tells_of_the_same_attention(opts: Any) -> None:
+    model = build_model(replace(SMALL, num_layers=3), opts)
+    (step,) = Workload(PREFILL, model).steps(model)
+    whole = _operations(step)
+    with suppress(ZeroDivisionError), _first_block_alone(model):
+        part = _operations(step)
+        raise ZeroDivisionError
+    assert sum(part.values()) < sum(whole.values()) / 2
+    assert attention_backend((), part) == attention_backend((), whole)
+    assert len(model.trf_blocks) == 3
 
 
 def test_one_gate_up_product_is_one_product_less() -> None:
