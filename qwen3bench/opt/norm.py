@@ -23,7 +23,7 @@ if _HAS_TRITON:
     import triton
     import triton.language as tl
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["rows"])  # else each remainder of it would be compiled anew
     def _rms_norm_kernel(x, weight, out, rows, width, heads, stride, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         column = tl.arange(0, BLOCK)
