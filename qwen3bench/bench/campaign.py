@@ -1,4 +1,4 @@
-"""The passes of a run over its cells: design → check → verify → memory → evidence → time.
+"""The passes of a run over its cells: design → check → verify → memory and evidence → time.
 
 Each step goes to the record as it ends, so a run that stops anywhere continues where it was. A worker that fails is
 replaced; its cell is recorded with a status and a reason, and the others go on.
@@ -60,9 +60,7 @@ class Campaign:
                 self._workers.start_next()  # the first timing process, while nothing is timed yet
             self._each_cell("parameters", "counting parameters")
             self._each_cell("verify", "verifying that every cell computes the baseline's function")
-            if self._settings.device.startswith("cuda"):
-                self._each_cell_where("memory", "measuring peak memory")
-            self._each_cell_where("evidence", "recording what really runs")
+            self._look_at_each_cell()
             self._ceilings()
             self._workers.end()
             self._time()
@@ -79,34 +77,42 @@ class Campaign:
                     self._workers.ask("load", cells=[cell])
 
     def _each_cell(self, pass_: str, title: str) -> None:
-        self._steps(pass_, title, [(cell, {}) for cell in self._labels])
+        self._steps(title, [(pass_, cell, {}) for cell in self._labels])
 
-    def _each_cell_where(self, pass_: str, title: str) -> None:
+    def _look_at_each_cell(self) -> None:
+        """Peak memory, then evidence of what has just run there, so that a cell is built and compiled once for both."""
+        passes, title = ["evidence"], "recording what really runs"
+        if self._settings.device.startswith("cuda"):
+            passes, title = ["memory", "evidence"], "measuring peak memory, recording what really runs"
         steps = [
-            (cell, {"workload": workload, "runtime": runtime})
+            (pass_, cell, {"workload": workload, "runtime": runtime})
             for workload, runtime in self._done.timings
             for cell in self._labels
+            for pass_ in passes
         ]
-        self._steps(pass_, title, steps)
+        self._steps(title, steps)
 
-    def _steps(self, pass_: str, title: str, steps: list[tuple[str, dict[str, str]]]) -> None:
+    def _steps(self, title: str, steps: list[tuple[str, str, dict[str, str]]]) -> None:
         left = [
-            (cell, where)
-            for cell, where in steps
+            (pass_, cell, where)
+            for pass_, cell, where in steps
             if (pass_, cell, *where.values()) not in self._done.steps and self._done.runs(cell, *where.values())
         ]
         with self._progress.stage(title, len(left)) as stage:
-            for cell, where in left:
+            for pass_, cell, where in left:
                 stage.step(" ".join([cell, *where.values()]))
-                with self._failing(pass_, cell, **where):
-                    answer = self._workers.ask(pass_, cell=cell, **where)
-                    self._append_answer({**answer, "type": pass_, "cell": cell, **where})
-                    if pass_ == "verify" and not answer["equivalent"]:
-                        reason = answer.get("reason") or "no reason given"
-                        self._fail(pass_, cell, CellFailure("not_equivalent", reason))
-                    if pass_ == "evidence" and (again := answer.get("recompiles")):
-                        reason = f"compiled {again} more graphs after its warm-up, so a latency may hold a compilation"
-                        self._fail(pass_, cell, CellFailure("invalid", reason), **where)
+                if self._done.runs(cell, *where.values()):  # still, after its step before
+                    self._step(pass_, cell, where)
+
+    def _step(self, pass_: str, cell: str, where: dict[str, str]) -> None:
+        with self._failing(pass_, cell, **where):
+            answer = self._workers.ask(pass_, cell=cell, **where)
+            self._append_answer({**answer, "type": pass_, "cell": cell, **where})
+            if pass_ == "verify" and not answer["equivalent"]:
+                self._fail(pass_, cell, CellFailure("not_equivalent", answer.get("reason") or "no reason given"))
+            if pass_ == "evidence" and (again := answer.get("recompiles")):
+                reason = f"compiled {again} more graphs after its warm-up, so a latency may hold a compilation"
+                self._fail(pass_, cell, CellFailure("invalid", reason), **where)
 
     def _ceilings(self) -> None:
         """What the device can reach, and the least that each cell asks of it."""

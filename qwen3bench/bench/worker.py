@@ -53,6 +53,16 @@ class Prepared:
     repeats: int  # timed values of a visit, unless the settings say how many
 
 
+@dataclass
+class Warm:
+    """A cell that has run, and how to run it again."""
+
+    where: tuple[str, str, str]  # cell, workload, runtime
+    model: Decoder
+    workload: Workload
+    launches: list[Callable[[], object]]
+
+
 class Worker:
     """What the requests do. Each method named `op_…` is one; it returns the reply's fields."""
 
@@ -65,6 +75,7 @@ class Worker:
         self._workload: Workload | None = None
         self._prepared: dict[tuple[str, int], Prepared] = {}
         self._gate: Gate | None = None
+        self._warm: Warm | None = None
 
     # Set-up
 
@@ -140,18 +151,13 @@ class Worker:
         inputs = Workload(self._size(workload), model, s.seed)
         torch.cuda.empty_cache()  # making the weights needed more for a moment than keeping them does
         torch.cuda.reset_peak_memory_stats(self.device)
-        launches = self._launches(self._make_runtime(runtime), model, inputs.steps(model))
-        for launch in launches:
-            launch()
+        self._warm = Warm((cell, workload, runtime), model, inputs, self._warmed_up(runtime, model, inputs))
         torch.cuda.synchronize(self.device)
-        peaks = {
+        return {
             "peak_allocated_bytes": torch.cuda.max_memory_allocated(self.device),
             "peak_reserved_bytes": torch.cuda.max_memory_reserved(self.device),
             "cache_bytes": inputs.cache_bytes or None,
         }
-        del model, inputs, launches
-        self._forget_everything()
-        return peaks
 
     def op_cost(self, cell: str, workload: str) -> dict[str, Any]:
         """The least operations and bytes of one timed value."""
@@ -160,18 +166,17 @@ class Worker:
         return dict(cell_cost(self.settings.model, tied, self._size(workload), self.dtype.itemsize))
 
     def op_evidence(self, cell: str, workload: str, runtime: str) -> dict[str, Any]:
-        """What really ran, from a profile of its own."""
-        self._forget_graphs()
-        model = self._on_bank(cell)
-        if self._workload is None or self._workload.size.name != workload:
-            self._workload = Workload(self._size(workload), model, self.settings.seed)
-        if runtime == "compile":
-            forget_compilations()
-        launches = self._launches(self._make_runtime(runtime), model, self._workload.steps(model))
-        if self.device.type == "cuda" or runtime == "compile":
-            for launch in launches:  # what happens only the first time is not what is timed
-                launch()
-        return collect(model, self._workload, runtime, launches)
+        """What really ran, from a profile of its own: of what the memory pass left where that was just this cell."""
+        warm, self._warm = self._warm, None
+        if warm is None or warm.where != (cell, workload, runtime):
+            del warm
+            self._forget_graphs()
+            model = self._on_bank(cell)
+            if self._workload is None or self._workload.size.name != workload:
+                self._workload = Workload(self._size(workload), model, self.settings.seed)
+            launches = self._warmed_up(runtime, model, self._workload)
+            warm = Warm((cell, workload, runtime), model, self._workload, launches)
+        return collect(warm.model, warm.workload, runtime, warm.launches)
 
     def op_ceilings(self) -> dict[str, Any]:
         """What the device reaches: a large copy and a large matrix product."""
@@ -275,6 +280,16 @@ class Worker:
         runtime.prepare_model(model)
         return [runtime.prepare(step) for step in steps]
 
+    def _warmed_up(self, runtime: str, model: Decoder, workload: Workload) -> list[Callable[[], object]]:
+        """The workload's launches; where the first differs from the others, after that one."""
+        if runtime == "compile":
+            forget_compilations()
+        launches = self._launches(self._make_runtime(runtime), model, workload.steps(model))
+        if self.device.type == "cuda" or runtime == "compile":
+            for launch in launches:
+                launch()
+        return launches
+
     def _time(self, launches: Sequence[Callable[[], object]], repeats: int, inner: int) -> list[Any]:
         assert self._runtime is not None
         if self._runtime.on_device_clock:
@@ -297,7 +312,7 @@ class Worker:
 
     def _forget_graphs(self) -> None:
         self._prepared.clear()
-        self._runtime = None
+        self._runtime = self._warm = None
         gc.collect()
         gc.freeze()  # what lives now are imports and the bank: looking at them again would take 0.2 s a cell
         if self.device.type == "cuda":

@@ -100,6 +100,8 @@ def test_out_of_memory_is_told_with_its_peak(measure: Measure, op: str) -> None:
     assert done.statuses == {**dict.fromkeys(CELLS, "ok"), "flash": "oom"}
     (failure,) = done.record.of("failure")
     assert (failure["pass"], failure["peak_allocated_bytes"]) == ("time" if op == "visit" else op, 123)
+    looked_at = [line["cell"] for line in done.record.of("evidence")]
+    assert looked_at == [cell for cell in CELLS if op == "visit" or cell != "flash"]
 
 
 def test_memory_for_no_cache_costs_the_cells_of_that_workload_alone(measure: Measure) -> None:

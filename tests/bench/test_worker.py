@@ -292,3 +292,24 @@ def test_memory_is_the_cells_own(ask: Ask, settings: Settings) -> None:
     assert plain["peak_allocated_bytes"] - tied["peak_allocated_bytes"] == 4 * 512 * 64
     assert plain["peak_reserved_bytes"] >= plain["peak_allocated_bytes"] > 0
     assert plain["cache_bytes"] == tied["cache_bytes"] > 0
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("runtime", ["graph", "compile"])
+def test_evidence_after_the_memory_pass_is_that_of_a_cell_built_anew(
+    ask: Ask, worker: Worker, settings: Settings, runtime: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask("open", config=replace(settings, device="cuda", runtimes={runtime: {}}).to_dict())
+    built = []
+    monkeypatch.setattr(worker, "_on_bank", lambda cell: built.append(cell) or Worker._on_bank(worker, cell))
+    where = {"workload": "decode", "runtime": runtime}
+    ask("memory", cell="tie", **where)
+    kept = ask("evidence", cell="tie", **where)
+    assert not built
+    anew = ask("evidence", cell="tie", **where)
+    ask("memory", cell="baseline", **where)
+    another = ask("evidence", cell="tie", **where)
+    assert built == ["tie", "tie"]
+    assert kept == anew == another
+    assert kept["tied_storage"]
+    assert kept["kernel_launches"] > 0
