@@ -169,8 +169,10 @@ class Campaign:
             spent_s = timing.measured_s - before_s
             # Kalibera & Jones, sec. 6: the dearer a process is to set up, the more is measured in each.
             enough = blocks >= measure.blocks_per_process and spent_s >= MEASURED_PER_SETUP * setup_s
-            # A share of the time for each process, or a slow device would never see a second one.
-            if enough or (measure.max_seconds and spent_s >= measure.max_seconds / measure.min_processes):
+            # A share of the time and of the blocks for each process, or there might never be a second one.
+            if enough or blocks >= measure.max_blocks / measure.min_processes:
+                return
+            if measure.max_seconds and spent_s >= measure.max_seconds / measure.min_processes:
                 return
 
     def _prepare(self, where: Where) -> bool:

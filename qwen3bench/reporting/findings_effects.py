@@ -22,6 +22,7 @@ from qwen3bench.reporting.lookup import (
     device,
     factors,
     rows,
+    skewed,
     terms,
     usable,
 )
@@ -50,9 +51,17 @@ def together(run: Run, condition: Condition) -> Iterator[Finding]:
     verdict = controls.heard(run, condition, verdict_of(row.speedup_lo, row.speedup_hi, band(run)), row.speedup)
     said = worth(verdict, row.speedup, row.speedup_lo, row.speedup_hi, band(run))
     subject = f"All {len(factors(run))} switches together" if len(factors(run)) > 1 else f"{row.cell} on"
-    times = f", {seconds(good[BASELINE].latency_s)} → {seconds(row.latency_s)}" if BASELINE in good else ""
+    times = _times(run, good[BASELINE].latency_s, row) if BASELINE in good else ""
     noisy = " Noisy." if controls.noise(run, condition) else ""
     yield Finding(f"{subject}: {said}{times} ({where}).{noisy}", "together")
+
+
+def _times(run: Run, baseline_s: float, row: Any) -> str:
+    """From the baseline's median to a cell's, and a word where that is not the speed-up beside it."""
+    times = f", {seconds(baseline_s)} → {seconds(row.latency_s)}"
+    if is_number(row.speedup) and skewed(run, row.speedup, baseline_s, row.latency_s):
+        return f"{times} (medians, {ratio(baseline_s / row.latency_s)}: single values lie far from the rest)"
+    return times
 
 
 def switch(run: Run, name: str) -> Iterator[Finding]:

@@ -19,6 +19,7 @@ from qwen3bench.reporting.lookup import (
     device,
     factors,
     rows,
+    skewed,
     terms,
     usable,
 )
@@ -46,7 +47,10 @@ def waterfall(run: Run, condition: Condition, metric: str) -> Plot | None:
     what = "latency" if latency else "peak memory"
     title = _waterfall_title(shares, what, latency, start, end)
     title = f"Noisy: {title}" if latency and controls.noise(run, condition) else title
-    figure = new_figure(title, f"{condition}; {device(run)}; n = {blocks_of(run, condition)}", 3.6)
+    about = f"{condition}; {device(run)}; n = {blocks_of(run, condition)}"
+    if latency and skewed(run, start / levels[-1], start, end):
+        about += "; bars are medians, steps are mean ratios within blocks: single values lie far from the rest"
+    figure = new_figure(title, about, 3.6)
     axes = figure.subplots()
     _steps(axes, shares, levels, latency, unit)
     bars = [start / unit.size, end / unit.size]

@@ -44,6 +44,12 @@ def test_every_process_measures_blocks_of_every_workload(measure: Measure) -> No
     assert [purposes[p] for p in sorted(set(done.record.frame("block")["process"]))] == ["time"] * 3
 
 
+def test_one_process_does_not_use_up_the_blocks_of_the_others(measure: Measure) -> None:
+    sizes = ["measure.blocks_per_process=50", "measure.max_blocks=7", "measure.min_processes=2"]
+    blocks = measure(*FULL, *sizes).record.frame("block")
+    assert list(blocks["process"] - blocks["process"].iloc[0]) == [0, 0, 0, 0, 1, 1, 1]
+
+
 def test_blocks_are_visited_in_the_seeded_order_with_the_baseline_twice(measure: Measure) -> None:
     done = measure(*FULL, "measure.repeats=3", "seed=7")
     samples = done.record.frame("sample")

@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.text import Text
 
 from qwen3bench.analysis.run import Run
+from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.finding import Finding, verdict_of, worth
 from qwen3bench.reporting.findings import findings, grouped
 from qwen3bench.reporting.findings_cells import shown_faster
+from qwen3bench.reporting.plot_waterfall import waterfall
 
 Lines = list[dict[str, Any]]
 TWO = ("flash", "tie")
@@ -74,6 +77,19 @@ def test_a_quiet_run_says_what_was_planted(full_findings: list[Finding]) -> None
     assert "costs no latency beyond ±1 %" in memory
     assert "−296.8 MiB" in memory
     assert not [finding for finding in full_findings if finding.level == "warning"]
+
+
+@pytest.mark.parametrize(("factor", "said"), [(1.0, False), (1.005, False), (1.02, True), (0.98, True)])
+def test_medians_that_are_not_the_speedup_are_told_apart(small_run: Run, factor: float, said: bool) -> None:
+    """The speed-up is a mean of ratios within blocks, so single slow values move it and not the medians."""
+    slow = float(small_run.cells.set_index("cell")["latency_s"]["flash+tie"]) * factor
+    run = with_cell(small_run, "flash+tie", latency_s=slow)
+    (text,) = texts(run, "together")
+    assert ("single values lie far from the rest" in text) == said
+    plot = waterfall(run, conditions(run)[0], "latency_s")
+    assert plot is not None
+    shown = " ".join(part.get_text() for part in plot.figure.findobj(Text))
+    assert ("bars are medians" in shown) == said
 
 
 def test_an_interaction_names_what_ran_and_where_the_switch_pays(full_findings: list[Finding]) -> None:
