@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
 def _rebuild(paths: list[Path], out: Path | None) -> None:
     from qwen3bench.analysis.run import load_run, write_derived
     from qwen3bench.reporting.across import find_runs, write_overview
+    from qwen3bench.reporting.findings import findings
     from qwen3bench.reporting.pages import write_report
     from qwen3bench.reporting.terminal import terminal_summary
 
@@ -45,10 +46,11 @@ def _rebuild(paths: list[Path], out: Path | None) -> None:
     for directory in directories:
         run = load_run(directory)
         write_derived(run)
-        report = write_report(run)
+        found = findings(run)
+        report = write_report(run, found)
         runs.append(run)
         if len(directories) == 1:
-            terminal_summary(run, console)
+            terminal_summary(run, found, console)
         else:
             console.print(f"Report: {report}", soft_wrap=True, markup=False, highlight=False)
     if len(runs) > 1:

@@ -27,6 +27,7 @@ from qwen3bench.bench.record import Record, RecordWriter, clean_stale, point_lat
 from qwen3bench.bench.supervisor import CellFailure, WorkerProcess
 from qwen3bench.bench.workers import QUIET_S, StartWorker
 from qwen3bench.errors import UserError
+from qwen3bench.reporting.findings import findings
 from qwen3bench.reporting.pages import write_report
 from qwen3bench.reporting.terminal import terminal_summary
 from qwen3bench.settings import Settings, settings_from
@@ -63,7 +64,8 @@ def run(
             with reporter.stage("analysing and writing the report", 1):
                 finished = load_run(directory)
                 write_derived(finished)
-                write_report(finished)
+                found = findings(finished)
+                write_report(finished, found)
     except Interrupted as stop:
         report = f"python -m qwen3bench.report {shlex.quote(str(directory))}"
         if measured:
@@ -77,7 +79,7 @@ def run(
         return 128 + stop.args[0]
     if directory.resolve().parent == RESULTS.resolve():
         point_latest(directory)
-    terminal_summary(finished, Console())
+    terminal_summary(finished, found, Console())
     print(f"took {duration(time.monotonic() - started)}", file=sys.stderr)
     status = _status(finished.cells)
     if status == 1:

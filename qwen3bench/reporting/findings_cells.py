@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special
 
+from qwen3bench.analysis.frames import analysis_setting, block_matrix
 from qwen3bench.reporting import controls
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.finding import Finding, verdict_of, worth
@@ -16,6 +17,7 @@ from qwen3bench.reporting.lookup import (
     BASELINE,
     LATENCY,
     MEMORY,
+    all_on,
     band,
     is_peer,
     largest,
@@ -81,21 +83,35 @@ def shown_faster(cells: pd.DataFrame, blocks: int, width: float) -> pd.Series:
     degrees of freedom; a cell inside the band does not count.
     """
     comparisons, freedom = max(1, len(cells) - 1), max(1, blocks - 1)
-    widening = stats.t.ppf(1 - 0.025 / comparisons, freedom) / stats.t.ppf(0.975, freedom)
+    widening = special.stdtrit(freedom, 1 - 0.025 / comparisons) / special.stdtrit(freedom, 0.975)
     gain, low = np.log(cells["speedup"]), np.log(cells["speedup_lo"])
     inside = (cells["speedup_lo"] >= 1 - width) & (cells["speedup_hi"] <= 1 + width)
     return (gain - widening * (gain - low) > 0) & ~inside
 
 
 def peers(run: Run) -> Iterator[Finding]:
-    """How other implementations of the model stand against the baseline."""
+    """How other implementations of the model stand against the baseline, and all switches together against them."""
     for condition in conditions(run):
         cells = usable(condition.select(run.cells))
         for row in rows(cells[is_peer(cells)]):
             verdict = controls.heard(run, condition, verdict_of(row.speedup_lo, row.speedup_hi, band(run)), row.speedup)
             said = worth(verdict, row.speedup, row.speedup_lo, row.speedup_hi, band(run))
             against = f"; against the baseline {said}" if verdict != "missing" else ""
-            yield Finding(f"{row.cell} takes {seconds(row.latency_s)}{against} ({condition}).", "peer")
+            ours = _all_on_against(run, condition, row.cell)
+            yield Finding(f"{row.cell} takes {seconds(row.latency_s)}{against}{ours} ({condition}).", "peer")
+
+
+def _all_on_against(run: Run, condition: Condition, peer: str) -> str:
+    """What all switches together give over a peer, by ratios within blocks."""
+    cells = usable(condition.select(run.cells))["cell"].tolist()
+    blocks = block_matrix(condition.select(run.samples), cells)
+    if not {all_on(run), peer} <= set(blocks.log_s) or all_on(run) == BASELINE:
+        return ""
+    found = blocks.log_ratios(peer, [all_on(run)])
+    (estimate,), (half,) = found.estimate, found.half_width(analysis_setting(run.record, "confidence"))
+    gain, lo, hi = (float(np.exp(estimate + side * half)) for side in (0, -1, 1))
+    verdict = controls.heard(run, condition, verdict_of(lo, hi, band(run)), gain)
+    return f"; {all_on(run)} against it {worth(verdict, gain, lo, hi, band(run))}"
 
 
 def failures(run: Run) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from qwen3bench.bench.record import write_atomic
 from qwen3bench.reporting import controls, figures, plots, tables
 from qwen3bench.reporting.conditions import Condition, conditions
+from qwen3bench.reporting.finding import Finding
 from qwen3bench.reporting.findings import findings, grouped
 from qwen3bench.reporting.lookup import LATENCY, MEMORY, device, directory, factors
 from qwen3bench.reporting.tables import Table
@@ -37,25 +38,24 @@ class Section:
     plots: list[figures.SavedPlot]
 
 
-def write_report(run: Run) -> Path:
+def write_report(run: Run, found: list[Finding] | None = None) -> Path:
     """Write report.md, report.html and plots/ into the run's directory; the path of report.html.
 
-    Works on a partial run: what is missing is left out and named. Raises UserError where the directory cannot
-    be written.
+    `found` are the run's findings where they are known already. Works on a partial run: what is missing is left out
+    and named. Raises UserError where the directory cannot be written.
     """
-    content = page_content(run)
+    content = page_content(run, findings(run) if found is None else found)
     for name in ("report.md", "report.html"):
         write_atomic(directory(run) / name, render(f"{name}.jinja", content))
     return directory(run) / "report.html"
 
 
-def page_content(run: Run) -> dict[str, Any]:
+def page_content(run: Run, found: list[Finding]) -> dict[str, Any]:
     """Everything that the templates show, plots already written under the run's directory."""
     with figures.style():
         sections = [_section(run, condition) for condition in conditions(run)]
         opening = [figures.save(plot, directory(run) / "plots") for plot in plots.opening_plots(run)]
         closing = [figures.save(plot, directory(run) / "plots") for plot in plots.closing_plots(run)]
-    found = findings(run)
     return {
         "title": f"{run.record.run.get('model') or 'A model'} on {device(run)}",
         "factors": factors(run),

@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from qwen3bench.reporting.conditions import Condition, conditions
-from qwen3bench.reporting.findings import findings, grouped
+from qwen3bench.reporting.finding import Finding
+from qwen3bench.reporting.findings import grouped
 from qwen3bench.reporting.lookup import BASELINE, LATENCY, MEMORY, all_on, directory, smallest, usable
 from qwen3bench.reporting.tables import cells_table
 from qwen3bench.reporting.units import seconds, size
@@ -26,14 +27,14 @@ _WIDTH = 100
 _INDENT: dict[str, Any] = {"initial_indent": "  ", "subsequent_indent": "  ", "break_on_hyphens": False}
 
 
-def terminal_summary(run: Run, console: Console) -> None:
-    """Print findings, the most telling cells, fastest and smallest of each condition, the report's path.
+def terminal_summary(run: Run, found: list[Finding], console: Console) -> None:
+    """Print the findings `found`, the most telling cells, fastest and smallest of each condition, the report's path.
 
     Fits 100 columns; plain text where the console is no terminal.
     """
     console = console if console.is_terminal else Console(file=console.file, width=_WIDTH, color_system=None)
     width = min(console.width, _WIDTH)
-    found = [finding for finding in findings(run) if finding.kind != "control" or finding.level == "warning"]
+    found = [finding for finding in found if finding.kind != "control" or finding.level == "warning"]
     for finding in found:
         if finding.level == "warning":
             console.print(Text(f"Warning: {finding.text}", style="yellow"), width=width)

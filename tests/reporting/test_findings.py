@@ -1,6 +1,7 @@
 """No sentence may claim what a verdict does not support."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -293,6 +294,24 @@ def test_a_peer_is_measured_against_the_baseline_and_never_recommended(small_run
         "transformers:sdpa takes 1.000 ms; against the baseline 3.00× [2.90, 3.10] faster (prefill 1×512 graph)."
     ]
     assert not [text for text in texts(run, "recommended") if "transformers" in text]
+
+
+@pytest.mark.parametrize(
+    ("slower", "said"), [(1.2, "1.20"), (1.0, "the same within ±1 %, 1.00"), (0.9, "slower, 0.90")]
+)
+def test_all_on_is_measured_against_a_peer(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run], slower: float, said: str
+) -> None:
+    lines = record_lines(factors=TWO)
+    lines[0]["cells"].append("transformers:sdpa")
+    for line in list(lines):
+        if line.get("cell") == "flash+tie":
+            theirs = line | {"cell": "transformers:sdpa"}
+            if line["type"] == "sample":
+                theirs |= {"latency_s": line["latency_s"] * slower * 1.0001 ** line["block"], "position": 9}
+            lines.insert(lines.index(line), theirs)
+    (text,) = texts(run_of(lines), "peer")
+    assert re.search(rf"; flash\+tie against it {said}\d*× \[.*\](| faster) \(prefill", text), text
 
 
 @pytest.mark.parametrize(

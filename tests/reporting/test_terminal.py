@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from qwen3bench.analysis.run import Run
+from qwen3bench.reporting.findings import findings
 from qwen3bench.reporting.terminal import terminal_summary
 
 Lines = list[dict[str, Any]]
@@ -14,7 +15,7 @@ Lines = list[dict[str, Any]]
 
 def printed(run: Run, **console: Any) -> str:
     out = io.StringIO()
-    terminal_summary(run, Console(file=out, **console))
+    terminal_summary(run, findings(run), Console(file=out, **console))
     return out.getvalue()
 
 
