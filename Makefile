@@ -17,16 +17,19 @@ setup: $(VENV)/.dev ## install everything into .venv, tests and checks too
 ablate: $(VENV)/.run ## measure all 2^5 combinations on the best device here and write the report
 	$(BIN)/python -m qwen3bench design=full $(ARGS)
 
-# Where does a switch's worth change sign or vanish? One run a point, then one page over all of them.
+# Where does a switch's worth change sign or vanish? One run a point, then one page over all of them. `tie` is left out:
+# it cannot change a latency, and without it a point takes half as long.
 REGIMES ?= results/regimes
 RUNTIMES ?= [eager,graph]
-PREFILL ?= batch_size=1,8 prompt_tokens=128,512,2048,8192
+SINGLE ?= prompt_tokens=128,512,2048,8192
+BATCHED ?= prompt_tokens=128,512,2048
 DECODE ?= prompt_tokens=128,2048,8192
+SWEEP = $(BIN)/python -m qwen3bench -m design=full opt=[flash,mlp,mask,norm] measure=quick runtime=$(RUNTIMES)
 regimes: $(VENV)/.run ## the same over prompt lengths, batch sizes and runtimes (RUNTIMES=[eager] without a GPU), on one page
-	$(BIN)/python -m qwen3bench -m design=full runtime=$(RUNTIMES) $(PREFILL) hydra.sweep.dir=$(REGIMES)/prefill $(ARGS)
-	$(BIN)/python -m qwen3bench -m design=full runtime=$(RUNTIMES) workload=[decode] $(DECODE) \
-	  hydra.sweep.dir=$(REGIMES)/decode $(ARGS)
-	$(BIN)/python -m qwen3bench.report $(REGIMES)/prefill $(REGIMES)/decode --out $(REGIMES)
+	$(SWEEP) workload=[prefill] $(SINGLE) hydra.sweep.dir=$(REGIMES)/prefill $(ARGS)
+	$(SWEEP) workload=[prefill] batch_size=8 $(BATCHED) hydra.sweep.dir=$(REGIMES)/batched $(ARGS)
+	$(SWEEP) workload=[decode] $(DECODE) hydra.sweep.dir=$(REGIMES)/decode $(ARGS)
+	$(BIN)/python -m qwen3bench.report $(REGIMES)/prefill $(REGIMES)/batched $(REGIMES)/decode --out $(REGIMES)
 
 report: $(VENV)/.run ## rebuild the report of a run from its record (RUN=DIR; default: results/latest)
 	$(BIN)/python -m qwen3bench.report $(RUN) $(ARGS)
