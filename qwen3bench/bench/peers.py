@@ -1,8 +1,8 @@
 """Other implementations of Qwen3, called as ours is, on the same weights and the same cache.
 
-A peer is asked for as its own `generate` would ask: with a static cache (transformers' documentation, "Optimizing
-LLM inference": the fastest of its caches, and the one that compiles), and without a mask for a prompt, where its SDPA
-needs none.
+A peer is called as its users call it, with a static cache where there is one (transformers' documentation,
+"Optimizing LLM inference": the fastest of its caches, and the one that compiles). Its SDPA leaves the mask of a prompt
+away by itself, but not in compiled code before PyTorch 2.14, which cannot tell that it may; `sdpa_is_causal` is told.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qwen3bench.model.config import ModelConfig
 from qwen3bench.model.decoder import Decoder
 from qwen3bench.model.weights import head_is_tied
 
-ATTENTIONS = ("sdpa", "eager")
+ATTENTIONS = {"sdpa": "sdpa", "eager": "eager", "sdpa_is_causal": "sdpa"}  # by their names in transformers
 # transformers computes rotary angles in float32: at position 100 they are off by some 1e-5, and with peaky attention
 # single logits by up to 2.4 × the baseline's maximum error. The root-mean-square error keeps the gate's own limit.
 MAX_RATIO = 4.0
@@ -82,7 +82,7 @@ class TransformersModel(Decoder):
         self.config = config
         self.attention = attention
         tied = config.tie_word_embeddings and (weights is None or head_is_tied(weights))
-        language_model = _on_meta(config, attention, tied)
+        language_model = _on_meta(config, ATTENTIONS[attention], tied)
         if weights is None:
             language_model.to(dtype=dtype)
         else:
@@ -98,13 +98,12 @@ class TransformersModel(Decoder):
             lengths = [layer.cumulative_length for layer in past.layers]
             torch._foreach_zero_(lengths)
             torch._foreach_add_(lengths, start)
-        # SDPA does without a mask for tokens with none before them. transformers finds that out by itself, as in
-        # `generate`'s prefill, but not inside compiled code or a captured graph, where it cannot read the length.
-        whole = past is None or (start == 0 and tokens.shape[1] > 1)
+        whole = past is None or (start == 0 and tokens.shape[1] > 1)  # no token before these
+        in_plain_graph = self._in_plain_graph(tokens)
         mask: dict[str, Tensor | None] | None = None
-        if self.attention == "sdpa" and whole:
+        if whole and (self.attention == "sdpa_is_causal" or (self.attention == "sdpa" and in_plain_graph)):
             mask = {"full_attention": None}
-        elif self.attention == "eager" and self._in_plain_graph(tokens):
+        elif self.attention == "eager" and in_plain_graph:
             mask = {"full_attention": self._additive_mask(tokens, past, start)}
         output = self.language_model(
             input_ids=tokens,
@@ -117,7 +116,10 @@ class TransformersModel(Decoder):
         return logits
 
     def _in_plain_graph(self, tokens: Tensor) -> bool:
-        """Whether the step is being captured as it is, where transformers' own float mask fails: it copies a 0 over."""
+        """Whether the step is captured as it is: a graph of what transformers launches in eager.
+
+        There its own float mask fails (it copies a 0 over), and its SDPA cannot read that it needs no mask.
+        """
         compiled = "forward" in vars(self.language_model)
         return tokens.is_cuda and torch.cuda.is_current_stream_capturing() and not compiled
 

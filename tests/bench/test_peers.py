@@ -26,10 +26,11 @@ from qwen3bench.model.decoder import Decoder
 from qwen3bench.model.weights import load_weights
 
 PEERS = ("transformers:sdpa", "transformers:eager")
+ALL_PEERS = (*PEERS, "transformers:sdpa_is_causal")
 SIZES = [WorkloadSize(name, 2, 9, 6) for name in ("prefill", "decode", "generate")]
 CPU = torch.device("cpu")
 
-each_peer = pytest.mark.parametrize("peer", PEERS)
+each_peer = pytest.mark.parametrize("peer", ALL_PEERS)
 each_size = pytest.mark.parametrize("size", SIZES, ids=lambda size: size.name)
 
 
@@ -83,6 +84,23 @@ def test_a_cache_that_our_model_filled_serves_the_peer_at_any_position(
         theirs(tokens, filled := kv_cache(ours, 2, 25))
     assert (filled.keys[..., :20, :] - cache.keys[..., :20, :]).abs().max() <= 1e-4
     assert (filled.keys[..., 20:, :] == 3).all()
+
+
+@pytest.mark.parametrize(("attention", "told"), [("sdpa", None), ("sdpa_is_causal", {"full_attention": None})])
+def test_a_peer_is_called_as_its_users_do_unless_it_is_to_be_told(
+    tiny: ModelConfig, tiny_weights: dict[str, Tensor], attention: str, told: object
+) -> None:
+    peer = build_peer(f"transformers:{attention}", tiny, tiny_weights)
+    masks = []
+    peer.language_model.register_forward_pre_hook(
+        lambda _module, _inputs, named: masks.append(named["attention_mask"]), with_kwargs=True
+    )
+    tokens = torch.randint(tiny.vocab_size, (1, 5))
+    peer(tokens)
+    cache = kv_cache(peer, 1, 9)
+    for start, end in ((0, 4), (4, 5)):
+        peer(tokens[:, start:end], cache, start)
+    assert masks == [told, told, None]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -194,7 +212,7 @@ def test_settings_refuse_what_a_peer_does_not_have(override: str, message: str) 
 
 
 def test_an_unknown_attention_is_refused() -> None:
-    with pytest.raises(UserError, match=r"'flex' is unknown: use sdpa \| eager"):
+    with pytest.raises(UserError, match=r"'flex' is unknown: use sdpa \| eager \| sdpa_is_causal"):
         require_peer("transformers:flex")
 
 
