@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,13 @@ td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 """
 
 
+def _say(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # whoever reads has seen enough (`… | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints what changed between two runs as markdown.
 
@@ -55,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         comparison = compare(load_run(options.a), load_run(options.b))
         title = f"{options.a} → {options.b}"
         sections = _sections(comparison)
-        print(_markdown(title, sections))
+        _say(_markdown(title, sections))
         if options.html:
             page = jinja2.Environment(autoescape=True).from_string(_PAGE)
             write_atomic(options.html, page.render(title=title, sections=sections))

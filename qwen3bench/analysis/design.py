@@ -116,7 +116,7 @@ def shapley_contrasts(k: int) -> NDArray[np.float64]:
 def _missing(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> str:
     have = set(cells)
     absent = [cell_label(c, factors) for c in every_cell(len(factors)) if c not in have]
-    return f"not measured: {_some(absent)}" if len(absent) <= 3 else f"{len(absent)} cells not measured"
+    return f"without {_some(absent)}" if len(absent) <= 3 else f"without {len(absent)} cells"
 
 
 def _some(names: list[str], most: int = 3) -> str:

@@ -66,7 +66,7 @@ def effects(
     found = table.estimates(matrix, exact)
 
     names = [term_name(term, factors) for term in plan.terms]
-    shapley_reason = "" if full else "undefined: cells are not measured, and none is made up"
+    shapley_reason = "" if full else "undefined: cells are missing, and none is made up"
     frame = pd.DataFrame(
         {
             "term": [*names, *factors],

@@ -25,8 +25,9 @@ def half_widths(
     cells that differ in two factors), keyed by each cell's speed-up over the baseline instead; with the
     baseline alone, by its own latency.
 
-    An interval on fewer than 5 degrees of freedom counts as not known: stopping the moment a variance happens
-    to look small makes intervals lie, and the fewer degrees of freedom the more often it looks small.
+    While the pooled error has fewer than 5 degrees of freedom, nothing counts as known: stopping the moment a variance
+    happens to look small makes intervals lie, and the fewer degrees of freedom the more often it looks small. A term
+    that stands on its own variance may have fewer; its interval is wide enough to say so.
     """
     frame = samples if isinstance(samples, pd.DataFrame) else pd.DataFrame(list(samples))
     if frame.empty:
@@ -57,8 +58,6 @@ def half_widths(
         found = matrix.log_ratios(BASELINE, names)
     if found is None:  # neither the main effects nor a speed-up can be told, however long it takes
         return {}
-    # A term that stands on its own variance has few degrees of freedom, and a wide interval that says so; whether
-    # variances are known at all is told by those that are pooled.
     df = float(np.max(found.df))
     return {name: _relative(half, df) for name, half in zip(names, found.half_width(confidence), strict=True)}
 

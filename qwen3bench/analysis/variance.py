@@ -11,6 +11,7 @@ from scipy import special
 
 Array = NDArray[np.float64]
 _OWN_LEVEL = 0.10
+_PROCESS_LEVEL = 0.25
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,18 @@ def clustered(y: Array, process: NDArray[Any], contrasts: Array) -> Estimates:
     The error is that of the classical analysis of variance of a randomised block design, contrast × process
     (Montgomery, chapter 4; Kalibera & Jones, Rigorous Benchmarking in Reasonable Time, 2013: replicate at the
     level where the variance lives). Two processes give one contrast a single degree of freedom and a useless
-    interval, and a bootstrap over two clusters does not work at all. But cells are in random order in a
-    block, so their errors are independent of the factors, and then every normalised contrast has the same
-    variance, even where the cells' differ: signs vanish in the square. So the mean square is pooled over the
-    cells, with Satterthwaite's (1946) degrees of freedom for cells of unequal variance. A contrast that
-    scatters more than the rest (F test at 10 %: a switch whose worth itself depends on the process or the
-    clock) stands on its own mean square and own degrees of freedom.
+    interval, and a bootstrap over two clusters does not work at all. So variances are pooled as far as that is true:
+
+    - A contrast with equal weights on all cells (an effect of a whole design): cells are in random order in a
+      block, so their errors are independent of the factors, and every such contrast has the same variance, even
+      where the cells' differ: signs vanish in the square. The mean square between clusters is pooled over the
+      cells, with Satterthwaite's (1946) degrees of freedom for cells of unequal variance.
+    - Any other (a ratio of two cells, a Shapley share) depends on how noisy just its cells are: it stands on its
+      own scatter between the blocks of a process. That processes add to it is known from all cells together: the
+      ratio of their mean squares between processes and within.
+
+    A contrast that scatters more between clusters than that (F test at 10 %: a switch whose worth itself depends on
+    the process or the clock) stands on its own mean square between them and its few degrees of freedom.
     """
     blocks, cells = y.shape[-2:]
     y = y - y.mean(axis=-1, keepdims=True)
@@ -60,24 +67,30 @@ def clustered(y: Array, process: NDArray[Any], contrasts: Array) -> Estimates:
     clusters = len(size)
     if clusters < 2:
         return Estimates(estimate, np.full_like(estimate, np.nan), np.zeros_like(estimate))
-    one_hot = (group == np.arange(clusters)[:, None]) / size[:, None]
-    deviation = (one_hot @ y - y.mean(axis=-2, keepdims=True)) * np.sqrt(size)[:, None]
-    df = clusters - 1
-    cell_ms = (deviation**2).sum(axis=-2) / df
-    norm = (contrasts**2).sum(axis=1)
-    own = ((deviation @ contrasts.T) ** 2).sum(axis=-2) / df / norm
-    pooled = cell_ms.sum(axis=-1, keepdims=True) / (cells - 1)
-    pooled_df = _satterthwaite(cell_ms, df)[..., None] * (cells - 1) / cells
+    means = ((group == np.arange(clusters)[:, None]) / size[:, None]) @ y
+    between = _MeanSquares((means - y.mean(axis=-2, keepdims=True)) * np.sqrt(size)[:, None], clusters - 1, contrasts)
+    pooled, pooled_df = between.pooled()
     if cells == 2:  # its own is all there is
-        ms, ms_df = own, np.full_like(own, df)
+        usual, usual_df = between.own, np.full_like(between.own, between.df)
     else:
-        rest = np.maximum(pooled * (cells - 1) - own, 0) / (cells - 2)
-        rest_df = np.maximum(pooled_df * (cells - 2) / (cells - 1), df)
+        usual = np.broadcast_to(pooled[..., None], between.own.shape)
+        usual_df = np.broadcast_to(np.maximum(pooled_df, between.df)[..., None], between.own.shape)
+        weight = np.abs(contrasts)
+        unequal = ~np.isclose(weight, weight.max(axis=1, keepdims=True)).all(axis=1)
+        if blocks > clusters:
+            within = _MeanSquares(y - means[..., group, :], blocks - clusters, contrasts)
+            alone, alone_df = _between_from_within(between, within)
+        else:
+            alone, alone_df = between.own, np.full_like(between.own, between.df)
+        usual, usual_df = np.where(unequal, alone, usual), np.where(unequal, alone_df, usual_df)
+        # The pooled mean square holds the contrast's own.
+        rest = np.where(unequal, usual, np.maximum(usual * (cells - 1) - between.own, 0) / (cells - 2))
+        rest_df = np.where(unequal, usual_df, np.maximum(usual_df * (cells - 2) / (cells - 1), between.df))
         with np.errstate(divide="ignore", invalid="ignore"):
-            scatters = special.fdtrc(df, rest_df, own / rest) < _OWN_LEVEL
-        ms = np.where(scatters, own, pooled)
-        ms_df = np.where(scatters, df, np.maximum(pooled_df, df))
-    return Estimates(estimate, np.sqrt(ms * norm * _inflation(size)) / blocks, ms_df)
+            scatters = special.fdtrc(between.df, rest_df, between.own / rest) < _OWN_LEVEL
+        usual, usual_df = np.where(scatters, between.own, usual), np.where(scatters, between.df, usual_df)
+    norm = (contrasts**2).sum(axis=1)
+    return Estimates(estimate, np.sqrt(usual * norm * _inflation(size)) / blocks, usual_df)
 
 
 def replicated(y: list[Array], contrasts: Array) -> Estimates:
@@ -108,6 +121,37 @@ def clustered_mean(y: Array, process: NDArray[Any]) -> Estimates:
     deviation = np.bincount(group, y - mean) / size
     ms = (size * deviation**2).sum() / df
     return Estimates(mean, np.sqrt(ms * _inflation(size)) / blocks, np.array(df))
+
+
+def _between_from_within(between: _MeanSquares, within: _MeanSquares) -> tuple[Array, Array]:
+    """Each contrast's mean square between clusters, from its own within them, and its degrees of freedom.
+
+    Where all cells together show no more variance between clusters than within (F test), both are one.
+    """
+    (all_between, between_df), (all_within, within_df) = between.pooled(), within.pooled()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.fmax(all_between / all_within, 1)
+        more = (special.fdtrc(between_df, within_df, ratio) < _PROCESS_LEVEL)[..., None]
+        ratio_df = 1 / (1 / within.df + 1 / between_df + 1 / within_df)
+    both = (between.own * between.df + within.own * within.df) / (between.df + within.df)
+    return (
+        np.where(more, ratio[..., None] * within.own, both),
+        np.where(more, ratio_df[..., None], between.df + within.df),
+    )
+
+
+class _MeanSquares:
+    """Mean squares of deviations (…, rows, cells) with `df` degrees of freedom: of cells, and of contrasts (`own`)."""
+
+    def __init__(self, deviation: Array, df: int, contrasts: Array) -> None:
+        self.df = df
+        self._cells = (deviation**2).sum(axis=-2) / df
+        self.own: Array = ((deviation @ contrasts.T) ** 2).sum(axis=-2) / df / (contrasts**2).sum(axis=1)
+
+    def pooled(self) -> tuple[Array, Array]:
+        """The mean square over all cells, whose block means are off, and its degrees of freedom."""
+        cells = self._cells.shape[-1]
+        return self._cells.sum(axis=-1) / (cells - 1), _satterthwaite(self._cells, self.df) * (cells - 1) / cells
 
 
 def _inflation(size: NDArray[Any]) -> float:

@@ -48,9 +48,7 @@ NewCache = Callable[[Any, int, int], Any]
 
 LENGTHS = (1, 7, 37, 130)  # one row, and multiples of no tile
 BATCH_SIZE = 3
-# Errors that are the caller's to handle, and those by which a model refuses its input.
-_FATAL = (torch.cuda.OutOfMemoryError, torch.AcceleratorError)
-_REFUSALS = (RuntimeError, ValueError, IndexError)
+FATAL = (torch.cuda.OutOfMemoryError, torch.AcceleratorError)  # errors that are the caller's to handle
 _SPARE = 5  # positions of a cache that are never filled: what reads them is wrong
 
 
@@ -203,7 +201,8 @@ class Gate:
         It is called as `model(tokens)` for logits (b, t, vocabulary) and, where `new_cache(model, batch_size,
         capacity)` is given, as `model(tokens, cache, start)`; without it only prefill is judged. `stand_in`
         makes the model for cases that the first refuses and no workload asks for. `max_ratio` is the limit of
-        the maximum error in float32. A model that raises is not equivalent, unless for want of memory.
+        the maximum error in float32. A model that raises is not equivalent; for want of memory or by a fault of
+        the device (`FATAL`) nothing is known of it, and that is raised.
         """
         chosen = [case for case in self.cases if new_cache is not None or not case.chunks]
         checks: dict[str, float] = {"layers": self.config.num_layers, "vocabulary": self.config.vocab_size}
@@ -254,11 +253,11 @@ class Gate:
                 model = factory(weights, dtype)
                 other = stand_in(weights, dtype) if stand_in is not None else None
                 return self._errors(model, chosen, new_cache, other, strict=dtype is self.dtype)
-            except _FATAL:
+            except FATAL:
                 raise
             except WrongLogitsError as error:
                 return str(error)
-            except _REFUSALS as error:
+            except Exception as error:
                 return f"it does not run: {_why(error, [warning.message for warning in caught])}"
 
     def _bank(self, dtype: torch.dtype) -> Weights:
@@ -297,9 +296,9 @@ class Gate:
             prompt, reference = (of[case.prompt][: case.sequences] for of in (self.prompts, self._references))
             try:
                 logits = logits_of(model, prompt, case.chunks, new_cache)
-            except _FATAL:
+            except FATAL:
                 raise
-            except _REFUSALS:
+            except Exception:
                 if stand_in is None or (strict and case.usual):
                     raise
                 logits = logits_of(stand_in, prompt, case.chunks, new_cache)

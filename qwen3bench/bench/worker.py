@@ -222,10 +222,11 @@ class Worker:
     def op_visit(self, cell: str, copy: int, repeats: int | None) -> dict[str, Any]:
         """One visit: an untimed launch, then `repeats` timed values (None: as the cell's latency asks), in seconds."""
         prepared = self._prepared[cell, copy]
+        compiled = self._compiled_graphs()
         for launch in prepared.launches:
             launch()
         self._synchronize()
-        started, compiled = time.time(), self._compiled_graphs()
+        started = time.time()
         values = self._time(prepared.launches, repeats or prepared.repeats, prepared.inner)
         if self._compiled_graphs() != compiled:
             raise InvalidCell("it was compiled again while it was timed, so its latency may hold a compilation")

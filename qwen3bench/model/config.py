@@ -78,6 +78,8 @@ class ModelConfig:
         for key, only in _HF_FIXED.items():
             if hf.get(key, only) != only:
                 raise UserError(f"{source}: {key}={hf[key]!r} is not supported (only {only!r} is)")
+        if others := sorted({str(kind) for kind in hf.get("layer_types") or ()} - {"full_attention"}):
+            raise UserError(f"{source}: layer_types has {', '.join(others)}; only full_attention is supported")
         missing = [key for key in _HF_NAMES.values() if key not in hf and key != "tie_word_embeddings"]
         if missing:
             raise UserError(f"{source}: {', '.join(missing)} is missing; is the file complete?")
@@ -104,10 +106,13 @@ class ModelConfig:
 
 def _rope_base(hf: dict[str, Any], source: str) -> float:
     """The rotary base: `rope_theta`, at the top level or (transformers 5) inside `rope_parameters`."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise UserError(f"{source}: rotary scaling {rope!r} is not supported (only the default is)")
-    base = rope.get("rope_theta", hf.get("rope_theta"))
+    bases = [hf.get("rope_theta")]
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = hf.get(key) or {}
+        if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise UserError(f"{source}: rotary scaling {key}={rope!r} is not supported (only the default is)")
+        bases.append(rope.get("rope_theta", bases[-1]))
+    base = bases[-1]
     if base is None:
         raise UserError(f"{source}: rope_theta is missing; is the file complete?")
     return base

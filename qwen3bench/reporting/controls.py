@@ -21,10 +21,16 @@ _BUSY_ENOUGH = 0.9  # below this share of GPU work, eager latency is to a good p
 
 @dataclass(frozen=True)
 class Control:
-    """One control's outcome in words."""
+    """One control's outcome in words; `absent` where the run does not hold it."""
 
     text: str
     failed: bool
+    absent: bool = False
+
+    @property
+    def mark(self) -> str:
+        """For a list: passed, failed, or not there."""
+        return "–" if self.absent else "✗" if self.failed else "✓"
 
 
 def sentences(run: Run) -> list[Control]:
@@ -32,7 +38,7 @@ def sentences(run: Run) -> list[Control]:
     outcome = [*_equivalence(run)]
     for condition in conditions(run):
         outcome += [*_aa(run, condition), *_tie_latency(run, condition), *_drift(run, condition)]
-    return [*outcome, *_tie_memory(run), *_flagged(run), *_host(run)]
+    return [*outcome, *_tie_memory(run), *_flagged(run), *_power_cap(run), *_host(run), *_absent(run)]
 
 
 def noise(run: Run, condition: Condition) -> float:
@@ -106,6 +112,33 @@ def _flagged(run: Run) -> Iterator[Control]:
         flags = list(dict.fromkeys(str(flag) for line in flagged for flag in line.get("flags") or ()))
         text = f"{count(len(flagged), 'block')} measured under a disturbance that stayed"
         yield Control(f"{text}: {listing(flags) or 'no reason recorded'}.", True)
+
+
+def _power_cap(run: Run) -> Iterator[Control]:
+    """The power cap is where a card may well run all day; that it did is said, and no block done again for it."""
+    blocks = [line for line in run.record.of("block") if line.get("throttle_reasons") is not None]
+    capped = sum("sw_power_cap" in line["throttle_reasons"] for line in blocks)
+    if capped:
+        text = f"{capped} of {count(len(blocks), 'block')} ended at the card's power limit, with lower clocks"
+        yield Control(f"{text}: cells that draw more power are slowed more, as they would be in use.", False)
+
+
+def _absent(run: Run) -> Iterator[Control]:
+    """What this run cannot tell, and what would."""
+    held = run.controls
+    if held.aa.empty:
+        yield Control("A/A: no second copy of the baseline was timed.", False, absent=True)
+    if held.tie_latency.empty:
+        text = "Negative control: this run has no effect of tie; design=full with tie among the switches has one."
+        yield Control(text, False, absent=True)
+    if held.host.empty and set(run.cells["runtime"]) == {"graph"}:
+        text = "Host: graph replays are device time; how far the host would hold them up shows runtime=eager,graph."
+        yield Control(text, False, absent=True)
+    elif held.host.empty and "eager" in set(run.cells["runtime"]):
+        text = (
+            "Host: eager latency holds the host's launches; on CUDA runtime=eager,graph shows how much of it they are."
+        )
+        yield Control(text, False, absent=True)
 
 
 def _host(run: Run) -> Iterator[Control]:

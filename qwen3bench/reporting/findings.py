@@ -46,9 +46,9 @@ def findings(run: Run) -> list[Finding]:
     found += [finding for condition in conditions(run) for finding in joint(run, condition)]
     found += [*memory(run), *peers(run)]
     found += [finding for condition in conditions(run) for finding in undecided(run, condition)]
-    if outcome:
-        passed = sum(not control.failed for control in outcome)
-        found.append(Finding(f"{passed} of {count(len(outcome), 'control')} show nothing wrong.", "control"))
+    if held := [control for control in outcome if not control.absent]:
+        passed = sum(not control.failed for control in held)
+        found.append(Finding(f"{passed} of {count(len(held), 'control')} show nothing wrong.", "control"))
     return found
 
 

@@ -121,10 +121,11 @@ def _with_and_without(run: Run, condition: Condition, a: str, b: str) -> str:
 
 def _evidence(run: Run, condition: Condition, a: str, b: str) -> str:
     """What ran in the four cells of a pair, where it differs."""
+    good = set(usable(condition.select(run.cells))["cell"])
     lines = {
         line["cell"]: line
         for line in run.evidence
-        if line["workload"] == condition.workload and line["runtime"] == condition.runtime
+        if line["workload"] == condition.workload and line["runtime"] == condition.runtime and line["cell"] in good
     }
     names = [BASELINE, a, b, "+".join(name for name in factors(run) if name in (a, b))]
     if any(name not in lines for name in names):

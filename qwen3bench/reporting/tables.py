@@ -80,9 +80,13 @@ class Table:
 
 
 def cells_table(cells: pd.DataFrame, basics: bool = False) -> Table:
-    """Cells of one condition, the fastest first; `basics` keeps the columns that fit a terminal."""
+    """Cells of one condition, the fastest first, those that failed at the end, as they have no rank.
+
+    `basics` keeps the columns that fit a terminal.
+    """
     columns = {key: _CELL_COLUMNS[key] for key in _CELL_BASICS} if basics else _CELL_COLUMNS
-    ordered = cells.sort_values(LATENCY, na_position="last", kind="stable")
+    by_rank = cells.assign(failed=cells["status"].ne("ok")).sort_values(["failed", LATENCY], kind="stable")
+    ordered = by_rank.drop(columns="failed")
     again = [name for name in ("ttft_s", "tpot_s") if cells[name].equals(cells[LATENCY].rename(name))]
     ordered = ordered.drop(columns=again)  # of prefill TTFT is the latency, of decode TPOT
     return _table(ordered, "cell", columns, keep=(LATENCY, "speedup"))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,3 +115,11 @@ def test_no_run_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     error = capsys.readouterr().err
     assert error.startswith("qwen3bench: error:")
     assert error.count("\n") == 1
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(write_run: Write) -> None:
+    runs = [str(write_run("a")), str(write_run("b"))]
+    nobody_reads = "import os, sys; r, w = os.pipe(); os.dup2(w, 1); os.close(r); os.close(w)"
+    command = f"{nobody_reads}; from qwen3bench.compare import main; sys.exit(main({runs!r}))"
+    ran = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")

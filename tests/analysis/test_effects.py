@@ -164,7 +164,7 @@ def test_a_missing_cell_leaves_what_least_squares_can_tell() -> None:
     highest = table.loc[("a:b:c", "interaction")]
     assert np.isnan([highest["estimate"], highest["lo"], highest["p_holm"]]).all()
     assert highest["verdict"] == ""
-    assert "not measured: a+b" in highest["reason"]
+    assert "without a+b" in highest["reason"]
     shapley = table[table.index.get_level_values("kind") == "shapley"]
     assert shapley[["estimate", "lo", "hi", "p_holm"]].isna().all(axis=None)
     assert shapley["reason"].str.contains("undefined").all()

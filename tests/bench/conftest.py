@@ -184,7 +184,7 @@ def measure(
         with monkeypatch.context() as patched:
             patched.setattr(sys, "argv", ["qwen3bench", *overrides, where])
             if not report:
-                patched.setattr(run_module, "write_report", lambda run: None)
+                patched.setattr(run_module, "write_report", lambda run, found: None)
             status = guarded(lambda: run_module.run(settings, start, monitor))
         out, err = capsys.readouterr()
         return Outcome(directory, status, out, err, pids)

@@ -82,7 +82,7 @@ def kill(count: int, seed: int, directory: Path, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_module.write_report = lambda run: run.path / "report.html"  # type: ignore[assignment]
+    run_module.write_report = lambda run, _: run.path / "report.html"  # type: ignore[assignment]
     mode, *rest = sys.argv[1:]
     if mode == "run":
         sys.exit(main(rest[1:], lambda settings: run_module.run(settings, starter(rest[0]))))

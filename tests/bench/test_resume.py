@@ -111,7 +111,7 @@ def test_a_signal_ends_the_children_keeps_the_record_and_tells_how_to_continue(
     python, _, module, *arguments = shlex.split(line.partition("Continue: ")[2])
     assert (python, module) == ("python", "qwen3bench")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_module, "write_report", lambda run: None)
+    monkeypatch.setattr(run_module, "write_report", lambda run, found: None)
     assert main(arguments, lambda settings: run_module.run(settings, start_fake())) == 0
     assert set(load_run(directory).cells["status"]) == {"ok"}
 

@@ -267,7 +267,7 @@ def test_a_fault_on_the_card_costs_its_cell_alone(
     from qwen3bench.analysis.run import load_run
     from qwen3bench.bench import run as run_module
 
-    monkeypatch.setattr(run_module, "write_report", lambda run: None)
+    monkeypatch.setattr(run_module, "write_report", lambda run, found: None)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)
     settings = replace(small_settings("design=full", "opt=flash,tie"), device="cuda", dir=tmp_path / "run")
     command = (sys.executable, "-c", FAULTY, fault)

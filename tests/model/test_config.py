@@ -162,6 +162,11 @@ def test_where_the_rotary_base_may_stand(rope: dict[str, Any]) -> None:
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "linear"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": {"rope_type": "yarn"}},
+            "yarn",
+        ),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
     ],
 )
 def test_what_would_change_the_function_is_refused(change: dict[str, Any], said: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 from qwen3bench.analysis.run import Run
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.controls import aa_series, heard, noise, sentences
+from qwen3bench.reporting.findings import findings
 
 Lines = list[dict[str, Any]]
 
@@ -48,6 +49,31 @@ def test_the_host_bound_share_is_graph_over_eager(full_run: Run) -> None:
     assert "not kernel time" in text
 
 
+def test_a_control_that_the_run_does_not_hold_is_named(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    run = run_of(record_lines(factors=("flash",)))
+    absent = [control for control in sentences(run) if control.absent]
+    assert [control.text.partition(":")[0] for control in absent] == ["Negative control", "Host"]
+    assert all(control.mark == "–" for control in absent)
+    held = [control for control in sentences(run) if not control.absent]
+    texts = [finding.text for finding in findings(run) if finding.kind == "control"]
+    assert texts == [f"{len(held)} of {len(held)} controls show nothing wrong."]
+
+
+@pytest.mark.parametrize("capped", [0, 2])
+def test_blocks_at_the_power_limit_are_counted(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run], capped: int
+) -> None:
+    lines = record_lines(factors=("flash",))
+    blocks = [line for line in lines if line["type"] == "block"]
+    for line in blocks:
+        line["throttle_reasons"] = ["sw_power_cap"] if line in blocks[:capped] else []
+    expected = [(f"{capped} of {len(blocks)} blocks ended at the card's power limit", False)] if capped else []
+    found = [(text.partition(",")[0], failed) for text, failed in said(run_of(lines), f"{capped} of")]
+    assert [(text, failed) for text, failed in found if "power" in text] == expected
+
+
 def test_noise_hides_what_is_smaller_than_it(
     record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
 ) -> None:
@@ -83,4 +109,4 @@ def test_without_a_second_copy_there_is_no_series(
     lines = [line for line in record_lines(factors=("flash",)) if line.get("copy") != 1]
     run = run_of(lines)
     assert aa_series(run, conditions(run)[0]).empty
-    assert not said(run, "A/A")
+    assert said(run, "A/A") == [("A/A: no second copy of the baseline was timed.", False)]
