@@ -43,7 +43,14 @@ def verify(settings: Settings) -> int:
     settings = settings.resolved(device)
     began = time.monotonic()
     dtype = getattr(torch, settings.dtype)
-    gate = Gate(settings.model, device=device, dtype=dtype, seed=settings.seed, opts=settings.opts)
+    gate = Gate(
+        settings.model,
+        device=device,
+        dtype=dtype,
+        seed=settings.seed,
+        opts=settings.opts,
+        sizes=settings.prompt_sizes,
+    )
     model, judged = settings.model, gate.config
     print(
         f"{model.name} on {device}: {judged.num_layers} of {model.num_layers} layers, "

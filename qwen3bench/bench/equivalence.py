@@ -2,7 +2,8 @@
 
 A tolerance in bfloat16 is nearly blind: a decode position off by one or a norm's eps of 1e-5 hide in its
 rounding, and stand out of float32's by factors of 40 to 9000. So a cell is judged twice, over prompts of
-several odd lengths, as a prefill, token by token and in chunks against a KV cache:
+several odd lengths and one of the workload's own size, as a prefill, token by token and in chunks against a KV
+cache, all logits or the last alone:
 
 - in float32 against the baseline in float64: maximum and root-mean-square error at most 2 × those of the
   baseline in float32 (flash-attention, tests/test_flash_attn.py: at most twice the error of the plain
@@ -18,14 +19,14 @@ errors easily lie apart by a factor of two, those of hundreds of rows do not. No
 reference than the rounding of the logits themselves, so the baseline's error counts as at least that.
 
 The weights are random, scaled so that each layer, each norm's eps and each gain moves the logits (see
-`sensitised`).
+`sensitised`); a cell without `tie` is judged with a head that is not the embedding.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,6 +49,7 @@ NewCache = Callable[[Any, int, int], Any]
 
 LENGTHS = (1, 7, 37, 130)  # one row, and multiples of no tile
 BATCH_SIZE = 3
+LARGEST = (5, 700)  # sequences and tokens that are judged of a workload's larger prompt
 FATAL = (torch.cuda.OutOfMemoryError, torch.AcceleratorError)  # errors that are the caller's to handle
 _SPARE = 5  # positions of a cache that are never filled: what reads them is wrong
 
@@ -61,12 +63,14 @@ def cut(config: ModelConfig, device: torch.device) -> ModelConfig:
     wide = config.emb_dim > 2048
     layers = min(config.num_layers, 2 if wide or device.type == "cpu" else 4)
     vocabulary = min(config.vocab_size, 4096)
-    context = min(config.context_length, 4 * LENGTHS[-1])
+    context = min(config.context_length, 2 * LARGEST[1])
     return replace(config, num_layers=layers, vocab_size=vocabulary, context_length=context)
 
 
-def sensitised(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int) -> Weights:
+def sensitised(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int, tied: bool = True) -> Weights:
     """Random float32 weights whose values `dtype` holds exactly, under which every part of the model shows.
+
+    Without `tied` the head is another matrix than the embedding.
 
     Query and key norms have gains around 3, so attention is peaky. The residual stream, and queries and keys
     before their norms, are as small as √(10³ eps), where a wrong eps shows; each block adds about as much to
@@ -100,6 +104,8 @@ def sensitised(config: ModelConfig, device: torch.device, dtype: torch.dtype, se
             part = next(part for part in deviation if name.endswith(part))
             tensor.mul_(deviation[part] / tensor.std())
         tensor.copy_(tensor.to(dtype))
+    if not tied:
+        weights[HEAD] = weights[EMBEDDING].flip(0)
     return weights
 
 
@@ -108,18 +114,22 @@ class Case:
     """One way to compute the logits of a prompt: in one forward, or in `chunks` of tokens against a cache.
 
     `usual` are those that a workload asks for: a prefill, and single tokens after one. The prompt's first
-    `sequences` take part.
+    `sequences` take part. `keep` > 0: only the last that many tokens' logits are asked for.
     """
 
     name: str
     prompt: int
     chunks: tuple[int, ...] = ()
     usual: bool = False
-    sequences: int = BATCH_SIZE
+    sequences: int = max(BATCH_SIZE, LARGEST[0])
+    keep: int = 0
 
 
-def cases(lengths: Sequence[int]) -> list[Case]:
-    """Each prompt in one forward, the long ones in chunks too, the short ones token by token, also alone."""
+def cases(lengths: Sequence[int], large: int | None = None) -> list[Case]:
+    """Each prompt in one forward, the long ones in chunks too, the short ones token by token, also alone.
+
+    `large`: the length of one more prompt, the workload's, which comes last.
+    """
     found = [Case(f"a prefill of length {n}", i, usual=n > 1) for i, n in enumerate(lengths)]
     for i, n in enumerate(lengths):
         if n <= 64:
@@ -132,6 +142,10 @@ def cases(lengths: Sequence[int]) -> list[Case]:
         if n > 7:
             first = n // 2
             found.append(Case(f"chunks of length {n}", i, (first, 1, 3, n - first - 4)))
+    found.append(Case(f"the last logits of length {lengths[-1]}", len(lengths) - 1, usual=True, keep=1))
+    if large is not None:
+        found.append(Case(f"a large prefill of length {large}", len(lengths), usual=True))
+        found.append(Case(f"a decode after {large - 2} tokens", len(lengths), (large - 2, 1, 1), usual=large > 2))
     return found
 
 
@@ -139,7 +153,9 @@ class Gate:
     """Judges cells of one model shape on one device; the reference is computed once, at the first check.
 
     `opts` holds the options of each optimization by name. `build` makes a cell's model from weights with
-    Hugging Face's names. Judged is a shallower model of the run's shapes (see `cut`).
+    Hugging Face's names. Judged is a shallower model of the run's shapes (see `cut`). `sizes` are the sequences and
+    tokens of the workloads' prompts: where one is larger than the gate's own prompts, such a one is judged as well,
+    up to `LARGEST`.
     """
 
     def __init__(
@@ -151,6 +167,7 @@ class Gate:
         seed: int = 0,
         opts: Options | None = None,
         build: Build | None = None,
+        sizes: Iterable[tuple[int, int]] = (),
     ) -> None:
         self.device = torch.device(device)
         self.config = cut(config, self.device)
@@ -160,13 +177,21 @@ class Gate:
         self.build = build
         lengths = sorted({min(n, self.config.context_length) for n in LENGTHS})
         generator = torch.Generator().manual_seed(seed)
+        shapes = [(BATCH_SIZE, n) for n in lengths]
+        sizes = [(1, 1), *sizes]
+        sequences, tokens = (
+            min(most, max(given)) for most, given in zip(LARGEST, zip(*sizes, strict=True), strict=True)
+        )
+        tokens = min(tokens, self.config.context_length)
+        if sequences > BATCH_SIZE or tokens > lengths[-1]:
+            shapes.append((sequences, tokens))
         self.prompts = [
-            torch.randint(self.config.vocab_size, (BATCH_SIZE, n), generator=generator).to(self.device) for n in lengths
+            torch.randint(self.config.vocab_size, shape, generator=generator).to(self.device) for shape in shapes
         ]
-        self.cases = cases(lengths)
-        self._weights: dict[torch.dtype, Weights] = {}
-        self._references: list[Tensor] = []
-        self._baseline: dict[torch.dtype, Errors] = {}
+        self.cases = cases(lengths, *(shape[1] for shape in shapes[len(lengths) :]))
+        self._weights: dict[tuple[torch.dtype, bool], Weights] = {}  # by dtype, and whether the head is tied
+        self._references: dict[bool, list[Tensor]] = {}
+        self._baseline: dict[tuple[torch.dtype, bool], Errors] = {}
 
     @property
     def dtypes(self) -> list[torch.dtype]:
@@ -187,7 +212,7 @@ class Gate:
             return lambda weights, dtype: self._build(cell, opts, weights, dtype)
 
         has_options = any(self.opts.get(name) for name in cell)
-        return self.check_model(factory(self.opts), kv_cache, factory({}) if has_options else None)
+        return self.check_model(factory(self.opts), kv_cache, factory({}) if has_options else None, tied="tie" in cell)
 
     def check_model(
         self,
@@ -195,16 +220,18 @@ class Gate:
         new_cache: NewCache | None = None,
         stand_in: Factory | None = None,
         max_ratio: float = MAX_RATIO,
+        tied: bool = False,
     ) -> dict[str, Any]:
         """The verdict on any model: `factory(weights, dtype)` makes one from weights with Hugging Face's names.
 
-        It is called as `model(tokens)` for logits (b, t, vocabulary) and, where `new_cache(model, batch_size,
-        capacity)` is given, as `model(tokens, cache, start)`; without it only prefill is judged. `stand_in`
+        It is called as `model(tokens)` for logits (b, t, vocabulary), as `model(tokens, None, 0, 1)` for the last
+        token's and, where `new_cache(model, batch_size, capacity)` is given, as `model(tokens, cache, start)`; without
+        it only prefill is judged. The weights hold one matrix as embedding and head where `tied`, else two. `stand_in`
         makes the model for cases that the first refuses and no workload asks for. `max_ratio` is the limit of
         the maximum error in float32. A model that raises is not equivalent; for want of memory or by a fault of
         the device (`FATAL`) nothing is known of it, and that is raised.
         """
-        chosen = [case for case in self.cases if new_cache is not None or not case.chunks]
+        chosen = [case for case in self.cases if new_cache is not None or not (case.chunks or case.keep)]
         checks: dict[str, float] = {"layers": self.config.num_layers, "vocabulary": self.config.vocab_size}
         verdict: dict[str, Any] = {
             "equivalent": False,
@@ -215,8 +242,8 @@ class Gate:
             "checks": checks,
         }
         for dtype in self.dtypes:
-            baseline = self._baseline_errors(dtype).only([case.name for case in chosen])
-            errors = self._attempt(factory, dtype, chosen, new_cache, stand_in)
+            baseline = self._baseline_errors(dtype, tied).only([case.name for case in chosen])
+            errors = self._attempt(factory, dtype, tied, chosen, new_cache, stand_in)
             if isinstance(errors, str):
                 return verdict | {"reason": f"{dtype_name(dtype)}: {errors}"}
             if errors.stood_in:
@@ -241,18 +268,20 @@ class Gate:
         self,
         factory: Factory,
         dtype: torch.dtype,
+        tied: bool,
         chosen: Sequence[Case],
         new_cache: NewCache | None,
         stand_in: Factory | None,
     ) -> Errors | str:
         """The errors of a model, or why it has none."""
-        weights = self._bank(dtype)
+        weights = self._bank(dtype, tied)
         with self._conditions(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 model = factory(weights, dtype)
                 other = stand_in(weights, dtype) if stand_in is not None else None
-                return self._errors(model, chosen, new_cache, other, strict=dtype is self.dtype)
+                references = self._references[tied]
+                return self._errors(model, references, chosen, new_cache, other, strict=dtype is self.dtype)
             except FATAL:
                 raise
             except WrongLogitsError as error:
@@ -260,32 +289,36 @@ class Gate:
             except Exception as error:
                 return f"it does not run: {_why(error, [warning.message for warning in caught])}"
 
-    def _bank(self, dtype: torch.dtype) -> Weights:
+    def _bank(self, dtype: torch.dtype, tied: bool) -> Weights:
         """The judged weights in `dtype`: the same values in each, and stored as the run stores its own."""
-        if not self._weights:
-            self._weights[torch.float32] = sensitised(self.config, self.device, self.dtype, self.seed)
-        if dtype not in self._weights:
+        exact = torch.float32, tied
+        if exact not in self._weights:
+            self._weights[exact] = sensitised(self.config, self.device, self.dtype, self.seed, tied)
+        if (dtype, tied) not in self._weights:
             bank = load_weights("random", self.config, device=self.device, dtype=dtype)
+            if not tied:
+                bank[HEAD] = torch.empty_like(bank[EMBEDDING])
             for name, tensor in bank.items():
-                tensor.copy_(self._weights[torch.float32][name])
-            self._weights[dtype] = bank
-        return self._weights[dtype]
+                tensor.copy_(self._weights[exact][name])
+            self._weights[dtype, tied] = bank
+        return self._weights[dtype, tied]
 
-    def _baseline_errors(self, dtype: torch.dtype) -> Errors:
-        if not self._references:
+    def _baseline_errors(self, dtype: torch.dtype, tied: bool) -> Errors:
+        if tied not in self._references:
             with self._conditions():
-                model = build_model(self.config, (), self._bank(torch.float64))
-                self._references = [logits_of(model, prompt, (), None) for prompt in self.prompts]
-            del self._weights[torch.float64]
-        if dtype not in self._baseline:
+                model = build_model(self.config, (), self._bank(torch.float64, tied))
+                self._references[tied] = [logits_of(model, prompt, (), None) for prompt in self.prompts]
+            del self._weights[torch.float64, tied]
+        if (dtype, tied) not in self._baseline:
             with self._conditions():
-                model = build_model(self.config, (), self._bank(dtype))
-                self._baseline[dtype] = self._errors(model, self.cases, kv_cache)
-        return self._baseline[dtype]
+                model = build_model(self.config, (), self._bank(dtype, tied))
+                self._baseline[dtype, tied] = self._errors(model, self._references[tied], self.cases, kv_cache)
+        return self._baseline[dtype, tied]
 
     def _errors(
         self,
         model: Any,
+        references: Sequence[Tensor],
         chosen: Sequence[Case],
         new_cache: NewCache | None,
         stand_in: Any = None,
@@ -293,17 +326,17 @@ class Gate:
     ) -> Errors:
         found, stood_in = {}, 0
         for case in chosen:
-            prompt, reference = (of[case.prompt][: case.sequences] for of in (self.prompts, self._references))
+            prompt, reference = (of[case.prompt][: case.sequences] for of in (self.prompts, references))
             try:
-                logits = logits_of(model, prompt, case.chunks, new_cache)
+                logits = logits_of(model, prompt, case.chunks, new_cache, case.keep)
             except FATAL:
                 raise
             except Exception:
                 if stand_in is None or (strict and case.usual):
                     raise
-                logits = logits_of(stand_in, prompt, case.chunks, new_cache)
+                logits = logits_of(stand_in, prompt, case.chunks, new_cache, case.keep)
                 stood_in += 1
-            found[case.name] = case_errors(logits, reference)
+            found[case.name] = case_errors(logits, reference[:, -case.keep :])
         return Errors(found, stood_in)
 
     @contextmanager
@@ -329,8 +362,10 @@ def kv_cache(model: Any, batch_size: int, capacity: int) -> KVCache:
 
 
 @torch.inference_mode()
-def logits_of(model: Any, tokens: Tensor, chunks: Sequence[int], new_cache: NewCache | None) -> Tensor:
-    """Logits (b, t, vocabulary) of all tokens, in one forward or in chunks against a cache."""
+def logits_of(model: Any, tokens: Tensor, chunks: Sequence[int], new_cache: NewCache | None, keep: int = 0) -> Tensor:
+    """Logits (b, t, vocabulary) of all tokens or the last `keep`, in one forward or in chunks against a cache."""
+    if keep:
+        return model(tokens, None, 0, keep)
     if not chunks or new_cache is None:
         return model(tokens)
     batch_size, length = tokens.shape
@@ -348,7 +383,9 @@ def exact_float32() -> Iterator[None]:
     cuda: Any = torch.backends.cuda.matmul
     cpu: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = cuda.fp32_precision, cpu.fp32_precision
-    torch.set_float32_matmul_precision("highest")
+    cuda.fp32_precision = cpu.fp32_precision = (
+        "ieee"  # by the one interface alone: PyTorch refuses a mix with the older
+    )
     try:
         yield
     finally:

@@ -65,7 +65,8 @@ def judge_peer(gate: Gate, cell: str) -> dict[str, Any]:
     def factory(weights: dict[str, Tensor], dtype: torch.dtype) -> TransformersModel:
         return build_peer(cell, gate.config, weights, dtype)
 
-    return gate.check_model(factory, kv_cache, max_ratio=MAX_RATIO)
+    tied = gate.config.tie_word_embeddings  # as its own checkpoints have it
+    return gate.check_model(factory, kv_cache, max_ratio=MAX_RATIO, tied=tied)
 
 
 class TransformersModel(Decoder):

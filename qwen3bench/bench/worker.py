@@ -30,7 +30,7 @@ from qwen3bench.bench.runtimes import CompileRuntime, Runtime, make_runtime
 from qwen3bench.bench.timer import inner_repeats, time_device, time_host, visit_repeats
 from qwen3bench.bench.workloads import Step, Workload, WorkloadSize
 from qwen3bench.errors import UserError
-from qwen3bench.model.build import build_model
+from qwen3bench.model.build import build_model, forget_rope_tables
 from qwen3bench.model.decoder import Decoder
 from qwen3bench.model.weights import load_weights, weights_fingerprint
 from qwen3bench.settings import Settings, settings_from
@@ -133,7 +133,9 @@ class Worker:
         self.op_release()
         if self._gate is None:
             s = self.settings
-            self._gate = Gate(s.model, device=self.device, dtype=self.dtype, seed=s.seed, opts=s.opts)
+            self._gate = Gate(
+                s.model, device=self.device, dtype=self.dtype, seed=s.seed, opts=s.opts, sizes=s.prompt_sizes
+            )
         return judge_peer(self._gate, cell) if is_peer(cell) else self._gate.check(cell_of(cell))
 
     def op_memory(self, cell: str, workload: str, runtime: str) -> dict[str, Any]:
@@ -321,6 +323,7 @@ class Worker:
 
     def _forget_everything(self) -> None:
         self._bank = self._gate = self._workload = None
+        forget_rope_tables()
         self._forget_graphs()
 
 

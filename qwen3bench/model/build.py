@@ -93,3 +93,8 @@ def _assign(
 @lru_cache(maxsize=2)
 def _shared_rope_tables(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return rope_tables(config, device, dtype)
+
+
+def forget_rope_tables() -> None:
+    """Let go of the tables that models on one device share, so that the next model's memory is its own."""
+    _shared_rope_tables.cache_clear()

@@ -97,12 +97,12 @@ def test_the_weights_are_exact_in_both_dtypes_and_no_gain_is_one() -> None:
 
 
 def wrapped(gate: Gate, forward: Any) -> dict[str, Any]:
-    """The verdict on the baseline with `forward(model, tokens, cache, start)` in place of its own."""
+    """The verdict on the baseline with `forward(its own, tokens, cache, start)` in place of its own."""
 
     def factory(weights: dict[str, Tensor], dtype: torch.dtype) -> Any:
         model = build_model(gate.config, (), weights)
         own = model.forward
-        model.forward = lambda tokens, cache=None, start=0: forward(own, tokens, cache, start)
+        model.forward = lambda tokens, cache=None, start=0, keep=0: forward(own, tokens, cache, start)[:, -keep:]
         return model
 
     return gate.check_model(factory, kv_cache)
@@ -198,10 +198,10 @@ class Refusing(nn.Module):
         self.refuses = refuses
         self.tok_emb, self.config = model.tok_emb, model.config
 
-    def forward(self, tokens: Tensor, cache: Any = None, start: int = 0) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Any = None, start: int = 0, keep: int = 0) -> Tensor:
         if self.refuses(self.tok_emb.weight.dtype, tokens.shape[1], start):
             raise RuntimeError("No available kernel")
-        return self.inner(tokens, cache, start)
+        return self.inner(tokens, cache, start, keep)
 
 
 def refusing(gate: Gate, refuses: Any, stand_in: bool = True) -> dict[str, Any]:
@@ -276,14 +276,14 @@ def test_transformers_computes_the_same_function(gate: Gate, attention: str) -> 
             max_position_embeddings=config.context_length,
             rms_norm_eps=config.rms_norm_eps,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
-            tie_word_embeddings=True,
+            tie_word_embeddings=False,
             attn_implementation=attention,
         )
         model = transformers.Qwen3ForCausalLM(theirs).to(dtype).eval()
         model.load_state_dict(weights)
 
-        def forward(tokens: Tensor, cache: Any = None, start: int = 0) -> Tensor:
-            return model(tokens, past_key_values=cache, use_cache=cache is not None).logits
+        def forward(tokens: Tensor, cache: Any = None, start: int = 0, keep: int = 0) -> Tensor:
+            return model(tokens, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep).logits
 
         return forward
 

@@ -32,7 +32,7 @@ TINY = ModelConfig(
     head_dim=16,
     hidden_dim=64,
     vocab_size=256,
-    context_length=512,
+    context_length=1024,
 )
 # hidden_dim equals emb_dim, so that even the chained fc1 → fc2 runs.
 Build = Callable[[ModelConfig, tuple[str, ...], dict[str, Tensor], torch.device, torch.dtype], nn.Module]
@@ -59,7 +59,8 @@ def changed_weights(change: Callable[[dict[str, Tensor]], None]) -> Build:
 
     def build_mutant(config, cell, weights, device, dtype):
         copy = {name: tensor.clone() for name, tensor in weights.items()}
-        copy["lm_head.weight"] = copy["model.embed_tokens.weight"]
+        if weights["lm_head.weight"] is weights["model.embed_tokens.weight"]:
+            copy["lm_head.weight"] = copy["model.embed_tokens.weight"]
         change(copy)
         return build_model(config, cell, copy)
 
@@ -274,10 +275,10 @@ def repeat_layer(*endings: str) -> Build:
 def later_when_decoding(model: nn.Module) -> None:
     forward, cos, sin = model.forward, model.cos, model.sin
 
-    def mutant_forward(self, tokens, cache=None, start=0):
+    def mutant_forward(self, tokens, cache=None, start=0, keep=0):
         by = 1 if start else 0
         self.cos, self.sin = cos.roll(-by, 0), sin.roll(-by, 0)
-        return forward(tokens, cache, start)
+        return forward(tokens, cache, start, keep)
 
     model.forward = MethodType(mutant_forward, model)
 
@@ -322,6 +323,42 @@ def stale_head(rows: slice) -> Build:
 
 def cell_of(label: str) -> tuple[str, ...]:
     return () if label == "baseline" else tuple(label.split("+"))
+
+
+class Window(AdditiveMask):
+    """Each query sees the last 256 keys alone."""
+
+    def dense(self, queries, start, device, dtype):
+        keys = torch.arange(start + queries, device=device)
+        unseen = keys[start:, None] - keys >= 256
+        return super().dense(queries, start, device, dtype).masked_fill(unseen, float("-inf"))
+
+
+def short_rope(model: nn.Module) -> None:
+    model.cos, model.sin = model.cos.clone(), model.sin.clone()
+    model.cos[600:] = model.sin[600:] = 0
+
+
+def calls(change: Callable[..., Tensor]) -> Build:
+    """Models whose forward is `change(forward, tokens, cache, start, keep)`."""
+
+    def changed(model: nn.Module) -> None:
+        forward = model.forward
+        model.forward = lambda tokens, cache=None, start=0, keep=0: change(forward, tokens, cache, start, keep)
+
+    return changed_model(changed)
+
+
+def the_fourth_is_the_fifth(forward, tokens, cache, start, keep):
+    return forward(tokens, cache, start, keep)[[0, 1, 2, 4, 4][: len(tokens)]]
+
+
+def keeps_the_first(forward, tokens, cache, start, keep):
+    return forward(tokens, cache, start)[:, :keep] if keep else forward(tokens, cache, start)
+
+
+def tie_head(model: nn.Module) -> None:
+    model.out_head.weight = model.tok_emb.weight
 
 
 ATTENTION = f"{LAYER}self_attn."
@@ -370,12 +407,17 @@ MUTANTS: dict[str, tuple[str, Build]] = {
     "a layer's weights from another": ("baseline", repeat_layer("weight")),
     "a layer's value projection from another": ("baseline", repeat_layer("v_proj.weight")),
     "a layer's norm from another": ("baseline", repeat_layer("input_layernorm.weight")),
+    "a window of 256 keys": ("baseline", part(mask=Window())),
+    "no rope past position 600": ("baseline", changed_model(short_rope)),
+    "the fifth sequence's logits for the fourth": ("baseline", calls(the_fourth_is_the_fifth)),
+    "the first logits kept for the last": ("baseline", calls(keeps_the_first)),
+    "head tied where it must not be": ("baseline", changed_model(tie_head)),
     "float16 accumulation in attention": ("baseline", part(attend=HalfAttention())),
     "float16 accumulation in the feed-forward": ("baseline", part(mlp=HalfDown)),
 }
 # Bugs that a check in bfloat16 alone lets through, under the same weights and prompts: why float32 judges.
 HIDDEN_IN_BFLOAT16 = [
-    name for name in MUTANTS if name.startswith(("eps 1e-5", "gain of", "head tied", "float16 accumulation"))
+    name for name in MUTANTS if name.startswith(("eps 1e-5", "gain of", "head tied to", "float16 accumulation"))
 ]
 
 
@@ -389,7 +431,7 @@ class BfloatGate(Gate):
 
 @pytest.fixture(scope="module")
 def gate() -> Gate:
-    return Gate(TINY, device="cpu", dtype=torch.float32)
+    return Gate(TINY, device="cpu", dtype=torch.float32, sizes=[(8, 2048)])
 
 
 @pytest.fixture(scope="module")
@@ -403,7 +445,7 @@ def judged(gate: Gate, name: str) -> dict[str, Any]:
     def factory(weights: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
         return build_mutant(gate.config, cell_of(label), weights, gate.device, dtype)
 
-    return gate.check_model(factory, kv_cache)
+    return gate.check_model(factory, kv_cache, tied="tie" in cell_of(label))
 
 
 @pytest.mark.parametrize("name", MUTANTS)

@@ -160,3 +160,10 @@ def test_on_meta_nothing_is_filled(tiny: ModelConfig, monkeypatch: pytest.Monkey
     for layer in (Linear, Embedding):  # elsewhere they are
         with pytest.raises(AssertionError, match="filled"):
             layer(2, 3)
+
+
+def test_rope_tables_are_shared_until_they_are_forgotten(tiny: ModelConfig, tiny_weights: dict[str, Tensor]) -> None:
+    one, same = (build_model(tiny, (), tiny_weights) for _ in range(2))
+    assert one.cos.data_ptr() == same.cos.data_ptr()
+    forget_rope_tables()
+    assert build_model(tiny, (), tiny_weights).cos.data_ptr() != one.cos.data_ptr()
