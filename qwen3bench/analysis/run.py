@@ -66,8 +66,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the run came to its end; a partial one can be read too."""
-        ends = self.record.of("end")
-        return bool(ends) and ends[-1]["status"] == "finished"
+        return any(line["status"] == "finished" for line in self.record.of("end"))
 
 
 def load_run(path: str | Path) -> Run:

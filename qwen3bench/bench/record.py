@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ SCHEMA = 1
 _NAME = "samples.jsonl"
 _TAIL = b',"crc":"%08x"}'
 _TAIL_BYTES = len(_TAIL % 0)
+_BEGINNING = b'{"v":%d,"type":"run",' % SCHEMA
 _MAX_NAMED = 20  # damaged lines that get a warning of their own; the rest are counted
 _STALE = re.compile(r"\..+\.tmp-(\d{1,9})")
 
@@ -88,12 +89,14 @@ class RecordWriter:
     """The one writer of the record in a run's directory; a context manager.
 
     Entering makes the directory, takes a lock that dies with this process, and cuts a torn last line off.
-    Raises `UserError` where the directory cannot be written or another process writes there.
+    Raises `UserError` where the directory cannot be written, another process writes there, or what lies there is no
+    record of this schema, which stays as it is. `last` is the last line appended.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.path = self.directory / _NAME
+        self.last: dict[str, Any] = {}
 
     def __enter__(self) -> RecordWriter:
         try:
@@ -110,6 +113,7 @@ class RecordWriter:
             except OSError as error:
                 raise UserError(f"{self.path}: cannot be written ({error.strerror}); check its permissions") from error
             try:
+                self._check_first_line()
                 self._cut_torn_line()
                 _sync_directory(self.directory)
             except BaseException:
@@ -144,6 +148,7 @@ class RecordWriter:
             while data:
                 data = data[os.write(self._file, data) :]
             os.fsync(self._file)
+            self.last = lines[-1]
         except BaseException as error:
             with contextlib.suppress(OSError):  # should this fail too, the next writer cuts the torn line off
                 os.ftruncate(self._file, good_bytes)
@@ -170,6 +175,15 @@ class RecordWriter:
         with contextlib.suppress(OSError):  # a full disk: the first append says so better
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, b"%d\n" % os.getpid(), 0)
+
+    def _check_first_line(self) -> None:
+        """Refuse what is no record before anything of it is changed; a torn first line is what a run begins with."""
+        if self.empty:
+            return
+        first = os.pread(self._file, len(_BEGINNING), 0)
+        if not _BEGINNING.startswith(first):
+            read_record(self.path)  # which says what it is
+            raise UserError(f"{self.path}: is no record of a run; name another directory with run.dir=DIR")
 
     def _cut_torn_line(self) -> None:
         size = end = os.fstat(self._file).st_size
@@ -348,7 +362,11 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
 
 def clean_stale(directory: str | Path) -> None:
     """Removes what processes that died inside `write_atomic` left under `directory`."""
-    for path in Path(directory).rglob(".*.tmp-*"):
+    _remove_stale(Path(directory).rglob(".*.tmp-*"))
+
+
+def _remove_stale(paths: Iterable[Path]) -> None:
+    for path in paths:
         match = _STALE.fullmatch(path.name)
         # Process ids come again, in containers soon: a file under our own is of a process before us.
         if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
@@ -366,6 +384,7 @@ def point_latest(run_dir: str | Path) -> None:
     latest = run_dir.with_name("latest")
     if latest == run_dir:
         return
+    _remove_stale(latest.parent.glob(".latest.tmp-*"))
     temporary = latest.with_name(f".latest.tmp-{os.getpid()}")
     temporary.unlink(missing_ok=True)
     try:

@@ -185,6 +185,14 @@ def test_torn_last_line_is_dropped_and_cut_off_wherever_it_tore(
         assert read_record(path).warnings == []
 
 
+@pytest.mark.parametrize("content", [b"my own notes", b"my own\nnotes", b'{"v":2,"type":"run","crc":"1"}\n{"v":2,"ty'])
+def test_what_is_no_record_is_refused_and_stays_as_it_is(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "samples.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=r"is no record|has schema 2|first line is damaged"), RecordWriter(tmp_path):
+        raise AssertionError("taken for a record")
+    assert (tmp_path / "samples.jsonl").read_bytes() == content
+
+
 def test_long_torn_tail_is_cut_off(tmp_path: Path) -> None:
     path = written(tmp_path, sample(0))
     whole = path.read_bytes()
