@@ -34,6 +34,8 @@ _STALE = re.compile(r"\..+\.tmp-(\d{1,9})")
 _PLAIN = {str, int, bool, type(None)}
 _NUMBER = (int, float)
 _TIMES = ("latency_s", "ttft_s", "tpot_s")
+_LONGEST_S = 1e9  # no time is longer
+_COUNTS = ("block", "copy", "process", "attempt", "position", "repeat")
 _WHERE: dict[str, Any] = {"cell": str, "workload": str, "runtime": str}
 # What a line of each type must hold to be usable. Any other field may be absent: not measured.
 _REQUIRED: dict[str, dict[str, Any]] = {
@@ -77,12 +79,27 @@ def _fault(line: dict[str, Any]) -> str | None:
     for field, kind in _REQUIRED[line["type"]].items():
         if not isinstance(line.get(field), kind):
             return f"{line['type']} without a proper {field}"
+    for field in _COUNTS:
+        value = line.get(field)
+        if value is not None and not (type(value) is int and 0 <= value < 2**62):
+            return f"{line['type']} with a {field} that is no count"
     if line["type"] == "sample":
         for field in _TIMES:
             value = line.get(field)
-            if value is not None and not (isinstance(value, _NUMBER) and value > 0):
+            if value is not None and not _is_time(value):
                 return f"sample with a {field} that is not above zero"
+        gaps = line.get("itl_s")
+        if gaps is not None and not (isinstance(gaps, list) and all(map(_is_time, gaps))):
+            return "sample with itl_s that are no times"
+    if line["type"] == "run":
+        for field in ("factors", "cells", "workloads", "runtimes"):
+            if not all(isinstance(name, str) for name in line[field]):
+                return f"run with {field} that are no names"
     return None
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, _NUMBER) and type(value) is not bool and 0 < value < _LONGEST_S
 
 
 class RecordWriter:

@@ -281,6 +281,12 @@ def test_ignores_unknown_types_with_a_warning(tmp_path: Path) -> None:
         '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":0,"latency_s":1e999}',
         '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":0,"latency_s":-1}',
         '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":0}',
+        '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":0,"latency_s":1e308}',
+        '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":0,"latency_s":1,"copy":"x"}',
+        '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":0,"latency_s":1,"process":[1]}',
+        '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":-1,"latency_s":1}',
+        '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":0,"latency_s":1,"itl_s":"abc"}',
+        '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":0,"latency_s":1,"itl_s":[1,null]}',
         '{"v":1,"type":"ceiling","vendor":{"a":[[-1e999]]}}',
         '{"v":1,"type":["end"],"status":"finished"}',
         '{"v":true,"type":"end","status":"finished"}',
@@ -309,6 +315,7 @@ def test_refuses_what_is_no_record(tmp_path: Path) -> None:
         (b"cell,latency_s\nbaseline,1\n", "is no record"),
         (os.urandom(4096), "is no record"),
         (encode({"type": "end", "status": "finished"}), "is no record"),
+        (seal(json.dumps({"v": 1, **RUN, "factors": [1, 2]})), "factors that are no names"),
     ]:
         (tmp_path / "samples.jsonl").write_bytes(content)
         with pytest.raises(UserError, match=why):
