@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qwen3bench.analysis.stopping import half_widths, stop_reason
-from qwen3bench.bench.design import BASELINE, block_order
+from qwen3bench.bench.design import BASELINE, block_order, label, neighbours
 from qwen3bench.bench.done import Done, Timing, Where
 from qwen3bench.bench.monitor import Monitor, Telemetry, braked, flags
 from qwen3bench.bench.progress import Reporter, duration
@@ -84,12 +84,14 @@ class Campaign:
         passes, title = ["evidence"], "recording what really runs"
         if self._settings.device.startswith("cuda"):
             passes, title = ["memory", "evidence"], "measuring peak memory, recording what really runs"
-        steps = [
-            (pass_, cell, {"workload": workload, "runtime": runtime})
-            for workload, runtime in self._done.timings
-            for cell in self._labels
-            for pass_ in passes
-        ]
+        steps = []
+        # What a switch changed is told by the cell without it, which is looked at even where it is not measured.
+        compared = [label(cell) for cell in neighbours(self._settings.cells)]
+        for workload, runtime in self._done.timings:
+            where = {"workload": workload, "runtime": runtime}
+            steps += [(pass_, cell, where) for cell in self._labels for pass_ in passes]
+            if runtime != "compile":  # where a cell takes seconds to compile
+                steps += [("evidence", cell, where) for cell in compared]
         self._steps(title, steps)
 
     def _steps(self, title: str, steps: list[tuple[str, str, dict[str, str]]]) -> None:

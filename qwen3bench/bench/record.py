@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ _NAME = "samples.jsonl"
 _TAIL = b',"crc":"%08x"}'
 _TAIL_BYTES = len(_TAIL % 0)
 _BEGINNING = b'{"v":%d,"type":"run",' % SCHEMA
+_MOMENT_S = 5.0
 _MAX_NAMED = 20  # damaged lines that get a warning of their own; the rest are counted
 _STALE = re.compile(r"\..+\.tmp-(\d{1,9})")
 
@@ -178,9 +180,9 @@ class RecordWriter:
 
     def _take_lock(self) -> None:
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock_once_its_holder_is_gone()
         except BlockingIOError as error:
-            holder = os.pread(self._lock, 20, 0).decode("ascii", "replace").strip() or "unknown"
+            holder = self._holder() or "unknown"
             raise UserError(
                 f"{self.directory}: another run (process {holder}) is writing there; "
                 "wait for it or name another directory with run.dir=DIR"
@@ -192,6 +194,21 @@ class RecordWriter:
         with contextlib.suppress(OSError):  # a full disk: the first append says so better
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, b"%d\n" % os.getpid(), 0)
+
+    def _lock_once_its_holder_is_gone(self) -> None:
+        """A child that a killed run was just starting has its lock for a moment longer; then the holder is dead."""
+        deadline = time.monotonic() + _MOMENT_S
+        while True:
+            try:
+                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = self._holder()
+                if not holder.isdecimal() or psutil.pid_exists(int(holder)) or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.02)
+
+    def _holder(self) -> str:
+        return os.pread(self._lock, 20, 0).decode("ascii", "replace").strip()
 
     def _check_first_line(self) -> None:
         """Refuse what is no record before anything of it is changed; a torn first line is what a run begins with."""

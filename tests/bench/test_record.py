@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import zlib
 from pathlib import Path
 from typing import Any
@@ -550,6 +552,16 @@ with RecordWriter(sys.argv[1]):
         written(tmp_path, sample(0))
     finally:
         holder.communicate("\n")
+
+
+def test_a_lock_that_outlives_its_dead_holder_for_a_moment_is_waited_for(tmp_path: Path) -> None:
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    lock = os.open(tmp_path / ".lock", os.O_RDWR | os.O_CREAT)
+    os.pwrite(lock, gone.stdout, 0)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    threading.Timer(0.3, os.close, [lock]).start()
+    with RecordWriter(tmp_path) as writer:
+        assert writer.empty
 
 
 def test_lock_is_free_after_closing_though_a_copy_lives_on(tmp_path: Path) -> None:
