@@ -2,7 +2,10 @@
 
 import sys
 
-from qwen3bench.cli import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        from qwen3bench.cli import main
+
+        sys.exit(main())
+    except KeyboardInterrupt:  # while it imports
+        sys.exit(130)

@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _rebuild(paths: list[Path], out: Path | None) -> None:
     from qwen3bench.analysis.run import load_run, write_derived
+    from qwen3bench.bench.record import clean_stale
     from qwen3bench.reporting.across import find_runs, write_overview
     from qwen3bench.reporting.findings import findings
     from qwen3bench.reporting.pages import write_report
@@ -44,6 +45,7 @@ def _rebuild(paths: list[Path], out: Path | None) -> None:
     directories = find_runs(paths)
     runs = []
     for directory in directories:
+        clean_stale(directory)
         run = load_run(directory)
         write_derived(run)
         found = findings(run)

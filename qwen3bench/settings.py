@@ -288,7 +288,7 @@ def _measure(section: Section) -> Measure:
         blocks_per_process=section.whole("blocks_per_process", least=1),
         repeats=section.optional_whole("repeats"),
         max_attempts=section.whole("max_attempts", least=1),
-        step_timeout_s=section.number("step_timeout_s"),
+        step_timeout_s=section.number("step_timeout_s", below=1e6),
     )
     section.refuse_the_rest()
     if measure.max_blocks < measure.min_blocks:

@@ -182,6 +182,7 @@ def test_the_resolved_config_gives_the_settings_back(device: str | None) -> None
         ("analysis.confidence=95", "analysis.confidence must be"),
         ("analysis.band=.nan", "analysis.band must be"),
         ("report.memory_limit_gib=lots", "report.memory_limit_gib must be a number"),
+        ("measure.step_timeout_s=3e6", "measure.step_timeout_s must be a number above 0 and below 1e\\+06"),
         ("measure.max_blocks=2", "measure.max_blocks=2 is below min_blocks=6"),
         ("measure=3", "a group is set to the name of an option"),
         ("model.num_heads=3", "num_heads=3 is no multiple"),

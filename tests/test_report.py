@@ -62,6 +62,15 @@ def test_a_partial_run_gives_a_report_that_says_so(
     assert "This run has not finished" in (run / "report.md").read_text("utf-8")
 
 
+def test_what_a_killed_report_left_is_cleared_away(make_run: Callable[..., Path]) -> None:
+    run = make_run("run")
+    (run / "plots").mkdir()
+    stale = run / "plots" / ".effects.png.tmp-999999999"
+    stale.write_bytes(b"half")
+    assert main([str(run)]) == 0
+    assert not stale.exists()
+
+
 def test_several_runs_give_one_page_more(
     make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -128,6 +128,8 @@ def _status(record: Record, table: pd.DataFrame, samples: pd.DataFrame) -> tuple
             state, why = str(failed["status"]), failed.get("reason")
         elif check and not check["equivalent"]:
             state, why = "not_equivalent", check.get("reason")
+        elif verified and not check and (cell, workload, runtime) in measured:
+            state, why = "not_equivalent", "not known to be: the record has lost what the gate said of it"
         elif (cell, workload, runtime) in measured:
             state, why = "ok", None
         else:

@@ -51,7 +51,10 @@ class Run:
 
     @property
     def evidence(self) -> list[dict[str, Any]]:
-        """What ran in each cell, workload and runtime; the notes name switches that changed nothing of it."""
+        """What ran in each cell, workload and runtime; the notes name switches that changed nothing of it.
+
+        Cells that were only looked at, to compare others with them, are left out.
+        """
         lines = self.record.of("evidence")
         wheres = dict.fromkeys((line["workload"], line["runtime"]) for line in lines)
         idle = {
@@ -61,13 +64,13 @@ class Run:
         return [
             {**line, "notes": [*line.get("notes", []), *idle[line["workload"], line["runtime"]].get(line["cell"], [])]}
             for line in lines
+            if line["cell"] in self.record.run["cells"]
         ]
 
     @property
     def finished(self) -> bool:
         """Whether the run came to its end; a partial one can be read too."""
-        ends = self.record.of("end")
-        return bool(ends) and ends[-1]["status"] == "finished"
+        return any(line["status"] == "finished" for line in self.record.of("end"))
 
 
 def load_run(path: str | Path) -> Run:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qwen3bench.analysis.stopping import half_widths, stop_reason
-from qwen3bench.bench.design import BASELINE, block_order
+from qwen3bench.bench.design import BASELINE, block_order, label, neighbours
 from qwen3bench.bench.done import Done, Timing, Where
 from qwen3bench.bench.monitor import Monitor, Telemetry, braked, flags
 from qwen3bench.bench.progress import Reporter, duration
@@ -84,12 +84,14 @@ class Campaign:
         passes, title = ["evidence"], "recording what really runs"
         if self._settings.device.startswith("cuda"):
             passes, title = ["memory", "evidence"], "measuring peak memory, recording what really runs"
-        steps = [
-            (pass_, cell, {"workload": workload, "runtime": runtime})
-            for workload, runtime in self._done.timings
-            for cell in self._labels
-            for pass_ in passes
-        ]
+        steps = []
+        # What a switch changed is told by the cell without it, which is looked at even where it is not measured.
+        compared = [label(cell) for cell in neighbours(self._settings.cells)]
+        for workload, runtime in self._done.timings:
+            where = {"workload": workload, "runtime": runtime}
+            steps += [(pass_, cell, where) for cell in self._labels for pass_ in passes]
+            if runtime != "compile":  # where a cell takes seconds to compile
+                steps += [("evidence", cell, where) for cell in compared]
         self._steps(title, steps)
 
     def _steps(self, title: str, steps: list[tuple[str, str, dict[str, str]]]) -> None:
@@ -107,12 +109,13 @@ class Campaign:
     def _step(self, pass_: str, cell: str, where: dict[str, str]) -> None:
         with self._failing(pass_, cell, **where):
             answer = self._workers.ask(pass_, cell=cell, **where)
-            self._append_answer({**answer, "type": pass_, "cell": cell, **where})
-            if pass_ == "verify" and not answer["equivalent"]:
-                self._fail(pass_, cell, CellFailure("not_equivalent", answer.get("reason") or "no reason given"))
-            if pass_ == "evidence" and (again := answer.get("recompiles")):
-                reason = f"compiled {again} more graphs after its warm-up, so a latency may hold a compilation"
-                self._fail(pass_, cell, CellFailure("invalid", reason), **where)
+            line = {**answer, "type": pass_, "cell": cell, **where}
+            if failure := _told_by(pass_, answer):
+                # Both or none; and should the power fail in between, the cell must not be left without its failure.
+                self._append_answer(_failure_line(pass_, cell, failure, **where), line)
+                self._note_failure(pass_, cell, failure, **where)
+            else:
+                self._append_answer(line)
 
     def _ceilings(self) -> None:
         """What the device can reach, and the least that each cell asks of it."""
@@ -366,20 +369,19 @@ class Campaign:
         workload: str | None = None,
         runtime: str | None = None,
     ) -> None:
+        self._note_failure(pass_, cell, failure, workload, runtime)
+        self._writer.append(_failure_line(pass_, cell, failure, workload, runtime))
+
+    def _note_failure(
+        self,
+        pass_: str,
+        cell: str,
+        failure: CellFailure,
+        workload: str | None = None,
+        runtime: str | None = None,
+    ) -> None:
         self._done.failures[cell, workload, runtime] = failure.status
         self._progress.note(f"{cell}: {failure.status} in the {pass_} pass: {failure.reason}")
-        self._writer.append(
-            {
-                "type": "failure",
-                "cell": cell,
-                "workload": workload,
-                "runtime": runtime,
-                "status": failure.status,
-                "reason": failure.reason,
-                "pass": pass_,
-                "peak_allocated_bytes": failure.peak_allocated_bytes,
-            }
-        )
 
     def _append_answer(self, *lines: dict[str, Any]) -> None:
         """To the record, what a worker answered. Raises `CellFailure` where it makes no line that can be used."""
@@ -394,3 +396,28 @@ class Outcome:
     """Whether a step failed."""
 
     failed: bool = False
+
+
+def _told_by(pass_: str, answer: dict[str, Any]) -> CellFailure | None:
+    """The failure that a worker's answer tells of, though it is one."""
+    if pass_ == "verify" and not answer.get("equivalent"):
+        return CellFailure("not_equivalent", answer.get("reason") or "no reason given")
+    if pass_ == "evidence" and (again := answer.get("recompiles")):
+        reason = f"compiled {again} more graphs after its warm-up, so a latency may hold a compilation"
+        return CellFailure("invalid", reason)
+    return None
+
+
+def _failure_line(
+    pass_: str, cell: str, failure: CellFailure, workload: str | None = None, runtime: str | None = None
+) -> dict[str, Any]:
+    return {
+        "type": "failure",
+        "cell": cell,
+        "workload": workload,
+        "runtime": runtime,
+        "status": failure.status,
+        "reason": failure.reason,
+        "pass": pass_,
+        "peak_allocated_bytes": failure.peak_allocated_bytes,
+    }

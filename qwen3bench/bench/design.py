@@ -31,6 +31,12 @@ def design_cells(design: str, factors: Sequence[str]) -> list[Cell]:
     return list(dict.fromkeys(DESIGNS[design](tuple(factors))))
 
 
+def neighbours(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells that lack one factor of one of `cells` and are not among them."""
+    lacking = (tuple(factor for factor in cell if factor != out) for cell in cells for out in cell)
+    return [cell for cell in dict.fromkeys(lacking) if cell not in cells]
+
+
 def block_order(cells: Sequence[str], *seed: object) -> list[tuple[str, int]]:
     """One block's visits in random order: `(cell label, copy)`, the baseline a second time as copy 1.
 

@@ -10,8 +10,9 @@ import math
 import os
 import re
 import sys
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -27,12 +28,16 @@ SCHEMA = 1
 _NAME = "samples.jsonl"
 _TAIL = b',"crc":"%08x"}'
 _TAIL_BYTES = len(_TAIL % 0)
+_BEGINNING = b'{"v":%d,"type":"run",' % SCHEMA
+_MOMENT_S = 5.0
 _MAX_NAMED = 20  # damaged lines that get a warning of their own; the rest are counted
 _STALE = re.compile(r"\..+\.tmp-(\d{1,9})")
 
 _PLAIN = {str, int, bool, type(None)}
 _NUMBER = (int, float)
 _TIMES = ("latency_s", "ttft_s", "tpot_s")
+_LONGEST_S = 1e9  # no time is longer
+_COUNTS = ("block", "copy", "process", "attempt", "position", "repeat")
 _WHERE: dict[str, Any] = {"cell": str, "workload": str, "runtime": str}
 # What a line of each type must hold to be usable. Any other field may be absent: not measured.
 _REQUIRED: dict[str, dict[str, Any]] = {
@@ -76,24 +81,41 @@ def _fault(line: dict[str, Any]) -> str | None:
     for field, kind in _REQUIRED[line["type"]].items():
         if not isinstance(line.get(field), kind):
             return f"{line['type']} without a proper {field}"
+    for field in _COUNTS:
+        value = line.get(field)
+        if value is not None and not (type(value) is int and 0 <= value < 2**62):
+            return f"{line['type']} with a {field} that is no count"
     if line["type"] == "sample":
         for field in _TIMES:
             value = line.get(field)
-            if value is not None and not (isinstance(value, _NUMBER) and value > 0):
+            if value is not None and not _is_time(value):
                 return f"sample with a {field} that is not above zero"
+        gaps = line.get("itl_s")
+        if gaps is not None and not (isinstance(gaps, list) and all(map(_is_time, gaps))):
+            return "sample with itl_s that are no times"
+    if line["type"] == "run":
+        for field in ("factors", "cells", "workloads", "runtimes"):
+            if not all(isinstance(name, str) for name in line[field]):
+                return f"run with {field} that are no names"
     return None
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, _NUMBER) and type(value) is not bool and 0 < value < _LONGEST_S
 
 
 class RecordWriter:
     """The one writer of the record in a run's directory; a context manager.
 
     Entering makes the directory, takes a lock that dies with this process, and cuts a torn last line off.
-    Raises `UserError` where the directory cannot be written or another process writes there.
+    Raises `UserError` where the directory cannot be written, another process writes there, or what lies there is no
+    record of this schema, which stays as it is. `last` is the last line appended.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.path = self.directory / _NAME
+        self.last: dict[str, Any] = {}
 
     def __enter__(self) -> RecordWriter:
         try:
@@ -110,6 +132,7 @@ class RecordWriter:
             except OSError as error:
                 raise UserError(f"{self.path}: cannot be written ({error.strerror}); check its permissions") from error
             try:
+                self._check_first_line()
                 self._cut_torn_line()
                 _sync_directory(self.directory)
             except BaseException:
@@ -144,6 +167,7 @@ class RecordWriter:
             while data:
                 data = data[os.write(self._file, data) :]
             os.fsync(self._file)
+            self.last = lines[-1]
         except BaseException as error:
             with contextlib.suppress(OSError):  # should this fail too, the next writer cuts the torn line off
                 os.ftruncate(self._file, good_bytes)
@@ -156,9 +180,9 @@ class RecordWriter:
 
     def _take_lock(self) -> None:
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock_once_its_holder_is_gone()
         except BlockingIOError as error:
-            holder = os.pread(self._lock, 20, 0).decode("ascii", "replace").strip() or "unknown"
+            holder = self._holder() or "unknown"
             raise UserError(
                 f"{self.directory}: another run (process {holder}) is writing there; "
                 "wait for it or name another directory with run.dir=DIR"
@@ -170,6 +194,30 @@ class RecordWriter:
         with contextlib.suppress(OSError):  # a full disk: the first append says so better
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, b"%d\n" % os.getpid(), 0)
+
+    def _lock_once_its_holder_is_gone(self) -> None:
+        """A child that a killed run was just starting has its lock for a moment longer; then the holder is dead."""
+        deadline = time.monotonic() + _MOMENT_S
+        while True:
+            try:
+                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = self._holder()
+                if not holder.isdecimal() or psutil.pid_exists(int(holder)) or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.02)
+
+    def _holder(self) -> str:
+        return os.pread(self._lock, 20, 0).decode("ascii", "replace").strip()
+
+    def _check_first_line(self) -> None:
+        """Refuse what is no record before anything of it is changed; a torn first line is what a run begins with."""
+        if self.empty:
+            return
+        first = os.pread(self._file, len(_BEGINNING), 0)
+        if not _BEGINNING.startswith(first):
+            read_record(self.path)  # which says what it is
+            raise UserError(f"{self.path}: is no record of a run; name another directory with run.dir=DIR")
 
     def _cut_torn_line(self) -> None:
         size = end = os.fstat(self._file).st_size
@@ -348,7 +396,11 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
 
 def clean_stale(directory: str | Path) -> None:
     """Removes what processes that died inside `write_atomic` left under `directory`."""
-    for path in Path(directory).rglob(".*.tmp-*"):
+    _remove_stale(Path(directory).rglob(".*.tmp-*"))
+
+
+def _remove_stale(paths: Iterable[Path]) -> None:
+    for path in paths:
         match = _STALE.fullmatch(path.name)
         # Process ids come again, in containers soon: a file under our own is of a process before us.
         if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
@@ -366,6 +418,7 @@ def point_latest(run_dir: str | Path) -> None:
     latest = run_dir.with_name("latest")
     if latest == run_dir:
         return
+    _remove_stale(latest.parent.glob(".latest.tmp-*"))
     temporary = latest.with_name(f".latest.tmp-{os.getpid()}")
     temporary.unlink(missing_ok=True)
     try:

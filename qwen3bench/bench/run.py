@@ -54,13 +54,12 @@ def run(
     started = time.monotonic()
     directory = _directory(settings)
     reporter = Reporter()
-    measured = False
+    writer = RecordWriter(directory)
     try:
-        with _signals(), RecordWriter(directory) as writer, reporter.running():
+        with _signals(), writer, reporter.running():
             with _interruption_recorded(writer), ExitStack() as workers:
                 _campaign(settings, writer, reporter, workers, start_worker, monitor).run()
                 writer.append({"type": "end", "status": "finished", "time": time.time()})
-                measured = True
             with reporter.stage("analysing and writing the report", 1):
                 finished = load_run(directory)
                 write_derived(finished)
@@ -68,8 +67,10 @@ def run(
                 write_report(finished, found)
     except Interrupted as stop:
         report = f"python -m qwen3bench.report {shlex.quote(str(directory))}"
-        if measured:
+        if writer.last.get("status") == "finished":
             print(f"\ninterrupted with everything measured. Write the report: {report}", file=sys.stderr)
+        elif not writer.last:
+            print("\ninterrupted before anything was recorded: give the same command again", file=sys.stderr)
         else:
             print(
                 f"\ninterrupted; nothing measured is lost. Continue: {_resume_command(directory)}\n"
@@ -106,7 +107,7 @@ def _interruption_recorded(writer: RecordWriter) -> Iterator[None]:
         yield
     except Interrupted:
         with suppress(UserError):  # a full disk
-            if not writer.empty:
+            if writer.last and writer.last.get("status") != "finished":
                 writer.append({"type": "end", "status": "interrupted", "time": time.time()})
         raise
 

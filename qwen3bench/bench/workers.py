@@ -91,12 +91,7 @@ class Workers:
         if self._worker is None:
             started = time.monotonic()
             self.process = self.number
-            self._worker = self._ready or self._launched()
-            self._ready = None
-            try:
-                self._worker.ask("open", QUIET_S, config=self._settings.to_dict())
-            except CellFailure as failure:  # no cell has run in it
-                raise UserError(f"no worker could be started: {failure.reason}") from None
+            self._worker = self._opened()
             self._writer.append(
                 {
                     "type": "process",
@@ -108,6 +103,27 @@ class Workers:
                 }
             )
         return self._worker
+
+    def _opened(self) -> WorkerProcess:
+        """A worker that has taken the settings: the one started ahead, or where that has died meanwhile a new one."""
+        config = self._settings.to_dict()
+        ahead, self._ready = self._ready, None
+        if ahead is not None:
+            try:
+                ahead.ask("open", QUIET_S, config=config)
+                return ahead
+            except CellFailure:
+                ahead.end()
+        worker = self._launched()
+        try:
+            worker.ask("open", QUIET_S, config=config)
+        except CellFailure as failure:  # no cell has run in it
+            worker.end()
+            raise UserError(
+                f"no worker could be started: {failure.reason}\n"
+                f"what was measured is safe: continue with resume={self._writer.directory}"
+            ) from None
+        return worker
 
     def _launched(self) -> WorkerProcess:
         return self._stack.enter_context(self._start(self._writer.directory / "worker.log"))

@@ -6,12 +6,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 import qwen3bench
+from qwen3bench.analysis.design import cell_label, every_cell
 from qwen3bench.analysis.run import EFFECT_COLUMNS, load_run, to_csv, write_derived
-from qwen3bench.bench.record import read_record
+from qwen3bench.bench.record import encode, read_record
 from qwen3bench.errors import UserError
 
 Write = Callable[..., Path]
@@ -114,6 +116,35 @@ def test_environment_is_read_and_a_damaged_one_is_not_missed(write_run: Write) -
 def test_reading_a_run_needs_no_torch() -> None:
     code = "import sys; import qwen3bench.compare; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_large_record_is_read_and_analysed_in_little_time_and_memory(tmp_path: Path) -> None:
+    """1,024 cells × 100 blocks, one value a visit."""
+    factors = list("abcdefghij")
+    cells = [cell_label(c, tuple(factors)) for c in every_cell(10)]
+    run = {"type": "run", "config": {}, "factors": factors, "cells": cells, "workloads": ["w"], "runtimes": ["eager"]}
+    rng = np.random.default_rng(0)
+    with (tmp_path / "samples.jsonl").open("wb") as file:
+        file.write(encode(run))
+        for block, noise in enumerate(rng.normal(scale=0.01, size=(100, len(cells) + 1))):
+            at = {"workload": "w", "runtime": "eager", "block": block, "process": block // 10, "attempt": 0}
+            for position, (cell, value) in enumerate(zip([*cells, "baseline"], np.exp(noise), strict=True)):
+                here = {**at, "cell": cell, "copy": int(position == len(cells)), "position": position}
+                file.write(encode({"type": "sample", **here, "repeat": 0, "latency_s": value, "time": 1.0 * block}))
+                file.write(encode({"type": "visit", **here, "samples": 1}))
+            file.write(encode({"type": "block", **at, "state": "ok"}))
+    code = f"""
+import resource
+from qwen3bench.analysis.run import load_run
+run = load_run({str(tmp_path)!r})
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(len(run.samples), len(run.effects), used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    samples, effects, cpu_s, gib = map(float, out)
+    assert (samples, effects) == (102_500, 1023 + 10)
+    assert cpu_s <= 10
+    assert gib <= 1
 
 
 def test_no_run_there_is_a_clear_error(tmp_path: Path) -> None:

@@ -89,6 +89,15 @@ def test_the_gate_and_the_evidence_come_before_the_first_timing(measure: Measure
         assert max(i for i, t in enumerate(types) if t == before) < types.index(after)
 
 
+def test_what_a_switch_changed_is_told_by_cells_that_are_not_measured(measure: Measure) -> None:
+    done = measure("design=pair", "opt=flash,tie")
+    assert [line["cell"] for line in done.record.of("evidence")] == ["baseline", "flash+tie", "tie", "flash"]
+    assert [line["cell"] for line in done.run.evidence] == ["baseline", "flash+tie"]
+    notes = " ".join(done.run.evidence[1]["notes"])
+    assert "flash changed nothing that ran: same kernels as tie" in notes  # the fake worker's cells run alike
+    assert set(done.run.cells["cell"]) == {"baseline", "flash+tie"}
+
+
 # Taken up again
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from qwen3bench.bench.design import DESIGNS, block_order, cell_of, design_cells, label
+from qwen3bench.bench.design import DESIGNS, block_order, cell_of, design_cells, label, neighbours
 
 FACTORS = ("flash", "tie", "mlp", "mask", "norm")
 
@@ -32,6 +32,11 @@ def test_full_is_in_standard_order() -> None:
 
 def test_one_factor_left_out_of_one_is_the_baseline() -> None:
     assert design_cells("leave_one_out", ("flash",)) == [(), ("flash",)]
+
+
+@pytest.mark.parametrize(("design", "expected"), [("full", []), ("each", []), ("pair", ["b+c", "a+c", "a+b"])])
+def test_neighbours_lack_one_factor_and_are_not_in_the_design(design: str, expected: list[str]) -> None:
+    assert [label(cell) for cell in neighbours(design_cells(design, "abc"))] == expected
 
 
 def test_label_and_cell_of_are_inverse() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 from qwen3bench.bench.monitor import Telemetry
 from qwen3bench.bench.record import RecordWriter
+from qwen3bench.bench.workers import Workers
 
 Measure = Callable[..., Any]
 OPTS = "opt=flash,tie"
@@ -153,6 +155,58 @@ def test_a_cell_compiled_again_after_its_warm_up_is_invalid_and_not_timed(measur
     assert row["status"] == "invalid"
     assert "compiled 2 more graphs" in row["reason"]
     assert "flash" not in set(done.run.samples["cell"])
+
+
+@pytest.mark.parametrize(
+    ("pass_", "fields", "status"),
+    [("evidence", {"recompiles": 2}, "invalid"), ("verify", {"equivalent": False}, "not_equivalent")],
+)
+def test_a_cell_stays_failed_wherever_the_record_was_cut(
+    measure: Measure, tmp_path: Path, pass_: str, fields: dict[str, Any], status: str
+) -> None:
+    faults = [{"does": "answer", "fields": fields, "op": pass_, "cell": "flash"}]
+    whole = measure(*FULL, faults=faults)
+    lines = (whole.directory / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    told = [
+        i for i, line in enumerate(lines) if b'"flash"' in line and (b'"failure"' in line or pass_.encode() in line)
+    ]
+    for cut in range(min(told), max(told) + 2):
+        part = tmp_path / f"cut-{cut}"
+        part.mkdir()
+        (part / "samples.jsonl").write_bytes(b"".join(lines[:cut]))
+        done = measure(resume=part, faults=faults)
+        assert done.statuses == whole.statuses, cut
+        assert done.statuses["flash"] == status
+
+
+def test_the_worker_started_ahead_may_die_before_it_is_needed(
+    measure: Measure, start_fake: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await_next = Workers.await_next
+
+    def killed(workers: Workers) -> None:
+        await_next(workers)
+        if workers._ready is not None:
+            os.kill(workers._ready.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(Workers, "await_next", killed)
+    done = measure(*FULL, "measure.max_blocks=6", "measure.min_blocks=6")
+    assert done.status == 0
+    assert len(done.record.of("block")) == 6
+    assert len({line["process"] for line in done.record.of("block")}) == 3
+
+
+def test_without_what_the_gate_said_a_cell_gets_no_speedup(measure: Measure) -> None:
+    done = measure(*FULL)
+    record = done.directory / "samples.jsonl"
+    lines = record.read_bytes().splitlines(keepends=True)
+    (at,) = (i for i, line in enumerate(lines) if b'"type":"verify"' in line and b'"cell":"flash",' in line)
+    lines[at] = lines[at].replace(b"true", b"tru3", 1)
+    record.write_bytes(b"".join(lines))
+    row = done.run.cells.set_index("cell").loc["flash"]
+    assert row["status"] == "not_equivalent"
+    assert "lost what the gate said" in row["reason"]
+    assert pd.isna(row["speedup"])
 
 
 def test_a_device_that_cannot_tell_its_ceilings_is_measured_all_the_same(measure: Measure) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import zlib
 from pathlib import Path
 from typing import Any
@@ -185,6 +187,14 @@ def test_torn_last_line_is_dropped_and_cut_off_wherever_it_tore(
         assert read_record(path).warnings == []
 
 
+@pytest.mark.parametrize("content", [b"my own notes", b"my own\nnotes", b'{"v":2,"type":"run","crc":"1"}\n{"v":2,"ty'])
+def test_what_is_no_record_is_refused_and_stays_as_it_is(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "samples.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=r"is no record|has schema 2|first line is damaged"), RecordWriter(tmp_path):
+        raise AssertionError("taken for a record")
+    assert (tmp_path / "samples.jsonl").read_bytes() == content
+
+
 def test_long_torn_tail_is_cut_off(tmp_path: Path) -> None:
     path = written(tmp_path, sample(0))
     whole = path.read_bytes()
@@ -273,6 +283,12 @@ def test_ignores_unknown_types_with_a_warning(tmp_path: Path) -> None:
         '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":0,"latency_s":1e999}',
         '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":0,"latency_s":-1}',
         '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":0}',
+        '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":0,"latency_s":1e308}',
+        '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":0,"latency_s":1,"copy":"x"}',
+        '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":0,"latency_s":1,"process":[1]}',
+        '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":-1,"latency_s":1}',
+        '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":0,"latency_s":1,"itl_s":"abc"}',
+        '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":0,"latency_s":1,"itl_s":[1,null]}',
         '{"v":1,"type":"ceiling","vendor":{"a":[[-1e999]]}}',
         '{"v":1,"type":["end"],"status":"finished"}',
         '{"v":true,"type":"end","status":"finished"}',
@@ -301,6 +317,7 @@ def test_refuses_what_is_no_record(tmp_path: Path) -> None:
         (b"cell,latency_s\nbaseline,1\n", "is no record"),
         (os.urandom(4096), "is no record"),
         (encode({"type": "end", "status": "finished"}), "is no record"),
+        (seal(json.dumps({"v": 1, **RUN, "factors": [1, 2]})), "factors that are no names"),
     ]:
         (tmp_path / "samples.jsonl").write_bytes(content)
         with pytest.raises(UserError, match=why):
@@ -535,6 +552,16 @@ with RecordWriter(sys.argv[1]):
         written(tmp_path, sample(0))
     finally:
         holder.communicate("\n")
+
+
+def test_a_lock_that_outlives_its_dead_holder_for_a_moment_is_waited_for(tmp_path: Path) -> None:
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    lock = os.open(tmp_path / ".lock", os.O_RDWR | os.O_CREAT)
+    os.pwrite(lock, gone.stdout, 0)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    threading.Timer(0.3, os.close, [lock]).start()
+    with RecordWriter(tmp_path) as writer:
+        assert writer.empty
 
 
 def test_lock_is_free_after_closing_though_a_copy_lives_on(tmp_path: Path) -> None:

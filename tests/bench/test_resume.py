@@ -127,6 +127,34 @@ def test_a_signal_while_the_report_is_written_asks_for_no_continuation(
     assert [line["status"] for line in done.record.of("end")] == ["finished"]
 
 
+def test_a_signal_before_anything_is_recorded_asks_for_the_command_again(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "_begin", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    done = measure(*FULL)
+    assert done.status == 143
+    assert "before anything was recorded: give the same command again" in done.err
+    assert "Continue" not in done.err
+    monkeypatch.undo()
+
+
+def test_a_signal_just_after_the_last_line_leaves_a_finished_run(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = RecordWriter.append
+
+    def interrupted(writer: RecordWriter, *lines: dict[str, Any]) -> None:
+        append(writer, *lines)
+        if lines[-1]["type"] == "end":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(RecordWriter, "append", interrupted)
+    done = measure(*FULL)
+    assert done.status == 130
+    assert "everything measured. Write the report" in done.err
+    assert [line["status"] for line in done.record.of("end")] == ["finished"]
+
+
 def test_after_a_signal_the_handlers_are_those_of_before(measure: Measure) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     measure(*FULL)
