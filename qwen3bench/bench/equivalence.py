@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from qwen3bench.bench.logit_errors import MAX_RATIO, Comparison, Errors, WrongLogitsError, case_errors
+from qwen3bench.choices import options_of
 from qwen3bench.model.build import build_model
 from qwen3bench.model.cache import KVCache
 from qwen3bench.model.checkpoint import EMBEDDING, HEAD
@@ -211,7 +212,7 @@ class Gate:
         def factory(opts: Options) -> Factory:
             return lambda weights, dtype: self._build(cell, opts, weights, dtype)
 
-        has_options = any(self.opts.get(name) for name in cell)
+        has_options = any(self.opts[name] != options_of("opt", name) for name in cell if self.opts.get(name))
         return self.check_model(factory(self.opts), kv_cache, factory({}) if has_options else None, tied="tie" in cell)
 
     def check_model(
@@ -250,7 +251,7 @@ class Gate:
                 checks[f"{dtype_name(dtype)}_stood_in"] = errors.stood_in
             comparison = Comparison(errors, baseline, dtype, dtype is self.dtype, max_ratio)
             checks |= {f"{dtype_name(dtype)}_{name}": value for name, value in comparison.checks.items()}
-            if dtype is torch.float32:
+            if dtype is torch.float32 and errors.stood_in < len(chosen):  # else it is another model's
                 verdict["max_abs_error"] = errors.max
             if dtype is self.dtype:
                 verdict["kl_mean"] = errors.kl_mean

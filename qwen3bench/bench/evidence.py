@@ -16,6 +16,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend
 from torch.profiler import ProfilerActivity, profile
 
 from qwen3bench.bench.costs import forwards
@@ -35,12 +36,18 @@ _ATTENTION_OPERATIONS = {
     "fused_attention_overrideable": "overrideable",
     "attention_math": "math",
 }
-# What kernel names hold; the first that fits counts, as cuDNN's hold `flash` too.
+# What kernel names hold; of one name the first that fits counts, as cuDNN's hold `flash` too.
 _ATTENTION_KERNELS = {
     "cudnn": "cuDNN",
     "flash_fwd": "FlashAttention",
     "fmha_cutlass": "memory-efficient",
     "AttentionKernel": "memory-efficient",
+}
+_FORCED = {
+    SDPBackend.FLASH_ATTENTION: "FlashAttention",
+    SDPBackend.CUDNN_ATTENTION: "cuDNN",
+    SDPBackend.EFFICIENT_ATTENTION: "memory-efficient",
+    SDPBackend.MATH: "math",
 }
 _ATTENTION_WORDS = ("sdpa", "flash", "fmha", "attention")
 # Operations that compute nothing and are no views.
@@ -98,8 +105,10 @@ def collect(
         backends.append(backend or attention_backend((), operations, compiled))
         last = ran if not on_cpu else Counter() if compiled else operations
     notes = [f"attention by an unknown kernel: {name}" for name in _unknown_attention(kernels)]
-    if SEPARATE not in backends and isinstance(model, Qwen3Model):
-        notes.append(_mask_note(model, workload))
+    if isinstance(model, Qwen3Model):
+        notes += _asked_note(model, backends, compiled)
+        if SEPARATE not in backends:
+            notes.append(_mask_note(model, workload))
     if on_cpu and compiled:
         notes.append("compiled code on a CPU shows no kernels in a profile")
     return {
@@ -120,12 +129,10 @@ def attention_backend(kernels: Iterable[str], operations: Iterable[str], compile
     if backend := _backend_of_kernels(kernels):
         return backend
     operations = set(operations)
-    for part, backend in _ATTENTION_OPERATIONS.items():
-        if f"_scaled_dot_product_{part}" in operations:
-            return backend
-    if "_softmax" in operations or compiled:
-        return SEPARATE
-    return UNKNOWN
+    found = [each for part, each in _ATTENTION_OPERATIONS.items() if f"_scaled_dot_product_{part}" in operations]
+    if "_softmax" in operations or (compiled and not found):
+        found.append(SEPARATE)
+    return " and ".join(found) or UNKNOWN
 
 
 def forget_compilations() -> None:
@@ -134,10 +141,17 @@ def forget_compilations() -> None:
 
 
 def _backend_of_kernels(kernels: Iterable[str]) -> str | None:
-    for name in kernels:
-        for part, backend in _ATTENTION_KERNELS.items():
-            if part in name and any(word in name.lower() for word in _ATTENTION_WORDS):
-                return backend
+    """All fused implementations that ran, and whether a softmax of its own did; None where nothing fused ran."""
+    kernels = list(kernels)
+    found = list(dict.fromkeys(filter(None, map(_fused_backend, kernels))))
+    if found and any("softmax" in name.lower() for name in kernels if _fused_backend(name) is None):
+        found.append(SEPARATE)
+    return " and ".join(found) or None
+
+
+def _fused_backend(kernel: str) -> str | None:
+    if any(word in kernel.lower() for word in _ATTENTION_WORDS):
+        return next((backend for part, backend in _ATTENTION_KERNELS.items() if part in kernel), None)
     return None
 
 
@@ -215,6 +229,20 @@ def _computes(name: str) -> bool:
     if packet is None:
         return False
     return not any(getattr(packet, overload).is_view for overload in packet.overloads())
+
+
+def _asked_note(model: Qwen3Model, backends: Iterable[str], compiled: bool) -> list[str]:
+    """Whether fused attention ran, and the backend that was forced, where the model asks for it."""
+    attend: Any = model.parts.attend
+    if not hasattr(attend, "backend"):  # it is not fused
+        return []
+    if attend.backend is None:
+        return (
+            [f"{SEPARATE} ran where fused attention was asked for"] if any(SEPARATE in ran for ran in backends) else []
+        )
+    asked = _FORCED[attend.backend]
+    fits = {asked, SEPARATE} if asked == "math" and compiled else {asked}  # which the compiler takes apart
+    return [f"{asked} was asked for, {ran} ran" for ran in dict.fromkeys(backends) if ran not in fits]
 
 
 def _mask_note(model: Qwen3Model, workload: Workload) -> str:

@@ -37,6 +37,10 @@ from qwen3bench.settings import Settings, settings_from
 
 FAST_S = 0.05  # what is launched once more rather than trusted at once
 SLOW_S = 0.5  # what is known well enough after its first launch
+# By the bytes of a number: compiled, a model of 28 layers in bfloat16 rounds otherwise by some 0.01 of its logits. That
+# it is the same function is the gate's to say, in eager; this says that it is that forward which is launched.
+LAUNCH_ERROR = {8: 1e-6, 4: 1e-3, 2: 0.1}
+_COMPARED = 16  # tokens
 
 
 class InvalidCell(Exception):
@@ -61,6 +65,7 @@ class Warm:
     model: Decoder
     workload: Workload
     launches: list[Callable[[], object]]
+    outputs: list[torch.Tensor]  # the logits of the last launch
 
 
 class Worker:
@@ -153,7 +158,7 @@ class Worker:
         inputs = Workload(self._size(workload), model, s.seed)
         torch.cuda.empty_cache()  # making the weights needed more for a moment than keeping them does
         torch.cuda.reset_peak_memory_stats(self.device)
-        self._warm = Warm((cell, workload, runtime), model, inputs, self._warmed_up(runtime, model, inputs))
+        self._warm = self._warmed_up((cell, workload, runtime), model, inputs)
         torch.cuda.synchronize(self.device)
         return {
             "peak_allocated_bytes": torch.cuda.max_memory_allocated(self.device),
@@ -168,7 +173,10 @@ class Worker:
         return dict(cell_cost(self.settings.model, tied, self._size(workload), self.dtype.itemsize))
 
     def op_evidence(self, cell: str, workload: str, runtime: str) -> dict[str, Any]:
-        """What really ran, from a profile of its own: of what the memory pass left where that was just this cell."""
+        """What really ran, from a profile of its own: of what the memory pass left where that was just this cell.
+
+        Raises `InvalidCell` where it computes something else than when PyTorch launches it.
+        """
         warm, self._warm = self._warm, None
         if warm is None or warm.where != (cell, workload, runtime):
             del warm
@@ -176,9 +184,16 @@ class Worker:
             model = self._on_bank(cell)
             if self._workload is None or self._workload.size.name != workload:
                 self._workload = Workload(self._size(workload), model, self.settings.seed)
-            launches = self._warmed_up(runtime, model, self._workload)
-            warm = Warm((cell, workload, runtime), model, self._workload, launches)
-        return collect(warm.model, warm.workload, runtime, warm.launches)
+            warm = self._warmed_up((cell, workload, runtime), model, self._workload)
+        evidence = collect(warm.model, warm.workload, runtime, warm.launches)
+        if runtime != "eager":
+            error, eager_s = self._against_eager(warm)
+            if not error <= (limit := LAUNCH_ERROR[self.dtype.itemsize]):
+                raise InvalidCell(
+                    f"in {runtime} its logits differ by {error:.2g} of their size from those of eager (limit {limit:g})"
+                )
+            evidence["eager_s"] = eager_s if runtime == "graph" else None
+        return evidence
 
     def op_ceilings(self) -> dict[str, Any]:
         """What the device reaches: a large copy and a large matrix product."""
@@ -283,15 +298,35 @@ class Worker:
         runtime.prepare_model(model)
         return [runtime.prepare(step) for step in steps]
 
-    def _warmed_up(self, runtime: str, model: Decoder, workload: Workload) -> list[Callable[[], object]]:
-        """The workload's launches; where the first differs from the others, after that one."""
+    def _warmed_up(self, where: tuple[str, str, str], model: Decoder, workload: Workload) -> Warm:
+        """A cell's launches; where the first differs from the others, after that one."""
+        runtime = where[2]
         if runtime == "compile":
             forget_compilations()
-        launches = self._launches(self._make_runtime(runtime), model, workload.steps(model))
+        outputs: list[torch.Tensor] = []
+        steps = [_kept(step, outputs) for step in workload.steps(model)]
+        launches = self._launches(self._make_runtime(runtime), model, steps)
         if self.device.type == "cuda" or runtime == "compile":
             for launch in launches:
                 launch()
-        return launches
+        return Warm(where, model, workload, launches, outputs)
+
+    @torch.inference_mode()
+    def _against_eager(self, warm: Warm) -> tuple[float, float]:
+        """How far the last tokens' logits of the launches are from those of eager, relative (L2); eager's seconds."""
+        for launch in warm.launches:
+            launch()
+        launched = warm.outputs[0][:, -_COMPARED:].double()
+        steps = warm.workload.steps(warm.model)
+        self._synchronize()
+        started = time.perf_counter()
+        with torch.compiler.set_stance("force_eager"):
+            for step in steps:
+                expected = step()
+        self._synchronize()
+        eager_s = time.perf_counter() - started
+        expected = expected[:, -_COMPARED:].double()
+        return float((launched - expected).norm() / expected.norm()), eager_s
 
     def _time(self, launches: Sequence[Callable[[], object]], repeats: int, inner: int) -> list[Any]:
         assert self._runtime is not None
@@ -331,7 +366,8 @@ def _kept(step: Step, outputs: list[torch.Tensor]) -> Step:
     """The step, its output added to `outputs`."""
 
     def run() -> torch.Tensor:
-        outputs[:] = [step()]
+        outputs.clear()  # first, or two of them would be in memory at once
+        outputs.append(step())
         return outputs[0]
 
     return run

@@ -18,6 +18,7 @@ from qwen3bench.bench.design import design_cells, label
 from qwen3bench.bench.evidence import (
     SEPARATE,
     UNKNOWN,
+    _asked_note,
     _first_block_alone,
     _operations,
     attention_backend,
@@ -217,6 +218,30 @@ def test_operations_tell_where_kernels_do_not() -> None:
     assert attention_backend(["gemm"], ["bmm", "_softmax"]) == SEPARATE
     assert attention_backend(["triton_poi_fused_0"], [], compiled=True) == SEPARATE
     assert attention_backend(["gemm"], ["mm"]) == UNKNOWN
+
+
+def test_all_that_ran_is_named() -> None:
+    kernels = ["void pytorch_flash::flash_fwd_kernel<>", "void cunn_SoftMaxForward<4>"]
+    assert attention_backend(kernels, []) == "FlashAttention and separate operations"
+    operations = ["_scaled_dot_product_attention_math", "_scaled_dot_product_flash_attention_for_cpu", "_softmax"]
+    assert attention_backend([], operations) == "FlashAttention and math and separate operations"
+
+
+@pytest.mark.parametrize(
+    ("asked", "ran", "compiled", "note"),
+    [
+        ("math", "math", False, ""),
+        ("math", SEPARATE, True, ""),
+        ("math", "FlashAttention", False, "math was asked for, FlashAttention ran"),
+        ("cudnn", "FlashAttention", False, "cuDNN was asked for, FlashAttention ran"),
+        ("auto", f"cuDNN and {SEPARATE}", False, "separate operations ran where fused attention was asked for"),
+        ("auto", "cuDNN", False, ""),
+    ],
+)
+def test_another_backend_than_the_one_asked_for_is_named(asked: str, ran: str, compiled: bool, note: str) -> None:
+    model = build_model(SMALL, {"flash": {"backend": asked}})
+    assert " ".join(_asked_note(model, [ran], compiled)) == note
+    assert not _asked_note(build_model(SMALL), [SEPARATE], compiled)
 
 
 # Requested against effective

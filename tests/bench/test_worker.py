@@ -25,6 +25,7 @@ from qwen3bench.bench.timer import TimedValue
 from qwen3bench.bench.worker import Worker, failure, serve
 from qwen3bench.errors import UserError
 from qwen3bench.model.weights import load_weights
+from qwen3bench.opt import norm
 from qwen3bench.settings import Settings
 
 Ask = Callable[..., dict[str, Any]]
@@ -178,6 +179,25 @@ def test_evidence_names_what_ran(opened: Ask) -> None:
     assert (evidence["workload"], evidence["runtime"]) == ("prefill", "eager")
     assert evidence["kernel_launches"] == sum(evidence["kernels"].values()) > 0
     assert evidence["tied_storage"] is False
+
+
+def test_what_computes_something_else_once_compiled_is_invalid(
+    ask: Ask, small_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = small_settings("opt=norm", "model.num_layers=1", "prompt_tokens=8", "runtime=compile").resolved("cpu")
+    ask("open", config=settings.to_dict())
+    where = {"cell": "norm", "workload": "prefill", "runtime": "compile"}
+    assert ask("evidence", **where)["recompiles"] == 0
+    right = norm.rms_norm
+
+    def wrong(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return right(x, weight, eps) * (1.5 if torch.compiler.is_compiling() else 1.0)
+
+    monkeypatch.setattr(norm, "rms_norm", wrong)
+    with pytest.raises(CellFailure) as failed:
+        ask("evidence", **where)
+    assert failed.value.status == "invalid"
+    assert "differ by" in failed.value.reason
 
 
 @pytest.fixture

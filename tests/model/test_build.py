@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qwen3bench import ModelConfig, build_model, load_weights
 from qwen3bench.errors import UserError
-from qwen3bench.model.build import hf_names
+from qwen3bench.model.build import forget_rope_tables, hf_names
 from qwen3bench.model.checkpoint import tensor_shapes
 from qwen3bench.model.layers import Embedding, Linear
 
