@@ -65,8 +65,12 @@ def run(
                 write_derived(finished)
                 found = findings(finished)
                 write_report(finished, found)
+    except UserError as error:
+        if writer.last.get("status") != "finished":
+            raise
+        raise UserError(f"{error}\neverything is measured; write the report: {_report_command(directory)}") from error
     except Interrupted as stop:
-        report = f"python -m qwen3bench.report {shlex.quote(str(directory))}"
+        report = _report_command(directory)
         if writer.last.get("status") == "finished":
             print(f"\ninterrupted with everything measured. Write the report: {report}", file=sys.stderr)
         elif not writer.last:
@@ -220,6 +224,11 @@ def _recorded_settings(done: Record, directory: Path) -> Settings:
 def _only_resume(argv: list[str]) -> bool:
     """Whether the command says nothing but which run to continue."""
     return len(argv) == 2 and argv[1].startswith("resume=")
+
+
+def _report_command(directory: Path) -> str:
+    """The line that writes this run's report."""
+    return f"python -m qwen3bench.report {shlex.quote(str(directory))}"
 
 
 def _resume_command(directory: Path) -> str:

@@ -19,6 +19,7 @@ from qwen3bench.analysis.run import load_run
 from qwen3bench.bench import run as run_module
 from qwen3bench.bench.record import RecordWriter, read_record
 from qwen3bench.cli import compose, main
+from qwen3bench.errors import UserError
 
 Measure = Callable[..., Any]
 SOURCE = Path(__file__).parents[2]
@@ -153,6 +154,16 @@ def test_a_signal_just_after_the_last_line_leaves_a_finished_run(
     assert done.status == 130
     assert "everything measured. Write the report" in done.err
     assert [line["status"] for line in done.record.of("end")] == ["finished"]
+
+
+def test_a_disk_full_of_plots_loses_nothing_measured(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: object) -> None:
+        raise UserError("plots/a.svg: cannot be written (No space left on device)")
+
+    monkeypatch.setattr(run_module, "write_derived", full)
+    done = measure(*FULL)
+    assert "No space left on device" in done.error
+    assert f"everything is measured; write the report: python -m qwen3bench.report {done.directory}" in done.error
 
 
 def test_after_a_signal_the_handlers_are_those_of_before(measure: Measure) -> None:
