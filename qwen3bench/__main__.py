@@ -2,10 +2,16 @@
 
 import sys
 
-if __name__ == "__main__":
-    try:
-        from qwen3bench.cli import main
 
-        sys.exit(main())
+def main() -> int:
+    """The exit status of the command line."""
+    try:
+        from qwen3bench.cli import main as run
+
+        return run()
     except KeyboardInterrupt:  # while it imports
-        sys.exit(130)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -32,6 +32,14 @@ def _pins() -> dict[str, str]:
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
 
+def test_the_installed_command_starts() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    module, _, function = scripts["qwen3bench"].partition(":")
+    code = f"import sys; from {module} import {function} as main; sys.exit(main())"  # as pip writes it
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("qwen3bench measures")
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_help_is_the_default_and_lists_every_target() -> None:
     shown = _make()
