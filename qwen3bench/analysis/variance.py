@@ -52,8 +52,7 @@ def clustered(y: Array, process: NDArray[Any], contrasts: Array) -> Estimates:
       where the cells' differ: signs vanish in the square. The mean square between clusters is pooled over the
       cells, with Satterthwaite's (1946) degrees of freedom for cells of unequal variance.
     - Any other (a ratio of two cells, a Shapley share) depends on how noisy just its cells are: it stands on its
-      own scatter between the blocks of a process. That processes add to it is known from all cells together: the
-      ratio of their mean squares between processes and within.
+      own scatter, between clusters and between the blocks of each (see `_alone`).
 
     A contrast that scatters more between clusters than that (F test at 10 %: a switch whose worth itself depends on
     the process or the clock) stands on its own mean square between them and its few degrees of freedom.
@@ -79,7 +78,7 @@ def clustered(y: Array, process: NDArray[Any], contrasts: Array) -> Estimates:
         unequal = ~np.isclose(weight, weight.max(axis=1, keepdims=True)).all(axis=1)
         if blocks > clusters:
             within = _MeanSquares(y - means[..., group, :], blocks - clusters, contrasts)
-            alone, alone_df = _between_from_within(between, within)
+            alone, alone_df = _alone(between, within)
         else:
             alone, alone_df = between.own, np.full_like(between.own, between.df)
         usual, usual_df = np.where(unequal, alone, usual), np.where(unequal, alone_df, usual_df)
@@ -123,21 +122,20 @@ def clustered_mean(y: Array, process: NDArray[Any]) -> Estimates:
     return Estimates(mean, np.sqrt(ms * _inflation(size)) / blocks, np.array(df))
 
 
-def _between_from_within(between: _MeanSquares, within: _MeanSquares) -> tuple[Array, Array]:
-    """Each contrast's mean square between clusters, from its own within them, and its degrees of freedom.
+def _alone(between: _MeanSquares, within: _MeanSquares) -> tuple[Array, Array]:
+    """Each contrast's own mean square between clusters, from all its blocks, and its degrees of freedom.
 
-    Where all cells together show no more variance between clusters than within (F test), both are one.
+    What it scatters within clusters counts as many times as all cells together scatter more between them (F test);
+    where they do not, once.
     """
     (all_between, between_df), (all_within, within_df) = between.pooled(), within.pooled()
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.fmax(all_between / all_within, 1)
-        more = (special.fdtrc(between_df, within_df, ratio) < _PROCESS_LEVEL)[..., None]
-        ratio_df = 1 / (1 / within.df + 1 / between_df + 1 / within_df)
-    both = (between.own * between.df + within.own * within.df) / (between.df + within.df)
-    return (
-        np.where(more, ratio[..., None] * within.own, both),
-        np.where(more, ratio_df[..., None], between.df + within.df),
-    )
+        differs = special.fdtrc(between_df, within_df, ratio) < _PROCESS_LEVEL
+    ratio = np.where(differs, ratio, 1)[..., None]
+    unsure = np.where(differs, 1 / between_df + 1 / within_df, 0)[..., None]  # of the ratio
+    df = between.df + within.df
+    return (between.own * between.df + ratio * within.own * within.df) / df, 1 / (1 / df + unsure)
 
 
 class _MeanSquares:

@@ -111,9 +111,7 @@ class Campaign:
             answer = self._workers.ask(pass_, cell=cell, **where)
             line = {**answer, "type": pass_, "cell": cell, **where}
             if failure := _told_by(pass_, answer):
-                # Both or none; and should the power fail in between, the cell must not be left without its failure.
-                self._append_answer(_failure_line(pass_, cell, failure, **where), line)
-                self._note_failure(pass_, cell, failure, **where)
+                self._fail(pass_, cell, failure, line, **where)
             else:
                 self._append_answer(line)
 
@@ -359,27 +357,29 @@ class Campaign:
         except CellFailure as failure:
             outcome.failed = True
             self._workers.end()
-            self._fail(pass_, cell, failure, workload, runtime)
+            self._fail(pass_, cell, failure, workload=workload, runtime=runtime)
 
     def _fail(
         self,
         pass_: str,
         cell: str,
         failure: CellFailure,
+        *answer: dict[str, Any],
         workload: str | None = None,
         runtime: str | None = None,
     ) -> None:
-        self._note_failure(pass_, cell, failure, workload, runtime)
-        self._writer.append(_failure_line(pass_, cell, failure, workload, runtime))
-
-    def _note_failure(
-        self,
-        pass_: str,
-        cell: str,
-        failure: CellFailure,
-        workload: str | None = None,
-        runtime: str | None = None,
-    ) -> None:
+        """Record a failure, and the answer that told of it: both or none, and never the answer without its failure."""
+        line = {
+            "type": "failure",
+            "cell": cell,
+            "workload": workload,
+            "runtime": runtime,
+            "status": failure.status,
+            "reason": failure.reason,
+            "pass": pass_,
+            "peak_allocated_bytes": failure.peak_allocated_bytes,
+        }
+        self._append_answer(line, *answer)
         self._done.failures[cell, workload, runtime] = failure.status
         self._progress.note(f"{cell}: {failure.status} in the {pass_} pass: {failure.reason}")
 
@@ -406,18 +406,3 @@ def _told_by(pass_: str, answer: dict[str, Any]) -> CellFailure | None:
         reason = f"compiled {again} more graphs after its warm-up, so a latency may hold a compilation"
         return CellFailure("invalid", reason)
     return None
-
-
-def _failure_line(
-    pass_: str, cell: str, failure: CellFailure, workload: str | None = None, runtime: str | None = None
-) -> dict[str, Any]:
-    return {
-        "type": "failure",
-        "cell": cell,
-        "workload": workload,
-        "runtime": runtime,
-        "status": failure.status,
-        "reason": failure.reason,
-        "pass": pass_,
-        "peak_allocated_bytes": failure.peak_allocated_bytes,
-    }

@@ -101,7 +101,7 @@ def test_shares_and_speedups_cover_whichever_cells_are_noisy(
     for contrasts_ in (shapley_contrasts(5), speedup_contrasts(32)):
         found = clustered(y * scale, process_of(y.shape[1]), contrasts_)
         covered = np.abs(found.estimate) <= found.half_width(0.95)
-        assert 0.94 <= covered.mean() <= 0.975
+        assert 0.93 <= covered.mean() <= 0.97
         assert covered.mean(axis=0).min() >= 0.93
         if len(found.p()[0]) == 5:
             assert family_wise_error(found.p()) <= 0.05
@@ -113,7 +113,7 @@ def test_shares_and_speedups_cover(name: str, processes: int) -> None:
     y = simulate(RNG(processes), processes, **CONDITIONS[name])
     for contrasts_ in (shapley_contrasts(5), speedup_contrasts(32)):
         found = clustered(y, process_of(y.shape[1]), contrasts_)
-        assert 0.93 <= np.mean(np.abs(found.estimate) <= found.half_width(0.95)) <= 0.975
+        assert 0.93 <= np.mean(np.abs(found.estimate) <= found.half_width(0.95)) <= 0.97
 
 
 @pytest.mark.parametrize("process_noise", [0, 0.01])

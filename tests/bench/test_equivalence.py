@@ -132,6 +132,13 @@ def test_a_cell_that_raises_is_rejected_with_its_reason(gate: Gate) -> None:
     assert wrapped(gate, forward)["reason"] == "float32: it does not run: No available kernel. Aborting execution"
 
 
+def test_any_error_of_a_model_is_a_verdict(gate: Gate) -> None:
+    def forward(own, tokens, cache, start):
+        raise TypeError("unexpected argument")
+
+    assert wrapped(gate, forward)["reason"] == "float32: it does not run: unexpected argument"
+
+
 @pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError, torch.AcceleratorError])
 def test_want_of_memory_and_device_faults_are_the_callers(gate: Gate, error: type[Exception]) -> None:
     def forward(own, tokens, cache, start):

@@ -159,6 +159,18 @@ print(settings.labels, "torch._dynamo" in sys.modules)
     assert ran.stdout.split() == ["['baseline',", "'flash+tie+mlp+mask+norm+qkv']", "False"]
 
 
+def test_a_compilation_in_the_untimed_launch_counts_too(
+    worker: Worker, opened: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened("enter", workload="prefill", runtime="eager")
+    opened("prepare", cell="baseline", copy=0)
+    launched: list[None] = []
+    monkeypatch.setattr(worker, "_compiled_graphs", lambda: min(1, len(launched)))
+    worker._prepared["baseline", 0].launches[:] = [lambda: launched.append(None)]
+    with pytest.raises(CellFailure, match="compiled again"):
+        opened("visit", cell="baseline", copy=0, repeats=1)
+
+
 def test_parameters_and_costs_are_the_models(opened: Ask) -> None:
     plain, tied = opened("parameters", cell="baseline"), opened("parameters", cell="tie")
     embedding = 512 * 64

@@ -80,6 +80,13 @@ def test_a_quiet_run_says_what_was_planted(full_findings: list[Finding]) -> None
     assert not [finding for finding in full_findings if finding.level == "warning"]
 
 
+def test_a_cell_that_failed_explains_no_interaction(full_run: Run) -> None:
+    run = with_cell(full_run, "flash+mask", status="not_equivalent")
+    found = [text for text in texts(run, "interaction") if text.startswith("flash and mask")]
+    assert found
+    assert not any("What ran" in text for text in found)
+
+
 @pytest.mark.parametrize(("factor", "said"), [(1.0, False), (1.005, False), (1.02, True), (0.98, True)])
 def test_medians_that_are_not_the_speedup_are_told_apart(small_run: Run, factor: float, said: bool) -> None:
     """The speed-up is a mean of ratios within blocks, so single slow values move it and not the medians."""

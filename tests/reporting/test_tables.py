@@ -104,3 +104,12 @@ def test_drop_empty_keeps_rows_aligned() -> None:
     )
     assert table.headings == ["a", "c"]
     assert [[entry.text for entry in row] for row in table.rows] == [["1", "2"], ["", "3"]]
+
+
+def test_a_cell_that_failed_has_no_rank(full_run: Run) -> None:
+    cells = conditions(full_run)[0].select(full_run.cells).astype({"status": object})
+    fastest = cells["latency_s"].idxmin()
+    cells.loc[fastest, "status"] = "not_equivalent"
+    order = [row[0].text for row in cells_table(cells).rows]
+    assert order[-1] == cells.loc[fastest, "cell"]
+    assert order[:-1] == list(cells.drop(fastest).sort_values("latency_s")["cell"])
