@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +25,9 @@ from qwen3bench.bench.supervisor import CellFailure, WorkerProcess
 from qwen3bench.bench.workers import StartWorker, Workers
 from qwen3bench.settings import Settings
 
+_MOST_AT_ONCE = 4  # processes that verify
+_CORES_EACH = 4
+_LEAST_SHARE = 4  # cells; fewer are verified before another process has started
 MEASURED_PER_SETUP = 0.25  # of the time that a process takes to be ready, at least so much again is measured in it
 
 
@@ -55,11 +59,13 @@ class Campaign:
         record cannot be written.
         """
         with self._workers:
+            shares = self._shares()
+            self._workers.start_beside(len(shares) - 1)
             self._check()
             if any(not timing.stopped for timing in self._done.timings.values()):
                 self._workers.start_next()  # the first timing process, while nothing is timed yet
             self._each_cell("parameters", "counting parameters")
-            self._each_cell("verify", "verifying that every cell computes the baseline's function")
+            self._verify(shares)
             self._look_at_each_cell()
             self._ceilings()
             self._workers.end()
@@ -78,6 +84,30 @@ class Campaign:
 
     def _each_cell(self, pass_: str, title: str) -> None:
         self._steps(title, [(pass_, cell, {}) for cell in self._labels])
+
+    def _shares(self) -> list[list[str]]:
+        """The cells to verify, shared out among as many processes as can work side by side.
+
+        On a GPU alone, where most of the time goes to compiling kernels on the CPU; cells with the same ones together.
+        """
+        left = [cell for cell in self._labels if self._done.runs(cell) and ("verify", cell) not in self._done.steps]
+        at_once = min(_MOST_AT_ONCE, _cores() // _CORES_EACH) if self._settings.device.startswith("cuda") else 1
+        size = max(_LEAST_SHARE, math.ceil(len(left) / max(1, at_once)))
+        if len(left) > size:
+            left.sort(key=lambda cell: [name not in cell.split("+") for name in self._settings.factors])
+        return [left[start : start + size] for start in range(0, len(left), size)]
+
+    def _verify(self, shares: list[list[str]]) -> None:
+        """The equivalence gate: first side by side, then alone what failed there."""
+        title = "verifying that every cell computes the baseline's function"
+        if len(shares) > 1:
+            shares = [[cell for cell in share if self._done.runs(cell)] for share in shares]
+            with self._progress.stage(f"{title}, {len(shares)} at a time", sum(map(len, shares))) as stage:
+                for cell, answer in self._workers.side_by_side("verify", shares):
+                    stage.step(cell)
+                    with suppress(CellFailure):  # an answer that cannot be used
+                        self._take("verify", cell, {}, answer)
+        self._each_cell("verify", title)
 
     def _look_at_each_cell(self) -> None:
         """Peak memory, then evidence of what has just run there, so that a cell is built and compiled once for both."""
@@ -108,12 +138,16 @@ class Campaign:
 
     def _step(self, pass_: str, cell: str, where: dict[str, str]) -> None:
         with self._failing(pass_, cell, **where):
-            answer = self._workers.ask(pass_, cell=cell, **where)
-            line = {**answer, "type": pass_, "cell": cell, **where}
-            if failure := _told_by(pass_, answer):
-                self._fail(pass_, cell, failure, line, **where)
-            else:
-                self._append_answer(line)
+            self._take(pass_, cell, where, self._workers.ask(pass_, cell=cell, **where))
+
+    def _take(self, pass_: str, cell: str, where: dict[str, str], answer: dict[str, Any]) -> None:
+        """Record an answer, and the failure that it may tell of."""
+        line = {**answer, "type": pass_, "cell": cell, **where}
+        if failure := _told_by(pass_, answer):
+            self._fail(pass_, cell, failure, line, **where)
+        else:
+            self._append_answer(line)
+        self._done.steps.add((pass_, cell, *where.values()))
 
     def _ceilings(self) -> None:
         """What the device can reach, and the least that each cell asks of it."""
@@ -396,6 +430,10 @@ class Outcome:
     """Whether a step failed."""
 
     failed: bool = False
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _told_by(pass_: str, answer: dict[str, Any]) -> CellFailure | None:

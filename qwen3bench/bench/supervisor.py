@@ -15,12 +15,15 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from qwen3bench.bench import protocol
 from qwen3bench.bench.protocol import CellFailure as CellFailure
+from qwen3bench.errors import UserError
 
+Request = tuple[str, dict[str, Any]]  # op, arguments
 WORKER = (sys.executable, "-m", "qwen3bench.bench.worker")
 _MOST_BYTES = 1 << 26  # of one answer; the longest real one, a profile's kernels, has some 10 kB
 _END_S = 3.0  # for a process to be gone that has closed its output, or that was killed
@@ -64,12 +67,24 @@ class WorkerProcess:
         Raises `CellFailure` where the worker answers with an error, dies, or is silent for `timeout_s` seconds, and
         `UserError` where it refuses what the user asked for.
         """
+        self.send(op, **arguments)
+        return self.receive(op, timeout_s)
+
+    def send(self, op: str, **arguments: Any) -> None:
+        """Hand over one request, whose answer is waited for later. Raises `CellFailure` where the worker is dead."""
         try:
             self._requests.write(protocol.encode({"op": op, **arguments}))
             self._requests.flush()
         except BrokenPipeError:
             raise self._died() from None
+
+    def receive(self, op: str, timeout_s: float) -> dict[str, Any]:
+        """The answer to the request sent before. Raises as `ask` does."""
         return protocol.answer(self._line(timeout_s, op), op)
+
+    def fileno(self) -> int:
+        """What to wait on (select) for an answer to come."""
+        return self._replies
 
     def end(self) -> None:
         """End the process group at once; the worker keeps nothing that would be lost."""
@@ -117,6 +132,41 @@ class WorkerProcess:
             lines = deque((line.strip() for line in log if line.strip()), maxlen=1)
             return lines[0].decode(errors="replace")[:300] if lines else ""
         return ""
+
+
+def answers(
+    queues: Mapping[WorkerProcess, Sequence[Request]], timeout_s: float
+) -> Iterator[tuple[WorkerProcess, Request, dict[str, Any] | None]]:
+    """The answers of several workers, each to its own requests one after another, as they come.
+
+    Where `WorkerProcess.ask` would raise, the answer is None and the worker's last.
+    """
+    left = {worker: deque(requests) for worker, requests in queues.items()}
+    deadlines: dict[WorkerProcess, float] = {}
+    with selectors.DefaultSelector() as selector:
+        begun = [worker for worker, requests in left.items() if requests]
+        while begun or deadlines:
+            for worker in begun:
+                op, arguments = left[worker][0]
+                selector.register(worker, selectors.EVENT_READ, worker)
+                deadlines[worker] = time.monotonic() + timeout_s
+                with contextlib.suppress(CellFailure):  # of a dead one, which is told by its answer
+                    worker.send(op, **arguments)
+            begun = []
+            first = min(deadlines, key=deadlines.__getitem__)
+            ready = selector.select(max(0.0, deadlines[first] - time.monotonic()))
+            for worker in [key.data for key, _ in ready] or [first]:
+                selector.unregister(worker)
+                del deadlines[worker]
+                request = left[worker].popleft()
+                try:
+                    answer = worker.receive(request[0], timeout_s if ready else 0.0)
+                except (CellFailure, UserError):
+                    yield worker, request, None
+                    continue
+                if left[worker]:
+                    begun.append(worker)
+                yield worker, request, answer
 
 
 def _signal_name(number: int) -> str:

@@ -1,16 +1,16 @@
-"""The worker processes of a run: one at work, and the next one started before it is needed."""
+"""The worker processes of a run: one at work, the next one started before it is needed, and at times some beside it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from qwen3bench.bench.record import RecordWriter
-from qwen3bench.bench.supervisor import CellFailure, WorkerProcess
+from qwen3bench.bench.supervisor import CellFailure, Request, WorkerProcess, answers
 from qwen3bench.errors import UserError
 from qwen3bench.settings import Settings
 
@@ -40,6 +40,7 @@ class Workers:
         self._start = start
         self._ready = ready
         self._worker: WorkerProcess | None = None
+        self._beside: list[WorkerProcess] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> Workers:
@@ -80,6 +81,33 @@ class Workers:
         except (CellFailure, UserError):  # the next start tells why
             self._ready.end()
             self._ready = None
+
+    def start_beside(self, count: int) -> None:
+        """Start workers for `side_by_side` ahead."""
+        self._beside += [self._launched() for _ in range(count)]
+
+    def side_by_side(self, op: str, shares: Sequence[Sequence[str]]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Cells and the answers to `op` of them as they come: of the worker at work and of others, a share for each.
+
+        A share ends with its first failure, as that may be of the others' making: only asking again, alone, tells.
+        All workers but the one at work have ended afterwards.
+        """
+        self.start_beside(len(shares) - 1 - len(self._beside))
+        opening: Request = ("open", {"config": self._settings.to_dict()})
+        queues: dict[WorkerProcess, Sequence[Request]] = {}
+        for worker, share in zip([self._at_work(), *self._beside], shares, strict=True):
+            requests: list[Request] = [(op, {"cell": cell}) for cell in share]
+            queues[worker] = requests if worker is self._worker else [opening, *requests]
+        try:
+            for worker, (asked, arguments), answer in answers(queues, self._settings.measure.step_timeout_s):
+                if answer is not None and asked == op:
+                    yield arguments["cell"], answer
+                elif answer is None and worker is self._worker:
+                    self.end()
+        finally:
+            for worker in self._beside:
+                worker.end()
+            self._beside = []
 
     def end(self) -> None:
         """End the worker at work, poisoned or not."""

@@ -342,6 +342,7 @@ def test_evidence_after_the_memory_pass_is_that_of_a_cell_built_anew(
     ask("memory", cell="baseline", **where)
     another = ask("evidence", cell="tie", **where)
     assert built == ["tie", "tie"]
+    assert [each.pop("eager_s") is None for each in (kept, anew, another)] == [runtime == "compile"] * 3
     assert kept == anew == another
     assert kept["tied_storage"]
     assert kept["kernel_launches"] > 0
