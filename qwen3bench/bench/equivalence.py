@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3bench.bench.logit_errors import MAX_RATIO, Comparison, Errors, WrongLogitsError, case_errors
+from qwen3bench.bench.logit_errors import Comparison, Errors, WrongLogitsError, case_errors
 from qwen3bench.choices import options_of
 from qwen3bench.model.build import build_model
 from qwen3bench.model.cache import KVCache
@@ -46,6 +46,7 @@ Weights = dict[str, Tensor]
 Build = Callable[[ModelConfig, tuple[str, ...], Weights, torch.device, torch.dtype], Any]
 Options = Mapping[str, Mapping[str, Any]]
 Factory = Callable[[Weights, torch.dtype], Any]
+Rope = tuple[Tensor, Tensor]  # cosine and sine, (context length, head size) each
 NewCache = Callable[[Any, int, int], Any]
 
 LENGTHS = (1, 7, 37, 130)  # one row, and multiples of no tile
@@ -220,17 +221,17 @@ class Gate:
         factory: Factory,
         new_cache: NewCache | None = None,
         stand_in: Factory | None = None,
-        max_ratio: float = MAX_RATIO,
         tied: bool = False,
+        rope: Rope | None = None,
     ) -> dict[str, Any]:
         """The verdict on any model: `factory(weights, dtype)` makes one from weights with Hugging Face's names.
 
         It is called as `model(tokens)` for logits (b, t, vocabulary), as `model(tokens, None, 0, 1)` for the last
         token's and, where `new_cache(model, batch_size, capacity)` is given, as `model(tokens, cache, start)`; without
         it only prefill is judged. The weights hold one matrix as embedding and head where `tied`, else two. `stand_in`
-        makes the model for cases that the first refuses and no workload asks for. `max_ratio` is the limit of
-        the maximum error in float32. A model that raises is not equivalent; for want of memory or by a fault of
-        the device (`FATAL`) nothing is known of it, and that is raised.
+        makes the model for cases that the first refuses and no workload asks for. `rope`: the rotary tables of its
+        reference in float64, where the model's angles are other numbers by design. A model that raises is not
+        equivalent; for want of memory or by a fault of the device (`FATAL`) nothing is known of it, and that is raised.
         """
         chosen = [case for case in self.cases if new_cache is not None or not (case.chunks or case.keep)]
         checks: dict[str, float] = {"layers": self.config.num_layers, "vocabulary": self.config.vocab_size}
@@ -242,14 +243,15 @@ class Gate:
             "reason": None,
             "checks": checks,
         }
+        references = self._references_of(tied) if rope is None else self._computed(tied, rope)
         for dtype in self.dtypes:
             baseline = self._baseline_errors(dtype, tied).only([case.name for case in chosen])
-            errors = self._attempt(factory, dtype, tied, chosen, new_cache, stand_in)
+            errors = self._attempt(factory, dtype, self._bank(dtype, tied), references, chosen, new_cache, stand_in)
             if isinstance(errors, str):
                 return verdict | {"reason": f"{dtype_name(dtype)}: {errors}"}
             if errors.stood_in:
                 checks[f"{dtype_name(dtype)}_stood_in"] = errors.stood_in
-            comparison = Comparison(errors, baseline, dtype, dtype is self.dtype, max_ratio)
+            comparison = Comparison(errors, baseline, dtype, dtype is self.dtype)
             checks |= {f"{dtype_name(dtype)}_{name}": value for name, value in comparison.checks.items()}
             if dtype is torch.float32 and errors.stood_in < len(chosen):  # else it is another model's
                 verdict["max_abs_error"] = errors.max
@@ -269,19 +271,18 @@ class Gate:
         self,
         factory: Factory,
         dtype: torch.dtype,
-        tied: bool,
+        weights: Weights,
+        references: Sequence[Tensor],
         chosen: Sequence[Case],
         new_cache: NewCache | None,
         stand_in: Factory | None,
     ) -> Errors | str:
         """The errors of a model, or why it has none."""
-        weights = self._bank(dtype, tied)
         with self._conditions(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 model = factory(weights, dtype)
                 other = stand_in(weights, dtype) if stand_in is not None else None
-                references = self._references[tied]
                 return self._errors(model, references, chosen, new_cache, other, strict=dtype is self.dtype)
             except FATAL:
                 raise
@@ -304,16 +305,27 @@ class Gate:
             self._weights[dtype, tied] = bank
         return self._weights[dtype, tied]
 
-    def _baseline_errors(self, dtype: torch.dtype, tied: bool) -> Errors:
+    def _computed(self, tied: bool, rope: Rope | None = None) -> list[Tensor]:
+        """The logits of all prompts by the baseline in float64."""
+        with self._conditions():
+            model = build_model(self.config, (), self._bank(torch.float64, tied))
+            if rope is not None:
+                model.cos, model.sin = (table.to(self.device) for table in rope)
+            logits = [logits_of(model, prompt, (), None) for prompt in self.prompts]
+        del self._weights[torch.float64, tied]
+        return logits
+
+    def _references_of(self, tied: bool) -> list[Tensor]:
         if tied not in self._references:
-            with self._conditions():
-                model = build_model(self.config, (), self._bank(torch.float64, tied))
-                self._references[tied] = [logits_of(model, prompt, (), None) for prompt in self.prompts]
-            del self._weights[torch.float64, tied]
+            self._references[tied] = self._computed(tied)
+        return self._references[tied]
+
+    def _baseline_errors(self, dtype: torch.dtype, tied: bool) -> Errors:
+        references = self._references_of(tied)
         if (dtype, tied) not in self._baseline:
             with self._conditions():
                 model = build_model(self.config, (), self._bank(dtype, tied))
-                self._baseline[dtype, tied] = self._errors(model, self._references[tied], self.cases, kv_cache)
+                self._baseline[dtype, tied] = self._errors(model, references, self.cases, kv_cache)
         return self._baseline[dtype, tied]
 
     def _errors(

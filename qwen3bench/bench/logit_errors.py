@@ -116,7 +116,6 @@ class Comparison:
         baseline: Errors,
         dtype: torch.dtype,
         is_run_dtype: bool,
-        max_ratio: float = MAX_RATIO,  # in float32
     ) -> None:
         rounding = torch.finfo(dtype).eps / 2
         base_max = max(baseline.max, rounding * cell.largest_reference)
@@ -130,10 +129,10 @@ class Comparison:
         }
         self.top1_agreement = cell.top1_agreement(2 * base_max)
         exact = dtype is torch.float32
-        max_limit, rms_limit = (max_ratio, RMS_RATIO) if exact else (MAX_RATIO, RMS_RATIO_RUN)
+        rms_limit = RMS_RATIO if exact else RMS_RATIO_RUN
         reasons = []
         for kind, error, base, limit in (
-            ("maximum", cell.max, base_max, max_limit),
+            ("maximum", cell.max, base_max, MAX_RATIO),
             ("root-mean-square", cell.rms, base_rms, rms_limit),
         ):
             if not error <= limit * base:

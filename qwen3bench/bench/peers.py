@@ -23,9 +23,7 @@ from qwen3bench.model.decoder import Decoder
 from qwen3bench.model.weights import head_is_tied
 
 ATTENTIONS = {"sdpa": "sdpa", "eager": "eager", "sdpa_is_causal": "sdpa"}  # by their names in transformers
-# transformers computes rotary angles in float32: at position 100 they are off by some 1e-5, and with peaky attention
-# single logits by up to 2.4 × the baseline's maximum error. The root-mean-square error keeps the gate's own limit.
-MAX_RATIO = 4.0
+FREQUENCY_ERROR = 1e-6  # relative, of the rotary frequencies, which transformers computes in float32
 
 
 def is_peer(cell: str) -> bool:
@@ -66,7 +64,24 @@ def judge_peer(gate: Gate, cell: str) -> dict[str, Any]:
         return build_peer(cell, gate.config, weights, dtype)
 
     tied = gate.config.tie_word_embeddings  # as its own checkpoints have it
-    return gate.check_model(factory, kv_cache, max_ratio=MAX_RATIO, tied=tied)
+    return gate.check_model(factory, kv_cache, tied=tied, rope=_their_rope(gate.config))
+
+
+def _their_rope(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, in float64, of the angles that transformers rounds to float32.
+
+    At position 700 these are off by 4e-5, and with peaky attention single logits by 5 × the baseline's maximum error.
+    That is a choice of theirs and no mistake, so the gate compares with a reference that shares it. Raises ValueError
+    where their frequencies are off by more than their rounding.
+    """
+    with torch.device("cpu"):
+        rotary = type(_on_meta(config, "sdpa", False).model.rotary_emb)(_their_config(config, "sdpa", False))
+    frequencies = rotary.inv_freq
+    exact = config.rope_base ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
+    if rotary.attention_scaling != 1 or not torch.allclose(frequencies.double(), exact, rtol=FREQUENCY_ERROR, atol=0):
+        raise ValueError("transformers' rotary frequencies are not Qwen3's")
+    angles = torch.outer(torch.arange(config.context_length).float(), frequencies).double().repeat(1, 2)
+    return angles.cos(), angles.sin()
 
 
 class TransformersModel(Decoder):
@@ -163,8 +178,12 @@ def _transformers() -> Any:
 
 
 def _on_meta(config: ModelConfig, attention: str, tied: bool) -> Any:
-    transformers = _transformers()
-    theirs = transformers.Qwen3Config(
+    with torch.device("meta"):
+        return _transformers().Qwen3ForCausalLM(_their_config(config, attention, tied))
+
+
+def _their_config(config: ModelConfig, attention: str, tied: bool) -> Any:
+    return _transformers().Qwen3Config(
         vocab_size=config.vocab_size,
         hidden_size=config.emb_dim,
         intermediate_size=config.hidden_dim,
@@ -178,8 +197,6 @@ def _on_meta(config: ModelConfig, attention: str, tied: bool) -> Any:
         tie_word_embeddings=tied,
         attn_implementation=attention,
     )
-    with torch.device("meta"):
-        return transformers.Qwen3ForCausalLM(theirs)
 
 
 def _assign(language_model: Any, weights: Mapping[str, Tensor], tied: bool) -> None:

@@ -14,7 +14,7 @@ from qwen3bench.analysis.run import load_run
 from qwen3bench.bench.bank import Bank
 from qwen3bench.bench.equivalence import Gate, kv_cache
 from qwen3bench.bench.evidence import collect, forget_compilations
-from qwen3bench.bench.peers import MAX_RATIO, TransformersModel, build_peer, judge_peer, require_peer
+from qwen3bench.bench.peers import TransformersModel, _their_rope, build_peer, judge_peer, require_peer
 from qwen3bench.bench.runtimes import make_runtime
 from qwen3bench.bench.workloads import Workload, WorkloadSize
 from qwen3bench.choices import options_of
@@ -188,7 +188,7 @@ def test_the_gate_rejects_a_broken_one(tiny: ModelConfig, mistake: Callable[[Tra
         mistake(peer)
         return peer
 
-    verdict = gate.check_model(broken, kv_cache, max_ratio=MAX_RATIO)
+    verdict = gate.check_model(broken, kv_cache, rope=_their_rope(gate.config))
     assert not verdict["equivalent"]
     assert "error" in verdict["reason"]
 
