@@ -105,8 +105,9 @@ class Campaign:
             with self._progress.stage(f"{title}, {len(shares)} at a time", sum(map(len, shares))) as stage:
                 for cell, answer in self._workers.side_by_side("verify", shares):
                     stage.step(cell)
-                    with suppress(CellFailure):  # an answer that cannot be used
-                        self._take("verify", cell, {}, answer)
+                    if answer["equivalent"]:  # what is not may be of the others' making, too
+                        with suppress(CellFailure):  # an answer that cannot be used
+                            self._take("verify", cell, {}, answer)
         self._each_cell("verify", title)
 
     def _look_at_each_cell(self) -> None:
