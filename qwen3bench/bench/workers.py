@@ -83,16 +83,15 @@ class Workers:
             self._ready = None
 
     def start_beside(self, count: int) -> None:
-        """Start workers for `side_by_side` ahead."""
+        """Start workers for `side_by_side`, ahead, as importing PyTorch takes seconds."""
         self._beside += [self._launched() for _ in range(count)]
 
     def side_by_side(self, op: str, shares: Sequence[Sequence[str]]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Cells and the answers to `op` of them as they come: of the worker at work and of others, a share for each.
+        """Cells and the answers to `op` of them as they come: of the worker at work and of those beside it.
 
-        A share ends with its first failure, as that may be of the others' making: only asking again, alone, tells.
-        All workers but the one at work have ended afterwards.
+        `shares`: the cells of each. A share ends with its first failure, as that may be of the others' making: only
+        asking again, alone, tells. All workers but the one at work have ended afterwards.
         """
-        self.start_beside(len(shares) - 1 - len(self._beside))
         opening: Request = ("open", {"config": self._settings.to_dict()})
         queues: dict[WorkerProcess, Sequence[Request]] = {}
         for worker, share in zip([self._at_work(), *self._beside], shares, strict=True):
@@ -100,10 +99,10 @@ class Workers:
             queues[worker] = requests if worker is self._worker else [opening, *requests]
         try:
             for worker, (asked, arguments), answer in answers(queues, self._settings.measure.step_timeout_s):
-                if answer is not None and asked == op:
+                if answer is None:
+                    self.end() if worker is self._worker else worker.end()
+                elif asked == op:
                     yield arguments["cell"], answer
-                elif answer is None and worker is self._worker:
-                    self.end()
         finally:
             for worker in self._beside:
                 worker.end()

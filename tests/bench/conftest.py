@@ -11,6 +11,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from qwen3bench.analysis.run import Run, load_run
@@ -74,6 +75,11 @@ def fake_monitor() -> type[FakeMonitor]:
     return FakeMonitor
 
 
+def gone(pid: int) -> bool:
+    """Whether a process has ended."""
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
 @dataclass
 class Outcome:
     """What a command left."""
@@ -97,6 +103,11 @@ class Outcome:
         """The status of each cell, of the first workload and runtime."""
         cells = self.run.cells
         return dict(zip(cells["cell"], cells["status"], strict=True))
+
+    @property
+    def alive(self) -> list[int]:
+        """The workers that it left."""
+        return [pid for pid in self.pids if not gone(pid)]
 
     @property
     def error(self) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import psutil
 import pytest
 
 from qwen3bench.bench.monitor import Telemetry
@@ -34,17 +33,13 @@ def _counts(samples: pd.DataFrame) -> dict[tuple[str, int], int]:
     return samples.groupby(["cell", "copy"]).size().to_dict()
 
 
-def _gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-
-
 def test_without_faults_every_cell_is_ok(measure: Measure) -> None:
     done = measure(*FULL)
     assert done.status == 0
     assert done.statuses == dict.fromkeys(CELLS, "ok")
     assert _counts(done.run.samples) == {**{(cell, 0): 3 for cell in CELLS}, ("baseline", 1): 3}
     assert done.record.of("end")[-1]["status"] == "finished"
-    assert all(_gone(pid) for pid in done.pids)
+    assert not done.alive
 
 
 @pytest.mark.parametrize(
@@ -72,7 +67,7 @@ def test_a_fault_in_any_step_costs_its_cell_alone(
     assert reason in failure["reason"]
     others = {key: n for key, n in _counts(done.run.samples).items() if key[0] != "tie"}
     assert others == {**{(cell, 0): 3 for cell in CELLS if cell != "tie"}, ("baseline", 1): 3}
-    assert all(_gone(pid) for pid in done.pids)
+    assert not done.alive
 
 
 def test_a_worker_killed_amid_a_block_has_the_block_done_again_in_one_process(measure: Measure, tmp_path: Path) -> None:
@@ -126,7 +121,7 @@ def test_a_worker_that_hangs_times_out_and_its_group_is_ended(measure: Measure) 
     assert done.status == 3
     assert done.statuses == {**dict.fromkeys(CELLS, "ok"), "flash+tie": "timeout"}
     assert "said nothing for 0.5 s" in done.record.of("failure")[0]["reason"]
-    assert all(_gone(pid) for pid in done.pids)
+    assert not done.alive
 
 
 def test_logits_that_are_not_finite_publish_no_timing(measure: Measure) -> None:
@@ -358,7 +353,7 @@ def test_a_full_disk_is_one_clear_line_and_the_run_goes_on_later(
         patched.setattr(os, "write", write)
         full = measure(*FULL)
     assert "No space left on device" in full.error
-    assert all(_gone(pid) for pid in full.pids)
+    assert not full.alive
     content = (full.directory / "samples.jsonl").read_bytes()
     assert content == b"" or content.endswith(b"}\n")
     assert measure(*FULL).status == 0

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from qwen3bench.bench import campaign
@@ -28,10 +27,6 @@ def sixteen_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(campaign, "_cores", lambda: 16)
 
 
-def _gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-
-
 def test_each_cell_is_verified_once_and_the_processes_beside_are_gone(measure: Measure) -> None:
     done = measure(*ON_A_CARD)
     alone = measure(*ON_A_CARD[:2], to=done.directory.with_name("alone"))
@@ -40,7 +35,7 @@ def test_each_cell_is_verified_once_and_the_processes_beside_are_gone(measure: M
     assert sorted(verified) == sorted(line["cell"] for line in alone.record.of("verify"))
     assert len(verified) == len(set(verified)) == 16
     assert len(done.pids) == len(alone.pids) + 3
-    assert all(_gone(pid) for pid in done.pids)
+    assert not done.alive
     assert "4 at a time" in done.err
     assert "at a time" not in alone.err
 
@@ -67,7 +62,7 @@ def test_a_failure_beside_others_is_no_ones_until_it_fails_alone(
     assert set(done.statuses.values()) == {"ok"}
     assert not done.record.of("failure")
     assert len(done.record.of("verify")) == 16
-    assert all(_gone(pid) for pid in done.pids)
+    assert not done.alive
 
 
 @pytest.mark.parametrize(("fault", "status"), [(DIES, "crashed"), (OUT_OF_MEMORY, "oom"), (BABBLES, "crashed")])
@@ -92,18 +87,28 @@ def test_a_cell_that_is_not_equivalent_is_recorded_once_with_its_reason(measure:
     assert len(done.record.of("verify")) == 16
 
 
+def test_a_cell_refused_beside_others_is_judged_alone(measure: Measure, tmp_path: Path) -> None:
+    """As where a library raises for want of memory what the gate takes for the cell's own error."""
+    once = {"once": str(tmp_path / "struck")}
+    wrong = {"does": "answer", "op": "verify", "cell": "tie", "fields": {"equivalent": False, "reason": "wrong"}}
+    done = measure(*ON_A_CARD, faults=[{**wrong, **once}])
+    assert Path(once["once"]).exists()
+    assert set(done.statuses.values()) == {"ok"}
+    assert len(done.record.of("verify")) == 16
+
+
 def test_a_process_that_hangs_takes_no_other_with_it(measure: Measure, tmp_path: Path) -> None:
     fault = {"does": "hang", "op": "verify", "cell": "tie", "once": str(tmp_path / "struck")}
     done = measure(*ON_A_CARD, "measure.step_timeout_s=1", faults=[fault])
     assert set(done.statuses.values()) == {"ok"}
-    assert all(_gone(pid) for pid in done.pids)
+    assert not done.alive
 
 
 def test_a_cell_that_could_not_be_built_is_not_verified(measure: Measure) -> None:
     done = measure(*ON_A_CARD, faults=[{**DIES, "op": "load", "cells": ["mask"]}])
     assert done.statuses["mask"] == "crashed"
     assert "mask" not in [line["cell"] for line in done.record.of("verify")]
-    assert all(_gone(pid) for pid in done.pids)
+    assert not done.alive
 
 
 def test_a_continued_run_verifies_what_is_left(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +124,7 @@ def test_a_continued_run_verifies_what_is_left(measure: Measure, monkeypatch: py
         begun = measure(*ON_A_CARD)
     assert begun.status == 130
     assert len(begun.record.of("verify")) == 5
-    assert all(_gone(pid) for pid in begun.pids)
+    assert not begun.alive
     done = measure(resume=begun.directory)
     assert done.status == 0
     assert len(done.record.of("verify")) == 16
