@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen3bench.analysis.run import load_run
+from qwen3bench.bench import peers
 from qwen3bench.bench.bank import Bank
 from qwen3bench.bench.equivalence import Gate, kv_cache
 from qwen3bench.bench.evidence import collect, forget_compilations
@@ -154,8 +155,15 @@ def test_compiles_whole_without_breaks(size: WorkloadSize) -> None:
 @each_peer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gate_accepts_it(tiny: ModelConfig, peer: str, dtype: torch.dtype) -> None:
-    verdict = judge_peer(Gate(tiny, device="cpu", dtype=dtype), peer)
+    verdict = judge_peer(Gate(tiny, device="cpu", dtype=dtype, sizes=[(1, 2048)]), peer)
     assert verdict["equivalent"], verdict["reason"]
+
+
+def test_rotary_frequencies_that_are_not_ours_are_refused(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = peers._their_config
+    monkeypatch.setattr(peers, "_their_config", lambda config, *a: theirs(replace(config, rope_base=1.00003e6), *a))
+    with pytest.raises(ValueError, match="rotary frequencies"):
+        _their_rope(tiny)
 
 
 def wrong_eps(peer: TransformersModel) -> None:

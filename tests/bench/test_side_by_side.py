@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from qwen3bench.bench import campaign
@@ -38,6 +39,23 @@ def test_each_cell_is_verified_once_and_the_processes_beside_are_gone(measure: M
     assert not done.alive
     assert "4 at a time" in done.err
     assert "at a time" not in alone.err
+
+
+def test_no_process_but_the_one_at_work_and_the_next_lives_when_memory_is_measured(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive = []
+    ask = Workers.ask
+
+    def counted(self: Workers, op: str, **arguments: Any) -> dict[str, Any]:
+        if op == "memory":
+            children = psutil.Process().children()
+            alive.append(sum(child.status() != psutil.STATUS_ZOMBIE for child in children))
+        return ask(self, op, **arguments)
+
+    monkeypatch.setattr(Workers, "ask", counted)
+    measure(*ON_A_CARD)
+    assert alive == [2] * 16
 
 
 def test_cells_with_the_same_kernels_go_to_the_same_process(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
