@@ -43,6 +43,7 @@ from qwen3bench.reporting.units import (
     listing,
     percent,
     seconds,
+    significant,
     size,
     unit_for,
 )
@@ -177,7 +178,8 @@ def roofline(run: Run) -> Plot | None:
         f"({best.workload}, {best.runtime})"
     )
     scale, unit = (1e12, "TFLOP/s") if flops_ceiling >= 1e12 else (1e9, "GFLOP/s")
-    ceiling = f"{flops_ceiling / scale:.3g} {unit} in matrix products, {bytes_ceiling / 1e9:,.3g} GB/s in copies"
+    products, copies = significant(flops_ceiling / scale), significant(bytes_ceiling / 1e9)
+    ceiling = f"{products} {unit} in matrix products, {copies} GB/s in copies"
     figure = new_figure(title, f"{device(run)}; ceilings measured: {ceiling}", 4.6)
     axes = figure.subplots()
     ridge = flops_ceiling / bytes_ceiling

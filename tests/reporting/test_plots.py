@@ -1,3 +1,4 @@
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import replace
@@ -55,6 +56,7 @@ def test_axes_carry_units_and_counts(full_run: Run) -> None:
     plot = ranked(full_run, condition)
     assert plot is not None
     assert plot.figure.axes[1].get_xlabel() == "latency (ms): median, 95 % interval; n = 18 samples per cell"
+    assert not re.search(r"\de[+-]?\d", " ".join(text.get_text() for text in drawn(full_run)["roofline"].figure.texts))
     cloud = memory_latency(full_run, condition)
     assert cloud is not None
     assert cloud.figure.axes[0].get_ylabel() == "peak allocated memory (GiB)"
