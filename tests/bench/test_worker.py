@@ -18,12 +18,15 @@ from safetensors.torch import save_file
 
 from qwen3bench.bench import protocol
 from qwen3bench.bench import worker as worker_module
+from qwen3bench.bench.evidence import compiled_graphs
 from qwen3bench.bench.protocol import CellFailure
 from qwen3bench.bench.runtimes import Runtime
 from qwen3bench.bench.supervisor import WorkerProcess
 from qwen3bench.bench.timer import TimedValue
-from qwen3bench.bench.worker import Worker, failure, serve
+from qwen3bench.bench.worker import Warm, Worker, _kept, failure, serve
+from qwen3bench.bench.workloads import Workload, WorkloadSize
 from qwen3bench.errors import UserError
+from qwen3bench.model.qwen3 import Qwen3Model
 from qwen3bench.model.weights import load_weights
 from qwen3bench.opt import norm
 from qwen3bench.settings import Settings
@@ -264,6 +267,44 @@ def test_an_answer_that_is_no_json_is_a_failure_and_the_worker_lives_on(worker: 
     with pytest.raises(CellFailure, match="JSON compliant"):
         protocol.answer(odd, "odd")
     assert protocol.answer(probe, "probe") == {"device": "cpu"}
+
+
+def test_one_token_chosen_otherwise_on_the_way_is_no_other_function(
+    ask: Ask, worker: Worker, settings: Settings
+) -> None:
+    ask("open", config=replace(settings, device="cpu").to_dict())
+    workload = Workload(WorkloadSize("generate", 2, 8, 6), worker._on_bank("baseline"))
+    model, outputs = worker._on_bank("baseline"), []
+    first, *others = (_kept(step, outputs) for step in workload.steps(model))
+
+    def flipped() -> None:
+        first()
+        workload.token.add_(1)
+
+    warm = Warm(("baseline", "generate", "compile"), model, workload, [flipped, *others], outputs)
+    assert worker._against_eager(warm)[0] < 1e-6
+    wrong = worker._on_bank("baseline")
+    wrong.forward = lambda *given, **named: 1.01 * Qwen3Model.forward(wrong, *given, **named)
+    warm.launches[-1] = _kept(workload.steps(wrong)[-1], outputs)
+    assert worker._against_eager(warm)[0] > 0.005
+
+
+def test_comparing_with_eager_compiles_nothing(
+    ask: Ask, worker: Worker, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare = worker._against_eager
+    grown = []
+
+    def counted(warm: Warm) -> tuple[float, float]:
+        before = compiled_graphs()
+        found = compare(warm)
+        grown.append(compiled_graphs() - before)
+        return found
+
+    monkeypatch.setattr(worker, "_against_eager", counted)
+    ask("open", config=replace(settings, device="cpu", runtimes={"compile": {}}).to_dict())
+    ask("evidence", cell="baseline", workload="decode", runtime="compile")
+    assert grown == [0]
 
 
 # On a real card
