@@ -53,7 +53,7 @@ def controls(record: Record, samples: pd.DataFrame, cells: pd.DataFrame, effects
         tie_memory=_tie_memory(record),
         drift=drift,
         drift_series=series,
-        host=_host(cells),
+        host=_host(cells, record),
     )
 
 
@@ -149,8 +149,12 @@ def _drift(samples: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     )
 
 
-def _host(cells: pd.DataFrame) -> pd.DataFrame:
+def _host(cells: pd.DataFrame, record: Record) -> pd.DataFrame:
     ok = cells.loc[cells["status"] == "ok", ["workload", "runtime", "cell", "latency_s"]]
+    if "eager" not in set(cells["runtime"]):  # then by the few eager passes of the evidence
+        looks = record.frame("evidence").reindex(columns=["workload", "runtime", "cell", "eager_s"]).dropna()
+        looks = looks[looks["runtime"] == "graph"].assign(runtime="eager").rename(columns={"eager_s": "latency_s"})
+        ok = pd.concat([ok, looks]) if len(looks) else ok
     by_runtime = ok.pivot_table(index=["workload", "cell"], columns="runtime", values="latency_s", sort=False)
     if not {"eager", "graph"} <= set(by_runtime):
         return pd.DataFrame(columns=["workload", "cell", "eager_s", "graph_s", "busy_share"])

@@ -69,10 +69,8 @@ def cut(config: ModelConfig, device: torch.device) -> ModelConfig:
     return replace(config, num_layers=layers, vocab_size=vocabulary, context_length=context)
 
 
-def sensitised(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int, tied: bool = True) -> Weights:
+def sensitised(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int) -> Weights:
     """Random float32 weights whose values `dtype` holds exactly, under which every part of the model shows.
-
-    Without `tied` the head is another matrix than the embedding.
 
     Query and key norms have gains around 3, so attention is peaky. The residual stream, and queries and keys
     before their norms, are as small as √(10³ eps), where a wrong eps shows; each block adds about as much to
@@ -106,8 +104,6 @@ def sensitised(config: ModelConfig, device: torch.device, dtype: torch.dtype, se
             part = next(part for part in deviation if name.endswith(part))
             tensor.mul_(deviation[part] / tensor.std())
         tensor.copy_(tensor.to(dtype))
-    if not tied:
-        weights[HEAD] = weights[EMBEDDING].flip(0)
     return weights
 
 
@@ -191,8 +187,8 @@ class Gate:
             torch.randint(self.config.vocab_size, shape, generator=generator).to(self.device) for shape in shapes
         ]
         self.cases = cases(lengths, *(shape[1] for shape in shapes[len(lengths) :]))
-        self._weights: dict[tuple[torch.dtype, bool], Weights] = {}  # by dtype, and whether the head is tied
-        self._references: dict[bool, list[Tensor]] = {}
+        self._weights: dict[torch.dtype, Weights] = {}
+        self._references: dict[bool, list[Tensor]] = {}  # by whether the head is tied
         self._baseline: dict[tuple[torch.dtype, bool], Errors] = {}
 
     @property
@@ -292,18 +288,18 @@ class Gate:
                 return f"it does not run: {_why(error, [warning.message for warning in caught])}"
 
     def _bank(self, dtype: torch.dtype, tied: bool) -> Weights:
-        """The judged weights in `dtype`: the same values in each, and stored as the run stores its own."""
-        exact = torch.float32, tied
-        if exact not in self._weights:
-            self._weights[exact] = sensitised(self.config, self.device, self.dtype, self.seed, tied)
-        if (dtype, tied) not in self._weights:
-            bank = load_weights("random", self.config, device=self.device, dtype=dtype)
-            if not tied:
-                bank[HEAD] = torch.empty_like(bank[EMBEDDING])
-            for name, tensor in bank.items():
-                tensor.copy_(self._weights[exact][name])
-            self._weights[dtype, tied] = bank
-        return self._weights[dtype, tied]
+        """The judged weights in `dtype`: the same values in each, and stored as the run stores its own.
+
+        Where the head is not tied it is another matrix than the embedding.
+        """
+        if torch.float32 not in self._weights:
+            self._weights[torch.float32] = sensitised(self.config, self.device, self.dtype, self.seed)
+        if dtype not in self._weights:
+            self._weights[dtype] = load_weights("random", self.config, device=self.device, dtype=dtype)
+            for name, tensor in self._weights[dtype].items():
+                tensor.copy_(self._weights[torch.float32][name])
+        bank = self._weights[dtype]
+        return bank if tied else {**bank, HEAD: bank[EMBEDDING].flip(0)}
 
     def _computed(self, tied: bool, rope: Rope | None = None) -> list[Tensor]:
         """The logits of all prompts by the baseline in float64."""
@@ -312,7 +308,7 @@ class Gate:
             if rope is not None:
                 model.cos, model.sin = (table.to(self.device) for table in rope)
             logits = [logits_of(model, prompt, (), None) for prompt in self.prompts]
-        del self._weights[torch.float64, tied]
+        del self._weights[torch.float64]
         return logits
 
     def _references_of(self, tied: bool) -> list[Tensor]:

@@ -71,7 +71,16 @@ class WorkerProcess:
         return self.receive(op, timeout_s)
 
     def send(self, op: str, **arguments: Any) -> None:
-        """Hand over one request, whose answer is waited for later. Raises `CellFailure` where the worker is dead."""
+        """Hand over one request, whose answer is waited for later.
+
+        Raises `CellFailure` where the worker is dead, or has said what it was not asked: that is no answer to this.
+        """
+        if not self._buffer and self._selector.select(0):
+            self._buffer = os.read(self._replies, 1 << 16)
+            if not self._buffer:
+                raise self._died()
+        if self._buffer:
+            raise CellFailure("crashed", f"the worker said what it was not asked, before {op}")
         try:
             self._requests.write(protocol.encode({"op": op, **arguments}))
             self._requests.flush()

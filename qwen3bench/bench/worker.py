@@ -9,6 +9,7 @@ import ctypes
 import gc
 import os
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -41,7 +42,7 @@ SLOW_S = 0.5  # what is known well enough after its first launch
 # it is the same function is the gate's to say, in eager; this says that it is that forward which is launched.
 LAUNCH_ERROR = {8: 1e-6, 4: 1e-3, 2: 0.1}
 _COMPARED = 16  # tokens
-_EAGER_PASSES = 3  # timed, after one that warms up
+_EAGER_PASSES = 3
 
 
 class InvalidCell(Exception):
@@ -188,12 +189,12 @@ class Worker:
             warm = self._warmed_up((cell, workload, runtime), model, self._workload)
         evidence = collect(warm.model, warm.workload, runtime, warm.launches)
         if runtime != "eager":
-            error, eager_s = self._against_eager(warm)
+            error = self._against_eager(warm)
             if not error <= (limit := LAUNCH_ERROR[self.dtype.itemsize]):
                 raise InvalidCell(
                     f"in {runtime} its logits differ by {error:.2g} of their size from those of eager (limit {limit:g})"
                 )
-            evidence["eager_s"] = eager_s if runtime == "graph" else None
+        evidence["eager_s"] = self._eager_s(warm) if runtime == "graph" else None
         return evidence
 
     def op_ceilings(self) -> dict[str, Any]:
@@ -312,34 +313,32 @@ class Worker:
                 launch()
         return Warm(where, model, workload, launches, outputs)
 
-    def _against_eager(self, warm: Warm) -> tuple[float, float]:
-        """How far the last tokens' logits of the last launch are from those of eager, relative (L2); eager's seconds.
+    def _against_eager(self, warm: Warm) -> float:
+        """How far the last tokens' logits of the last launch are from those of eager, relative (L2).
 
         The last step alone, on the same tokens: in `generate` one token chosen otherwise would change all that follow.
-        The seconds are those of all steps, the median of three passes after one that warms up.
         """
         *before, last = warm.launches
-        *_, last_step = steps = warm.workload.steps(warm.model)
         for launch in before:
             launch()
         token = warm.workload.token.clone() if before else None
         last()
         launched = warm.outputs[0][:, -_COMPARED:].double()
+        if token is not None:
+            warm.workload.token.copy_(token)
         with torch.compiler.set_stance("force_eager"):
-            if token is not None:
-                warm.workload.token.copy_(token)
-            expected = last_step()[:, -_COMPARED:].double()
-            self._seconds(steps)
-            eager_s = sorted(self._seconds(steps) for _ in range(_EAGER_PASSES))[_EAGER_PASSES // 2]
-        return float((launched - expected).norm() / expected.norm()), eager_s
+            expected = warm.workload.steps(warm.model)[-1]()[:, -_COMPARED:].double()
+        return float((launched - expected).norm() / expected.norm())
 
-    def _seconds(self, steps: Sequence[Step]) -> float:
-        self._synchronize()
-        started = time.perf_counter()
-        for step in steps:
-            step()
-        self._synchronize()
-        return time.perf_counter() - started
+    def _eager_s(self, warm: Warm) -> float:
+        """About how long the same work takes in eager, on the host's clock: how far the host would hold it up.
+
+        The median of three passes; one, where a pass has many steps.
+        """
+        steps = warm.workload.steps(warm.model)
+        passes = _EAGER_PASSES if len(steps) == 1 else 1
+        values = time_host(steps, passes, 1, self._synchronize)
+        return statistics.median(value.latency_s for value in values)
 
     def _time(self, launches: Sequence[Callable[[], object]], repeats: int, inner: int) -> list[Any]:
         assert self._runtime is not None

@@ -56,6 +56,15 @@ def test_it_answers_one_request_after_another(talk: Talk) -> None:
     assert worker.ask("second", 10, text="é\n") == {"said": {"op": "second", "text": "é\n"}}
 
 
+@pytest.mark.parametrize("pause_s", [0.0, 0.2])
+def test_a_second_line_answers_no_later_request(talk: Talk, pause_s: float) -> None:
+    worker = talk(f"""r(); w('{{"ok":{{}}}}\\n'); time.sleep({pause_s}); w('{{"ok":{{"stale":1}}}}\\n'); r(); r()""")
+    assert worker.ask("first", 10) == {}
+    time.sleep(2 * pause_s)
+    with pytest.raises(CellFailure, match="said what it was not asked, before second"):
+        worker.ask("second", 10)
+
+
 def test_an_answer_in_pieces_and_one_of_a_megabyte_are_read_whole(talk: Talk) -> None:
     worker = talk("""r(); w('{"ok":'); time.sleep(0.1); w('{"text":"'); sys.stdout.write('x' * 2**20 + '"}}\\n')
 sys.stdout.flush(); r()""")

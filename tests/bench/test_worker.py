@@ -282,11 +282,11 @@ def test_one_token_chosen_otherwise_on_the_way_is_no_other_function(
         workload.token.add_(1)
 
     warm = Warm(("baseline", "generate", "compile"), model, workload, [flipped, *others], outputs)
-    assert worker._against_eager(warm)[0] < 1e-6
+    assert worker._against_eager(warm) < 1e-6
     wrong = worker._on_bank("baseline")
     wrong.forward = lambda *given, **named: 1.01 * Qwen3Model.forward(wrong, *given, **named)
     warm.launches[-1] = _kept(workload.steps(wrong)[-1], outputs)
-    assert worker._against_eager(warm)[0] > 0.005
+    assert worker._against_eager(warm) > 0.005
 
 
 def test_comparing_with_eager_compiles_nothing(
@@ -295,7 +295,7 @@ def test_comparing_with_eager_compiles_nothing(
     compare = worker._against_eager
     grown = []
 
-    def counted(warm: Warm) -> tuple[float, float]:
+    def counted(warm: Warm) -> float:
         before = compiled_graphs()
         found = compare(warm)
         grown.append(compiled_graphs() - before)

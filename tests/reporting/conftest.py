@@ -42,6 +42,7 @@ def record_lines(
     copy_shift: float = 0.0,
     memory: bool = True,
     evidence: bool = True,
+    eager_look: bool = False,
     prompt_tokens: int = 512,
     seed: int = 0,
 ) -> list[Line]:
@@ -154,6 +155,7 @@ def record_lines(
                         "kernel_launches": launches,
                         "tied_storage": bool(tied),
                         "graph_breaks": 0,
+                        "eager_s": 29e-3 if runtime == "graph" and eager_look else None,
                         "recompiles": 0,
                         "kernels": {"gemm": 197},
                         "notes": [MASK_NOTES[bool(levels.get("mask"))]] if levels.get("flash") else [],

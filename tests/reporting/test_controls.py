@@ -74,6 +74,13 @@ def test_blocks_at_the_power_limit_are_counted(
     assert [(text, failed) for text, failed in found if "power" in text] == expected
 
 
+def test_a_few_passes_in_eager_tell_of_the_host_too(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    (text,) = (text for text, _ in said(run_of(record_lines(factors=("flash", "tie"), eager_look=True)), "Under eager"))
+    assert "25 % of the time (baseline)" in text
+
+
 def test_noise_hides_what_is_smaller_than_it(
     record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
 ) -> None:
