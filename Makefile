@@ -23,13 +23,12 @@ REGIMES ?= results/regimes
 RUNTIMES ?= [eager,graph]
 SINGLE ?= prompt_tokens=128,512,2048,8192
 BATCHED ?= prompt_tokens=128,512,2048
-DECODE ?= prompt_tokens=128,2048,8192
-SWEEP = $(BIN)/python -m qwen3bench -m design=full opt=[flash,mlp,mask,norm] measure=quick runtime=$(RUNTIMES)
+SWEEP = $(BIN)/python -m qwen3bench -m design=full opt=[flash,mlp,mask,norm] measure=quick measure.max_seconds=20 \
+  runtime=$(RUNTIMES)
 regimes: $(VENV)/.run ## the same over prompt lengths, batch sizes and runtimes (RUNTIMES=[eager] without a GPU), on one page
-	$(SWEEP) workload=[prefill] $(SINGLE) hydra.sweep.dir=$(REGIMES)/prefill $(ARGS)
+	$(SWEEP) workload=[prefill,decode] $(SINGLE) hydra.sweep.dir=$(REGIMES)/single $(ARGS)
 	$(SWEEP) workload=[prefill] batch_size=8 $(BATCHED) hydra.sweep.dir=$(REGIMES)/batched $(ARGS)
-	$(SWEEP) workload=[decode] $(DECODE) hydra.sweep.dir=$(REGIMES)/decode $(ARGS)
-	$(BIN)/python -m qwen3bench.report $(REGIMES)/prefill $(REGIMES)/batched $(REGIMES)/decode --out $(REGIMES)
+	$(BIN)/python -m qwen3bench.report $(REGIMES)/single $(REGIMES)/batched --out $(REGIMES)
 
 report: $(VENV)/.run ## rebuild the report of a run from its record (RUN=DIR; default: results/latest)
 	$(BIN)/python -m qwen3bench.report $(RUN) $(ARGS)
