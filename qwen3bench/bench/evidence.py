@@ -163,9 +163,7 @@ def _kernels(launch: Callable[[], object]) -> Counter[str]:
             for event in _profiled(launch, activities)
             if event.device_type == torch.autograd.DeviceType.CUDA
             and not event.is_user_annotation
-            and not event.name.lower().startswith(
-                ("memcpy", "memset")
-            )  # the driver's own too, of a graph's first replay
+            and not event.name.lower().startswith(("memcpy", "memset"))  # copies, a graph's first replay has one too
         )
         if found:  # profiling the host too takes ten times as long, and some versions show no kernels without
             return found
