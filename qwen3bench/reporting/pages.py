@@ -59,7 +59,7 @@ def page_content(run: Run, found: list[Finding]) -> dict[str, Any]:
     return {
         "title": f"{run.record.run.get('model') or 'A model'} on {device(run)}",
         "factors": factors(run),
-        "about": _about(run),
+        "about": about(run),
         "findings": grouped([finding for finding in found if finding.level == "plain"]),
         "warnings": [finding for finding in found if finding.level == "warning"],
         "controls": controls.sentences(run),
@@ -110,7 +110,7 @@ def _section(run: Run, condition: Condition) -> Section:
     return Section(condition, tables.cells_table(cells), tables_of_effects, drawn)
 
 
-def _about(run: Run) -> list[tuple[str, str]]:
+def about(run: Run) -> list[tuple[str, str]]:
     """What holds for the whole report, said once."""
     first = run.record.run
     facts = [

@@ -119,6 +119,15 @@ def test_the_overview_is_written_with_links_to_its_runs(runs: list[Run], tmp_pat
     assert (home / "plots" / "regimes.svg").is_file()
 
 
+def test_what_holds_for_all_runs_is_said_once(runs: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(runs[1].record.run, "created", "2025-02-03T04:05:06+00:00")
+    home = runs[0].path.parent
+    page = write_overview(runs, home).read_text("utf-8")
+    for text in (page, (home / "report.md").read_text("utf-8")):
+        assert text.count("dtype: bfloat16") == 1
+        assert "measured:" not in text
+
+
 def test_runs_are_found_below_a_directory_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for name in ("10", "2", "1"):
         (tmp_path / name).mkdir()
