@@ -69,7 +69,7 @@ class CopiesCampaign(Campaign):
     def run(self) -> None:
         """Time the cells until the stopping rule is content."""
         with self._workers:
-            self._time()
+            self.timings.run(at_once=1)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class Done:
         self.failures: dict[tuple[str, str | None, str | None], str] = {}  # cell, workload, runtime → status
         self.steps: set[tuple[str, ...]] = set()  # (pass, cell, workload, runtime) of those that ended
         self.process = -1
+        self.peak_reserved_bytes = 0  # of the memory pass, over all cells so far
         self.timings: dict[Where, Timing] = {
             (workload, runtime): Timing() for workload in settings.workloads for runtime in settings.runtimes
         }
@@ -43,6 +44,10 @@ class Done:
         scopes = {(cell, None, None), (cell, workload, runtime)}
         return not any(self.failures.get(scope, "not_equivalent") != "not_equivalent" for scope in scopes)
 
+    def see_peak(self, answer: dict[str, Any]) -> None:
+        """Take note of a step's peak memory, where it tells of any."""
+        self.peak_reserved_bytes = max(self.peak_reserved_bytes, answer.get("peak_reserved_bytes") or 0)
+
     def _take_up_steps(self, record: Record) -> None:
         for line in record.of("failure"):
             self.failures[line["cell"], line.get("workload"), line.get("runtime")] = line["status"]
@@ -50,6 +55,8 @@ class Done:
             self.steps |= {(pass_, line["cell"]) for line in record.of(pass_)}
         for pass_ in ("memory", "evidence"):
             self.steps |= {(pass_, line["cell"], line["workload"], line["runtime"]) for line in record.of(pass_)}
+        for line in record.of("memory"):
+            self.see_peak(line)
         if record.of("ceiling"):
             self.steps.add(("ceiling",))
         self.process = max((line["process"] for line in record.of("process")), default=-1)

@@ -150,7 +150,9 @@ def _campaign(
         _refuse_changed(done, settings, identity, directory)
     command = ["python", "-m", "qwen3bench", *sys.argv[1:]]
     writer.append({"type": "session", "command": command, "time": time.time()})
-    return Campaign(settings, writer, reporter, done, start_worker, monitor, ready=worker)
+    card = identity["environment"]
+    card_bytes = None if card.get("mig") else card.get("device_memory_bytes")  # of a part of the card nothing is known
+    return Campaign(settings, writer, reporter, done, start_worker, monitor, worker, card_bytes)
 
 
 def _begin(settings: Settings, writer: RecordWriter, identity: dict[str, Any]) -> None:

@@ -37,7 +37,6 @@ from qwen3bench.model.weights import load_weights, weights_fingerprint
 from qwen3bench.settings import Settings, settings_from
 
 FAST_S = 0.05  # what is launched once more rather than trusted at once
-SLOW_S = 0.5  # what is known well enough after its first launch
 # By the bytes of a number: compiled, a model of 28 layers in bfloat16 rounds otherwise by some 0.01 of its logits. That
 # it is the same function is the gate's to say, in eager; this says that it is that forward which is launched.
 LAUNCH_ERROR = {8: 1e-6, 4: 1e-3, 2: 0.1}
@@ -51,12 +50,12 @@ class InvalidCell(Exception):
 
 @dataclass
 class Prepared:
-    """A cell ready to be timed."""
+    """A cell ready to be timed. How much a visit takes in is found at the first, as others may still get ready now."""
 
     model: Decoder
     launches: list[Callable[[], object]]
-    inner: int  # launches inside one timed value
-    repeats: int  # timed values of a visit, unless the settings say how many
+    inner: int = 0  # launches inside one timed value; 0: not known yet
+    repeats: int = 0  # timed values of a visit, unless the settings say how many
 
 
 @dataclass
@@ -194,7 +193,8 @@ class Worker:
                 raise InvalidCell(
                     f"in {runtime} its logits differ by {error:.2g} of their size from those of eager (limit {limit:g})"
                 )
-        evidence["eager_s"] = self._eager_s(warm) if runtime == "graph" else None
+        beside = runtime == "graph" and "eager" not in self.settings.runtimes  # where eager is timed it is known better
+        evidence["eager_s"] = self._eager_s(warm) if beside else None
         return evidence
 
     def op_ceilings(self) -> dict[str, Any]:
@@ -221,27 +221,28 @@ class Worker:
         if self._runtime.on_device_clock:  # a graph's logits can be read after its replay
             outputs: list[torch.Tensor] = []
             launches = self._launches(self._runtime, model, [_kept(step, outputs) for step in steps])
-            estimate_s = self._estimate(launches)
+            for launch in launches:
+                launch()
             logits = outputs.pop()
             outputs.clear()
         else:
-            started = time.perf_counter()
             for step in steps:
                 logits = step()
-            first_s = time.perf_counter() - started
             launches = self._launches(self._runtime, model, steps)
-            estimate_s = first_s if first_s > SLOW_S else self._estimate(launches)
         if not bool(torch.isfinite(logits).all()):
             raise InvalidCell("its logits are not finite (NaN or infinity), so its latency would mean nothing")
         del logits
-        inner = inner_repeats(estimate_s) if len(launches) == 1 else 1
-        self._prepared[cell, copy] = Prepared(model, launches, inner, visit_repeats(estimate_s * inner))
+        self._prepared[cell, copy] = Prepared(model, launches)
         return {"compile_s": self._runtime.compile_s}
 
     def op_visit(self, cell: str, copy: int, repeats: int | None) -> dict[str, Any]:
         """One visit: an untimed launch, then `repeats` timed values (None: as the cell's latency asks), in seconds."""
         prepared = self._prepared[cell, copy]
         compiled = self._compiled_graphs()
+        if not prepared.inner:
+            estimate_s = self._estimate(prepared.launches)
+            prepared.inner = inner_repeats(estimate_s) if len(prepared.launches) == 1 else 1
+            prepared.repeats = visit_repeats(estimate_s * prepared.inner)
         for launch in prepared.launches:
             launch()
         self._synchronize()

@@ -1,4 +1,4 @@
-"""The worker processes of a run: one at work, the next one started before it is needed, and at times some beside it."""
+"""The worker processes of a run: one at work, others started before they are needed, and at times some side by side."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Workers:
         self._settings = settings
         self._writer = writer
         self._start = start
-        self._ready = ready
+        self._ahead = [] if ready is None else [ready]  # started and not needed yet
         self._worker: WorkerProcess | None = None
-        self._beside: list[WorkerProcess] = []
+        self._standing_by: dict[int, WorkerProcess] = {}  # by their places in `prepare`
         self._stack = ExitStack()
 
     def __enter__(self) -> Workers:
@@ -50,6 +50,8 @@ class Workers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+
+    # One at work
 
     def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
         """The answer of the worker at work.
@@ -65,48 +67,9 @@ class Workers:
 
     @property
     def pids(self) -> set[int]:
-        """The process id of the worker at work."""
-        return {self._worker.pid} if self._worker is not None else set()
-
-    def start_next(self) -> None:
-        """Start the next worker ahead, as importing PyTorch takes seconds."""
-        self._ready = self._ready or self._launched()
-
-    def await_next(self) -> None:
-        """Wait until the next worker is up, so that its start takes nothing from what is timed."""
-        if self._ready is None:
-            return
-        try:
-            self._ready.ask("probe", QUIET_S, device=self._settings.device)
-        except (CellFailure, UserError):  # the next start tells why
-            self._ready.end()
-            self._ready = None
-
-    def start_beside(self, count: int) -> None:
-        """Start workers for `side_by_side`, ahead, as importing PyTorch takes seconds."""
-        self._beside += [self._launched() for _ in range(count)]
-
-    def side_by_side(self, op: str, shares: Sequence[Sequence[str]]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Cells and the answers to `op` of them as they come: of the worker at work and of those beside it.
-
-        `shares`: the cells of each. A share ends with its first failure, as that may be of the others' making: only
-        asking again, alone, tells. All workers but the one at work have ended afterwards.
-        """
-        opening: Request = ("open", {"config": self._settings.to_dict()})
-        queues: dict[WorkerProcess, Sequence[Request]] = {}
-        for worker, share in zip([self._at_work(), *self._beside], shares, strict=True):
-            requests: list[Request] = [(op, {"cell": cell}) for cell in share]
-            queues[worker] = requests if worker is self._worker else [opening, *requests]
-        try:
-            for worker, (asked, arguments), answer in answers(queues, self._settings.measure.step_timeout_s):
-                if answer is None:
-                    self.end() if worker is self._worker else worker.end()
-                elif asked == op:
-                    yield arguments["cell"], answer
-        finally:
-            for worker in self._beside:
-                worker.end()
-            self._beside = []
+        """The process ids of all workers."""
+        at_work = [] if self._worker is None else [self._worker]
+        return {worker.pid for worker in (*at_work, *self._standing_by.values(), *self._ahead)}
 
     def end(self) -> None:
         """End the worker at work, poisoned or not."""
@@ -114,36 +77,122 @@ class Workers:
             self._worker.end()
             self._worker = None
 
+    # Ahead of their time
+
+    def start_ahead(self, count: int) -> None:
+        """Start workers until `count` wait to be needed, as importing PyTorch takes seconds."""
+        while len(self._ahead) < count:
+            self._ahead.append(self._launched())
+
+    def await_ahead(self) -> None:
+        """Wait until these are up and have imported what they need, so that they take nothing from what is timed."""
+        for ask in (self._send_opening, lambda worker: worker.receive("open", QUIET_S)):
+            for worker in list(self._ahead):
+                try:
+                    ask(worker)
+                except (CellFailure, UserError):  # the next start tells why
+                    worker.end()
+                    self._ahead.remove(worker)
+
+    # Several side by side
+
+    def side_by_side(self, op: str, shares: Sequence[Sequence[str]]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Cells and the answers to `op` of them as they come: of the worker at work and of those beside it.
+
+        `shares`: the cells of each. A share ends with its first failure, as that may be of the others' making: only
+        asking again, alone, tells. All workers but the one at work have ended afterwards.
+        """
+        queues: dict[WorkerProcess, Sequence[Request]] = {}
+        beside = []
+        for share in shares:
+            requests: list[Request] = [(op, {"cell": cell}) for cell in share]
+            if not queues:
+                queues[self._at_work()] = requests
+            else:
+                beside.append(self._next())
+                queues[beside[-1]] = [self._opening, *requests]
+        try:
+            for worker, (asked, arguments), answer in answers(queues, self._settings.measure.step_timeout_s):
+                if answer is None:
+                    self.end() if worker is self._worker else worker.end()
+                elif asked == op:
+                    yield arguments["cell"], answer
+        finally:
+            for worker in beside:
+                worker.end()
+
+    def prepare(self, shares: Sequence[Sequence[Request]]) -> Iterator[tuple[int, Request, dict[str, Any]]]:
+        """The answers to each share of requests, of a fresh worker for each, as they come, with the share's place.
+
+        A worker that has answered all of its share stands by until `take`; one that failed has ended.
+        """
+        workers = [self._next() for _ in shares]
+        self._standing_by = dict(enumerate(workers))
+        queues = {worker: [self._opening, *share] for worker, share in zip(workers, shares, strict=True)}
+        for worker, request, answer in answers(queues, self._settings.measure.step_timeout_s):
+            place = workers.index(worker)
+            if answer is None:
+                self._standing_by.pop(place).end()
+            elif request != self._opening:
+                yield place, request, answer
+
+    def take(self, place: int) -> bool:
+        """Put to work the worker that stands by in this place of `prepare`; False where it failed."""
+        worker = self._standing_by.pop(place, None)
+        if worker is not None:
+            self._put_to_work(worker)
+        return worker is not None
+
+    def dismiss(self) -> bool:
+        """End the workers that stand by; whether there were any."""
+        there_were = bool(self._standing_by)
+        for worker in self._standing_by.values():
+            worker.end()
+        self._standing_by = {}
+        return there_were
+
+    # Helpers
+
+    @property
+    def _opening(self) -> Request:
+        return ("open", {"config": self._settings.to_dict()})
+
+    def _send_opening(self, worker: WorkerProcess) -> None:
+        op, arguments = self._opening
+        worker.send(op, **arguments)
+
     def _at_work(self) -> WorkerProcess:
         if self._worker is None:
-            started = time.monotonic()
-            self.process = self.number
-            self._worker = self._opened()
-            self._writer.append(
-                {
-                    "type": "process",
-                    "process": self.process,
-                    "pid": self._worker.pid,
-                    "purpose": self.purpose,
-                    "time": time.time(),
-                    "setup_s": time.monotonic() - started,
-                }
-            )
+            self._put_to_work(self._opened())
+        assert self._worker is not None
         return self._worker
 
+    def _put_to_work(self, worker: WorkerProcess) -> None:
+        self.process = self.number
+        self._worker = worker
+        self._writer.append(
+            {
+                "type": "process",
+                "process": self.process,
+                "pid": worker.pid,
+                "purpose": self.purpose,
+                "time": time.time(),
+            }
+        )
+
     def _opened(self) -> WorkerProcess:
-        """A worker that has taken the settings: the one started ahead, or where that has died meanwhile a new one."""
-        config = self._settings.to_dict()
-        ahead, self._ready = self._ready, None
-        if ahead is not None:
+        """A worker that has taken the settings: one started ahead, or where that has died meanwhile a new one."""
+        op, arguments = self._opening
+        if self._ahead:
+            ahead = self._next()
             try:
-                ahead.ask("open", QUIET_S, config=config)
+                ahead.ask(op, QUIET_S, **arguments)
                 return ahead
             except CellFailure:
                 ahead.end()
         worker = self._launched()
         try:
-            worker.ask("open", QUIET_S, config=config)
+            worker.ask(op, QUIET_S, **arguments)
         except CellFailure as failure:  # no cell has run in it
             worker.end()
             raise UserError(
@@ -151,6 +200,10 @@ class Workers:
                 f"what was measured is safe: continue with resume={self._writer.directory}"
             ) from None
         return worker
+
+    def _next(self) -> WorkerProcess:
+        """A worker started ahead, or a new one."""
+        return self._ahead.pop(0) if self._ahead else self._launched()
 
     def _launched(self) -> WorkerProcess:
         return self._stack.enter_context(self._start(self._writer.directory / "worker.log"))

@@ -140,8 +140,14 @@ class TellingWorker:
         self.end()
 
     def ask(self, op: str, timeout_s: float, **arguments: Any) -> dict[str, Any]:
-        reply = self.change(op, getattr(self.worker, op)(**arguments))
-        return answer(json.dumps({"ok": reply}).encode(), op)
+        self.send(op, **arguments)
+        return self.receive(op, timeout_s)
+
+    def send(self, op: str, **arguments: Any) -> None:
+        self.reply = {"ok": self.change(op, getattr(self.worker, op)(**arguments))}
+
+    def receive(self, op: str, timeout_s: float) -> dict[str, Any]:
+        return answer(json.dumps(self.reply).encode(), op)
 
     def end(self) -> None:
         """There is no process to end."""
@@ -171,9 +177,7 @@ def measure(
     unless asked for, as drawing takes longer than all else.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "qwen3bench.bench.campaign.MEASURED_PER_SETUP", 0.0
-    )  # else how many blocks depends on the clock
+    monkeypatch.setattr("qwen3bench.bench.timing.MEASURED_PER_SETUP", 0.0)  # else how many blocks depends on the clock
 
     def command(
         *overrides: str,

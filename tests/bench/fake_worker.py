@@ -36,7 +36,8 @@ class FakeWorker:
     def identify(self):
         measured = json.dumps({k: v for k, v in self.config.items() if k not in APART}, sort_keys=True)
         digest = hashlib.sha256(measured.encode()).hexdigest()
-        return {"environment": {"device": "a fake device"}, "fingerprint": {"config": digest, **FINGERPRINT}}
+        environment = {"device": "a fake device", "device_memory_bytes": 80 * 2**30}
+        return {"environment": environment, "fingerprint": {"config": digest, **FINGERPRINT}}
 
     def load(self, cells):
         return {}

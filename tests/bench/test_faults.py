@@ -177,14 +177,14 @@ def test_a_cell_stays_failed_wherever_the_record_was_cut(
 def test_the_worker_started_ahead_may_die_before_it_is_needed(
     measure: Measure, start_fake: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await_next = Workers.await_next
+    await_ahead = Workers.await_ahead
 
     def killed(workers: Workers) -> None:
-        await_next(workers)
-        if workers._ready is not None:
-            os.kill(workers._ready.pid, signal.SIGKILL)
+        await_ahead(workers)
+        for worker in workers._ahead:
+            os.kill(worker.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(Workers, "await_next", killed)
+    monkeypatch.setattr(Workers, "await_ahead", killed)
     done = measure(*FULL, "measure.max_blocks=6", "measure.min_blocks=6")
     assert done.status == 0
     assert len(done.record.of("block")) == 6
@@ -309,7 +309,6 @@ def test_a_clock_set_back_changes_no_duration(measure: Measure, monkeypatch: pyt
     elapsed_s = time.monotonic() - started
     assert done.status == 0
     durations = [line["elapsed_s"] for line in done.record.of("block")]
-    durations += [line["setup_s"] for line in done.record.of("process")]
     durations += [line["measured_s"] for line in done.record.of("stop")]
     assert all(0 <= duration_s <= elapsed_s for duration_s in durations)
     blocks = [line["time"] for line in done.record.of("block")]

@@ -1,4 +1,7 @@
-"""The gate in several processes at once: what fails there is asked again alone, so no cell pays for another."""
+"""Several processes at once, which verify or get ready: what fails there is asked again alone.
+
+So no cell pays for another.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,13 @@ import psutil
 import pytest
 
 from qwen3bench.bench import campaign
+from qwen3bench.bench.monitor import Telemetry
 from qwen3bench.bench.workers import Workers
 
 Measure = Callable[..., Any]
 ON_A_CARD = ("design=full", "opt=flash,tie,mask,norm", "device=cuda", "runtime=graph")
 DIES = {"does": "die"}
+TIMED = (*ON_A_CARD, "workload=prefill,decode", "measure.min_processes=2", "measure.blocks_per_process=1")
 OUT_OF_MEMORY = {"does": "error", "status": "oom", "reason": "CUDA out of memory"}
 BABBLES = {"does": "raw", "text": "\xff\x00 {]\n"}
 
@@ -146,3 +151,87 @@ def test_a_continued_run_verifies_what_is_left(measure: Measure, monkeypatch: py
     done = measure(resume=begun.directory)
     assert done.status == 0
     assert len(done.record.of("verify")) == 16
+
+
+# Getting ready to time
+
+
+def _timed_in(done: Any) -> dict[tuple[str, int], int]:
+    """The process of each workload's block."""
+    blocks = [line for line in done.record.of("block") if line["state"] == "ok"]
+    return {(line["workload"], line["block"]): line["process"] for line in blocks}
+
+
+def test_the_processes_that_time_get_ready_side_by_side(measure: Measure) -> None:
+    done = measure(*TIMED)
+    assert done.status == 0
+    assert "preparing prefill graph, decode graph in 4 processes at a time" in done.err
+    processes = _timed_in(done)
+    assert len(processes) == 2 * 3
+    # a third block is needed after the two of the first four processes, in a process of its own
+    assert len(set(processes.values())) == 6
+    timing = [line["process"] for line in done.record.of("process") if line["purpose"] == "time"]
+    assert sorted(processes.values()) == sorted(timing)
+    assert not done.alive
+
+
+def test_all_that_live_while_one_is_timed_count_as_the_runs_own(measure: Measure, fake_monitor: Any) -> None:
+    strangers = []
+
+    class Looking(fake_monitor):  # type: ignore[misc]
+        def sample(self, own_pids: Any = None) -> Any:
+            alive = {each.pid for each in psutil.Process().children() if each.status() != psutil.STATUS_ZOMBIE}
+            strangers.append((alive - own_pids, len(alive)))
+            return super().sample(own_pids)
+
+    measure(*TIMED, monitor=Looking(Telemetry()))
+    assert len(strangers) == 2 * 3
+    assert not any(stranger for stranger, _ in strangers)
+    assert max(count for _, count in strangers) == 5  # the next one stands by
+
+
+@pytest.mark.parametrize(("context", "at_once"), [(30 * 2**30, 2), (50 * 2**30, 1)])
+def test_no_more_of_them_than_the_card_holds(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch, context: int, at_once: int
+) -> None:
+    monkeypatch.setattr(campaign, "_CONTEXT_BYTES", context)
+    done = measure(*TIMED)
+    assert done.status == 0
+    assert ("in 2 processes at a time" in done.err) == (at_once == 2)
+    assert "in 4 processes" not in done.err
+    assert len(_timed_in(done)) == 2 * 3
+
+
+@pytest.mark.parametrize("op", ["enter", "prepare", "visit"])
+@pytest.mark.parametrize("fault", [DIES, OUT_OF_MEMORY])
+def test_what_fails_beside_others_is_timed_again_alone(
+    measure: Measure, tmp_path: Path, fault: dict[str, Any], op: str
+) -> None:
+    struck = tmp_path / "struck"
+    cell = "flash+tie+mask+norm" if op != "enter" else "baseline"
+    done = measure(*TIMED, faults=[{**fault, "op": op, "cell": cell, "once": str(struck)}])
+    assert struck.exists()
+    assert done.status == 0
+    assert not done.record.of("failure")
+    assert len(_timed_in(done)) == 2 * 3
+    assert not done.alive
+
+
+@pytest.mark.parametrize("op", ["prepare", "visit"])
+def test_what_fails_alone_too_fails_and_is_timed_no_more(measure: Measure, op: str) -> None:
+    done = measure(*TIMED, faults=[{**DIES, "op": op, "cell": "tie"}])
+    assert done.status == 3
+    failures = [(line["cell"], line["workload"], line["status"]) for line in done.record.of("failure")]
+    assert sorted(failures) == [("tie", "decode", "crashed"), ("tie", "prefill", "crashed")]
+    assert len(_timed_in(done)) == 2 * 3
+    cells = done.run.cells.set_index(["cell", "workload"])["status"]
+    assert set(cells.drop([("tie", "prefill"), ("tie", "decode")])) == {"ok"}
+
+
+def test_each_process_records_what_it_took_to_compile(measure: Measure) -> None:
+    compiled = {"does": "answer", "op": "prepare", "fields": {"compile_s": 1.5}}
+    done = measure(*ON_A_CARD[:3], "runtime=compile", *TIMED[4:], faults=[compiled])
+    lines = done.record.of("compile")
+    by_process = {line["process"] for line in lines}
+    assert by_process == set(_timed_in(done).values())
+    assert len(lines) == len(by_process) * 17  # the baseline's copy, too

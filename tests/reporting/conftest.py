@@ -98,7 +98,6 @@ def record_lines(
                 "pid": 100 + p,
                 "purpose": "time",
                 "time": 1_735_787_050.0 + p,
-                "setup_s": 2.0,
             }
             for p in (0, 1)
         ),
