@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -50,7 +49,8 @@ class Timings:
         Kalibera & Jones, ISMM 2013: replicate at the level where the variance lives; what differs from one process
         to the next (addresses, clocks, the choice of kernels) is part of the noise. Nothing else is timed in a
         process, as that changes what is timed after it: `flash` alone decoded 1 % slower after a prefill (H100).
-        A failure beside others ends the getting ready side by side.
+        A failure beside others ends the getting ready side by side. `compile` gets ready alone: there the compiler
+        times variants of its kernels to choose among them, and each process chooses for itself.
         """
         self._workers.purpose = "time"
         while True:
@@ -59,7 +59,7 @@ class Timings:
             if not left:
                 return
             while left:
-                together, left = left[:at_once], left[at_once:]
+                together, left = _company(left, at_once)
                 together = [where for where in together if not self._timings[where].stopped]
                 if len(together) > 1 and not self._time_side_by_side(together):
                     at_once = 1
@@ -88,7 +88,7 @@ class Timings:
     def _time_side_by_side(self, wheres: Sequence[Where]) -> bool:
         """Processes that get ready side by side and are timed one after another; False where something failed."""
         started = time.monotonic()
-        compiled = self._prepare_side_by_side(wheres)
+        self._prepare_side_by_side(wheres)
         setup_s = (time.monotonic() - started) / len(wheres)
         whole = True
         for index, where in enumerate(wheres):
@@ -97,7 +97,6 @@ class Timings:
             if not self._workers.take(index):
                 whole = False
                 continue
-            self._record_compilations(where, compiled[index])
             if not self._blocks(where, setup_s):
                 whole = False
                 break
@@ -119,6 +118,7 @@ class Timings:
         """Make every cell ready in the present worker; False where a cell failed and the worker is gone."""
         requests = self._preparations(where)
         title = f"preparing {' '.join(where)} in process {self._workers.number}"
+        place = {"workload": where[0], "runtime": where[1], "process": self._workers.number}
         compiled = []
         with self._progress.stage(title, len(requests) - 1) as stage:
             for op, arguments in requests:
@@ -126,42 +126,29 @@ class Timings:
                 if op == "prepare":
                     stage.step(cell)
                 with self._ledger.failing("time", cell, *where) as outcome:
-                    compiled.append((cell, self._workers.ask(op, **arguments).get("compile_s")))
+                    seconds = self._workers.ask(op, **arguments).get("compile_s")
+                    if seconds is not None:
+                        compiled.append({"type": "compile", "cell": cell, **place, "seconds": seconds})
                 if outcome.failed:
                     return False
                 if op == "enter":
                     self._workers.start_ahead(1)  # while nothing is timed
-        self._record_compilations(where, compiled)
+        if compiled:
+            self._ledger.writer.append(*compiled)
         self._workers.await_ahead()
         return True
 
-    def _prepare_side_by_side(self, wheres: Sequence[Where]) -> dict[int, list[tuple[str, float | None]]]:
-        """Make every cell ready in a process of its own for each of `wheres`: the cells and what compiling them took.
-
-        Where one fails its process is ended, and no cell is to blame yet.
-        """
+    def _prepare_side_by_side(self, wheres: Sequence[Where]) -> None:
+        """Make every cell ready in a process of its own for each of `wheres`; one that fails is ended, unblamed."""
         shares = [self._preparations(where) for where in wheres]
         names = ", ".join(dict.fromkeys(" ".join(where) for where in wheres))
-        compiled: dict[int, list[tuple[str, float | None]]] = defaultdict(list)
         title = f"preparing {names} in {len(wheres)} processes at a time"
         with self._progress.stage(title, sum(map(len, shares)) - len(shares)) as stage:
-            for index, (op, arguments), answer in self._workers.prepare(shares):
+            for op, arguments in self._workers.prepare(shares):
                 if op == "prepare":
                     stage.step(arguments["cell"])
-                    compiled[index].append((arguments["cell"], answer.get("compile_s")))
         self._workers.start_ahead(1)
         self._workers.await_ahead()
-        return compiled
-
-    def _record_compilations(self, where: Where, compiled: Sequence[tuple[str, float | None]]) -> None:
-        place = {"workload": where[0], "runtime": where[1], "process": self._workers.process}
-        lines = [
-            {"type": "compile", "cell": cell, **place, "seconds": seconds}
-            for cell, seconds in compiled
-            if seconds is not None
-        ]
-        if lines:
-            self._ledger.writer.append(*lines)
 
     # Blocks
 
@@ -316,3 +303,12 @@ class Timings:
             least = min(least, most)
         most = max(least, most)
         return f"{title} ({duration(max(0, least))} to {duration(max(0, most))} left)"
+
+
+def _company(left: list[Where], at_once: int) -> tuple[list[Where], list[Where]]:
+    """Which of `left` get ready together next, at most `at_once`, and the rest in turn."""
+    together = [where for where in left if where[1] != "compile"][:at_once] or left[:1]
+    rest = left.copy()
+    for where in together:
+        rest.remove(where)
+    return together, rest

@@ -121,8 +121,8 @@ class Workers:
             for worker in beside:
                 worker.end()
 
-    def prepare(self, shares: Sequence[Sequence[Request]]) -> Iterator[tuple[int, Request, dict[str, Any]]]:
-        """The answers to each share of requests, of a fresh worker for each, as they come, with the share's place.
+    def prepare(self, shares: Sequence[Sequence[Request]]) -> Iterator[Request]:
+        """The requests of all shares as they are answered, each share by a fresh worker.
 
         A worker that has answered all of its share stands by until `take`; one that failed has ended.
         """
@@ -134,7 +134,7 @@ class Workers:
             if answer is None:
                 self._standing_by.pop(place).end()
             elif request != self._opening:
-                yield place, request, answer
+                yield request
 
     def take(self, place: int) -> bool:
         """Put to work the worker that stands by in this place of `prepare`; False where it failed."""

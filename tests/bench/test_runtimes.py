@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from qwen3bench.bench.runtimes import make_runtime
 from qwen3bench.bench.workloads import Workload, WorkloadSize
+from qwen3bench.choices import options_of
 from qwen3bench.errors import UserError
 from qwen3bench.model.build import build_model
 from qwen3bench.model.config import ModelConfig
@@ -96,7 +98,7 @@ def test_replayed_graphs_match_eager(
     with torch.no_grad():
         expected = [step().argmax(-1).clone() for step in inputs.steps(model)]
         token = inputs.token.clone()
-        runtime = make_runtime(name, device)
+        runtime = make_runtime(name, device, **options_of("runtime", name))
         runtime.prepare_model(model)
         launches = [runtime.prepare(step) for step in inputs.steps(model)]
         assert runtime.on_device_clock
@@ -108,3 +110,17 @@ def test_replayed_graphs_match_eager(
         assert torch.equal(inputs.token, expected[-1])
     else:
         assert torch.equal(inputs.token, torch.zeros_like(token))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_a_process_chose_by_timing_is_not_kept_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    options = options_of("runtime", "compile")["inductor"]
+    assert options["autotune_local_cache"] is False
+    compiled = torch.compile(lambda x: torch.softmax(x, -1), options=options | {"autotune_local_cache": kept})
+    compiled(torch.randn(4096, 128, device="cuda"))
+    assert bool(list(tmp_path.rglob("*.best_config"))) is kept

@@ -228,10 +228,15 @@ def test_what_fails_alone_too_fails_and_is_timed_no_more(measure: Measure, op: s
     assert set(cells.drop([("tie", "prefill"), ("tie", "decode")])) == {"ok"}
 
 
-def test_each_process_records_what_it_took_to_compile(measure: Measure) -> None:
+def test_compiling_is_done_alone_and_each_process_records_what_it_took(measure: Measure) -> None:
     compiled = {"does": "answer", "op": "prepare", "fields": {"compile_s": 1.5}}
-    done = measure(*ON_A_CARD[:3], "runtime=compile", *TIMED[4:], faults=[compiled])
-    lines = done.record.of("compile")
+    done = measure(*ON_A_CARD[:3], "runtime=graph,compile", *TIMED[4:], faults=[compiled])
+    lines = [line for line in done.record.of("compile") if line["runtime"] == "compile"]
+    blocks = done.record.of("block")
     by_process = {line["process"] for line in lines}
-    assert by_process == set(_timed_in(done).values())
+    assert by_process == {line["process"] for line in blocks if line["runtime"] == "compile"}
+    assert len(by_process) == 2 * 3
     assert len(lines) == len(by_process) * 17  # the baseline's copy, too
+    assert "preparing prefill graph, decode graph in 4 processes at a time" in done.err
+    assert "preparing prefill compile in process" in done.err
+    assert "compile in 2" not in done.err
