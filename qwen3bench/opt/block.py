@@ -1,0 +1,322 @@
+"""`block`: a decoder block in five kernels, where it is given a single token.
+
+Decoding a token reads every weight once and computes next to nothing, so the gaps between kernels cost as much as
+some of the kernels. These five are all that is between two of the residual stream's tensors:
+
+1. the norm; queries, keys and values;
+2. the norms of the heads, rotary embedding, the new key and value into the cache, attention over the positions that
+   hold something, split among programs (Flash-Decoding, arXiv:2311.01282, section 2.2), the last of which joins them;
+3. the output projection and the residual;
+4. the norm; gate, up and SwiGLU;
+5. the down projection and the residual.
+
+With `dependent_launch` (CUDA's programmatic dependent launch, from compute capability 9.0 on) a kernel loads its
+weights while the one before it still runs. torch.compile launches them without.
+
+Beyond the five: off until it is named. It does the work of `flash`, `mask`, `mlp`, `norm` and `qkv` for a single token
+on CUDA; everything else takes the stock block, of whatever the other switches make of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen3bench.model.config import ModelConfig
+from qwen3bench.model.layers import FeedForward, GroupedQueryAttention, RMSNorm, TransformerBlock
+from qwen3bench.model.parts import Parts
+
+_HAS_TRITON = find_spec("triton") is not None
+_NUMBERS = 8192  # of the weights that a program loads at once: 16 KiB in flight in bfloat16
+_MOST_SPLITS = 64  # of the positions, before a program takes more of them
+_MOST_POSITIONS = 128  # that a program takes: its registers hold their keys and values
+if _HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    # What a kernel before this one may have written is read past the first-level cache (.cg): a program that was
+    # launched early can lie on a multiprocessor that still holds what was there before.
+
+    @triton.jit
+    def _wait_for_kernel_before(DEPENDENT: tl.constexpr):  # type: ignore[no-untyped-def]
+        if DEPENDENT:
+            tl.extra.cuda.gdc_wait()
+
+    @triton.jit
+    def _let_next_kernel_start(DEPENDENT: tl.constexpr):  # type: ignore[no-untyped-def]
+        if DEPENDENT:
+            tl.extra.cuda.gdc_launch_dependents()
+
+    @triton.jit
+    def _weight_tile(weight, row, DIM: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        column = tl.arange(0, BLOCK)
+        start = weight + row[:, None].to(tl.int64) * DIM
+        return tl.load(start + column[None, :], mask=(column < DIM)[None, :], other=0.0)
+
+    @triton.jit
+    def _activations(x, DIM: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        column = tl.arange(0, BLOCK)
+        return tl.load(x + column, mask=column < DIM, other=0.0, cache_modifier=".cg").to(tl.float32)
+
+    @triton.jit
+    def _normed(x, gain, eps, DIM: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        column = tl.arange(0, BLOCK)
+        values = _activations(x, DIM, BLOCK)
+        gains = tl.load(gain + column, mask=column < DIM, other=0.0).to(tl.float32)
+        return values * tl.rsqrt(tl.sum(values * values) / DIM + eps) * gains
+
+    @triton.jit
+    def _project_kernel(  # type: ignore[no-untyped-def]
+        x, gain, query, key, value, out, q_rows, kv_rows, eps,
+        DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, DEPENDENT: tl.constexpr,
+    ):  # fmt: skip
+        _let_next_kernel_start(DEPENDENT)
+        first = tl.program_id(0) * ROWS
+        in_query, in_key = first < q_rows, first < q_rows + kv_rows
+        weight = tl.where(in_query, query, tl.where(in_key, key, value))
+        skipped = tl.where(in_query, 0, tl.where(in_key, q_rows, q_rows + kv_rows))
+        tile = _weight_tile(weight, first - skipped + tl.arange(0, ROWS), DIM, BLOCK)
+        _wait_for_kernel_before(DEPENDENT)
+        normed = _normed(x, gain, eps, DIM, BLOCK)
+        product = tl.sum(tile.to(tl.float32) * normed[None, :], axis=1)
+        tl.store(out + first + tl.arange(0, ROWS), product.to(out.dtype.element_ty))
+
+    @triton.jit
+    def _swiglu_kernel(  # type: ignore[no-untyped-def]
+        x, gain, gate_weight, up_weight, out, eps,
+        DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, DEPENDENT: tl.constexpr,
+    ):  # fmt: skip
+        _let_next_kernel_start(DEPENDENT)
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        gate_tile = _weight_tile(gate_weight, row, DIM, BLOCK)
+        up_tile = _weight_tile(up_weight, row, DIM, BLOCK)
+        _wait_for_kernel_before(DEPENDENT)
+        normed = _normed(x, gain, eps, DIM, BLOCK)
+        gate = tl.sum(gate_tile.to(tl.float32) * normed[None, :], axis=1)
+        up = tl.sum(up_tile.to(tl.float32) * normed[None, :], axis=1)
+        tl.store(out + row, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty))
+
+    @triton.jit
+    def _add_product_kernel(  # type: ignore[no-untyped-def]
+        x, weight, residual, out,
+        DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, DEPENDENT: tl.constexpr,
+    ):  # fmt: skip
+        _let_next_kernel_start(DEPENDENT)
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        tile = _weight_tile(weight, row, DIM, BLOCK)
+        _wait_for_kernel_before(DEPENDENT)
+        product = tl.sum(tile.to(tl.float32) * _activations(x, DIM, BLOCK)[None, :], axis=1)
+        total = tl.load(residual + row, cache_modifier=".cg").to(tl.float32) + product
+        tl.store(out + row, total.to(out.dtype.element_ty))
+
+    @triton.jit
+    def _half_heads(x, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+        i = tl.arange(0, HALF)
+        first = tl.load(x + i, cache_modifier=".cg").to(tl.float32)
+        return first, tl.load(x + HALF + i, cache_modifier=".cg").to(tl.float32)
+
+    @triton.jit
+    def _norm_rope(x, gain, cos, sin, eps, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+        first, second = _half_heads(x, HALF)
+        gain1, gain2 = _half_heads(gain, HALF)
+        cos1, cos2 = _half_heads(cos, HALF)
+        sin1, sin2 = _half_heads(sin, HALF)
+        scale = tl.rsqrt(tl.sum(first * first + second * second) / (2 * HALF) + eps)
+        first, second = first * scale * gain1, second * scale * gain2
+        return first * cos1 - second * sin1, second * cos2 + first * sin2
+
+    @triton.jit(do_not_specialize=["start"])  # else it would be compiled anew for lengths that 16 divides
+    def _attend_kernel(  # type: ignore[no-untyped-def]
+        qkv, q_gain, k_gain, cos, sin, keys, values, parts, tops, sums, arrivals, out, capacity, start, eps,
+        HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+        POSITIONS: tl.constexpr, DEPENDENT: tl.constexpr,
+    ):  # fmt: skip
+        """Programs (splits, heads). parts (heads, SPLITS, DIM), tops and sums (heads, SPLITS): of each split."""
+        _let_next_kernel_start(DEPENDENT)
+        split, head, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+        kv_head = head // (HEADS // KV_HEADS)
+        HALF: tl.constexpr = DIM // 2
+        i = tl.arange(0, HALF)
+        position = split * POSITIONS + tl.arange(0, POSITIONS)
+        stored = (position < start)[:, None]
+        new = (position == start)[:, None]
+        place = (kv_head * capacity + position)[:, None].to(tl.int64) * DIM + i[None, :]
+        k1 = tl.load(keys + place, mask=stored, other=0.0)
+        k2 = tl.load(keys + place + HALF, mask=stored, other=0.0)
+        v1 = tl.load(values + place, mask=stored, other=0.0)
+        v2 = tl.load(values + place + HALF, mask=stored, other=0.0)
+        _wait_for_kernel_before(DEPENDENT)
+
+        new_k1, new_k2 = _norm_rope(qkv + (HEADS + kv_head) * DIM, k_gain, cos, sin, eps, HALF)
+        new_v1, new_v2 = _half_heads(qkv + (HEADS + KV_HEADS + kv_head) * DIM, HALF)
+        dtype = keys.dtype.element_ty
+        new_k1, new_k2, new_v1, new_v2 = new_k1.to(dtype), new_k2.to(dtype), new_v1.to(dtype), new_v2.to(dtype)
+        if (split == splits - 1) & (head % (HEADS // KV_HEADS) == 0):
+            end = (kv_head * capacity + start).to(tl.int64) * DIM + i
+            tl.store(keys + end, new_k1)
+            tl.store(keys + end + HALF, new_k2)
+            tl.store(values + end, new_v1)
+            tl.store(values + end + HALF, new_v2)
+        k1 = tl.where(new, new_k1[None, :], k1).to(tl.float32)
+        k2 = tl.where(new, new_k2[None, :], k2).to(tl.float32)
+        v1 = tl.where(new, new_v1[None, :], v1).to(tl.float32)
+        v2 = tl.where(new, new_v2[None, :], v2).to(tl.float32)
+
+        q1, q2 = _norm_rope(qkv + head * DIM, q_gain, cos, sin, eps, HALF)
+        scores = tl.sum(k1 * q1[None, :] + k2 * q2[None, :], axis=1) * DIM**-0.5
+        scores = tl.where(position <= start, scores, float("-inf"))
+        top = tl.max(scores, axis=0)
+        weights = tl.exp(scores - top)
+        mine = head * SPLITS + split
+        tl.store(parts + mine * DIM + i, tl.sum(weights[:, None] * v1, axis=0))
+        tl.store(parts + mine * DIM + HALF + i, tl.sum(weights[:, None] * v2, axis=0))
+        tl.store(tops + mine, top)
+        tl.store(sums + mine, tl.sum(weights, axis=0))
+
+        tl.debug_barrier()  # every thread has written its share before the program says that it is there
+        if tl.atomic_add(arrivals + head, 1, sem="acq_rel", scope="gpu") == splits - 1:
+            each = head * SPLITS + tl.arange(0, SPLITS)
+            there = tl.arange(0, SPLITS) < splits
+            all_tops = tl.load(tops + each, mask=there, other=float("-inf"), cache_modifier=".cg")
+            all_sums = tl.load(sums + each, mask=there, other=0.0, cache_modifier=".cg")
+            top = tl.max(all_tops, axis=0)
+            total = tl.sum(all_sums * tl.exp(all_tops - top), axis=0)
+            d = tl.arange(0, DIM)
+            joined = tl.zeros((DIM,), dtype=tl.float32)
+            for begin in range(0, SPLITS, CHUNK):
+                some = begin + tl.arange(0, CHUNK)
+                theirs = head * SPLITS + some
+                their_tops = tl.load(tops + theirs, mask=some < splits, other=float("-inf"), cache_modifier=".cg")
+                at = theirs[:, None] * DIM + d[None, :]
+                their_parts = tl.load(parts + at, mask=(some < splits)[:, None], other=0.0, cache_modifier=".cg")
+                joined += tl.sum(their_parts * tl.exp(their_tops - top)[:, None], axis=0)
+            tl.store(out + head * DIM + d, (joined / total).to(out.dtype.element_ty))
+            tl.store(arrivals + head, 0)
+
+
+class FusedTokenBlock(TransformerBlock):
+    """A decoder block, (b, t, e) to (b, t, e), that takes five kernels for a single token."""
+
+    att: GroupedQueryAttention
+    ff: FeedForward
+    norm1: RMSNorm
+    norm2: RMSNorm
+    arrivals: Tensor  # (h), int32: how many splits of a head are done; 0 between calls
+
+    def __init__(self, config: ModelConfig, parts: Parts, dependent_launch: bool = True) -> None:
+        super().__init__(config, parts)
+        self.config = config
+        self.dependent_launch = dependent_launch
+        self.pack()
+
+    def pack(self) -> None:
+        """Zeros for `arrivals`, where the weights are."""
+        device = self.norm1.weight.device
+        new = torch.empty if device.type == "meta" else torch.zeros  # to fill there, PyTorch imports its compiler
+        self.arrivals = new(self.config.num_heads, dtype=torch.int32, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedTokenBlock:
+        super()._apply(fn, recurse)
+        self.pack()
+        return self
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        cache: tuple[Tensor, Tensor] | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        if cache is None or not self._takes(x):
+            return super().forward(x, mask, cos, sin, cache, start)
+        qkv = self._project(x)
+        context = self._attend(qkv, cos, sin, cache, start)
+        x = self._add_product(context, self.att.out_proj.weight, x)
+        return self._add_product(self._swiglu(x), self.ff.fc3.weight, x)
+
+    def _takes(self, x: Tensor) -> bool:
+        one_token = x.numel() == x.shape[-1] and x.is_cuda and x.dtype is not torch.float64
+        head_dim = self.config.head_dim
+        return _HAS_TRITON and one_token and head_dim & (head_dim - 1) == 0
+
+    def _project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of one token, (h + 2g)·d numbers."""
+        att = self.att
+        weights = att.W_query.weight, att.W_key.weight, att.W_value.weight
+        q_rows, kv_rows = weights[0].shape[0], weights[1].shape[0]
+        out = x.new_empty(q_rows + 2 * kv_rows)
+        block, rows = _tile(x.shape[-1], self.config.head_dim)
+        _project_kernel[(out.numel() // rows,)](
+            x, self.norm1.weight, *weights, out, q_rows, kv_rows, self.norm1.eps,
+            DIM=x.shape[-1], BLOCK=block, ROWS=rows, **self._launch(x, block * rows),
+        )  # fmt: skip
+        return out
+
+    def _attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor], start: int) -> Tensor:
+        """The context of one token, (h·d)."""
+        keys, values = cache
+        heads, dim = self.config.num_heads, self.config.head_dim
+        each = min(_MOST_POSITIONS, max(32, triton.next_power_of_2(triton.cdiv(start + 1, _MOST_SPLITS))))
+        count = triton.cdiv(start + 1, each)
+        splits = triton.next_power_of_2(count)
+        parts = qkv.new_empty((heads, splits, dim), dtype=torch.float32)
+        tops, sums = qkv.new_empty((2, heads, splits), dtype=torch.float32)
+        out = qkv.new_empty(heads * dim)
+        _attend_kernel[(count, heads)](
+            qkv, self.att.q_norm.weight, self.att.k_norm.weight, cos, sin, keys, values, parts, tops, sums,
+            self.arrivals, out, keys.shape[2], start, self.att.q_norm.eps,
+            HEADS=heads, KV_HEADS=self.config.num_kv_heads, DIM=dim, SPLITS=splits, CHUNK=min(splits, _MOST_SPLITS),
+            POSITIONS=each, **self._launch(qkv, each * dim * 2),
+        )  # fmt: skip
+        return out
+
+    def _swiglu(self, x: Tensor) -> Tensor:
+        """SiLU(gate) · up of one token, (hidden_dim)."""
+        gate, up = self.ff.fc1.weight, self.ff.fc2.weight
+        out = x.new_empty(gate.shape[0])
+        block, rows = _tile(x.shape[-1], gate.shape[0], 2)
+        _swiglu_kernel[(out.numel() // rows,)](
+            x, self.norm2.weight, gate, up, out, self.norm2.eps,
+            DIM=x.shape[-1], BLOCK=block, ROWS=rows, **self._launch(x, 2 * block * rows),
+        )  # fmt: skip
+        return out
+
+    def _add_product(self, x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+        """residual + weight x of one token, shaped like the residual."""
+        out = torch.empty_like(residual)
+        block, rows = _tile(weight.shape[1], weight.shape[0])
+        _add_product_kernel[(weight.shape[0] // rows,)](
+            x, weight, residual, out, DIM=weight.shape[1], BLOCK=block, ROWS=rows, **self._launch(x, block * rows)
+        )
+        return out
+
+    def _launch(self, x: Tensor, numbers: int) -> dict[str, Any]:
+        """How a program that loads that many numbers is launched."""
+        options: dict[str, Any] = {"num_warps": 4 if numbers <= _NUMBERS else 8, "DEPENDENT": False}
+        if torch.compiler.is_compiling() or not self.dependent_launch:
+            return options
+        if torch.cuda.get_device_capability(x.device) >= (9, 0):
+            options |= {"DEPENDENT": True, "launch_pdl": True}
+        return options
+
+    def _get_name(self) -> str:
+        return "TransformerBlock"
+
+
+def _tile(dim: int, rows: int, weights: int = 1) -> tuple[int, int]:
+    """Columns, a power of two that covers `dim`, and rows, a divisor of `rows`, of a program's tile of each weight."""
+    block = triton.next_power_of_2(dim)
+    return block, min(rows & -rows, max(1, _NUMBERS // weights // block))
+
+
+def apply(parts: Parts, dependent_launch: bool = True) -> Parts:
+    """The parts with the block of five kernels; `dependent_launch` lets a kernel start before its predecessor ends."""
+    return replace(parts, block=partial(FusedTokenBlock, dependent_launch=dependent_launch))
