@@ -85,6 +85,10 @@ class CompileRuntime(Runtime):
     All blocks of a model are alike, so one is compiled and serves all (PyTorch's "regional compilation"). Each model
     compiles a code object of its own: dynamo counts recompilations by code object, and past its limit it would
     silently run eager.
+
+    Inductor times variants of some kernels to choose one. Each process chooses for itself: with the choice kept on disk
+    all processes of a run would share one throw of the dice, which a second run does not confirm (Kalibera & Jones,
+    ISMM 2013: replicate at the level where the variance lives).
     """
 
     name: str = "compile"
@@ -100,7 +104,8 @@ class CompileRuntime(Runtime):
 
     def prepare_model(self, model: Decoder) -> None:
         blocks = list(model.compile_units)
-        compiled = torch.compile(_own_copy(type(blocks[0]).forward), fullgraph=True, options=self.inductor)
+        options = {"autotune_local_cache": False} | (self.inductor if model.takes_compile_options else {})
+        compiled = torch.compile(_own_copy(type(blocks[0]).forward), fullgraph=True, options=options)
         for block in blocks:
             block.forward = types.MethodType(compiled, block)
 

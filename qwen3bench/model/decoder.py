@@ -17,6 +17,7 @@ class Decoder(nn.Module):
     config: ModelConfig
     tok_emb: nn.Embedding
     out_head: nn.Linear
+    takes_compile_options = True  # those of runtime=compile; else it is compiled with PyTorch's defaults
 
     @abstractmethod
     def forward(self, tokens: Tensor, cache: KVCache | None = None, start: int = 0, logits_to_keep: int = 0) -> Tensor:

@@ -34,6 +34,7 @@ from qwen3bench.model.parts import Parts
 
 _HAS_TRITON = find_spec("triton") is not None
 _NUMBERS = 8192  # of the weights that a program loads at once: 16 KiB in flight in bfloat16
+_NUMBERS_A_WARP = 2048
 _MOST_SPLITS = 64  # of the positions, before a program takes more of them
 _MOST_POSITIONS = 128  # that a program takes: its registers hold their keys and values
 if _HAS_TRITON:
@@ -65,11 +66,15 @@ if _HAS_TRITON:
         return tl.load(x + column, mask=column < DIM, other=0.0, cache_modifier=".cg").to(tl.float32)
 
     @triton.jit
+    def _inverse_rms(mean_square, eps):  # type: ignore[no-untyped-def]
+        return tl.rsqrt(mean_square + tl.cast(eps, tl.float32))  # torch.compile passes a float64
+
+    @triton.jit
     def _normed(x, gain, eps, DIM: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         column = tl.arange(0, BLOCK)
         values = _activations(x, DIM, BLOCK)
         gains = tl.load(gain + column, mask=column < DIM, other=0.0).to(tl.float32)
-        return values * tl.rsqrt(tl.sum(values * values) / DIM + eps) * gains
+        return values * _inverse_rms(tl.sum(values * values) / DIM, eps) * gains
 
     @triton.jit
     def _project_kernel(  # type: ignore[no-untyped-def]
@@ -127,7 +132,7 @@ if _HAS_TRITON:
         gain1, gain2 = _half_heads(gain, HALF)
         cos1, cos2 = _half_heads(cos, HALF)
         sin1, sin2 = _half_heads(sin, HALF)
-        scale = tl.rsqrt(tl.sum(first * first + second * second) / (2 * HALF) + eps)
+        scale = _inverse_rms(tl.sum(first * first + second * second) / (2 * HALF), eps)
         first, second = first * scale * gain1, second * scale * gain2
         return first * cos1 - second * sin1, second * cos2 + first * sin2
 
@@ -274,7 +279,7 @@ class FusedTokenBlock(TransformerBlock):
             qkv, self.att.q_norm.weight, self.att.k_norm.weight, cos, sin, keys, values, parts, tops, sums,
             self.arrivals, out, keys.shape[2], start, self.att.q_norm.eps,
             HEADS=heads, KV_HEADS=self.config.num_kv_heads, DIM=dim, SPLITS=splits, CHUNK=min(splits, _MOST_SPLITS),
-            POSITIONS=each, **self._launch(qkv, each * dim * 2),
+            POSITIONS=each, **self._launch(qkv, each * dim),
         )  # fmt: skip
         return out
 
@@ -300,7 +305,7 @@ class FusedTokenBlock(TransformerBlock):
 
     def _launch(self, x: Tensor, numbers: int) -> dict[str, Any]:
         """How a program that loads that many numbers is launched."""
-        options: dict[str, Any] = {"num_warps": 4 if numbers <= _NUMBERS else 8, "DEPENDENT": False}
+        options: dict[str, Any] = {"num_warps": max(2, min(8, numbers // _NUMBERS_A_WARP)), "DEPENDENT": False}
         if torch.compiler.is_compiling() or not self.dependent_launch:
             return options
         if torch.cuda.get_device_capability(x.device) >= (9, 0):

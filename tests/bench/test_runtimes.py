@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from qwen3bench.bench.runtimes import make_runtime
+from qwen3bench.bench.runtimes import CompileRuntime, make_runtime
 from qwen3bench.bench.workloads import Workload, WorkloadSize
 from qwen3bench.choices import options_of
 from qwen3bench.errors import UserError
@@ -113,14 +114,33 @@ def test_replayed_graphs_match_eager(
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("kept", [True, False])
 def test_what_a_process_chose_by_timing_is_not_kept_for_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+    model: Qwen3Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
-    options = options_of("runtime", "compile")["inductor"]
+    model.cuda()
+    runtime = make_runtime("compile", torch.device("cuda"), inductor={"combo_kernels": False})
+    runtime.prepare_model(model)
+    (step,) = Workload(WorkloadSize("prefill", 1, 64, 0), model).steps(model)
+    with torch.no_grad():
+        runtime.prepare(step)
+    assert list(tmp_path.rglob("*.py"))
+    assert not list(tmp_path.rglob("*.best_config"))
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_a_peer_is_compiled_with_the_defaults(model: Qwen3Model, monkeypatch: pytest.MonkeyPatch, takes: bool) -> None:
+    given = []
+
+    def compile_(function: Callable[..., Tensor], **arguments: Any) -> Callable[..., Tensor]:
+        given.append(arguments["options"])
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(model, "takes_compile_options", takes)
+    runtime = CompileRuntime(torch.device("meta"), inductor={"combo_kernels": True})
+    runtime.prepare_model(model)
+    (options,) = given
     assert options["autotune_local_cache"] is False
-    compiled = torch.compile(lambda x: torch.softmax(x, -1), options=options | {"autotune_local_cache": kept})
-    compiled(torch.randn(4096, 128, device="cuda"))
-    assert bool(list(tmp_path.rglob("*.best_config"))) is kept
+    assert options.get("combo_kernels", False) is takes
