@@ -89,11 +89,12 @@ def contrasts(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> C
                 matrix[t] = solve[t + 1]
                 open_terms.discard(t)
                 if order < k:
-                    reasons[t] = f"{missing}; interactions of more than {order} factors taken for nil"
+                    higher = f"interactions of more than {order} factors" if order > 1 else "all interactions"
+                    reasons[t] = f"{missing}, {higher} taken for nil"
             elif len(terms[t]) == order:
                 alias = [terms[i] for i in range(n) if i != t and abs(known[t + 1, i + 1]) > _TINY]
                 names = ["the mean"] * bool(abs(known[t + 1, 0]) > _TINY) + [term_name(a, factors) for a in alias]
-                reasons[t] = f"{missing}; cannot be told from {_some(names)}"
+                reasons[t] = f"{missing}, cannot be told from {_some(names)}"
         if not open_terms:
             break
     return Contrasts(terms, matrix, tuple(reasons))

@@ -37,6 +37,9 @@ def recommended(run: Run, condition: Condition) -> Iterator[Finding]:
     cells = cells[~is_peer(cells)]
     if len(cells) < 2:
         return
+    if BASELINE not in set(cells["cell"]):
+        yield Finding(f"No recommendation for {condition}: the baseline has no latency to compare with.", "recommended")
+        return
     if controls.noise(run, condition):
         yield Finding(f"No recommendation for {condition}: it is noisy.", "recommended")
         return
@@ -48,18 +51,20 @@ def recommended(run: Run, condition: Condition) -> Iterator[Finding]:
         if cells.empty:
             yield _nothing_fits(measured, within, condition)
             return
-    faster = cells[shown_faster(cells, condition.select(run.samples)["block"].nunique(), band(run))]
+    samples = condition.select(run.samples)
+    faster = cells[shown_faster(cells, samples["block"].nunique(), band(run))]
     if faster.empty:
         yield Finding(f"No cell{within} is shown to be faster than the baseline ({condition}).", "recommended")
         return
-    alike = faster[faster["speedup_hi"] >= largest(faster, "speedup").speedup_lo]
+    alike = faster[_as_fast(faster, samples, analysis_setting(run.record, "confidence"), band(run))]
     alike = alike.assign(switches=[0 if c == BASELINE else c.count("+") + 1 for c in alike["cell"]])
     pick = rows(alike.sort_values([MEMORY, "switches"], kind="stable", na_position="last"))[0]
     gain = ratio(pick.speedup, pick.speedup_lo, pick.speedup_hi)
     memory = f", peak memory {size(pick.peak_allocated_bytes)}" if is_number(pick.peak_allocated_bytes) else ""
     text = f"{pick.cell}{within}: {gain} faster than the baseline{memory} ({condition})."
     if len(alike) > 1:
-        text += f" {len(alike)} cells cannot be told apart in latency; of these it has the least memory"
+        text += f" {len(alike)} cells are as fast within ±{100 * band(run):g} %, or as far as can be told"
+        text += "; of these it has the least memory"
         text += ", then the fewest switches." if memory else " as far as measured, then the fewest switches."
     yield Finding(text, "recommended")
 
@@ -82,11 +87,32 @@ def shown_faster(cells: pd.DataFrame, blocks: int, width: float) -> pd.Series:
     Intervals are widened as Bonferroni asks for one comparison per cell, by quantiles of t with blocks − 1
     degrees of freedom; a cell inside the band does not count.
     """
-    comparisons, freedom = max(1, len(cells) - 1), max(1, blocks - 1)
-    widening = special.stdtrit(freedom, 1 - 0.025 / comparisons) / special.stdtrit(freedom, 0.975)
     gain, low = np.log(cells["speedup"]), np.log(cells["speedup_lo"])
     inside = (cells["speedup_lo"] >= 1 - width) & (cells["speedup_hi"] <= 1 + width)
-    return (gain - widening * (gain - low) > 0) & ~inside
+    return (gain - _widening(len(cells) - 1, blocks) * (gain - low) > 0) & ~inside
+
+
+def _widening(comparisons: int, blocks: int) -> float:
+    """By how much Bonferroni widens each of so many intervals."""
+    freedom = max(1, blocks - 1)
+    return float(special.stdtrit(freedom, 1 - 0.025 / max(1, comparisons)) / special.stdtrit(freedom, 0.975))
+
+
+def _as_fast(cells: pd.DataFrame, samples: pd.DataFrame, confidence: float, width: float) -> list[bool]:
+    """Which cells are the same as the fastest within the band, or not shown to be slower, by ratios within blocks.
+
+    Speed-ups share the baseline's scatter, so that their intervals may overlap where the cells are well apart.
+    """
+    blocks = block_matrix(samples, cells["cell"].tolist())
+    fastest = largest(cells, "speedup").cell
+    names = [name for name in cells["cell"] if name in blocks.log_s and name != fastest]
+    alike = {fastest}
+    if names and fastest in blocks.log_s:
+        found = blocks.log_ratios(fastest, names)
+        half, away = found.half_width(confidence), np.abs(found.estimate)
+        unsure = away <= half * _widening(len(names), len(blocks.log_s))
+        alike |= set(np.array(names)[unsure | (away + half <= np.log1p(width))])
+    return [name in alike for name in cells["cell"]]
 
 
 def peers(run: Run) -> Iterator[Finding]:
@@ -115,16 +141,22 @@ def _all_on_against(run: Run, condition: Condition, peer: str) -> str:
 
 
 def failures(run: Run) -> Iterator[Finding]:
-    """Cells that got no number, by status, each with its first reason."""
+    """Cells that got no number, by status and where they got none, with the reason of the first."""
     bad = run.cells[run.cells["status"].notna() & (run.cells["status"] != "ok")]
-    for status in bad["status"].unique():
-        failed = bad[bad["status"] == status]
-        names = list(dict.fromkeys(failed["cell"]))
-        reasons = [reason for reason in failed["reason"] if isinstance(reason, str) and reason.strip()]
-        because = f": {reasons[0].strip().splitlines()[0].rstrip('.')}" if reasons else ""
+    everywhere = [str(condition) for condition in conditions(run)]
+    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (cell, status), rows_of in bad.groupby(["cell", "status"], sort=False):
+        there = tuple(str(condition) for condition in conditions(run) if len(condition.select(rows_of)))
+        groups.setdefault((str(status), there), []).append(str(cell))
+    for (status, there), names in groups.items():
+        told = bad.loc[(bad["status"] == status) & bad["cell"].isin(names), ["cell", "reason"]].dropna()
+        reasons = {cell: lines[0].rstrip(".") for cell, text in told.to_numpy() if (lines := str(text).split("\n"))[0]}
+        because = f": {next(iter(reasons.values()))}" if reasons else ""
+        if len(set(reasons.values())) > 1:
+            because += f" ({next(iter(reasons))}; the others' stand under What went wrong)"
+        where = "" if list(there) == everywhere else f" ({listing(list(there), 12)})"
         word = "has" if len(names) == 1 else "have"
-        text = f"{listing(names)} {word} status {status} and no speed-up{because}."
-        yield Finding(text, "failure", "warning")
+        yield Finding(f"{listing(names)} {word} status {status} and no speed-up{because}{where}.", "failure", "warning")
 
 
 def missing(run: Run) -> Iterator[Finding]:

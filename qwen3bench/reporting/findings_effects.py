@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qwen3bench.analysis.effects import effects as effects_of
+from qwen3bench.analysis.frames import analysis_setting
 from qwen3bench.reporting import controls
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.finding import Finding, verdict_of, worth
@@ -48,10 +50,14 @@ def together(run: Run, condition: Condition) -> Iterator[Finding]:
         rate = f", {significant(row.tokens_per_s)} tokens/s" if is_number(row.tokens_per_s) else ""
         yield Finding(f"The baseline takes {seconds(row.latency_s)}{interval}{rate} ({where}).", "together")
         return
+    subject = f"All {len(factors(run))} switches together" if len(factors(run)) > 1 else f"{row.cell} on"
+    if BASELINE not in good:
+        without = f"{seconds(row.latency_s)}, and the baseline has no latency to compare with"
+        yield Finding(f"{subject}: {without} ({where}).", "together")
+        return
     verdict = controls.heard(run, condition, verdict_of(row.speedup_lo, row.speedup_hi, band(run)), row.speedup)
     said = worth(verdict, row.speedup, row.speedup_lo, row.speedup_hi, band(run))
-    subject = f"All {len(factors(run))} switches together" if len(factors(run)) > 1 else f"{row.cell} on"
-    times = _times(run, good[BASELINE].latency_s, row) if BASELINE in good else ""
+    times = _times(run, good[BASELINE].latency_s, row)
     noisy = " Noisy." if controls.noise(run, condition) else ""
     yield Finding(f"{subject}: {said}{times} ({where}).{noisy}", "together")
 
@@ -90,8 +96,9 @@ def joint(run: Run, condition: Condition) -> Iterator[Finding]:
         if controls.heard(run, condition, row.verdict, row.estimate) != row.verdict:
             continue
         a, b = row.term.split(":")
-        manner = "give more together than each alone" if row.verdict == "faster" else "take from each other"
-        said = f"{a} and {b} {manner}: joint effect {ratio(row.estimate, row.lo, row.hi)} ({condition})."
+        much = "more" if row.verdict == "faster" else "less"
+        joint_effect = f"joint effect {ratio(row.estimate, row.lo, row.hi)}"
+        said = f"{a} and {b}: each is worth {much} with the other on, {joint_effect} ({condition})."
         noisy = " Noisy." if controls.noise(run, condition) else ""
         halves, ran = _with_and_without(run, condition, a, b), _evidence(run, condition, a, b)
         yield Finding(f"{said}{halves}{ran}{noisy}", "interaction")
@@ -108,14 +115,20 @@ def _with_and_without(run: Run, condition: Condition, a: str, b: str) -> str:
     others = [name for name in factors(run) if name != large]
     halves = []
     for level in (1, 0):
-        half = effects_of(samples[samples[large] == level], others, block="block", band=band(run))
+        half = effects_of(
+            samples[samples[large] == level],
+            others,
+            block="block",
+            band=band(run),
+            confidence=analysis_setting(run.record, "confidence"),
+        )
         halves += rows(half[(half["term"] == small) & (half["kind"] == "main") & half["estimate"].notna()])
     if len(halves) < 2:
         return ""
     with_it, without = (_worth(run, condition, row) for row in halves)
     verdicts = [controls.heard(run, condition, row.verdict, row.estimate) for row in halves]
     if verdicts[0] == "faster" and verdicts[1] in ("same", "slower"):
-        return f" {small} pays only with {large}: {with_it} with it, {without} without."
+        return f" {small} pays only with {large}: with it {with_it}; without it {without}."
     return f" {small} with {large}: {with_it}; without: {without}."
 
 
@@ -144,28 +157,26 @@ def _evidence(run: Run, condition: Condition, a: str, b: str) -> str:
 def memory(run: Run) -> Iterator[Finding]:
     """Which switches save peak memory, and whether that costs latency."""
     for name in factors(run):
-        saved: dict[str, list[str]] = {}
+        saved: dict[tuple[str, str], list[str]] = {}
         costs = set()
         for condition in conditions(run):
             less = [row for row in rows(terms(run, condition, MEMORY, "main")) if row.term == name]
             if less and less[0].verdict == "less":
-                saved.setdefault(signed_bytes(less[0].estimate), []).append(str(condition))
+                because = f": {less[0].reason}" if less[0].reason else ""
+                saved.setdefault((signed_bytes(less[0].estimate), because), []).append(str(condition))
                 latency = [row for row in rows(terms(run, condition, LATENCY, "main")) if row.term == name]
                 costs |= {controls.heard(run, condition, r.verdict, r.estimate) for r in latency} or {"missing"}
         if saved:
-            said = "; ".join(f"{amount} ({listing(names, 12)})" for amount, names in saved.items())
+            said = "; ".join(f"{amount} ({listing(names, 12)}{because})" for (amount, because), names in saved.items())
             free = f" and costs no latency beyond ±{100 * band(run):g} % there" if costs == {"same"} else ""
             text = f"{name} lowers peak memory{free}: {said}, on average over the other switches."
             yield Finding(text, "memory")
 
 
 def undecided(run: Run, condition: Condition) -> Iterator[Finding]:
-    """Main effects without a verdict, and what would give one."""
-    effects = [
-        row
-        for row in rows(terms(run, condition, LATENCY, "main"))
-        if controls.heard(run, condition, row.verdict, row.estimate) == "undecided"
-    ]
+    """Main effects without a verdict, or all switches together where no switch can be told, and what would give one."""
+    main = rows(terms(run, condition, LATENCY, "main")) or _together_alone(run, condition)
+    effects = [row for row in main if controls.heard(run, condition, row.verdict, row.estimate) == "undecided"]
     blocks = condition.select(run.samples)["block"].nunique()
     around = [row for row in effects if row.lo <= 1 <= row.hi]
     if around:
@@ -181,6 +192,17 @@ def undecided(run: Run, condition: Condition) -> Iterator[Finding]:
             said = f"{row.term} {ratio(row.estimate, row.lo, row.hi)} ({condition})"
             advice = "the interval leaves out 1, but p, corrected for the number of terms, is not below 0.05"
             yield Finding(f"{said}: {advice}. More processes would decide.", "undecided")
+
+
+def _together_alone(run: Run, condition: Condition) -> list[Any]:
+    """The speed-up of all switches as an effect with its verdict."""
+    good = {row.cell: row for row in rows(usable(condition.select(run.cells))) if is_number(row.speedup)}
+    row = good.get(all_on(run))
+    if row is None or row.cell == BASELINE:
+        return []
+    verdict = verdict_of(row.speedup_lo, row.speedup_hi, band(run)).replace("missing", "undecided")
+    found = {"estimate": row.speedup, "lo": row.speedup_lo, "hi": row.speedup_hi, "verdict": verdict}
+    return [SimpleNamespace(term=row.cell, **found)]
 
 
 def _blocks_needed(estimate: float, lo: float, hi: float, blocks: int, width: float) -> int:

@@ -65,7 +65,7 @@ def _draw_drift(axes: Axes, run: Run, condition: Condition) -> None:
         )
     axes.axhline(0, color=MUTED, linewidth=0.9)
     axes.set_xlabel(f"time into the run (s); n = {count(len(series), 'block')}")
-    axes.set_ylabel("latency against the run's mean (%)")
+    axes.set_ylabel("latency over its mean (%)")
     if series["process"].nunique() <= 8:
         axes.legend(fontsize=8)
 

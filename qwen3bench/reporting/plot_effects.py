@@ -116,7 +116,7 @@ def interactions(run: Run, condition: Condition) -> Plot | None:
     note = f"{condition}; {device(run)}; n = {blocks_of(run, condition)}"
     figure = new_figure(title, note, 1.6 + 0.55 * len(names), 6.6)
     axes = figure.subplots()
-    heat(axes, grid, signs, band(run), "joint effect (×, above 1: faster together)")
+    heat(axes, grid, signs, band(run), "joint effect (×, above 1: worth more together)")
     axes.set_xticks(np.arange(len(names) - 1) + 0.5, names[:-1])
     axes.set_yticks(np.arange(len(names) - 1) + 0.5, names[1:])
     axes.set_xlabel("* verdict faster or slower; without: same or undecided")
@@ -131,10 +131,10 @@ def _noisy(run: Run, condition: Condition, title: str) -> str:
 def _interactions_title(pairs: pd.DataFrame) -> str:
     decided = pairs[pairs["verdict"].isin(("faster", "slower"))]
     if decided.empty:
-        return f"None of {count(len(pairs), 'pair')} is shown to gain or lose together"
+        return f"None of {count(len(pairs), 'pair')} is shown to be worth more or less together"
     most = largest(decided.assign(size=np.log(decided["estimate"]).abs()), "size")
-    manner = "gain more together" if most.estimate > 1 else "take from each other"
-    words = f"{' and '.join(most.term.split(':'))} {manner}, {ratio(most.estimate, most.lo, most.hi)}"
+    much = "more" if most.estimate > 1 else "less"
+    words = f"{' and '.join(most.term.split(':'))} are worth {much} together, {ratio(most.estimate, most.lo, most.hi)}"
     return f"{words}; {len(decided)} of {count(len(pairs), 'pair')} interact"
 
 

@@ -102,8 +102,9 @@ def test_medians_that_are_not_the_speedup_are_told_apart(small_run: Run, factor:
 
 def test_an_interaction_names_what_ran_and_where_the_switch_pays(full_findings: list[Finding]) -> None:
     text = of_kind(full_findings, "interaction")[0]
-    assert text.startswith("flash and mask give more together")
-    assert "mask pays only with flash: 1.0" in text
+    assert text.startswith("flash and mask: each is worth more with the other on, joint effect 1.020")
+    assert "mask pays only with flash: with it 1.0" in text
+    assert "faster; without it the same within ±1 %" in text
     backends = "none (baseline), cudnn (flash), none (mask), flash_attention (flash+mask)"
     assert f"attention backend {backends}" in text
     assert "; fused attention is given a mask tensor (flash); " in text
@@ -248,7 +249,63 @@ def test_a_memory_limit_without_measured_memory_is_said_to_be_unknown(small_run:
 
 def test_equal_cells_are_settled_by_memory(small_run: Run) -> None:
     (text,) = texts(small_run, "recommended")
-    assert "2 cells cannot be told apart in latency" in text
+    assert "2 cells are as fast within ±1 %, or as far as can be told" in text
+
+
+def test_a_baseline_that_scatters_hides_no_difference_between_cells(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    """Speed-ups share the baseline, so their intervals overlap; within blocks mlp is worth its 1.2 %."""
+    lines = record_lines(factors=("flash", "mlp"))
+    jumps = np.random.default_rng(0).normal(0, 0.02, 6)
+    for line in lines:
+        if line["type"] == "sample" and line["cell"] == "baseline":
+            line["latency_s"] *= float(np.exp(jumps[line["block"]]))
+        if line["type"] == "memory" and line["cell"] == "flash":
+            line["peak_allocated_bytes"] -= 2**20
+    run = run_of(lines)
+    flash, both = (run.cells.set_index("cell").loc[name] for name in ("flash", "flash+mlp"))
+    assert flash["speedup_hi"] > both["speedup_lo"]
+    (text,) = texts(run, "recommended")
+    assert text.startswith("flash+mlp: ")
+    assert "as far as can be told" not in text
+
+
+def without_baseline(lines: Lines) -> Lines:
+    return [line for line in lines if not (line["type"] in ("sample", "visit") and line["cell"] == "baseline")]
+
+
+def test_without_a_baseline_nothing_is_compared_with_it(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    run = run_of(without_baseline(record_lines(factors=("flash", "tie", "norm"))))
+    (text,) = texts(run, "together")
+    assert text.startswith("All 3 switches together: 4.8")
+    assert "the baseline has no latency to compare with" in text
+    (text,) = texts(run, "recommended")
+    assert text.endswith("the baseline has no latency to compare with.")
+    assert all(
+        "without baseline, interactions of more than 2 factors taken for nil)" in t for t in texts(run, "memory")
+    )
+
+
+def test_a_failure_names_where_it_failed(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:
+    lines = record_lines(factors=TWO, workloads=("prefill", "decode"))
+    where = {"cell": "flash", "workload": "decode", "runtime": "graph", "status": "oom", "pass": "time"}
+    run = run_of([*lines[:-1], {"type": "failure", **where, "reason": "no room"}, lines[-1]])
+    assert texts(run, "failure") == ["flash has status oom and no speed-up: no room (decode 1×512 graph)."]
+
+
+def test_a_pair_that_is_undecided_says_what_would_decide(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    pair = (None, "baseline", "tie+mlp")
+    lines = [line for line in record_lines(factors=("tie", "mlp")) if line.get("cell") in pair]
+    lines[0]["cells"] = list(pair[1:])
+    run = with_cell(run_of(lines), "tie+mlp", speedup=1.004, speedup_lo=0.99, speedup_hi=1.02)
+    (text,) = texts(run, "undecided")
+    assert text.startswith("tie+mlp 1.00× [0.99, 1.02] (prefill 1×512 graph).")
+    assert "would decide" in text
 
 
 def test_a_single_cell_compares_nothing(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:

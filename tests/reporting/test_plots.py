@@ -46,7 +46,7 @@ def test_titles_state_what_is_seen(full_run: Run) -> None:
     assert found["effects-prefill-graph"].title.startswith("norm gains most, 1.271")
     assert "within ±1 %: tie" in found["effects-prefill-graph"].title
     assert "7.2" in found["cells-prefill-graph"].title
-    assert found["interactions-prefill-graph"].title.startswith("flash and mask gain more together")
+    assert found["interactions-prefill-graph"].title.startswith("flash and mask are worth more together")
     assert "tie, −296.8 MiB" in found["waterfall-memory-prefill-graph"].title
     assert "flash and norm" in found["effects-by-condition"].title
 
