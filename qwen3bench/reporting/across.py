@@ -13,7 +13,7 @@ from qwen3bench.errors import UserError
 from qwen3bench.reporting import figures
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.lookup import band, device, directory, factors
-from qwen3bench.reporting.over_runs import effects_over, over_findings, over_table
+from qwen3bench.reporting.over_runs import effects_over, limits, over_findings, over_table
 from qwen3bench.reporting.pages import about, render
 from qwen3bench.reporting.plot_across import regimes, trends
 from qwen3bench.reporting.units import count, listing
@@ -59,7 +59,7 @@ def write_overview(runs: Sequence[Run], home: Path) -> Path:
     with figures.style():
         drawn = [draw(effects, names, width) for draw in (regimes, trends) if len(effects)]
         saved = [figures.save(plot, home / "plots") for plot in drawn if plot]
-    found = list(over_findings(effects, names, width))
+    found = [*limits(runs), *over_findings(effects, names, width)]
     plain = [finding for finding in found if finding.level == "plain"]
     content = {
         "title": f"{count(len(runs), 'run')} together",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -10,6 +11,7 @@ import pandas as pd
 from qwen3bench.reporting import controls
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.finding import Finding
+from qwen3bench.reporting.findings_cells import failures, missing
 from qwen3bench.reporting.lookup import LATENCY, largest, rows, smallest, terms
 from qwen3bench.reporting.tables import Entry, Table, drop_empty
 from qwen3bench.reporting.units import count, listing, ratio
@@ -40,12 +42,21 @@ def effects_over(runs: Sequence[Run]) -> pd.DataFrame:
     frame = pd.DataFrame(lines)
     for key in _WHERE if lines else ():
         if frame[key].nunique(dropna=False) > 1:
-            frame["condition"] = frame["condition"] + ", " + frame[key].astype(str)
+            frame["differs"] = frame.get("differs", "") + ", " + frame[key].astype(str)
+    if "differs" in frame:
+        frame["condition"] = frame["condition"] + " (" + frame.pop("differs").str.removeprefix(", ") + ")"
     return frame
 
 
+def limits(runs: Sequence[Run]) -> Iterator[Finding]:
+    """What single runs lack: their end, cells that failed or were not measured, conditions without any effect."""
+    for number, run in enumerate(runs, start=1):
+        for finding in (*missing(run), *failures(run)):
+            yield replace(finding, text=f"Run {number}: {finding.text}")
+
+
 def over_findings(effects: pd.DataFrame, names: Sequence[str], width: float) -> Iterator[Finding]:
-    """Per switch, where it is faster, the same, slower or undecided; noisy conditions do not count."""
+    """Per switch, where it is faster, slower, the same or undecided; noisy conditions do not count."""
     if effects.empty:
         yield Finding("No run holds an effect on latency that could be estimated.", "missing", "warning")
         return
@@ -58,22 +69,28 @@ def over_findings(effects: pd.DataFrame, names: Sequence[str], width: float) -> 
         said = []
         for verdict, words in (*_VERDICTS, ("same", f"the same within ±{100 * width:g} %")):
             if verdict in found:
-                how_much = _range(found[verdict]) if verdict in ("faster", "slower") else ""
+                how_much = f" ({_range(found[verdict])})" if verdict in ("faster", "slower") else ""
                 said.append(f"{words} in {len(found[verdict])}{how_much}")
         if not said:
             continue
         text = f"{name}: of {count(sum(map(len, found.values())), 'condition')}, {', '.join(said)}."
         if {"faster", "slower"} <= set(found):
-            text += f" Its effect changes sign: slower at {listing(list(found['slower']['condition']), 4)}."
-        elif {"faster", "same"} <= set(found):
-            text += f" It vanishes at {listing(list(found['same']['condition']), 4)}."
+            text += f" Its effect changes sign: slower at {_places(found['slower'])}."
+        if "same" in found and {"faster", "slower"} & set(found):
+            text += f" It vanishes at {_places(found['same'])}."
+        if "undecided" in found:
+            text += f" Undecided at {_places(found['undecided'])}; more blocks there would tell."
         yield Finding(text, "switch")
 
 
 def _range(effects: pd.DataFrame) -> str:
-    low, high = smallest(effects, "estimate"), largest(effects, "estimate")
-    said = [ratio(row.estimate, row.lo, row.hi) for row in (low, high)]
-    return f" ({said[0]})" if len(effects) == 1 else f" (from {said[0]} to {said[1]})"
+    ends = smallest(effects, "estimate"), largest(effects, "estimate")
+    said = [f"{ratio(row.estimate, row.lo, row.hi)} at {row.condition}" for row in ends]
+    return said[0] if len(effects) == 1 else f"from {said[0]} to {said[1]}"
+
+
+def _places(effects: pd.DataFrame) -> str:
+    return listing(list(effects["condition"]), 4)
 
 
 def over_table(effects: pd.DataFrame, names: Sequence[str]) -> Table:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from qwen3bench.reporting.figures import MUTED, PAPER, RULE, SERIES, Plot, heat, new_figure
 from qwen3bench.reporting.lookup import rows
-from qwen3bench.reporting.units import count, listing
+from qwen3bench.reporting.units import count, listing, ratio
 
 _ROWS_NAMED = 60
 _SIGNS = {"faster": "*", "slower": "*", "same": "="}
@@ -30,7 +31,8 @@ def regimes(effects: pd.DataFrame, names: Sequence[str], width: float) -> Plot |
     title = _regimes_title(effects[~effects["noisy"]], names)
     legend = f"* verdict faster or slower, = same within ±{100 * width:g} %, ? undecided"
     note = f"n = {count(effects['run'].nunique(), 'run')}; {legend}"
-    figure = new_figure(title, note, 1.7 + 0.3 * len(groups))
+    longest = max(map(len, conditions))
+    figure = new_figure(title, note, 1.7 + 0.3 * len(groups), 8.0 + 0.07 * max(0, longest - 24))
     axes = figure.subplots()
     heat(axes, grid, signs, width, "speed-up when switched on (×)")
     axes.set_xticks(np.arange(len(names)) + 0.5, names)
@@ -39,7 +41,7 @@ def regimes(effects: pd.DataFrame, names: Sequence[str], width: float) -> Plot |
 
 
 def _row_label(first: Any) -> str:
-    return f"{first.condition} (noisy)" if first.noisy else str(first.condition)
+    return f"noisy: {first.condition}" if first.noisy else str(first.condition)
 
 
 def _regimes_title(effects: pd.DataFrame, names: Sequence[str]) -> str:
@@ -67,63 +69,71 @@ def trends(effects: pd.DataFrame, names: Sequence[str], width: float) -> Plot | 
         return None
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
-    title = f"Effects from {lengths[0]} to {lengths[-1]} prompt tokens: {_trend_words(effects, names, lengths)}"
-    legend = f"95 % intervals; grey: ±{100 * width:g} %; hollow: undecided"
+    legend = f"95 % intervals; grey: ±{100 * width:g} %; hollow: undecided or noisy"
     note = f"n = {count(effects['run'].nunique(), 'run')}; {legend}"
-    figure = new_figure(title, note, 1.6 + 2.3 * lines)
-    panels = figure.subplots(lines, columns, sharex=True, squeeze=False)
     keys = [
         key
         for key in ("workload", "batch_size", "runtime", "model", "device", "dtype")
         if key in ("workload", "runtime") or effects[key].nunique() > 1
     ]
+    labels = [
+        " ".join(
+            f"batch {value}" if key == "batch_size" else str(value) for key, value in zip(keys, where, strict=True)
+        )
+        for where in effects[keys].itertuples(index=False)
+    ]
+    effects = effects.assign(label=labels).sort_values("prompt_tokens", kind="stable")
+    looks = dict(zip(dict.fromkeys(labels), _looks(), strict=False))
+    title = f"Effects from {lengths[0]} to {lengths[-1]} prompt tokens{_trend_words(effects)}"
+    figure = new_figure(title, note, 1.6 + 2.3 * lines)
+    panels = figure.subplots(lines, columns, sharex=True, squeeze=False)
     for panel, name in zip(panels.flat, names, strict=False):
         panel.axhspan(1 - width, 1 + width, color=RULE, alpha=0.7, linewidth=0)
         panel.axhline(1, color=MUTED, linewidth=0.9)
         panel.set_title(name)
-        for place, (key, line) in enumerate(effects[effects["term"] == name].groupby(keys, sort=False)):
-            shape, colour = SERIES[place % len(SERIES)]
-            line = line.sort_values("prompt_tokens")
+        for label, line in effects[effects["term"] == name].groupby("label", sort=False):
+            look = looks[str(label)]
             x = line["prompt_tokens"].to_numpy(dtype=float)
-            bars = [line["estimate"] - line["lo"], line["hi"] - line["estimate"]]
-            label = " ".join(f"batch {v}" if k == "batch_size" else str(v) for k, v in zip(keys, key, strict=True))
-            panel.errorbar(
-                x,
-                line["estimate"],
-                yerr=np.clip(bars, 0, None),
-                color=colour,
-                capsize=2,
-                linewidth=1,
-                label=label,
-            )
-            faces = [PAPER if verdict == "undecided" else colour for verdict in line["verdict"]]
-            panel.scatter(x, line["estimate"], marker=shape, s=26, facecolor=faces, edgecolor=colour, zorder=3)
+            bars = np.clip([line["estimate"] - line["lo"], line["hi"] - line["estimate"]], 0, None)
+            stroke = {"color": look["color"], "linestyle": look["linestyle"], "linewidth": 1}
+            panel.errorbar(x, line["estimate"], yerr=bars, capsize=2, **stroke)
+            hollow = line["noisy"] | ~line["verdict"].isin(_SIGNS)
+            faces = [PAPER if empty else look["color"] for empty in hollow]
+            marks = {"marker": look["marker"], "edgecolor": look["color"], "facecolor": faces}
+            panel.scatter(x, line["estimate"], s=26, zorder=3, **marks)
         panel.set_xscale("log", base=2)
         panel.set_xticks(lengths)
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         panel.xaxis.set_minor_formatter(NullFormatter())
         panel.tick_params(axis="x", labelrotation=45, labelbottom=True)
         panel.ticklabel_format(axis="y", useOffset=False)
-    handles, labels = panels[0, 0].get_legend_handles_labels()
+        panel.set_xlabel("prompt tokens")
+    handles = [Line2D([], [], label=label, **look) for label, look in looks.items()]
     spare = list(panels.flat)[len(names) :]
     for panel in spare:
         panel.set_axis_off()
-    (spare or list(panels.flat))[0].legend(handles, labels, loc="center" if spare else "best", fontsize=8)
+    if spare:
+        spare[0].legend(handles=handles, loc="upper left", fontsize=8).set_in_layout(False)
+    else:
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8)
     for line in panels:
         line[0].set_ylabel("speed-up (×)")
-    for panel in panels[-1]:
-        panel.set_xlabel("prompt tokens")
     return Plot("trends", figure, title, f"{title}.")
 
 
-def _trend_words(effects: pd.DataFrame, names: Sequence[str], lengths: Sequence[int]) -> str:
-    def middle(name: str, length: int) -> float:
-        chosen = effects[(effects["term"] == name) & (effects["prompt_tokens"] == length)]
-        return float(chosen["estimate"].median())
+def _looks() -> Iterator[dict[str, Any]]:
+    """Marker, colour and stroke of one line after another, told apart in grey too."""
+    for stroke in ("-", "--", ":"):
+        for shape, colour in SERIES:
+            yield {"marker": shape, "color": colour, "linestyle": stroke, "linewidth": 1, "markersize": 5}
 
-    moves = {name: (middle(name, lengths[0]), middle(name, lengths[-1])) for name in names}
-    most = max(
-        moves,
-        key=lambda name: abs(np.log(moves[name][1] / moves[name][0])) if np.isfinite(moves[name]).all() else 0,
-    )
-    return f"{most} moves most, median {moves[most][0]:.2f}× → {moves[most][1]:.2f}×"
+
+def _trend_words(effects: pd.DataFrame) -> str:
+    """Which switch's effect moves most along one line, where its intervals at both ends do not overlap."""
+    moves = []
+    for (name, label), line in effects[~effects["noisy"]].groupby(["term", "label"], sort=False):
+        first, last = rows(line.head(1))[0], rows(line.tail(1))[0]
+        if first.hi < last.lo or last.hi < first.lo:
+            ends = " → ".join(f"{ratio(e.estimate, e.lo, e.hi)} at {int(e.prompt_tokens)}" for e in (first, last))
+            moves.append((abs(np.log(last.estimate / first.estimate)), f": {name} moves most, {ends} ({label})"))
+    return max(moves)[1] if moves else ""

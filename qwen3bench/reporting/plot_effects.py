@@ -145,8 +145,12 @@ def by_condition(run: Run) -> Plot | None:
     names = factors(run)
     if len(frames) < 2:
         return None
-    title = _by_condition_title(frames, names)
-    figure = new_figure(title, device(run), 2.1 + len(names) * (0.25 + 0.17 * len(frames)))
+    quiet = [(condition, effects) for condition, effects in frames if not controls.noise(run, condition)]
+    title = _by_condition_title(quiet, names) if quiet else "Noisy everywhere: two copies of the baseline differ"
+    note = device(run) + "; noisy conditions do not count in the title" * any(
+        controls.noise(run, condition) > 0 for condition, _ in frames
+    )
+    figure = new_figure(title, note, 2.1 + len(names) * (0.25 + 0.17 * len(frames)))
     axes = figure.subplots()
     width = band(run)
     axes.axvspan(1 - width, 1 + width, color=RULE, alpha=0.7, linewidth=0)
@@ -170,7 +174,7 @@ def by_condition(run: Run) -> Plot | None:
             edgecolor=colour,
             zorder=3,
         )
-        handle = f"{condition} (n = {blocks_of(run, condition)})"
+        handle = f"{_noisy(run, condition, str(condition))} (n = {blocks_of(run, condition)})"
         axes.scatter([], [], marker=shape, s=34, color=colour, label=handle)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.45, -0.55)

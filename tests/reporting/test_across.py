@@ -56,8 +56,9 @@ def said(frame: pd.DataFrame, name: str) -> str:
 
 def test_a_change_of_sign_is_told_with_its_place() -> None:
     text = said(effects(flash=["faster", "slower", "same"]), "flash")
-    assert "faster in 1 (1.20× [1.19, 1.21]), slower in 1 (0.90× [0.89, 0.91])" in text
-    assert text.endswith("Its effect changes sign: slower at prefill 1×2 graph.")
+    assert "faster in 1 (1.20× [1.19, 1.21] at prefill 1×1 graph), slower in 1 (0.90× [0.89, 0.91] at" in text
+    assert "Its effect changes sign: slower at prefill 1×2 graph." in text
+    assert text.endswith("It vanishes at prefill 1×4 graph.")
 
 
 def test_an_effect_that_vanishes_is_told_with_its_place() -> None:
@@ -92,7 +93,7 @@ def test_effects_of_runs_stand_side_by_side(runs: list[Run]) -> None:
 def test_what_differs_between_runs_becomes_part_of_the_condition(runs: list[Run]) -> None:
     runs[0].cells["device"] = "another card"
     try:
-        assert effects_over(runs)["condition"].iloc[0] == "prefill 1×128 graph, another card"
+        assert effects_over(runs)["condition"].iloc[0] == "prefill 1×128 graph (another card)"
     finally:
         runs[0].cells["device"] = runs[1].cells["device"].iloc[0]
 
@@ -105,6 +106,61 @@ def test_trends_need_three_lengths(runs: list[Run]) -> None:
         assert whole.title.startswith("Effects from 128 to 2048 prompt tokens")
         assert trends(frame[frame["run"] < 3], NAMES, 0.01) is None
         assert regimes(frame, NAMES, 0.01) is not None
+
+
+def test_a_trend_is_told_along_one_line_and_not_across_them(runs: list[Run]) -> None:
+    """Eager was measured at the short prompts alone; graph, which does not change, at all."""
+    frame = effects_over(runs)
+    frame = frame[frame["term"] == "flash"].assign(noisy=False, estimate=1.2, lo=1.19, hi=1.21)
+    eager = frame.iloc[:2].assign(runtime="eager", estimate=[1.05, 1.06], lo=1.0, hi=1.1)
+    with figures.style():
+        still = trends(pd.concat([frame, eager]), ["flash"], 0.01)
+        frame.loc[frame["run"] == 3, ["estimate", "lo", "hi"]] = 1.4, 1.39, 1.41
+        moved = trends(pd.concat([frame, eager]), ["flash"], 0.01)
+    assert still is not None
+    assert moved is not None
+    assert still.title == "Effects from 128 to 2048 prompt tokens"
+    assert moved.title.endswith(
+        "flash moves most, 1.20× [1.19, 1.21] at 128 → 1.40× [1.39, 1.41] at 2048 (prefill graph)"
+    )
+
+
+def test_the_lines_of_a_trend_differ_in_grey_and_are_named(runs: list[Run]) -> None:
+    frame = effects_over(runs)
+    many = pd.concat([frame.assign(device=f"card {n}") for n in range(9)])
+    with figures.style():
+        plot = trends(many[many["term"] == "flash"], ["flash"], 0.01)
+    assert plot is not None
+    (legend,) = plot.figure.legends
+    looks = {(line.get_marker(), line.get_linestyle()) for line in legend.get_lines()}
+    assert len(looks) == len(legend.get_texts()) == 9
+
+
+def test_no_label_leaves_the_picture(runs: list[Run], tmp_path: Path) -> None:
+    """Text is as wide in the file as it was in the layout, whatever the resolution."""
+    frame = effects_over(runs)
+    frame["condition"] += " (NVIDIA H100 80GB HBM3, bfloat16)"
+    with figures.style():
+        plot = regimes(frame, NAMES, 0.01)
+        assert plot is not None
+        figures.save(plot, tmp_path)
+        plot.figure.set_dpi(150)
+        plot.figure.draw_without_rendering()
+        assert all(axes.get_tightbbox().x0 >= 0 for axes in plot.figure.axes)  # type: ignore[union-attr]
+
+
+def test_what_single_runs_lack_is_said_first(
+    runs: list[Run], record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run], tmp_path: Path
+) -> None:
+    lines = record_lines(factors=NAMES, workloads=("prefill", "decode"))
+    failure = {"type": "failure", "cell": "tie", "status": "oom", "reason": "no room"}
+    cut = run_of([*(line for line in lines[:-1] if line.get("workload") != "decode"), failure])
+    path = write_overview([runs[0], cut], tmp_path / "both")
+    text = path.with_suffix(".md").read_text("utf-8")
+    assert "**Warning:** Run 2: This run has not finished" in text
+    assert "**Warning:** Run 2: tie has status oom and no speed-up: no room." in text
+    assert "Run 2: Without any latency: decode" in text
+    assert "Run 1:" not in text
 
 
 def test_the_overview_is_written_with_links_to_its_runs(runs: list[Run], tmp_path: Path) -> None:

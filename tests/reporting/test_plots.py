@@ -108,6 +108,22 @@ def test_a_direction_in_a_title_needs_its_verdict(full_run: Run) -> None:
         assert not plot.title.startswith("Faster")
 
 
+def test_a_noisy_condition_tells_nothing_in_the_title_over_conditions(full_run: Run) -> None:
+    aa = full_run.controls.aa.copy()
+    aa.loc[aa["runtime"] == "graph", ["ratio", "noisy"]] = 1.02, True
+    run = replace(full_run, controls=replace(full_run.controls, aa=aa))
+    with figures.style():
+        plot = by_condition(run)
+        assert plot is not None
+        assert "mlp" not in plot.title  # faster under graph alone
+        labels = [text.get_text() for text in plot.figure.axes[0].get_legend().get_texts()]
+        assert [label.startswith("Noisy: ") for label in labels] == [True, False, True, False]
+        aa["ratio"], aa["noisy"] = 1.02, True
+        plot = by_condition(replace(full_run, controls=replace(full_run.controls, aa=aa)))
+    assert plot is not None
+    assert plot.title.startswith("Noisy everywhere")
+
+
 def test_the_pareto_front_holds_what_nothing_equals_or_beats() -> None:
     rng = np.random.default_rng(0)
     cells = pd.DataFrame(rng.integers(1, 20, (200, 2)), columns=["latency_s", "peak_allocated_bytes"])
