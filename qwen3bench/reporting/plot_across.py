@@ -68,7 +68,7 @@ def trends(effects: pd.DataFrame, names: Sequence[str], width: float) -> Plot | 
     if len(lengths) < 3:
         return None
     columns = min(3, len(names))
-    lines = -(-len(names) // columns)
+    lines = len(names) // columns + 1  # a panel at least is spare, for the legend
     legend = f"95 % intervals; grey: ±{100 * width:g} %; hollow: undecided or noisy"
     note = f"n = {count(effects['run'].nunique(), 'run')}; {legend}"
     keys = [
@@ -112,10 +112,7 @@ def trends(effects: pd.DataFrame, names: Sequence[str], width: float) -> Plot | 
     spare = list(panels.flat)[len(names) :]
     for panel in spare:
         panel.set_axis_off()
-    if spare:
-        spare[0].legend(handles=handles, loc="upper left", fontsize=8).set_in_layout(False)
-    else:
-        figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8)
+    spare[0].legend(handles=handles, loc="upper left", fontsize=8).set_in_layout(False)
     for line in panels:
         line[0].set_ylabel("speed-up (×)")
     return Plot("trends", figure, title, f"{title}.")

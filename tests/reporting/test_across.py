@@ -131,7 +131,7 @@ def test_the_lines_of_a_trend_differ_in_grey_and_are_named(runs: list[Run]) -> N
     with figures.style():
         plot = trends(many[many["term"] == "flash"], ["flash"], 0.01)
     assert plot is not None
-    (legend,) = plot.figure.legends
+    (legend,) = [found for axes in plot.figure.axes if (found := axes.get_legend())]
     looks = {(line.get_marker(), line.get_linestyle()) for line in legend.get_lines()}
     assert len(looks) == len(legend.get_texts()) == 9
 
