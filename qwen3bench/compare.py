@@ -17,6 +17,7 @@ from qwen3bench.analysis.run import load_run
 from qwen3bench.bench.record import write_atomic
 from qwen3bench.errors import UserError
 
+_MOST_NAMED = 12  # of what got slower, in the verdict
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{{ title }}</title>
@@ -75,12 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _sections(comparison: Comparison) -> list[dict[str, Any]]:
     """The comparison in words and rows of text, for markdown and HTML alike."""
-    slower = comparison.slower
-    found = [{"title": "Verdict", "text": f"Slower: {'; '.join(slower)}." if slower else "Nothing got slower."}]
+    found: list[dict[str, Any]] = []
     both = comparison.config, comparison.environment
     for title, table in zip(("Configuration", "Environment"), both, strict=True):
         text = "" if len(table) else "No difference."
         found.append({"title": title, "text": text} | _rows(table, {"key": str, "a": _value, "b": _value}))
+    slower = comparison.slower
+    more = f"; and {len(slower) - _MOST_NAMED} more, below" if len(slower) > _MOST_NAMED else ""
+    text = f"Slower: {'; '.join(slower[:_MOST_NAMED])}{more}." if slower else "Nothing is shown to have got slower."
+    found.append({"title": "Verdict", "text": " ".join([*(f"Warning: {w}." for w in comparison.warnings), text])})
     if comparison.only:
         found.append({"title": "Not in both", "text": "; ".join(comparison.only) + "."})
     if len(comparison.status):

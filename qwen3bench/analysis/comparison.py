@@ -33,6 +33,7 @@ class Comparison:
     - `effects`: workload, runtime, metric, term, kind, a, b, ratio (B's effect / A's), lo, hi, p_holm,
       verdict
     - `only`: what one run alone holds, in words
+    - `warnings`: what makes a run less than it should be, in words: unfinished, noisy
     """
 
     config: pd.DataFrame
@@ -41,16 +42,20 @@ class Comparison:
     cells: pd.DataFrame
     effects: pd.DataFrame
     only: list[str]
+    warnings: list[str]
 
     @property
     def slower(self) -> list[str]:
         """What got slower in B, in words: cells, effects that lost worth, cells that are no longer ok."""
         lost = self.status[self.status["a"] == "ok"].fillna("not measured")
         said = [f"{r.cell} is {r.b!s} ({r.workload}, {r.runtime})" for r in lost.itertuples()]
-        cells = self.cells[self.cells["verdict"] == "slower"]
-        said += [f"{r.cell} ({r.workload}, {r.runtime})" for r in cells.itertuples()]
         effects = self.effects[self.effects["verdict"] == "slower"]
-        return said + [f"effect of {r.term}, {r.kind} ({r.workload}, {r.runtime})" for r in effects.itertuples()]
+        said += [
+            f"effect of {r['term']}, {r['kind']}, {r['a']:.3f}× → {r['b']:.3f}× ({r['workload']}, {r['runtime']})"
+            for r in effects.to_dict("records")
+        ]
+        cells = self.cells[self.cells["verdict"] == "slower"].to_dict("records")
+        return said + [f"{r['cell']}, {r['ratio']:.3f}× ({r['workload']}, {r['runtime']})" for r in cells]
 
 
 def compare(a: Run, b: Run) -> Comparison:
@@ -69,6 +74,7 @@ def compare(a: Run, b: Run) -> Comparison:
         cells=_cells(a, b, band, confidence),
         effects=_effects(a, b, band, confidence),
         only=_only(a, b),
+        warnings=[*_warnings("A", a), *_warnings("B", b)],
     )
 
 
@@ -96,7 +102,8 @@ def _status(a: Run, b: Run) -> pd.DataFrame:
 
 def _cells(a: Run, b: Run, band: float, confidence: float) -> pd.DataFrame:
     columns = [*_KEYS, "metric", *_CHANGE]
-    latency = _log_latency(a).merge(_log_latency(b), on=_KEYS, suffixes=("_a", "_b"))
+    order = b.cells[_KEYS]  # as the cells stand in their table
+    latency = order.merge(_log_latency(a), on=_KEYS).merge(_log_latency(b), on=_KEYS, suffixes=("_a", "_b"))
     latency = _judged(latency, _KEYS[1:], _WORDS["latency_s"], band, confidence)
     latency["a"], latency["b"] = np.exp(latency["mean_a"]), np.exp(latency["mean_b"])
     metric = "peak_allocated_bytes"
@@ -155,6 +162,15 @@ def _judged(
     both["p_holm"] = both.groupby(family)["p_holm"].transform(lambda values: holm(values.to_numpy()))
     both["verdict"] = verdicts(both["ratio"] - 1, both["lo"] - 1, both["hi"] - 1, both["p_holm"], band, words)
     return both
+
+
+def _warnings(name: str, run: Run) -> Iterator[str]:
+    if not run.finished:
+        yield f"{name} has not finished: what is here is what was measured until now"
+    for row in run.controls.aa.to_dict("records"):
+        if row["noisy"]:
+            off = f"{100 * abs(row['ratio'] - 1):.2g} % apart, more than {100 * row['limit']:g} %"
+            yield f"{name} is noisy: two copies of the baseline are {off} ({row['workload']}, {row['runtime']})"
 
 
 def _only(a: Run, b: Run) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen3bench.analysis.run import load_run
 from qwen3bench.compare import main
 
 Write = Callable[..., Path]
@@ -26,7 +27,8 @@ def test_two_runs_of_the_same_show_nothing(write_run: Write, capsys: pytest.Capt
     a, b = write_run("a", seed=1), write_run("b", seed=2)
     status, text = output(capsys, a, b, "--fail-on", "slower")
     assert status == 0
-    assert "Nothing got slower." in text
+    assert "Nothing is shown to have got slower." in text
+    assert "Warning" not in text
     assert "No difference." in section(text, "Configuration")
     assert "0 changed" in section(text, "Effects")
 
@@ -36,6 +38,7 @@ def test_an_effect_that_lost_half_its_gain_fails(write_run: Write, capsys: pytes
     b = write_run("b", seed=2, worth={"flash": 1.1, "norm": 1.3})
     status, text = output(capsys, a, b, "--fail-on", "slower")
     assert status == 3
+    assert re.search(r"Slower: effect of flash, main, 1\.2\d+× → 1\.1\d+× \(prefill, graph\)", section(text, "Verdict"))
     effects = section(text, "Effects")
     assert re.search(r"\| flash \| main \| prefill \| graph \| 1\.2\d* \| 1\.1\d* \| ×0\.91", effects)
     assert "| norm | main" not in effects
@@ -74,8 +77,24 @@ def test_differences_of_settings_come_first(write_run: Write, capsys: pytest.Cap
     assert "run.dir" not in text
     assert "| torch | 2.11 | 2.13 |" in section(text, "Environment")
     assert "driver" not in text
-    order = [text.index(f"## {t}") for t in ("Configuration", "Environment", "Cells", "Effects")]
+    order = [text.index(f"## {t}") for t in ("Configuration", "Environment", "Verdict", "Cells", "Effects")]
     assert order == sorted(order)
+
+
+def test_a_noisy_or_partial_run_is_warned_of(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = write_run("a", copy_ratio=1.02), write_run("b", seed=2, finished=False)
+    _, text = output(capsys, a, b)
+    verdict = section(text, "Verdict")
+    assert "Warning: A is noisy: two copies of the baseline are 2 % apart, more than 0.5 % (prefill, graph)." in verdict
+    assert "Warning: B has not finished" in verdict
+
+
+def test_what_changed_stands_in_the_order_of_the_cells(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    slow = {("prefill", "graph"): 0.02}
+    runs = write_run("a", factors=("flash", "tie")), write_run("b", factors=("flash", "tie"), baseline_s=slow, seed=5)
+    _, text = output(capsys, *runs)
+    found = re.findall(r"^\| (\S+) \| prefill \| graph \| latency_s", section(text, "Cells"), flags=re.M)
+    assert found == load_run(runs[1]).cells["cell"].tolist()
 
 
 def test_memory_that_changed_is_told(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
