@@ -111,3 +111,19 @@ def test_it_reads_without_script(browser: Any, written: Path) -> None:
 def test_the_page_does_not_scroll_sideways(page: Any, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_print_holds_the_folded_tables_and_loses_no_column(page: Any) -> None:
+    page.set_viewport_size({"width": 718, "height": 1000})  # A4 with chromium's margins
+    page.emulate_media(media="print")
+    effects = page.locator("section details table").first
+    assert not page.locator("section details").first.get_attribute("open")
+    assert effects.bounding_box()["height"] > 50
+    widths = page.locator("table").evaluate_all("tables => tables.map((table) => table.offsetWidth)")
+    assert max(widths) <= 1.05 * 718  # chromium makes that little smaller by itself
+
+
+def test_a_phone_shows_figures_at_a_size_that_can_be_read(page: Any) -> None:
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.locator("figure svg").first.bounding_box()["width"] >= 500  # scrolled within the figure
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
