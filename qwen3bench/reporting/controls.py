@@ -21,16 +21,17 @@ _BUSY_ENOUGH = 0.9  # below this share of GPU work, eager latency is to a good p
 
 @dataclass(frozen=True)
 class Control:
-    """One control's outcome in words; `absent` where the run does not hold it."""
+    """One control's outcome in words; `judged`: there is a limit to pass; `absent`: the run does not hold it."""
 
     text: str
     failed: bool
     absent: bool = False
+    judged: bool = True
 
     @property
     def mark(self) -> str:
-        """For a list: passed, failed, or not there."""
-        return "–" if self.absent else "✗" if self.failed else "✓"
+        """For a list: passed, failed, or neither."""
+        return "–" if self.absent or not self.judged else "✗" if self.failed else "✓"
 
 
 def sentences(run: Run) -> list[Control]:
@@ -89,7 +90,7 @@ def _drift(run: Run, condition: Condition) -> Iterator[Control]:
         if is_number(row.total):
             moved = f"{100 * row.total:+.2g} %".replace("-", "−")
             text = f"Drift: latency moved by {moved} over {count(int(row.blocks), 'block')} ({condition})"
-            yield Control(f"{text}; effects are taken within blocks.", False)
+            yield Control(f"{text}; effects are taken within blocks.", False, judged=False)
 
 
 def _tie_memory(run: Run) -> Iterator[Control]:
@@ -120,7 +121,9 @@ def _power_cap(run: Run) -> Iterator[Control]:
     capped = sum("sw_power_cap" in line["throttle_reasons"] for line in blocks)
     if capped:
         text = f"{capped} of {count(len(blocks), 'block')} ended at the card's power limit, with lower clocks"
-        yield Control(f"{text}: cells that draw more power are slowed more, as they would be in use.", False)
+        yield Control(
+            f"{text}: cells that draw more power are slowed more, as they would be in use.", False, judged=False
+        )
 
 
 def _absent(run: Run) -> Iterator[Control]:
@@ -151,7 +154,7 @@ def _host(run: Run) -> Iterator[Control]:
         text = f"Under eager the GPU works {said} in {workload}, by graph over eager latency."
         if min(shares[name] for name in named) < _BUSY_ENOUGH:
             text += " The rest is the host launching kernels: eager effects are not kernel time."
-        yield Control(text, False)
+        yield Control(text, False, judged=False)
 
 
 def aa_series(run: Run, condition: Condition) -> pd.DataFrame:

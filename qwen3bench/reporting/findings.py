@@ -43,10 +43,9 @@ def findings(run: Run) -> list[Finding]:
     for of_condition in (together, recommended):
         found += [finding for condition in conditions(run) for finding in of_condition(run, condition)]
     found += [finding for name in factors(run) for finding in switch(run, name)]
-    found += [finding for condition in conditions(run) for finding in joint(run, condition)]
-    found += [*memory(run), *peers(run)]
+    found += [*joint(run), *memory(run), *peers(run)]
     found += [finding for condition in conditions(run) for finding in undecided(run, condition)]
-    if held := [control for control in outcome if not control.absent]:
+    if held := [control for control in outcome if control.judged and not control.absent]:
         passed = sum(not control.failed for control in held)
         found.append(Finding(f"{passed} of {count(len(held), 'control')} show nothing wrong.", "control"))
     return found

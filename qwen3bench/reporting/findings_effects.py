@@ -87,8 +87,19 @@ def switch(run: Run, name: str) -> Iterator[Finding]:
         yield Finding(f"{name}: {'; '.join(parts)}.", "switch")
 
 
-def joint(run: Run, condition: Condition) -> Iterator[Finding]:
+def joint(run: Run) -> Iterator[Finding]:
     """Which pairs of switches interact, what one is worth without the other, and what ran differently."""
+    told: dict[tuple[str, str], Condition] = {}
+    for condition in conditions(run):
+        for term, text in _joint(run, condition):
+            ran = _evidence(run, condition, *term.split(":"))
+            before = told.setdefault((term, ran), condition)
+            ran = f" What ran: as in {before}." if ran and before != condition else ran
+            noisy = " Noisy." if controls.noise(run, condition) else ""
+            yield Finding(f"{text}{ran}{noisy}", "interaction")
+
+
+def _joint(run: Run, condition: Condition) -> Iterator[tuple[str, str]]:
     effects = terms(run, condition, LATENCY, "interaction")
     pairs = effects[(effects["term"].str.count(":") == 1) & effects["verdict"].isin(("faster", "slower"))]
     order = np.log(pairs["estimate"]).abs().sort_values(ascending=False, kind="stable").index
@@ -99,9 +110,7 @@ def joint(run: Run, condition: Condition) -> Iterator[Finding]:
         much = "more" if row.verdict == "faster" else "less"
         joint_effect = f"joint effect {ratio(row.estimate, row.lo, row.hi)}"
         said = f"{a} and {b}: each is worth {much} with the other on, {joint_effect} ({condition})."
-        noisy = " Noisy." if controls.noise(run, condition) else ""
-        halves, ran = _with_and_without(run, condition, a, b), _evidence(run, condition, a, b)
-        yield Finding(f"{said}{halves}{ran}{noisy}", "interaction")
+        yield row.term, f"{said}{_with_and_without(run, condition, a, b)}"
 
 
 def _with_and_without(run: Run, condition: Condition, a: str, b: str) -> str:

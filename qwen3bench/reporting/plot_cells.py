@@ -156,6 +156,13 @@ def pareto_front(cells: pd.DataFrame) -> pd.DataFrame:
     return ordered[memory < best_before]
 
 
+class _WrittenOut(LogFormatter):
+    """Ticks of a logarithmic axis as plain numbers, 0.1 for 1e−01."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
 def roofline(run: Run) -> Plot | None:
     """Arithmetic rate of every cell against what the device's measured ceilings allow (Williams 2009)."""
     ceilings, costs = run.record.of("ceiling"), run.record.of("cost")
@@ -199,8 +206,8 @@ def roofline(run: Run) -> Plot | None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(LogFormatter())
-        axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+        axis.set_major_formatter(_WrittenOut())
+        axis.set_minor_formatter(_WrittenOut(minor_thresholds=(1, 0.4)))
     axes.set_xlabel("arithmetic intensity (FLOP per byte that must be moved)")
     axes.set_ylabel(f"achieved rate ({unit})")
     axes.legend(loc="best")

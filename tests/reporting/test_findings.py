@@ -109,6 +109,11 @@ def test_an_interaction_names_what_ran_and_where_the_switch_pays(full_findings: 
     assert f"attention backend {backends}" in text
     assert "; fused attention is given a mask tensor (flash); " in text
     assert "; fused attention without a mask tensor (flash+mask)." in text
+    again = [
+        text for text in of_kind(full_findings, "interaction") if text.startswith("flash and mask") and "decode" in text
+    ]
+    assert all("What ran: as in prefill 1×512 graph." in text for text in again)
+    assert again
     norms = [text for text in of_kind(full_findings, "interaction") if "norm" in text]
     assert not any("mask tensor" in text for text in norms)  # what two of the four cells share explains no difference
 

@@ -79,6 +79,15 @@ def test_plots_without_data_are_left_out(record_lines: Callable[..., Lines], run
     }
 
 
+def test_the_roofline_writes_its_numbers_out(full_run: Run) -> None:
+    (plot,) = [plot for plot in drawn(full_run).values() if plot.name == "roofline"]
+    plot.figure.draw_without_rendering()
+    axes = plot.figure.axes[0]
+    shown = [label.get_text() for label in (*axes.get_xticklabels(), *axes.get_yticklabels()) if label.get_text()]
+    assert "0.1" in shown
+    assert not [text for text in shown if "e" in text]
+
+
 def test_one_cell_is_a_plot_too(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:
     found = drawn(run_of(record_lines(factors=())))
     assert found["cells-prefill-graph"].title.startswith("baseline: 7.")
