@@ -121,7 +121,7 @@ class _Table:
         found = replicated(self.replicates, matrix) if y is None else clustered(y, self.process, matrix)
         if not exact:
             return found
-        estimate = np.round(found.estimate, 6) + 0.0  # no −0; weights such as 1/5 leave crumbs of a byte
+        estimate = np.round(found.estimate, 3) + 0.0  # no −0; weights such as 1/5 leave crumbs of a byte
         return Estimates(estimate, np.zeros_like(found.estimate), np.zeros_like(found.df))
 
 

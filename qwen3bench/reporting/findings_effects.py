@@ -167,19 +167,22 @@ def memory(run: Run) -> Iterator[Finding]:
     """Which switches save peak memory, and whether that costs latency."""
     for name in factors(run):
         saved: dict[tuple[str, str], list[str]] = {}
-        costs = set()
+        free = []
         for condition in conditions(run):
             less = [row for row in rows(terms(run, condition, MEMORY, "main")) if row.term == name]
             if less and less[0].verdict == "less":
                 because = f": {less[0].reason}" if less[0].reason else ""
                 saved.setdefault((signed_bytes(less[0].estimate), because), []).append(str(condition))
                 latency = [row for row in rows(terms(run, condition, LATENCY, "main")) if row.term == name]
-                costs |= {controls.heard(run, condition, r.verdict, r.estimate) for r in latency} or {"missing"}
+                if [controls.heard(run, condition, r.verdict, r.estimate) for r in latency] == ["same"]:
+                    free.append(str(condition))
         if saved:
+            everywhere = len(free) == sum(map(len, saved.values()))
+            costs = f"costs no latency beyond ±{100 * band(run):g} %"
             said = "; ".join(f"{amount} ({listing(names, 12)}{because})" for (amount, because), names in saved.items())
-            free = f" and costs no latency beyond ±{100 * band(run):g} % there" if costs == {"same"} else ""
-            text = f"{name} lowers peak memory{free}: {said}, on average over the other switches."
-            yield Finding(text, "memory")
+            text = f"{name} lowers peak memory{f' and {costs} there' if everywhere else ''}: {said}"
+            partly = f" It {costs} in {listing(free, 12)}." if free and not everywhere else ""
+            yield Finding(f"{text}, on average over the other switches.{partly}", "memory")
 
 
 def undecided(run: Run, condition: Condition) -> Iterator[Finding]:

@@ -65,13 +65,13 @@ def _print_cells(run: Run, condition: Condition, console: Console, width: int) -
     if good.empty:
         return
     fastest = smallest(good, LATENCY)
-    words = f"Fastest: {fastest.cell}, {seconds(fastest.latency_s)}"
+    words = f"Lowest latency: {fastest.cell}, {seconds(fastest.latency_s)}"
     if good[MEMORY].notna().any():
         least = smallest(good, MEMORY)
-        words += f". Smallest: {least.cell}, peak memory {size(least.peak_allocated_bytes)}"
+        words += f". Least peak memory: {least.cell}, {size(least.peak_allocated_bytes)}"
     elif good["parameter_bytes"].notna().any():
         least = smallest(good, "parameter_bytes")
-        words += f". Smallest: {least.cell}, parameters {size(least.parameter_bytes)}"
+        words += f". Fewest bytes of parameters: {least.cell}, {size(least.parameter_bytes)}"
     console.print(Text(f"{words}."), width=width)
 
 

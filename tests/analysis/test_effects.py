@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
 import pandas as pd
@@ -198,6 +198,16 @@ def test_incomplete_blocks_are_left_out() -> None:
     pd.testing.assert_frame_equal(
         effects(cut, list("abc"), block="block"), effects(frame[frame["block"] < 6], list("abc"), block="block")
     )
+
+
+def test_shares_of_bytes_have_no_crumbs() -> None:
+    """The weights of ten factors are no binary fractions; what saves nothing saves 0, not a millionth of a byte."""
+    names = list("abcdefghij")
+    frame = pd.DataFrame([dict(zip(names, levels, strict=True)) for levels in product((0, 1), repeat=10)])
+    frame["peak_allocated_bytes"] = 1_927_264_768 - 311_164_928 * frame["b"] - 25_165_824 * frame["a"]
+    table = effects(frame, names, "peak_allocated_bytes", log=False, exact=True)
+    shares = table[table["kind"] == "shapley"].set_index("term")["estimate"]
+    assert shares.to_dict() == dict.fromkeys(names, 0) | {"a": -25_165_824, "b": -311_164_928}
 
 
 def test_counted_bytes_are_exact() -> None:

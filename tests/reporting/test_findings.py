@@ -145,6 +145,15 @@ def test_memory_is_not_called_free_when_latency_is_undecided(small_run: Run) -> 
     assert "−296.8 MiB" in text
 
 
+def test_memory_is_called_free_just_where_latency_is_the_same(full_run: Run) -> None:
+    effects = full_run.effects.copy()
+    eager = (effects["term"] == "tie") & (effects["metric"] == "latency_s") & (effects["runtime"] == "eager")
+    effects.loc[eager, "verdict"] = "undecided"
+    text = next(t for t in texts(replace(full_run, effects=effects), "memory") if t.startswith("tie "))
+    assert text.startswith("tie lowers peak memory: −296.8 MiB (")
+    assert text.endswith("It costs no latency beyond ±1 % in prefill 1×512 graph and decode 1×512 graph.")
+
+
 def test_an_undecided_effect_says_what_would_decide(small_run: Run) -> None:
     run = with_effect(small_run, "flash", verdict="undecided", estimate=1.002, lo=0.982, hi=1.0224)
     (text,) = texts(run, "undecided")

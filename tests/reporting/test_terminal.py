@@ -35,7 +35,9 @@ def test_it_is_plain_where_there_is_no_terminal(plain: str) -> None:
 
 
 def test_it_names_fastest_and_smallest_cell_and_the_report(full_run: Run, plain: str) -> None:
-    assert re.search(r"Fastest: flash(\+tie)?\+mlp\+mask\+norm, 4\.5\d+ ms\. Smallest: flash\+tie", plain)
+    assert re.search(
+        r"Lowest latency: flash(\+tie)?\+mlp\+mask\+norm, 4\.5\d+ ms\. Least peak memory: flash\+tie", plain
+    )
     assert plain.rstrip().endswith(str(full_run.path / "report.html"))
 
 
@@ -55,7 +57,7 @@ def test_without_peak_memory_the_smallest_goes_by_parameters(
     record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
 ) -> None:
     text = printed(run_of(record_lines(factors=("flash", "tie"), memory=False)))
-    assert "Smallest: tie, parameters 1.110 GiB" in text
+    assert "Fewest bytes of parameters: tie, 1.110 GiB" in text
 
 
 def test_warnings_come_first(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:
