@@ -26,7 +26,8 @@ _PAGE = """<!doctype html>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
 th, td { border-bottom: 1px solid #8886; padding: .25rem .75rem; text-align: left; }
-td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+td { font-variant-numeric: tabular-nums; max-width: 22rem; overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; overflow-wrap: anywhere; }
 </style></head><body>
 <h1>{{ title }}</h1>
 {% for section in sections %}<h2>{{ section.title }}</h2>

@@ -186,24 +186,35 @@ def memory(run: Run) -> Iterator[Finding]:
 
 
 def undecided(run: Run, condition: Condition) -> Iterator[Finding]:
-    """Main effects without a verdict, or all switches together where no switch can be told, and what would give one."""
+    """What has no verdict, and what would give one: switches, or all together where none can be told, and pairs."""
     main = rows(terms(run, condition, LATENCY, "main")) or _together_alone(run, condition)
-    effects = [row for row in main if controls.heard(run, condition, row.verdict, row.estimate) == "undecided"]
+    joint_effects = terms(run, condition, LATENCY, "interaction")
+    pairs = rows(joint_effects[joint_effects["term"].str.count(":") == 1])
+    yield from _undecided(run, condition, main)
+    yield from _undecided(run, condition, pairs, "Interactions: ")
+
+
+def _undecided(run: Run, condition: Condition, effects: list[Any], what: str = "") -> Iterator[Finding]:
     blocks = condition.select(run.samples)["block"].nunique()
-    around = [row for row in effects if row.lo <= 1 <= row.hi]
+    unknown = [row for row in effects if controls.heard(run, condition, row.verdict, row.estimate) == "undecided"]
+    around = [row for row in unknown if is_number(row.lo) and row.lo <= 1 <= row.hi]
+    blind = [row for row in unknown if not is_number(row.lo)]
+    beside = [row for row in unknown if row not in around and row not in blind]
     if around:
         needed = max(_blocks_needed(row.estimate, row.lo, row.hi, blocks, band(run)) for row in around)
-        said = listing([f"{row.term} {ratio(row.estimate, row.lo, row.hi)}" for row in around])
         advice = f"If the estimates stay, about {needed:,} blocks instead of {blocks} would decide."
-        yield Finding(f"{said} ({condition}). {advice}", "undecided")
-    for row in effects:
-        if not is_number(row.lo):
-            said = f"{row.term} {ratio(row.estimate)} ({condition})"
-            yield Finding(f"{said}: {count(blocks, 'block')} gives no interval; more would.", "undecided")
-        elif row not in around:
-            said = f"{row.term} {ratio(row.estimate, row.lo, row.hi)} ({condition})"
-            advice = "the interval leaves out 1, but p, corrected for the number of terms, is not below 0.05"
-            yield Finding(f"{said}: {advice}. More processes would decide.", "undecided")
+        yield Finding(f"{what}{_listed(around)} ({condition}). {advice}", "undecided")
+    if blind:
+        text = f"{what}{_listed(blind)} ({condition}): {count(blocks, 'block')} gives no interval; more would."
+        yield Finding(text, "undecided")
+    if beside:
+        advice = "the interval leaves out 1, but p, corrected for the number of terms, is not below 0.05"
+        text = f"{what}{_listed(beside)} ({condition}): {advice}. More processes would decide."
+        yield Finding(text, "undecided")
+
+
+def _listed(effects: list[Any]) -> str:
+    return listing([f"{row.term} {ratio(row.estimate, row.lo, row.hi)}" for row in effects])
 
 
 def _together_alone(run: Run, condition: Condition) -> list[Any]:

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from qwen3bench.compare import main
+
 CHROMIUM = Path("/usr/bin/chromium")
 pytestmark = [
     pytest.mark.browser,
@@ -127,3 +129,16 @@ def test_a_phone_shows_figures_at_a_size_that_can_be_read(page: Any) -> None:
     page.set_viewport_size({"width": 390, "height": 800})
     assert page.locator("figure svg").first.bounding_box()["width"] >= 500  # scrolled within the figure
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_a_comparison_fits_a_phone_and_breaks_no_number(browser: Any, written: Path, tmp_path: Path) -> None:
+    page = tmp_path / "comparison.html"
+    assert main([str(written), str(written), "--html", str(page)]) == 0
+    row = f"<table><tr><td>prompt_tokens<td><span>2048</span><td>{'a' * 64}</table>"
+    text = page.read_text("utf-8").replace("<h1>", f"{row}<h1>{'results/reference/' * 3}")
+    page.write_text(text, "utf-8")
+    opened = browser.new_page(viewport={"width": 390, "height": 800})
+    opened.goto(page.as_uri())
+    assert opened.evaluate("document.documentElement.scrollWidth") <= 390
+    assert opened.locator("span").evaluate("number => number.getClientRects().length") == 1
+    opened.close()

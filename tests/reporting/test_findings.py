@@ -163,6 +163,13 @@ def test_an_undecided_effect_says_what_would_decide(small_run: Run) -> None:
     assert needed == math.ceil(6 * (half_width / (0.01 - math.log(1.002))) ** 2) + 1
 
 
+def test_an_undecided_pair_says_what_would_decide(small_run: Run) -> None:
+    run = with_effect(small_run, "flash:tie", verdict="undecided", estimate=1.002, lo=0.982, hi=1.0224)
+    (text,) = texts(run, "undecided")
+    assert text.startswith("Interactions: flash:tie 1.00× [0.98, 1.02] (prefill 1×512 graph). If the estimates stay")
+    assert not texts(run, "interaction")
+
+
 def test_an_interval_beside_one_without_significance_asks_for_processes(small_run: Run) -> None:
     run = with_effect(small_run, "flash", verdict="undecided", estimate=1.06, lo=1.05, hi=1.07, p_holm=0.3)
     (text,) = texts(run, "undecided")
