@@ -14,6 +14,7 @@ from qwen3bench.analysis.frames import analysis_setting
 from qwen3bench.analysis.run import Run
 from qwen3bench.analysis.variance import clustered_mean
 from qwen3bench.analysis.verdicts import holm, verdicts
+from qwen3bench.errors import UserError
 
 _KEYS = ["cell", "workload", "runtime"]
 _TERM_KEYS = ["workload", "runtime", "metric", "term", "kind"]
@@ -64,7 +65,14 @@ def compare(a: Run, b: Run) -> Comparison:
     Latencies and effects of two runs are independent: intervals are Welch's (1947), p is Holm's over the
     terms, or the cells, of one workload and runtime; the verdicts are those of `effects`, with B's band.
     Bytes are compared as counted.
+
+    Raises `UserError` where no cell under a workload and runtime is in both: nothing would be compared, and a gate
+    must not pass for that.
     """
+    if a.cells.merge(b.cells, on=_KEYS).empty:
+        raise UserError(
+            f"{a.path} and {b.path} have no cell under the same workload and runtime; there is nothing to compare"
+        )
     band = analysis_setting(b.record, "band")
     confidence = analysis_setting(b.record, "confidence")
     return Comparison(
@@ -97,7 +105,7 @@ def _status(a: Run, b: Run) -> pd.DataFrame:
     both = a.cells[[*_KEYS, "status"]].merge(b.cells[[*_KEYS, "status"]], on=_KEYS, suffixes=("_a", "_b"))
     both = both.rename(columns={"status_a": "a", "status_b": "b"}).astype(object)
     both = both.where(both.notna(), None)
-    return both[[x != y for x, y in zip(both["a"], both["b"], strict=True)]].reset_index(drop=True)
+    return both.loc[[x != y for x, y in zip(both["a"], both["b"], strict=True)]].reset_index(drop=True)
 
 
 def _cells(a: Run, b: Run, band: float, confidence: float) -> pd.DataFrame:

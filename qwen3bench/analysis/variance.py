@@ -64,7 +64,7 @@ def clustered(y: Array, process: NDArray[Any], contrasts: Array) -> Estimates:
     if len(size) < 2:
         group, size = np.arange(blocks), np.ones(blocks, dtype=int)
     clusters = len(size)
-    if clusters < 2:
+    if clusters < 2 or cells < 2:
         return Estimates(estimate, np.full_like(estimate, np.nan), np.zeros_like(estimate))
     means = ((group == np.arange(clusters)[:, None]) / size[:, None]) @ y
     between = _MeanSquares((means - y.mean(axis=-2, keepdims=True)) * np.sqrt(size)[:, None], clusters - 1, contrasts)

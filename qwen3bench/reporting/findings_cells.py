@@ -64,8 +64,7 @@ def recommended(run: Run, condition: Condition) -> Iterator[Finding]:
     text = f"{pick.cell}{within}: {gain} faster than the baseline{memory} ({condition})."
     if len(alike) > 1:
         text += f" {len(alike)} cells are as fast within ±{100 * band(run):g} %, or as far as can be told"
-        text += "; of these it has the least memory"
-        text += ", then the fewest switches." if memory else " as far as measured, then the fewest switches."
+        text += f"; of these it has {'the least memory, then ' if memory else ''}the fewest switches."
     yield Finding(text, "recommended")
 
 

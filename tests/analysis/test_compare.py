@@ -129,6 +129,15 @@ def test_hostile_text_stays_in_its_markdown_cell(write_run: Write, capsys: pytes
     assert "| note | x | &lt;b&gt;\\| # y |" in text
 
 
+def test_runs_with_nothing_in_common_pass_no_gate(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = write_run("a"), write_run("b", baseline_s={("prefill", "eager"): 0.01})
+    assert main([str(a), str(b), "--fail-on", "slower"]) == 1
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert "nothing to compare" in error
+    assert error.count("\n") == 1
+
+
 def test_no_run_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path), str(tmp_path)]) == 1
     error = capsys.readouterr().err

@@ -252,6 +252,23 @@ def limited(run: Run, gib: float) -> Run:
     return replace(run, config=run.config | {"report": {"memory_limit_gib": gib}})
 
 
+def test_a_recommendation_without_memory_claims_none(small_run: Run) -> None:
+    run = replace(small_run, cells=small_run.cells.assign(peak_allocated_bytes=pd.NA))
+    (text,) = texts(run, "recommended")
+    assert text.startswith("flash: ")
+    assert text.endswith("of these it has the fewest switches.")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_baseline_whose_fellows_all_failed_is_quiet(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    lines = record_lines(factors=TWO)
+    failed = [{"type": "failure", "cell": cell, "status": "oom", "reason": "no room"} for cell in lines[0]["cells"][1:]]
+    found = findings(run_of([*lines[:-1], *failed, lines[-1]]))
+    assert not [finding.text for finding in found if "faster" in finding.text]
+
+
 def test_the_recommendation_keeps_the_memory_limit(small_run: Run) -> None:
     (free,) = texts(small_run, "recommended")
     assert free.startswith("flash+tie: ")
