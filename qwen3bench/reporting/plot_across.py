@@ -28,7 +28,7 @@ def regimes(effects: pd.DataFrame, names: Sequence[str], width: float) -> Plot |
         for effect in rows(group):
             x = names.index(effect.term)
             grid[y, x], signs[y, x] = np.log(effect.estimate), _SIGNS.get(effect.verdict, "?")
-    title = _regimes_title(effects[~effects["noisy"]], names)
+    title = _regimes_title(effects, names)
     legend = f"* verdict faster or slower, = same within ±{100 * width:g} %, ? undecided"
     note = f"n = {count(effects['run'].nunique(), 'run')}; {legend}"
     longest = max(map(len, conditions))
@@ -45,14 +45,15 @@ def _row_label(first: Any) -> str:
 
 
 def _regimes_title(effects: pd.DataFrame, names: Sequence[str]) -> str:
-    seen = {name: set(effects.loc[effects["term"] == name, "verdict"]) for name in names}
+    quiet = effects[~effects["noisy"]]
+    seen = {name: set(quiet.loc[quiet["term"] == name, "verdict"]) for name in names}
     turning = [name for name in names if {"faster", "slower"} <= seen[name]]
     fading = [name for name in names if {"faster", "same"} <= seen[name] and name not in turning]
     steady = [name for name in names if seen[name] == {"faster"}]
     parts = [
         f"{words}: {listing(found)}"
         for words, found in (
-            ("faster everywhere", steady),
+            ("faster everywhere" if len(quiet) == len(effects) else "faster where it is quiet", steady),
             ("vanishes in places", fading),
             ("changes sign", turning),
         )

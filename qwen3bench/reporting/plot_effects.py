@@ -146,7 +146,11 @@ def by_condition(run: Run) -> Plot | None:
     if len(frames) < 2:
         return None
     quiet = [(condition, effects) for condition, effects in frames if not controls.noise(run, condition)]
-    title = _by_condition_title(quiet, names) if quiet else "Noisy everywhere: two copies of the baseline differ"
+    title = (
+        _by_condition_title(quiet, names, len(quiet) == len(frames))
+        if quiet
+        else "Noisy everywhere: two copies of the baseline differ"
+    )
     note = device(run) + "; noisy conditions do not count in the title" * any(
         controls.noise(run, condition) > 0 for condition, _ in frames
     )
@@ -184,7 +188,7 @@ def by_condition(run: Run) -> Plot | None:
     return Plot("effects-by-condition", figure, title, f"Main effects by workload and runtime. {title}.")
 
 
-def _by_condition_title(frames: list[tuple[Condition, pd.DataFrame]], names: list[str]) -> str:
+def _by_condition_title(frames: list[tuple[Condition, pd.DataFrame]], names: list[str], every: bool) -> str:
     def verdicts(name: str) -> set[str]:
         return {str(effects.loc[name, "verdict"]) for _, effects in frames if name in effects.index}
 
@@ -192,7 +196,10 @@ def _by_condition_title(frames: list[tuple[Condition, pd.DataFrame]], names: lis
     turns = [name for name in names if "faster" in verdicts(name) and verdicts(name) & {"same", "slower"}]
     parts = [
         f"{words}: {listing(found)}"
-        for words, found in (("Faster everywhere", everywhere), ("faster only in places", turns))
+        for words, found in (
+            ("Faster everywhere" if every else "Faster where it is quiet", everywhere),
+            ("faster only in places", turns),
+        )
         if found
     ]
     title = "; ".join(parts) or "No switch is shown to be faster everywhere"

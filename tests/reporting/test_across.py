@@ -105,7 +105,12 @@ def test_trends_need_three_lengths(runs: list[Run]) -> None:
         assert whole is not None
         assert whole.title.startswith("Effects from 128 to 2048 prompt tokens")
         assert trends(frame[frame["run"] < 3], NAMES, 0.01) is None
-        assert regimes(frame, NAMES, 0.01) is not None
+        plot = regimes(frame, NAMES, 0.01)
+        assert plot is not None
+        assert plot.title == "Faster where it is quiet: flash"
+        plot = regimes(frame[~frame["noisy"]], NAMES, 0.01)
+        assert plot is not None
+        assert plot.title == "Faster everywhere: flash"
 
 
 def test_a_trend_is_told_along_one_line_and_not_across_them(runs: list[Run]) -> None:
