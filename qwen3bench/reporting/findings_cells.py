@@ -149,7 +149,9 @@ def failures(run: Run) -> Iterator[Finding]:
         groups.setdefault((str(status), there), []).append(str(cell))
     for (status, there), names in groups.items():
         told = bad.loc[(bad["status"] == status) & bad["cell"].isin(names), ["cell", "reason"]].dropna()
-        reasons = {cell: lines[0].rstrip(".") for cell, text in told.to_numpy() if (lines := str(text).split("\n"))[0]}
+        reasons = {
+            cell: lines[0].rstrip(".") for cell, text in told.to_numpy() if (lines := str(text).strip().split("\n"))[0]
+        }
         because = f": {next(iter(reasons.values()))}" if reasons else ""
         if len(set(reasons.values())) > 1:
             because += f" ({next(iter(reasons))}; the others' stand under What went wrong)"

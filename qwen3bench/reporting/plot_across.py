@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -121,7 +122,7 @@ def trends(effects: pd.DataFrame, names: Sequence[str], width: float) -> Plot | 
 
 def _looks() -> Iterator[dict[str, Any]]:
     """Marker, colour and stroke of one line after another, told apart in grey too."""
-    for stroke in ("-", "--", ":"):
+    for stroke in cycle(("-", "--", ":")):
         for shape, colour in SERIES:
             yield {"marker": shape, "color": colour, "linestyle": stroke, "linewidth": 1, "markersize": 5}
 
@@ -131,7 +132,8 @@ def _trend_words(effects: pd.DataFrame) -> str:
     moves = []
     for (name, label), line in effects[~effects["noisy"]].groupby(["term", "label"], sort=False):
         first, last = rows(line.head(1))[0], rows(line.tail(1))[0]
-        if first.hi < last.lo or last.hi < first.lo:
+        apart = first.hi < last.lo or last.hi < first.lo
+        if apart and first.prompt_tokens < last.prompt_tokens:
             ends = " → ".join(f"{ratio(e.estimate, e.lo, e.hi)} at {int(e.prompt_tokens)}" for e in (first, last))
             moves.append((abs(np.log(last.estimate / first.estimate)), f": {name} moves most, {ends} ({label})"))
     return max(moves)[1] if moves else ""

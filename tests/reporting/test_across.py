@@ -132,13 +132,13 @@ def test_a_trend_is_told_along_one_line_and_not_across_them(runs: list[Run]) -> 
 
 def test_the_lines_of_a_trend_differ_in_grey_and_are_named(runs: list[Run]) -> None:
     frame = effects_over(runs)
-    many = pd.concat([frame.assign(device=f"card {n}") for n in range(9)])
+    many = pd.concat([frame.assign(device=f"card {n}") for n in range(21)])
     with figures.style():
         plot = trends(many[many["term"] == "flash"], ["flash"], 0.01)
     assert plot is not None
     (legend,) = [found for axes in plot.figure.axes if (found := axes.get_legend())]
     looks = {(line.get_marker(), line.get_linestyle()) for line in legend.get_lines()}
-    assert len(looks) == len(legend.get_texts()) == 9
+    assert len(looks) == len(legend.get_texts()) == 21
 
 
 def test_no_label_leaves_the_picture(runs: list[Run], tmp_path: Path) -> None:
