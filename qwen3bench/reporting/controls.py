@@ -39,7 +39,8 @@ def sentences(run: Run) -> list[Control]:
     outcome = [*_equivalence(run)]
     for condition in conditions(run):
         outcome += [*_aa(run, condition), *_tie_latency(run, condition), *_drift(run, condition)]
-    return [*outcome, *_tie_memory(run), *_flagged(run), *_power_cap(run), *_host(run), *_absent(run)]
+    of_all = (_processes, _tie_memory, _flagged, _power_cap, _host, _absent)
+    return [*outcome, *(control for each in of_all for control in each(run))]
 
 
 def noise(run: Run, condition: Condition) -> float:
@@ -91,6 +92,13 @@ def _drift(run: Run, condition: Condition) -> Iterator[Control]:
             moved = f"{100 * row.total:+.2g} %".replace("-", "−")
             text = f"Drift: latency moved by {moved} over {count(int(row.blocks), 'block')} ({condition})"
             yield Control(f"{text}; effects are taken within blocks.", False, judged=False)
+
+
+def _processes(run: Run) -> Iterator[Control]:
+    timed = [(condition, condition.select(run.samples)["process"].nunique()) for condition in conditions(run)]
+    if alone := [str(condition) for condition, processes in timed if processes == 1]:
+        text = f"Timed in one process ({listing(alone)}): intervals leave out what differs between processes"
+        yield Control(f"{text}, so a second run need not confirm them.", True)
 
 
 def _tie_memory(run: Run) -> Iterator[Control]:

@@ -18,6 +18,7 @@ def said(run: Run, start: str) -> list[tuple[str, bool]]:
 
 def test_a_quiet_run_passes_every_control(full_run: Run) -> None:
     assert not [control.text for control in sentences(full_run) if control.failed]
+    assert not said(full_run, "Timed in one process")
     for start in ("A/A", "Negative control", "Positive control", "Drift", "Equivalence", "Under eager"):
         assert said(full_run, start)
 
@@ -35,6 +36,16 @@ def test_a_tie_that_saves_other_bytes_fails(full_run: Run) -> None:
     ((text, failed),) = said(run, "Positive control")
     assert failed
     assert text.endswith("when added to flash.")
+
+
+def test_a_single_process_is_warned_of(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:
+    lines = record_lines(workloads=("prefill", "decode"))
+    run = run_of(
+        [{**line, "process": 0} if line.get("workload") == "decode" and "process" in line else line for line in lines]
+    )
+    ((text, failed),) = said(run, "Timed in one process")
+    assert failed
+    assert "(decode 1×512 graph)" in text
 
 
 def test_a_tie_that_changes_latency_fails(full_run: Run) -> None:
