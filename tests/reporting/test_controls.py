@@ -38,6 +38,18 @@ def test_a_tie_that_saves_other_bytes_fails(full_run: Run) -> None:
     assert text.endswith("when added to flash.")
 
 
+@pytest.mark.parametrize(("runtime", "mend"), [("graph", "on a quiet machine."), ("compile", "in more processes.")])
+def test_noise_is_told_with_what_would_mend_it(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run], runtime: str, mend: str
+) -> None:
+    run = run_of(record_lines(factors=("flash",), copy_shift=0.05))
+    for table in (run.cells, run.samples, run.controls.aa):
+        table["runtime"] = runtime
+    ((text, failed),) = said(run, "Noisy")
+    assert failed
+    assert text.endswith(mend)
+
+
 def test_a_single_process_is_warned_of(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:
     lines = record_lines(workloads=("prefill", "decode"))
     run = run_of(
