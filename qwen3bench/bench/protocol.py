@@ -24,7 +24,7 @@ _NEEDED = {
 # What others read later, and what it has to be; null where it is not known.
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("device", "status", "reason", "attention_backend", "dtype"), (str,)),
-    **dict.fromkeys(("environment", "fingerprint", "kernels", "checks", "vendor"), (dict,)),
+    **dict.fromkeys(("environment", "fingerprint", "kernels", "checks", "vendor", "compile_options"), (dict,)),
     **dict.fromkeys(("samples", "notes", "itl_s"), (list,)),
     **dict.fromkeys(("equivalent", "tied_storage"), (bool,)),
     **dict.fromkeys(("num_parameters", "num_unique_parameters", "num_non_embedding_parameters"), (int,)),

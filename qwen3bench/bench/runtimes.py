@@ -30,6 +30,7 @@ class Runtime:
     device: torch.device
     name: str = "eager"
     compile_s: float | None = field(default=None, init=False)  # of the last `prepare`
+    compile_options: dict[str, Any] | None = field(default=None, init=False)  # of the last model
 
     @property
     def on_device_clock(self) -> bool:
@@ -104,8 +105,8 @@ class CompileRuntime(Runtime):
 
     def prepare_model(self, model: Decoder) -> None:
         blocks = list(model.compile_units)
-        options = {"autotune_local_cache": False} | (self.inductor if model.takes_compile_options else {})
-        compiled = torch.compile(_own_copy(type(blocks[0]).forward), fullgraph=True, options=options)
+        self.compile_options = {"autotune_local_cache": False} | (self.inductor if model.takes_compile_options else {})
+        compiled = torch.compile(_own_copy(type(blocks[0]).forward), fullgraph=True, options=self.compile_options)
         for block in blocks:
             block.forward = types.MethodType(compiled, block)
 

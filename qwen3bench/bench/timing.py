@@ -126,9 +126,10 @@ class Timings:
                 if op == "prepare":
                     stage.step(cell)
                 with self._ledger.failing("time", cell, *where) as outcome:
-                    seconds = self._workers.ask(op, **arguments).get("compile_s")
-                    if seconds is not None:
-                        compiled.append({"type": "compile", "cell": cell, **place, "seconds": seconds})
+                    answer = self._workers.ask(op, **arguments)
+                    if answer.get("compile_s") is not None:
+                        told = {"seconds": answer["compile_s"], "options": answer.get("compile_options")}
+                        compiled.append({"type": "compile", "cell": cell, **place, **told})
                 if outcome.failed:
                     return False
                 if op == "enter":

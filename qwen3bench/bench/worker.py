@@ -233,7 +233,7 @@ class Worker:
             raise InvalidCell("its logits are not finite (NaN or infinity), so its latency would mean nothing")
         del logits
         self._prepared[cell, copy] = Prepared(model, launches)
-        return {"compile_s": self._runtime.compile_s}
+        return {"compile_s": self._runtime.compile_s, "compile_options": self._runtime.compile_options}
 
     def op_visit(self, cell: str, copy: int, repeats: int | None) -> dict[str, Any]:
         """One visit: an untimed launch, then `repeats` timed values (None: as the cell's latency asks), in seconds."""

@@ -19,7 +19,7 @@ from qwen3bench.reporting.finding import Finding
 from qwen3bench.reporting.findings import findings, grouped
 from qwen3bench.reporting.lookup import LATENCY, MEMORY, device, directory, factors
 from qwen3bench.reporting.tables import Table
-from qwen3bench.reporting.units import is_number
+from qwen3bench.reporting.units import is_number, listing
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -69,6 +69,7 @@ def page_content(run: Run, found: list[Finding]) -> dict[str, Any]:
         "equivalence": _equivalence(run),
         "evidence": tables.evidence_table(lines) if (lines := run.evidence) else None,
         "failures": _failures(run),
+        "compiled": _compiled(run),
         "measured": _measured(run),
         "commands": [_command(line) for line in run.record.of("session")],
         "environment": tables.mapping_table(run.environment or {}, ("what", "value")),
@@ -145,6 +146,22 @@ def _failures(run: Run) -> Table | None:
         return None
     rows = [[tables.Entry(text, text) for text in (str(line.get(key) or "") for key in keys)] for line in lines]
     return tables.drop_empty(tables.Table(list(keys), rows))
+
+
+def _compiled(run: Run) -> str:
+    """How cells were compiled, where the record tells."""
+    with_options: dict[str, list[str]] = {}
+    for line in run.record.of("compile"):
+        if isinstance(options := line.get("options"), dict):
+            said = ", ".join(f"{key}={value}".lower() for key, value in options.items())
+            with_options.setdefault(said, []).append(line["cell"])
+    if not with_options:
+        return ""
+    each = [
+        f"{said or 'its defaults'}{f' ({listing(sorted(set(cells)))})' if len(with_options) > 1 else ''}"
+        for said, cells in with_options.items()
+    ]
+    return f"Each process compiled for itself, Inductor's options: {'; '.join(each)}."
 
 
 def _measured(run: Run) -> Table | None:

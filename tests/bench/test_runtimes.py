@@ -142,5 +142,6 @@ def test_a_peer_is_compiled_with_the_defaults(model: Qwen3Model, monkeypatch: py
     runtime = CompileRuntime(torch.device("meta"), inductor={"combo_kernels": True})
     runtime.prepare_model(model)
     (options,) = given
+    assert runtime.compile_options == options
     assert options["autotune_local_cache"] is False
     assert options.get("combo_kernels", False) is takes

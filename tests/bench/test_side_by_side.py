@@ -229,13 +229,14 @@ def test_what_fails_alone_too_fails_and_is_timed_no_more(measure: Measure, op: s
 
 
 def test_compiling_is_done_alone_and_each_process_records_what_it_took(measure: Measure) -> None:
-    compiled = {"does": "answer", "op": "prepare", "fields": {"compile_s": 1.5}}
+    compiled = {"does": "answer", "op": "prepare", "fields": {"compile_s": 1.5, "compile_options": {"a": 1}}}
     done = measure(*ON_A_CARD[:3], "runtime=graph,compile", *TIMED[4:], faults=[compiled])
     lines = [line for line in done.record.of("compile") if line["runtime"] == "compile"]
     blocks = done.record.of("block")
     by_process = {line["process"] for line in lines}
     assert by_process == {line["process"] for line in blocks if line["runtime"] == "compile"}
     assert len(by_process) == 2 * 3
+    assert {(line["seconds"], line["options"]["a"]) for line in lines} == {(1.5, 1)}
     assert len(lines) == len(by_process) * 17  # the baseline's copy, too
     assert "preparing prefill graph, decode graph in 4 processes at a time" in done.err
     assert "preparing prefill compile in process" in done.err

@@ -1,3 +1,4 @@
+import html
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -120,6 +121,20 @@ def test_both_pages_say_the_same_findings(page: str, text: str) -> None:
     assert said
     for sentence in said:
         assert sentence.replace("\\", "") in page
+
+
+def test_the_pages_tell_with_which_options_each_cell_was_compiled(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    lines = record_lines(factors=("flash",), blocks=2)
+    where = {"type": "compile", "workload": "prefill", "runtime": "graph", "process": 0, "seconds": 1.0}
+    ours = {**where, "options": {"combo_kernels": True}}
+    theirs = {**where, "cell": "transformers:sdpa", "options": {}}
+    run = run_of([*lines, {**ours, "cell": "flash"}, {**ours, "cell": "baseline"}, theirs])
+    write_report(run)
+    said = "Inductor's options: combo_kernels=true (baseline and flash); its defaults (transformers:sdpa)."
+    for page in ("report.html", "report.md"):
+        assert said in html.unescape((run.path / page).read_text(encoding="utf-8")).replace("\\", "")
 
 
 def test_a_noisy_run_opens_with_a_warning(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:
