@@ -303,7 +303,7 @@ def test_help_names_the_commands_groups_and_options() -> None:
     for line in (
         "python -m qwen3bench +opt=flash,tie",
         "resume=DIR",
-        "opt: block, flash, mask, mlp, norm, qkv, tie",
+        "opt: flash, gemv, mask, mlp, norm, qkv, tie",
         "band: 0.01",
     ):
         assert line in shown.stdout

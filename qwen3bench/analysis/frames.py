@@ -19,6 +19,13 @@ BASELINE = "baseline"
 COPY = "baseline (copy)"  # the column of the A/A copy in a block matrix
 
 
+# Of a sample, beside a column for each factor.
+SAMPLE_COLUMNS = (
+    *("cell", "workload", "runtime", "copy", "process", "block", "attempt", "position", "repeat", "time"),
+    *("latency_s", "ttft_s", "tpot_s", "itl_s"),
+)
+
+
 def analysis_setting(record: Record, name: str) -> float:
     """`analysis.band` or `analysis.confidence` of a run, its usual value where the record has none."""
     settings = record.run["config"].get("analysis")

@@ -18,6 +18,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from qwen3bench.analysis.cells import columns
+from qwen3bench.analysis.frames import SAMPLE_COLUMNS
 from qwen3bench.analysis.run import load_run, write_derived
 from qwen3bench.bench.campaign import Campaign
 from qwen3bench.bench.environment import CHANGES_NO_NUMBER, differences
@@ -52,6 +54,7 @@ def run(
     and 143.
     """
     started = time.monotonic()
+    _refuse_column_names(settings)
     directory = _directory(settings)
     reporter = Reporter()
     writer = RecordWriter(directory)
@@ -90,6 +93,14 @@ def run(
     if status == 1:
         print(f"qwen3bench: error: no cell could be measured; {directory / 'report.html'} says why", file=sys.stderr)
     return status
+
+
+def _refuse_column_names(settings: Settings) -> None:
+    """Raise `UserError` where an optimization's own column of the results would take another's place."""
+    taken = {*SAMPLE_COLUMNS, *columns(())}
+    for name in settings.factors:
+        if name in taken:
+            raise UserError(f"opt.{name}: the results have a column {name!r} already; give the YAML file another name")
 
 
 def _directory(settings: Settings) -> Path:

@@ -18,12 +18,14 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from qwen3bench.analysis.frames import SAMPLE_COLUMNS
 from qwen3bench.analysis.run import load_run, write_derived
 from qwen3bench.bench.campaign import Campaign
 from qwen3bench.bench.design import block_order
 from qwen3bench.bench.monitor import Telemetry
 from qwen3bench.bench.progress import Reporter
 from qwen3bench.bench.record import RecordWriter, read_record
+from qwen3bench.choices import choices
 
 Measure = Callable[..., Any]
 FULL = ("design=full", "opt=flash,tie")
@@ -291,6 +293,24 @@ def test_a_model_whose_name_is_a_formula_makes_none_in_the_tables(
     done = measure(*FULL, model=replace(small_settings(*FULL).model, name="=1+1"))
     cells = pd.read_csv(done.directory / "cells.csv")
     assert set(cells["model"]) == {"'=1+1"}
+
+
+def test_every_optimization_has_columns_of_its_own(measure: Measure) -> None:
+    done = measure("design=each", f"opt=[{','.join(choices('opt'))}]", "workload=generate")
+    assert done.status == 0
+    factors = set(choices("opt"))
+    assert set(done.run.samples.columns) == {*SAMPLE_COLUMNS, *factors}
+    mains = done.run.effects[done.run.effects["kind"] == "main"]
+    assert set(mains["term"]) == factors
+
+
+@pytest.mark.parametrize("name", ["block", "latency_s", "status", "itl_p50_s"])
+def test_an_optimization_named_like_a_column_is_refused_before_anything_is_measured(
+    measure: Measure, name: str
+) -> None:
+    done = measure(opts={name: {"_target_": "somewhere.apply"}})
+    assert f"the results have a column '{name}' already; give the YAML file another name" in done.error
+    assert not done.directory.exists()
 
 
 def test_a_directory_with_control_characters_is_refused(measure: Measure, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`block`: a decoder block in five kernels, where it is given a single token.
+"""`gemv`: a decoder block in five kernels, its products matrix times vector, where it is given a single token.
 
 Decoding a token reads every weight once and computes next to nothing, so the gaps between kernels cost as much as
 some of the kernels. These five are all that is between two of the residual stream's tensors:

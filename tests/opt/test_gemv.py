@@ -1,4 +1,4 @@
-"""`block`: a decoder block in five kernels, where it is given a single token."""
+"""`gemv`: a decoder block in five kernels, where it is given a single token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from qwen3bench import ModelConfig, build_model
 from qwen3bench.model.cache import KVCache
 from qwen3bench.model.qwen3 import Qwen3Model
-from qwen3bench.opt.block import FusedTokenBlock
+from qwen3bench.opt.gemv import FusedTokenBlock
 
 FIVE_KERNELS = ["_project_kernel", "_attend_kernel", "_add_product_kernel", "_swiglu_kernel", "_add_product_kernel"]
 
@@ -53,18 +53,18 @@ def random_tokens(config: ModelConfig, batch: int, length: int) -> Tensor:
 
 
 def test_every_block_is_replaced(tiny: ModelConfig) -> None:
-    assert len(blocks(build_model(tiny, ("block",), device="meta"))) == tiny.num_layers
+    assert len(blocks(build_model(tiny, ("gemv",), device="meta"))) == tiny.num_layers
 
 
 def test_without_cuda_it_is_the_stock_block(tiny: ModelConfig, tiny_weights: dict[str, Tensor]) -> None:
     tokens = random_tokens(tiny, 1, 7)
     _, filled = reference(tiny, tiny_weights, tokens)
-    logits = [decode(build_model(tiny, opts, tiny_weights), tokens, filled)[0] for opts in ((), ("block",))]
+    logits = [decode(build_model(tiny, opts, tiny_weights), tokens, filled)[0] for opts in ((), ("gemv",))]
     assert torch.equal(*logits)
 
 
 def test_counters_are_zero_whatever_happens_to_the_module(tiny: ModelConfig, tiny_weights: dict[str, Tensor]) -> None:
-    model = build_model(tiny, ("block",), tiny_weights)
+    model = build_model(tiny, ("gemv",), tiny_weights)
     for changed in (model, copy.deepcopy(model), copy.deepcopy(model).to(torch.bfloat16)):
         for block in blocks(changed):
             assert block.arrivals.dtype is torch.int32
@@ -86,7 +86,7 @@ def test_a_single_token_on_cuda(
     tokens = random_tokens(config, 1, length).cuda()
     expected, filled = reference(config, weights, tokens)
     plain, _ = decode(build_model(config, (), weights, dtype=dtype), tokens, filled)
-    model = build_model(config, ("block",), weights, dtype=dtype)
+    model = build_model(config, ("gemv",), weights, dtype=dtype)
     logits, cache = decode(model, tokens, filled)
     assert error(logits, expected) <= 2 * error(plain, expected)
     for mine, theirs in ((cache.keys, filled.keys), (cache.values, filled.values)):
@@ -101,7 +101,7 @@ def test_a_block_is_five_kernels(tiny: ModelConfig, tiny_weights: dict[str, Tens
     weights = on_cuda(tiny_weights)
     tokens = random_tokens(tiny, 1, 40).cuda()
     _, filled = reference(tiny, weights, tokens)
-    model = build_model(tiny, ("block",), weights)
+    model = build_model(tiny, ("gemv",), weights)
     decode(model, tokens, filled)
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -118,9 +118,9 @@ def test_replayed_and_compiled_it_computes_the_same(tiny: ModelConfig, tiny_weig
     weights = on_cuda(tiny_weights)
     tokens = random_tokens(tiny, 1, 40).cuda()
     _, filled = reference(tiny, weights, tokens)
-    eager, cache = decode(build_model(tiny, ("block",), weights), tokens, filled)
+    eager, cache = decode(build_model(tiny, ("gemv",), weights), tokens, filled)
     for name in ("graph", "compile"):
-        model = build_model(tiny, ("block",), weights)
+        model = build_model(tiny, ("gemv",), weights)
         runtime = make_runtime(name, torch.device("cuda"))
         runtime.prepare_model(model)
         outputs: list[Tensor] = []
@@ -138,7 +138,7 @@ def test_replayed_and_compiled_it_computes_the_same(tiny: ModelConfig, tiny_weig
 @pytest.mark.cuda
 def test_more_than_one_token_takes_the_stock_block(tiny: ModelConfig, tiny_weights: dict[str, Tensor]) -> None:
     weights = on_cuda(tiny_weights)
-    plain, fused = (build_model(tiny, opts, weights) for opts in ((), ("block",)))
+    plain, fused = (build_model(tiny, opts, weights) for opts in ((), ("gemv",)))
     tokens = random_tokens(tiny, 3, 8).cuda()
     assert torch.equal(plain(tokens), fused(tokens))
     _, filled = reference(tiny, weights, tokens)
