@@ -263,7 +263,7 @@ class Timings:
             len(timing.processes),
             timing.measured_s,
             target=self._settings.target(where[1]),
-            max_seconds=self._settings.limit_s(timing.blocks, len(timing.processes)),
+            max_seconds=self._settings.limit_s(where[1], timing.blocks, len(timing.processes)),
             min_blocks=measure.min_blocks,
             min_processes=measure.min_processes,
             max_blocks=measure.max_blocks,
@@ -298,7 +298,7 @@ class Timings:
         if not timing.blocks:
             return title
         a_block_s = timing.measured_s / timing.blocks
-        most = self._settings.limit_s(measure.min_blocks, measure.min_processes) - timing.measured_s
+        most = self._settings.limit_s(where[1], measure.min_blocks, measure.min_processes) - timing.measured_s
         least = max(0, measure.min_blocks - timing.blocks) * a_block_s
         if measure.max_seconds:
             least = min(least, most)
