@@ -88,7 +88,7 @@ def test_a_cell_is_prepared_and_visited(opened: Ask, workload: str) -> None:
     opened("load", cells=["baseline", "flash+tie"])
     opened("enter", workload=workload, runtime="eager", cell="flash+tie")
     for cell, copy in (("baseline", 0), ("flash+tie", 0), ("baseline", 1)):
-        assert opened("prepare", cell=cell, copy=copy) == {"compile_s": None}
+        assert opened("prepare", cell=cell, copy=copy) == {"compile_s": None, "compile_options": None}
     samples = opened("visit", cell="baseline", copy=1, repeats=3)["samples"]
     assert len(samples) == 3
     for sample in samples:
