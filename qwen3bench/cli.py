@@ -125,8 +125,14 @@ def _job_settings(config: DictConfig) -> Settings:
     if job.mode == RunMode.MULTIRUN:
         print(f"#{job.job.num}: {' '.join(job.overrides.task)}", flush=True)
         directory = config.get("run", {}).get("dir")
-        config.run.dir = str(Path(directory) / str(job.job.num)) if directory else job.runtime.output_dir
+        config.run.dir = str(Path(directory) / str(job.job.num)) if directory else _from_here(job.runtime.output_dir)
     return with_checkpoint_shape(settings_from(config))
+
+
+def _from_here(path: str) -> str:
+    """Hydra's absolute path as a relative one where it lies below, as it is typed: it goes into the record."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
 
 
 def _printable(text: str) -> str:
