@@ -18,6 +18,7 @@ import pytest
 
 from qwen3bench.bench import campaign
 from qwen3bench.bench.monitor import Telemetry
+from qwen3bench.bench.supervisor import WorkerProcess
 from qwen3bench.bench.workers import Workers
 
 Measure = Callable[..., Any]
@@ -46,21 +47,29 @@ def test_each_cell_is_verified_once_and_the_processes_beside_are_gone(measure: M
     assert "at a time" not in alone.err
 
 
-def test_no_process_but_the_one_at_work_and_the_next_lives_when_memory_is_measured(
+def test_no_process_but_the_one_at_work_has_touched_the_card_when_memory_is_measured(
     measure: Measure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alive = []
-    ask = Workers.ask
+    """Those that are to time later have started, and have not been told of a device."""
+    opened: set[int] = set()
+    living = []
+    send, ask = WorkerProcess.send, Workers.ask
+
+    def noted(self: WorkerProcess, op: str, **arguments: Any) -> None:
+        opened.add(self.pid)
+        send(self, op, **arguments)
 
     def counted(self: Workers, op: str, **arguments: Any) -> dict[str, Any]:
         if op == "memory":
             children = psutil.Process().children()
-            alive.append(sum(child.status() != psutil.STATUS_ZOMBIE for child in children))
+            alive = {child.pid for child in children if child.status() != psutil.STATUS_ZOMBIE}
+            living.append((len(alive & opened), len(alive)))
         return ask(self, op, **arguments)
 
+    monkeypatch.setattr(WorkerProcess, "send", noted)
     monkeypatch.setattr(Workers, "ask", counted)
-    measure(*ON_A_CARD)
-    assert alive == [2] * 16
+    measure(*TIMED)
+    assert living == [(1, 1 + 4)] * 2 * 16
 
 
 def test_cells_with_the_same_kernels_go_to_the_same_process(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
