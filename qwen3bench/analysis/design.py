@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Term = tuple[int, ...]  # the positions of a term's factors
+OTHERS_OFF, OTHERS_ON = "with the others off", "with the others on"
 _TINY = 1e-9
 
 
@@ -19,8 +20,8 @@ _TINY = 1e-9
 class Contrasts:
     """For each of the 2^k − 1 terms the contrast of cell means that estimates it.
 
-    `matrix` (terms, cells) is NaN where a term cannot be estimated; `reasons` then says why, and where a term
-    can be estimated only by taking higher interactions for nil, says that.
+    `matrix` (terms, cells) is NaN where a term cannot be estimated; `reasons` then says why, and else what an
+    estimate takes for nil, or that it is of a factor `OTHERS_OFF` or `OTHERS_ON` instead of an average.
     """
 
     terms: tuple[Term, ...]
@@ -64,8 +65,10 @@ def contrasts(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> C
 
     All 2^k cells: the orthogonal ones. Fewer: least squares under the hierarchy principle (Box, Hunter &
     Hunter, Statistics for Experimenters, chapter 6): a term counts as estimable when it can be told from
-    every term of its own and of lower order; higher interactions are then taken for nil, as few as will do,
-    and the reason says so.
+    every term of its own and of lower order, a main effect from the interactions of two factors as well, as no
+    average over the other factors is known without them; higher interactions are then taken for nil, as few
+    as will do, and the reason says so. A main effect for which that fails is what its factor is worth beside
+    none of the others, or else beside all of them, where these two cells are there, and the reason says which.
     """
     k = len(factors)
     terms = all_terms(k)
@@ -75,7 +78,8 @@ def contrasts(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> C
     reasons = [""] * len(terms)
     missing = _missing(factors, cells)
     open_terms = set(range(len(terms)))
-    for order in range(k, 0, -1):
+    least = min(2, k)
+    for order in range(k, least - 1, -1):
         n = sum(len(term) <= order for term in terms)  # terms come sorted by order
         design = np.column_stack([np.ones(len(cells)), model_matrix(cells, terms[:n])])
         u, s, vt = np.linalg.svd(design, full_matrices=False)
@@ -89,14 +93,21 @@ def contrasts(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> C
                 matrix[t] = solve[t + 1]
                 open_terms.discard(t)
                 if order < k:
-                    higher = f"interactions of more than {order} factors" if order > 1 else "all interactions"
-                    reasons[t] = f"{missing}, {higher} taken for nil"
-            elif len(terms[t]) == order:
+                    reasons[t] = f"{missing}, interactions of more than {order} factors taken for nil"
+            elif max(least, len(terms[t])) == order:
                 alias = [terms[i] for i in range(n) if i != t and abs(known[t + 1, i + 1]) > _TINY]
                 names = ["the mean"] * bool(abs(known[t + 1, 0]) > _TINY) + [term_name(a, factors) for a in alias]
                 reasons[t] = f"{missing}, cannot be told from {_some(names)}"
         if not open_terms:
             break
+    for t in sorted(open_terms & set(range(k))):
+        for others, reason in ((0, OTHERS_OFF), (1, OTHERS_ON)):
+            off, on = (tuple(level if i == t else others for i in range(k)) for level in (0, 1))
+            if off in cells and on in cells:
+                matrix[t] = 0.0
+                matrix[t, [cells.index(off), cells.index(on)]] = -1.0, 1.0
+                reasons[t] = reason
+                break
     return Contrasts(terms, matrix, tuple(reasons))
 
 

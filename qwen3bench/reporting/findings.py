@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qwen3bench.analysis.design import OTHERS_OFF, OTHERS_ON
 from qwen3bench.reporting import controls
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.finding import Finding
 from qwen3bench.reporting.findings_cells import failures, missing, peers, recommended
 from qwen3bench.reporting.findings_effects import joint, memory, switch, together, undecided
-from qwen3bench.reporting.lookup import factors
+from qwen3bench.reporting.lookup import AVERAGE, factors
 from qwen3bench.reporting.units import count
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 _HEADINGS = {
     "together": "All together",
     "recommended": "What to switch on",
-    "switch": "Each switch, on average over the others",
+    "switch": f"Each switch, {AVERAGE}",
+    **{f"switch {others}": f"Each switch, {others}" for others in (OTHERS_OFF, OTHERS_ON)},
     "interaction": "Switches that interact",
     "memory": "Memory",
     "peer": "Other implementations",

@@ -16,11 +16,13 @@ from qwen3bench.reporting import controls
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.finding import Finding, verdict_of, worth
 from qwen3bench.reporting.lookup import (
+    AVERAGE,
     BASELINE,
     LATENCY,
     MEMORY,
     all_on,
     band,
+    beside,
     device,
     factors,
     rows,
@@ -71,20 +73,21 @@ def _times(run: Run, baseline_s: float, row: Any) -> str:
 
 
 def switch(run: Run, name: str) -> Iterator[Finding]:
-    """What one switch is worth on average over the others, under every condition."""
+    """What one switch is worth under every condition."""
     parts = []
+    found = run.effects[(run.effects["metric"] == LATENCY) & (run.effects["kind"] == "main")]
+    others = beside(run)
     for condition in conditions(run):
-        chosen = condition.select(run.effects)
-        chosen = chosen[(chosen["metric"] == LATENCY) & (chosen["kind"] == "main") & (chosen["term"] == name)]
+        chosen = condition.select(found)
         noisy = ", noisy" if controls.noise(run, condition) else ""
-        for row in rows(chosen):
-            because = f": {row.reason}" if isinstance(row.reason, str) and row.reason else ""
+        for row in rows(chosen[chosen["term"] == name]):
+            because = f": {row.reason}" if row.reason and row.reason != others else ""
             if is_number(row.estimate):
                 parts.append(f"{_worth(run, condition, row)} ({condition}{noisy}{because})")
             else:
                 parts.append(f"cannot be told ({condition}{because})")
     if parts:
-        yield Finding(f"{name}: {'; '.join(parts)}.", "switch")
+        yield Finding(f"{name}: {'; '.join(parts)}.", "switch" if others == AVERAGE else f"switch {others}")
 
 
 def joint(run: Run) -> Iterator[Finding]:
@@ -165,13 +168,14 @@ def _evidence(run: Run, condition: Condition, a: str, b: str) -> str:
 
 def memory(run: Run) -> Iterator[Finding]:
     """Which switches save peak memory, and whether that costs latency."""
+    others = beside(run)
     for name in factors(run):
         saved: dict[tuple[str, str], list[str]] = {}
         free = []
         for condition in conditions(run):
             less = [row for row in rows(terms(run, condition, MEMORY, "main")) if row.term == name]
             if less and less[0].verdict == "less":
-                because = f": {less[0].reason}" if less[0].reason else ""
+                because = f": {less[0].reason}" if less[0].reason and less[0].reason != others else ""
                 saved.setdefault((signed_bytes(less[0].estimate), because), []).append(str(condition))
                 latency = [row for row in rows(terms(run, condition, LATENCY, "main")) if row.term == name]
                 if [controls.heard(run, condition, r.verdict, r.estimate) for r in latency] == ["same"]:
@@ -180,9 +184,9 @@ def memory(run: Run) -> Iterator[Finding]:
             everywhere = len(free) == sum(map(len, saved.values()))
             costs = f"costs no latency beyond ±{100 * band(run):g} %"
             said = "; ".join(f"{amount} ({listing(names, 12)}{because})" for (amount, because), names in saved.items())
-            text = f"{name} lowers peak memory{f' and {costs} there' if everywhere else ''}: {said}"
+            text = f"{name} lowers peak memory{f' and {costs} there' if everywhere else ''}: {said}, {others}."
             partly = f" It {costs} in {listing(free, 12)}." if free and not everywhere else ""
-            yield Finding(f"{text}, on average over the other switches.{partly}", "memory")
+            yield Finding(f"{text}{partly}", "memory")
 
 
 def undecided(run: Run, condition: Condition) -> Iterator[Finding]:

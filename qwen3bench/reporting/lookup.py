@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from qwen3bench.analysis.design import OTHERS_OFF, OTHERS_ON
 from qwen3bench.reporting.conditions import Condition
 from qwen3bench.reporting.units import count
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 BASELINE = "baseline"
 LATENCY, MEMORY = "latency_s", "peak_allocated_bytes"
+AVERAGE = "on average over the others"
 
 
 def factors(run: Run) -> list[str]:
@@ -60,6 +62,13 @@ def terms(run: Run, condition: Condition, metric: str, kind: str) -> pd.DataFram
     chosen = condition.select(run.effects)
     chosen = chosen[(chosen["metric"] == metric) & (chosen["kind"] == kind) & chosen["estimate"].notna()]
     return chosen.astype({"estimate": float, "lo": float, "hi": float})
+
+
+def beside(run: Run) -> str:
+    """What the other switches do where a switch's main effects are told: on average, or all off, or all on."""
+    main = run.effects[(run.effects["kind"] == "main") & run.effects["estimate"].notna()]
+    (reason, *more) = [*main["reason"].unique(), AVERAGE]
+    return str(reason) if len(more) == 1 and reason in (OTHERS_OFF, OTHERS_ON) else AVERAGE
 
 
 def blocks_of(run: Run, condition: Condition) -> str:

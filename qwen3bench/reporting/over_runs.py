@@ -12,7 +12,7 @@ from qwen3bench.reporting import controls
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.finding import Finding
 from qwen3bench.reporting.findings_cells import failures, missing
-from qwen3bench.reporting.lookup import LATENCY, largest, rows, smallest, terms
+from qwen3bench.reporting.lookup import AVERAGE, LATENCY, beside, largest, rows, smallest, terms
 from qwen3bench.reporting.tables import Entry, Table, drop_empty
 from qwen3bench.reporting.units import count, listing, ratio
 
@@ -35,7 +35,8 @@ def effects_over(runs: Sequence[Run]) -> pd.DataFrame:
             cell = rows(condition.select(run.cells))[0]
             same = {key: getattr(cell, key) for key in (*_WHERE, "batch_size", "prompt_tokens")}
             where = {"run": number, **same, "workload": condition.workload, "runtime": condition.runtime}
-            where |= {"condition": str(condition), "noisy": controls.noise(run, condition) > 0}
+            others = "" if beside(run) == AVERAGE else f", {beside(run)}"
+            where |= {"condition": f"{condition}{others}", "noisy": controls.noise(run, condition) > 0}
             for effect in rows(terms(run, condition, LATENCY, "main")):
                 values = {key: getattr(effect, key) for key in ("term", "estimate", "lo", "hi", "verdict")}
                 lines.append(where | values)

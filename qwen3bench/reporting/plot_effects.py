@@ -22,8 +22,10 @@ from qwen3bench.reporting.figures import (
     new_figure,
 )
 from qwen3bench.reporting.lookup import (
+    AVERAGE,
     LATENCY,
     band,
+    beside,
     blocks_of,
     device,
     factors,
@@ -49,7 +51,8 @@ def forest(run: Run, condition: Condition) -> Plot | None:
     size = np.log(worth_a_row["estimate"]).abs().sort_values(ascending=False, kind="stable").index
     shown_main = main.loc[np.log(main["estimate"]).sort_values(ascending=False, kind="stable").index]
     shown = pd.concat([shown_main, joint.loc[size[: max(0, _MOST_TERMS - len(main))]]])
-    note = f"{condition}; {device(run)}; n = {blocks_of(run, condition)}"
+    others = "" if beside(run) == AVERAGE else f"; each switch {beside(run)}"
+    note = f"{condition}; {device(run)}; n = {blocks_of(run, condition)}{others}"
     if left_out := len(main) + len(joint) - len(shown):
         note += f"; {count(left_out, 'interaction')} left out: small, or of three and more without a direction"
     title = _noisy(run, condition, _forest_title(main if len(main) else joint, band(run)))
@@ -151,7 +154,8 @@ def by_condition(run: Run) -> Plot | None:
         if quiet
         else "Noisy everywhere: two copies of the baseline differ"
     )
-    note = device(run) + "; noisy conditions do not count in the title" * any(
+    others = "" if beside(run) == AVERAGE else f"; each switch {beside(run)}"
+    note = f"{device(run)}{others}" + "; noisy conditions do not count in the title" * any(
         controls.noise(run, condition) > 0 for condition, _ in frames
     )
     figure = new_figure(title, note, 2.1 + len(names) * (0.25 + 0.17 * len(frames)))

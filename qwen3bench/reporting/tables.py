@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from qwen3bench.reporting.lookup import LATENCY, rows
-from qwen3bench.reporting.units import BYTES, SECONDS, Unit, is_number, ratio, significant, unit_for
+from qwen3bench.reporting.units import BYTES, SECONDS, Unit, count, is_number, ratio, significant, unit_for
 
 # Column of cells.csv → heading and how its values read; the order of the report's table.
 _CELL_COLUMNS: dict[str, tuple[str, str]] = {
@@ -95,18 +95,24 @@ def cells_table(cells: pd.DataFrame, basics: bool = False) -> Table:
 def effects_table(effects: pd.DataFrame) -> Table:
     """Effects of one condition and metric: term, kind, estimate with interval, p, verdict.
 
-    Interactions of three and more switches are shown only where they are decided; `note` counts the others.
+    Interactions of three and more switches are shown only where they are decided, interactions and shares only where
+    they could be estimated; `note` counts the others.
     """
-    plain = (effects["term"].str.count(":") >= 2) & ~effects["verdict"].isin(_DECIDED)
+    unknown = effects["estimate"].isna() & (effects["kind"] != "main")
+    large = (effects["term"].str.count(":") >= 2) & ~effects["verdict"].isin(_DECIDED)
     lines = []
-    for row in rows(effects[~plain]):
+    for row in rows(effects[~large & ~unknown]):
         estimate = ratio(row.estimate, row.lo, row.hi) if row.metric == LATENCY else signed_bytes(row.estimate)
         p = f"{row.p_holm:.2g}" if is_number(row.p_holm) else ""
         texts = [Entry(row.term, row.term), Entry(row.kind, row.kind), Entry(estimate, _key(row.estimate))]
         lines.append([*texts, Entry(p, _key(row.p_holm)), _text(row.verdict), _text(row.reason)])
-    left_out = effects.loc[plain, "verdict"].replace("", "without an estimate").value_counts(sort=False)
-    said = ", ".join(f"{number} {verdict}" for verdict, number in left_out.items())
-    note = f"Left out here: interactions of three and more switches, {said}." if said else ""
+    verdicts = effects.loc[large & ~unknown, "verdict"].value_counts(sort=False)
+    said = ", ".join(f"{number} {verdict}" for verdict, number in verdicts.items())
+    left_out = [f"interactions of three and more switches, {said}"] if said else []
+    for kind, words in (("interaction", "interaction"), ("shapley", "Shapley share")):
+        if missing := int((unknown & (effects["kind"] == kind)).sum()):
+            left_out.append(f"{count(missing, words)} that the cells do not tell")
+    note = f"Left out here: {'; '.join(left_out)}." if left_out else ""
     return drop_empty(Table(["term", "kind", "effect", "p (Holm)", "verdict", "reason"], lines, note=note))
 
 
