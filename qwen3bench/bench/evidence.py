@@ -25,6 +25,7 @@ from qwen3bench.model.decoder import Decoder
 from qwen3bench.model.qwen3 import Qwen3Model
 
 SEPARATE = "separate operations"
+OWN = "Triton"
 UNKNOWN = "unknown"
 
 # What follows `aten::_scaled_dot_product_` in the name of each operation behind F.scaled_dot_product_attention.
@@ -42,6 +43,7 @@ _ATTENTION_KERNELS = {
     "flash_fwd": "FlashAttention",
     "fmha_cutlass": "memory-efficient",
     "AttentionKernel": "memory-efficient",
+    "attention_kernel": OWN,  # of a switch
 }
 _FORCED = {
     SDPBackend.FLASH_ATTENTION: "FlashAttention",
@@ -107,7 +109,7 @@ def collect(
     notes = [f"attention by an unknown kernel: {name}" for name in _unknown_attention(kernels)]
     if isinstance(model, Qwen3Model):
         notes += _asked_note(model, backends, compiled)
-        if SEPARATE not in backends:
+        if SEPARATE not in backends and backends[-1] != OWN:
             notes.append(_mask_note(model, workload))
     if on_cpu and compiled:
         notes.append("compiled code on a CPU shows no kernels in a profile")

@@ -137,7 +137,7 @@ if _HAS_TRITON:
         return first * cos1 - second * sin1, second * cos2 + first * sin2
 
     @triton.jit(do_not_specialize=["start"])  # else it would be compiled anew for lengths that 16 divides
-    def _attend_kernel(  # type: ignore[no-untyped-def]
+    def _attention_kernel(  # type: ignore[no-untyped-def]
         qkv, q_gain, k_gain, cos, sin, keys, values, parts, tops, sums, arrivals, out, capacity, start, eps,
         HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
         POSITIONS: tl.constexpr, DEPENDENT: tl.constexpr,
@@ -275,7 +275,7 @@ class FusedTokenBlock(TransformerBlock):
         parts = qkv.new_empty((heads, splits, dim), dtype=torch.float32)
         tops, sums = qkv.new_empty((2, heads, splits), dtype=torch.float32)
         out = qkv.new_empty(heads * dim)
-        _attend_kernel[(count, heads)](
+        _attention_kernel[(count, heads)](
             qkv, self.att.q_norm.weight, self.att.k_norm.weight, cos, sin, keys, values, parts, tops, sums,
             self.arrivals, out, keys.shape[2], start, self.att.q_norm.eps,
             HEADS=heads, KV_HEADS=self.config.num_kv_heads, DIM=dim, SPLITS=splits, CHUNK=min(splits, _MOST_SPLITS),

@@ -19,12 +19,9 @@ COPIES, VISITS, LIMIT_S = 6, 12, 600.0
 SMALL = ("model=tiny", "workload=prefill", "prompt_tokens=64")
 OPTIONS = {
     "as configured": (),
+    "without deterministic": ("runtime.compile.inductor.deterministic=false",),
     "without combo_kernels": ("runtime.compile.inductor.combo_kernels=false",),
-    "deterministic": ("+runtime.compile.inductor.deterministic=true",),
-    "deterministic, without combo_kernels": (
-        "runtime.compile.inductor.combo_kernels=false",
-        "+runtime.compile.inductor.deterministic=true",
-    ),
+    "without both": ("runtime.compile.inductor.deterministic=false", "runtime.compile.inductor.combo_kernels=false"),
 }
 
 

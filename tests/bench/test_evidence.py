@@ -204,6 +204,7 @@ def test_graph_breaks_are_counted() -> None:
             "fmha_cutlassF_f32_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel<float>::Params)",
             "memory-efficient",
         ),
+        ("_attention_kernel", "Triton"),
         ("nvjet_sm90_tst_64x80_64x11_4x2_h_bz_TNT", UNKNOWN),
         ("cudnn_infer_ampere_scudnn_128x64_relu_small_nn_v1", UNKNOWN),
     ],
