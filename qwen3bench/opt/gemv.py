@@ -11,7 +11,7 @@ some of the kernels. These five are all that is between two of the residual stre
 5. the down projection and the residual.
 
 With `dependent_launch` (CUDA's programmatic dependent launch, from compute capability 9.0 on) a kernel loads its
-weights while the one before it still runs. torch.compile launches them without.
+weights while the one before it still runs.
 
 Beyond the five: off until it is named. It does the work of `flash`, `mask`, `mlp`, `norm` and `qkv` for a single token
 on CUDA; everything else takes the stock block, of whatever the other switches make of it.
@@ -67,7 +67,7 @@ if _HAS_TRITON:
 
     @triton.jit
     def _inverse_rms(mean_square, eps):  # type: ignore[no-untyped-def]
-        return tl.rsqrt(mean_square + tl.cast(eps, tl.float32))  # torch.compile passes a float64
+        return tl.rsqrt(mean_square + eps)
 
     @triton.jit
     def _normed(x, gain, eps, DIM: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -205,6 +205,38 @@ if _HAS_TRITON:
             tl.store(arrivals + head, 0)
 
 
+def token_block(
+    x: Tensor,
+    weights: list[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    arrivals: Tensor,
+    start: int,
+    eps: float,
+    dependent_launch: bool,
+) -> Tensor:
+    """The block for one token at position `start`, (1, 1, e) to (1, 1, e); its key and value go into the cache.
+
+    `weights`: norm, query, key, value, query norm, key norm, output, norm, gate, up, down. `keys`, `values`
+    (1, g, capacity, d). `arrivals` (h): zeros, before and after.
+    """
+    norm1, query, key, value, q_norm, k_norm, output, norm2, gate, up, down = weights
+    dependent = dependent_launch and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    qkv = _project(x, norm1, query, key, value, q_norm.shape[0], eps, dependent)
+    context = _attend(qkv, q_norm, k_norm, cos, sin, keys, values, arrivals, start, eps, dependent)
+    x = _add_product(context, output, x, dependent)
+    return _add_product(_swiglu(x, norm2, gate, up, eps, dependent), down, x, dependent)
+
+
+# To torch.compile the block is one operation: of kernels that it launches itself none is launched early.
+_compiled_token_block = torch.library.custom_op(
+    "qwen3bench::token_block", token_block, mutates_args=("keys", "values", "arrivals")
+)
+_compiled_token_block.register_fake(lambda x, *rest: torch.empty_like(x))
+
+
 class FusedTokenBlock(TransformerBlock):
     """A decoder block, (b, t, e) to (b, t, e), that takes five kernels for a single token."""
 
@@ -242,78 +274,81 @@ class FusedTokenBlock(TransformerBlock):
     ) -> Tensor:
         if cache is None or not self._takes(x):
             return super().forward(x, mask, cos, sin, cache, start)
-        qkv = self._project(x)
-        context = self._attend(qkv, cos, sin, cache, start)
-        x = self._add_product(context, self.att.out_proj.weight, x)
-        return self._add_product(self._swiglu(x), self.ff.fc3.weight, x)
+        att, ff = self.att, self.ff
+        queries = [att.W_query.weight, att.W_key.weight, att.W_value.weight, att.q_norm.weight, att.k_norm.weight]
+        products = [self.norm2.weight, ff.fc1.weight, ff.fc2.weight, ff.fc3.weight]
+        weights: list[Any] = [self.norm1.weight, *queries, att.out_proj.weight, *products]
+        block = _compiled_token_block if torch.compiler.is_compiling() else token_block
+        return block(x, weights, cos, sin, *cache, self.arrivals, start, self.norm1.eps, self.dependent_launch)
 
     def _takes(self, x: Tensor) -> bool:
         one_token = x.numel() == x.shape[-1] and x.is_cuda and x.dtype is not torch.float64
         head_dim = self.config.head_dim
         return _HAS_TRITON and one_token and head_dim & (head_dim - 1) == 0
 
-    def _project(self, x: Tensor) -> Tensor:
-        """Queries, keys and values of one token, (h + 2g)·d numbers."""
-        att = self.att
-        weights = att.W_query.weight, att.W_key.weight, att.W_value.weight
-        q_rows, kv_rows = weights[0].shape[0], weights[1].shape[0]
-        out = x.new_empty(q_rows + 2 * kv_rows)
-        block, rows = _tile(x.shape[-1], self.config.head_dim)
-        _project_kernel[(out.numel() // rows,)](
-            x, self.norm1.weight, *weights, out, q_rows, kv_rows, self.norm1.eps,
-            DIM=x.shape[-1], BLOCK=block, ROWS=rows, **self._launch(x, block * rows),
-        )  # fmt: skip
-        return out
-
-    def _attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor], start: int) -> Tensor:
-        """The context of one token, (h·d)."""
-        keys, values = cache
-        heads, dim = self.config.num_heads, self.config.head_dim
-        each = min(_MOST_POSITIONS, max(32, triton.next_power_of_2(triton.cdiv(start + 1, _MOST_SPLITS))))
-        count = triton.cdiv(start + 1, each)
-        splits = triton.next_power_of_2(count)
-        parts = qkv.new_empty((heads, splits, dim), dtype=torch.float32)
-        tops, sums = qkv.new_empty((2, heads, splits), dtype=torch.float32)
-        out = qkv.new_empty(heads * dim)
-        _attention_kernel[(count, heads)](
-            qkv, self.att.q_norm.weight, self.att.k_norm.weight, cos, sin, keys, values, parts, tops, sums,
-            self.arrivals, out, keys.shape[2], start, self.att.q_norm.eps,
-            HEADS=heads, KV_HEADS=self.config.num_kv_heads, DIM=dim, SPLITS=splits, CHUNK=min(splits, _MOST_SPLITS),
-            POSITIONS=each, **self._launch(qkv, each * dim),
-        )  # fmt: skip
-        return out
-
-    def _swiglu(self, x: Tensor) -> Tensor:
-        """SiLU(gate) · up of one token, (hidden_dim)."""
-        gate, up = self.ff.fc1.weight, self.ff.fc2.weight
-        out = x.new_empty(gate.shape[0])
-        block, rows = _tile(x.shape[-1], gate.shape[0], 2)
-        _swiglu_kernel[(out.numel() // rows,)](
-            x, self.norm2.weight, gate, up, out, self.norm2.eps,
-            DIM=x.shape[-1], BLOCK=block, ROWS=rows, **self._launch(x, 2 * block * rows),
-        )  # fmt: skip
-        return out
-
-    def _add_product(self, x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-        """residual + weight x of one token, shaped like the residual."""
-        out = torch.empty_like(residual)
-        block, rows = _tile(weight.shape[1], weight.shape[0])
-        _add_product_kernel[(weight.shape[0] // rows,)](
-            x, weight, residual, out, DIM=weight.shape[1], BLOCK=block, ROWS=rows, **self._launch(x, block * rows)
-        )
-        return out
-
-    def _launch(self, x: Tensor, numbers: int) -> dict[str, Any]:
-        """How a program that loads that many numbers is launched."""
-        options: dict[str, Any] = {"num_warps": max(2, min(8, numbers // _NUMBERS_A_WARP)), "DEPENDENT": False}
-        if torch.compiler.is_compiling() or not self.dependent_launch:
-            return options
-        if torch.cuda.get_device_capability(x.device) >= (9, 0):
-            options |= {"DEPENDENT": True, "launch_pdl": True}
-        return options
-
     def _get_name(self) -> str:
         return "TransformerBlock"
+
+
+def _project(
+    x: Tensor, norm: Tensor, query: Tensor, key: Tensor, value: Tensor, head_dim: int, eps: float, dependent: bool
+) -> Tensor:
+    """Queries, keys and values of one token, (h + 2g)·d numbers."""
+    q_rows, kv_rows = query.shape[0], key.shape[0]
+    out = x.new_empty(q_rows + 2 * kv_rows)
+    block, rows = _tile(x.shape[-1], head_dim)
+    _project_kernel[(out.numel() // rows,)](
+        x, norm, query, key, value, out, q_rows, kv_rows, eps,
+        DIM=x.shape[-1], BLOCK=block, ROWS=rows, **_launch(block * rows, dependent),
+    )  # fmt: skip
+    return out
+
+
+def _attend(
+    qkv: Tensor, q_norm: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
+    arrivals: Tensor, start: int, eps: float, dependent: bool,
+) -> Tensor:  # fmt: skip
+    """The context of one token, (h·d)."""
+    heads, dim = arrivals.shape[0], q_norm.shape[0]
+    each = min(_MOST_POSITIONS, max(32, triton.next_power_of_2(triton.cdiv(start + 1, _MOST_SPLITS))))
+    count = triton.cdiv(start + 1, each)
+    splits = triton.next_power_of_2(count)
+    parts = qkv.new_empty((heads, splits, dim), dtype=torch.float32)
+    tops, sums = qkv.new_empty((2, heads, splits), dtype=torch.float32)
+    out = qkv.new_empty(heads * dim)
+    _attention_kernel[(count, heads)](
+        qkv, q_norm, k_norm, cos, sin, keys, values, parts, tops, sums, arrivals, out, keys.shape[2], start, eps,
+        HEADS=heads, KV_HEADS=keys.shape[1], DIM=dim, SPLITS=splits, CHUNK=min(splits, _MOST_SPLITS),
+        POSITIONS=each, **_launch(each * dim, dependent),
+    )  # fmt: skip
+    return out
+
+
+def _swiglu(x: Tensor, norm: Tensor, gate: Tensor, up: Tensor, eps: float, dependent: bool) -> Tensor:
+    """SiLU(gate) · up of one token, (hidden_dim)."""
+    out = x.new_empty(gate.shape[0])
+    block, rows = _tile(x.shape[-1], gate.shape[0], 2)
+    _swiglu_kernel[(out.numel() // rows,)](
+        x, norm, gate, up, out, eps,
+        DIM=x.shape[-1], BLOCK=block, ROWS=rows, **_launch(2 * block * rows, dependent),
+    )  # fmt: skip
+    return out
+
+
+def _add_product(x: Tensor, weight: Tensor, residual: Tensor, dependent: bool) -> Tensor:
+    """residual + weight x of one token, shaped like the residual."""
+    out = torch.empty_like(residual)
+    block, rows = _tile(weight.shape[1], weight.shape[0])
+    _add_product_kernel[(weight.shape[0] // rows,)](
+        x, weight, residual, out, DIM=weight.shape[1], BLOCK=block, ROWS=rows, **_launch(block * rows, dependent)
+    )
+    return out
+
+
+def _launch(numbers: int, dependent: bool) -> dict[str, Any]:
+    """How a program that loads that many numbers is launched."""
+    early = {"launch_pdl": True} if dependent else {}
+    return {"num_warps": max(2, min(8, numbers // _NUMBERS_A_WARP)), "DEPENDENT": dependent, **early}
 
 
 def _tile(dim: int, rows: int, weights: int = 1) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from qwen3bench import ModelConfig, build_model
 from qwen3bench.model.cache import KVCache
 from qwen3bench.model.qwen3 import Qwen3Model
+from qwen3bench.opt import gemv
 from qwen3bench.opt.gemv import FusedTokenBlock
 
 FIVE_KERNELS = ["_project_kernel", "_attention_kernel", "_add_product_kernel", "_swiglu_kernel", "_add_product_kernel"]
@@ -109,6 +110,23 @@ def test_a_block_is_five_kernels(tiny: ModelConfig, tiny_weights: dict[str, Tens
         torch.cuda.synchronize()
     kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     assert [name for name in kernels if name in FIVE_KERNELS] == FIVE_KERNELS * tiny.num_layers
+
+
+@pytest.mark.cuda
+def test_the_compiler_is_told_what_the_block_writes(tiny: ModelConfig, tiny_weights: dict[str, Tensor]) -> None:
+    model = build_model(tiny, ("gemv",), on_cuda(tiny_weights))
+    given: list[tuple[Any, ...]] = []
+
+    def look(*args: Any) -> Any:
+        given.append(args)
+        return args[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gemv, "token_block", look)
+        cache = KVCache(tiny, 1, 8, torch.device("cuda"), torch.float32)
+        model(random_tokens(tiny, 1, 1).cuda(), cache, start=4)
+    operation = gemv._compiled_token_block
+    torch.library.opcheck(operation, given[0], test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.cuda
