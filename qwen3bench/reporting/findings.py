@@ -13,8 +13,8 @@ from qwen3bench.reporting import controls
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.finding import Finding
 from qwen3bench.reporting.findings_cells import failures, missing, peers, recommended
-from qwen3bench.reporting.findings_effects import joint, memory, switch, together, undecided
-from qwen3bench.reporting.lookup import AVERAGE, factors
+from qwen3bench.reporting.findings_effects import joint, memory, switches, together, undecided
+from qwen3bench.reporting.lookup import AVERAGE
 from qwen3bench.reporting.units import count
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ def findings(run: Run) -> list[Finding]:
     ]
     for of_condition in (together, recommended):
         found += [finding for condition in conditions(run) for finding in of_condition(run, condition)]
-    found += [finding for name in factors(run) for finding in switch(run, name)]
-    found += [*joint(run), *memory(run), *peers(run)]
+    found += [*switches(run), *joint(run), *memory(run), *peers(run)]
     found += [finding for condition in conditions(run) for finding in undecided(run, condition)]
     if held := [control for control in outcome if control.judged and not control.absent]:
         passed = sum(not control.failed for control in held)

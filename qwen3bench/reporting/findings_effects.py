@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from qwen3bench.analysis.effects import effects as effects_of
 from qwen3bench.analysis.frames import analysis_setting
@@ -72,15 +73,23 @@ def _times(run: Run, baseline_s: float, row: Any) -> str:
     return times
 
 
-def switch(run: Run, name: str) -> Iterator[Finding]:
-    """What one switch is worth under every condition."""
+def switches(run: Run) -> Iterator[Finding]:
+    """What each switch is worth under every condition; where the cells tell it of none, that."""
+    main = run.effects[(run.effects["metric"] == LATENCY) & (run.effects["kind"] == "main")]
+    if len(main) and main["estimate"].isna().all():
+        text = "What a single switch is worth cannot be told from the cells measured; design=full measures enough."
+        yield Finding(text, "switch")
+        return
+    for name in factors(run):
+        yield from _switch(run, name, main[main["term"] == name])
+
+
+def _switch(run: Run, name: str, effects: pd.DataFrame) -> Iterator[Finding]:
     parts = []
-    found = run.effects[(run.effects["metric"] == LATENCY) & (run.effects["kind"] == "main")]
     others = beside(run)
     for condition in conditions(run):
-        chosen = condition.select(found)
         noisy = ", noisy" if controls.noise(run, condition) else ""
-        for row in rows(chosen[chosen["term"] == name]):
+        for row in rows(condition.select(effects)):
             because = f": {row.reason}" if row.reason and row.reason != others else ""
             if is_number(row.estimate):
                 parts.append(f"{_worth(run, condition, row)} ({condition}{noisy}{because})")

@@ -64,6 +64,35 @@ def test_half_fraction_of_filtration_rate_gives_the_published_effects_and_names_
     assert set(table.loc[table["estimate"].isna(), "verdict"]) == {""}
 
 
+@pytest.mark.parametrize(
+    ("rows", "reason", "expected"),
+    [
+        (["000", "100", "010", "001"], "with the others off", {"A": -3.0, "B": -1.0, "C": 0.0}),
+        (["000", "111", "011", "101", "110"], "with the others on", {"A": -6.0, "B": -4.0, "C": 1.0}),
+    ],
+)
+def test_without_an_average_a_main_effect_is_that_beside_none_or_all_of_the_others(
+    rows: list[str], reason: str, expected: dict[str, float]
+) -> None:
+    """An interaction of A and B of −4, which least squares without interactions would spread over C."""
+    cells = pd.DataFrame([[int(level) for level in row] for row in rows], columns=list("ABC"))
+    y = 20 - 3 * cells["A"] - cells["B"] - 4 * cells["A"] * cells["B"] + cells["A"] * cells["B"] * cells["C"]
+    table = effects(cells.assign(y=y), list("ABC"), "y", log=False)
+    main = table[table["kind"] == "main"].set_index("term")
+    assert main["estimate"].to_dict() == pytest.approx(expected)
+    assert main["reason"].str.startswith(reason).all()
+    assert table.loc[table["kind"] != "main", "estimate"].isna().all()
+
+
+def test_a_main_effect_that_an_interaction_of_two_may_be_is_not_estimated() -> None:
+    """The half I = ABC of a 2^3 (Montgomery, section 8.2): each main effect is an alias of an interaction of two."""
+    frame = standard_order("ABC", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 9.0])
+    half = frame[frame[list("ABC")].sum(axis=1) % 2 == 1]
+    table = effects(half, list("ABC"), "y", log=False)
+    assert table["estimate"].isna().all()
+    assert "cannot be told from B:C" in by_term(table, "reason")["A"]
+
+
 def test_pilot_plant_gives_the_published_effects_and_standard_error() -> None:
     """Box, Hunter & Hunter, Statistics for Experimenters: T 23, C −5, K 1.5, …; standard error 1.4."""
     pairs = [(59, 61), (74, 70), (50, 58), (69, 67), (50, 54), (81, 85), (46, 44), (79, 81)]

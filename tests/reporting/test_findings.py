@@ -17,6 +17,7 @@ from qwen3bench.reporting.finding import Finding, verdict_of, worth
 from qwen3bench.reporting.findings import findings, grouped
 from qwen3bench.reporting.findings_cells import shown_faster
 from qwen3bench.reporting.plot_waterfall import waterfall
+from qwen3bench.reporting.units import ratio
 
 Lines = list[dict[str, Any]]
 TWO = ("flash", "tie")
@@ -195,6 +196,43 @@ def test_an_effect_that_cannot_be_estimated_gives_its_reason(small_run: Run) -> 
     gone = {"verdict": "", "estimate": np.nan, "lo": np.nan, "hi": np.nan, "reason": "aliased with tie"}
     text = of_switch(with_effect(small_run, "flash", **gone), "flash")
     assert text == "flash: cannot be told (prefill 1×512 graph: aliased with tie)."
+
+
+def of_design(lines: Lines, names: list[str]) -> Lines:
+    """The lines of a run that measured only some cells."""
+    lines = [line for line in lines if line.get("cell") in (None, *names)]
+    lines[0]["cells"] = names
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("names", "others"),
+    [
+        (["baseline", "flash", "mlp", "mask"], "with the others off"),
+        (["baseline", "mlp+mask", "flash+mask", "flash+mlp", "flash+mlp+mask"], "with the others on"),
+    ],
+)
+def test_a_switch_is_told_beside_none_or_all_of_the_others_where_the_cells_tell_no_average(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run], names: list[str], others: str
+) -> None:
+    run = run_of(of_design(record_lines(factors=("flash", "mlp", "mask")), names))
+    found = findings(run)
+    assert f"Each switch, {others}" in dict(grouped(found))
+    (text,) = [finding.text for finding in found if finding.text.startswith("mlp: ")]
+    on, off = ("mlp", "baseline") if "mlp" in names else ("flash+mlp+mask", "flash+mask")
+    latency = run.cells.set_index("cell")["latency_s"].astype(float)
+    effect = run.effects.query("metric == 'latency_s' and kind == 'main' and term == 'mlp'").iloc[0]
+    assert effect["estimate"] == pytest.approx(latency[off] / latency[on], rel=0.002)
+    assert text.startswith(f"mlp: {ratio(effect['estimate'], effect['lo'], effect['hi'])} faster (")
+    assert "average" not in " ".join(finding.text for finding in found)
+
+
+def test_of_a_pair_of_cells_one_sentence_says_that_no_switch_can_be_told(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    run = run_of(of_design(record_lines(factors=("flash", "mlp", "mask")), ["baseline", "flash+mlp+mask"]))
+    (text,) = texts(run, "switch")
+    assert "cannot be told from the cells measured" in text
 
 
 @pytest.mark.parametrize("status", ["oom", "not_equivalent", "crashed", "timeout", "invalid"])

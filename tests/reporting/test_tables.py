@@ -72,6 +72,17 @@ def test_high_interactions_without_a_direction_are_counted_not_listed(full_run: 
     assert table.note == "Left out here: interactions of three and more switches, 16 same."
 
 
+def test_what_the_cells_do_not_tell_is_counted_not_listed(full_run: Run) -> None:
+    effects = conditions(full_run)[0].select(full_run.effects)
+    unknown = effects["kind"] != "main"
+    effects = effects.assign(estimate=effects["estimate"].mask(unknown), verdict=effects["verdict"].mask(unknown, ""))
+    table = effects_table(effects[effects["metric"] == "latency_s"])
+    assert column(table, "term") == ["flash", "tie", "mlp", "mask", "norm"]
+    assert table.note == (
+        "Left out here: 26 interactions that the cells do not tell; 5 Shapley shares that the cells do not tell."
+    )
+
+
 def test_the_reason_of_an_empty_effect_is_shown(full_run: Run) -> None:
     effects = conditions(full_run)[0].select(full_run.effects).head(1)
     table = effects_table(effects.assign(estimate=float("nan"), verdict="", reason="cell flash is missing"))
