@@ -78,7 +78,7 @@ def switches(run: Run) -> Iterator[Finding]:
     main = run.effects[(run.effects["metric"] == LATENCY) & (run.effects["kind"] == "main")]
     if len(main) and main["estimate"].isna().all():
         text = "What a single switch is worth cannot be told from the cells measured; design=full measures enough."
-        yield Finding(text, "switch")
+        yield Finding(text, "undecided")
         return
     for name in factors(run):
         yield from _switch(run, name, main[main["term"] == name])

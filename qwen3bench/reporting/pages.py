@@ -105,7 +105,7 @@ def _section(run: Run, condition: Condition) -> Section:
     tables_of_effects = []
     for metric, heading in _EFFECT_HEADINGS.items():
         chosen = effects[effects["metric"] == metric]
-        if len(chosen):
+        if chosen["estimate"].notna().any():
             tables_of_effects.append((heading, tables.effects_table(chosen)))
     drawn = [figures.save(plot, directory(run) / "plots") for plot in plots.condition_plots(run, condition)]
     return Section(condition, tables.cells_table(cells), tables_of_effects, drawn)
