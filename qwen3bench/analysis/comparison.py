@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
+from qwen3bench.analysis.design import others_of
 from qwen3bench.analysis.frames import analysis_setting
 from qwen3bench.analysis.run import Run
 from qwen3bench.analysis.variance import clustered_mean
@@ -62,9 +63,10 @@ class Comparison:
 def compare(a: Run, b: Run) -> Comparison:
     """What changed from run A to run B.
 
-    Latencies and effects of two runs are independent: intervals are Welch's (1947), p is Holm's over the
-    terms, or the cells, of one workload and runtime; the verdicts are those of `effects`, with B's band.
-    Bytes are compared as counted.
+    Effects are compared where both runs tell the same thing: of the same switches, and either an average over the
+    others or a switch beside none, or all, of them. Latencies and effects of two runs are independent: intervals
+    are Welch's (1947), p is Holm's over the terms, or the cells, of one workload and runtime; the verdicts are
+    those of `effects`, with B's band. Bytes are compared as counted.
 
     Raises `UserError` where no cell under a workload and runtime is in both: nothing would be compared, and a gate
     must not pass for that.
@@ -145,13 +147,18 @@ def _effects(a: Run, b: Run, band: float, confidence: float) -> pd.DataFrame:
         half = (np.log(table["hi"].astype(float)) - np.log(table["lo"].astype(float))) / 2
         quantile = special.stdtrit(table["df"].astype(float), (1 + analysis_setting(run.record, "confidence")) / 2)
         table["se"], table["mean"] = half / quantile, -np.log(table["estimate"].astype(float))
-        terms.append(table[[*_TERM_KEYS, "estimate", "mean", "se", "df"]])
-    both = terms[0].merge(terms[1], on=_TERM_KEYS, suffixes=("_a", "_b"))
-    if both.empty:
+        table["others"] = table["reason"].map(others_of)
+        terms.append(table[[*_TERM_KEYS, "others", "estimate", "mean", "se", "df"]])
+    both = terms[0].merge(terms[1], on=[*_TERM_KEYS, "others"], suffixes=("_a", "_b"))
+    if both.empty or _factors(a) != _factors(b):
         return pd.DataFrame(columns=columns)
     both["shapley"] = both["kind"] == "shapley"
     both = _judged(both, ["workload", "runtime", "shapley"], _WORDS["latency_s"], band, confidence)
     return both.rename(columns={"estimate_a": "a", "estimate_b": "b"})[columns]
+
+
+def _factors(run: Run) -> set[str]:
+    return set(run.record.run["factors"])
 
 
 def _judged(
@@ -189,4 +196,8 @@ def _only(a: Run, b: Run) -> list[str]:
             alone = [str(v) for v in dict.fromkeys(run.cells[column]) if v not in theirs]
             if alone:
                 said.append(f"{what}{'s' if len(alone) > 1 else ''} in {name} alone: {', '.join(alone)}")
+    if differ := _factors(a) ^ _factors(b):
+        said.append(
+            f"not both vary {', '.join(sorted(differ))}: an effect is told over the others, so none is compared"
+        )
     return said

@@ -125,6 +125,11 @@ def shapley_contrasts(k: int) -> NDArray[np.float64]:
     return np.where(cells.T == 1, on, -off)
 
 
+def others_of(reason: str) -> str:
+    """What the other factors do where an effect with this reason is told; empty where it is an average over them."""
+    return next((others for others in (OTHERS_OFF, OTHERS_ON) if reason.startswith(others)), "")
+
+
 def _missing(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> str:
     have = set(cells)
     absent = [cell_label(c, factors) for c in every_cell(len(factors)) if c not in have]

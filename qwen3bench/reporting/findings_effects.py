@@ -90,13 +90,19 @@ def _switch(run: Run, name: str, effects: pd.DataFrame) -> Iterator[Finding]:
     for condition in conditions(run):
         noisy = ", noisy" if controls.noise(run, condition) else ""
         for row in rows(condition.select(effects)):
-            because = f": {row.reason}" if row.reason and row.reason != others else ""
+            because = _because(row.reason, others)
             if is_number(row.estimate):
                 parts.append(f"{_worth(run, condition, row)} ({condition}{noisy}{because})")
             else:
                 parts.append(f"cannot be told ({condition}{because})")
     if parts:
         yield Finding(f"{name}: {'; '.join(parts)}.", "switch" if others == AVERAGE else f"switch {others}")
+
+
+def _because(reason: str, others: str) -> str:
+    """A reason without what the heading says."""
+    reason = reason.removeprefix(others).removeprefix("; ")
+    return f": {reason}" if reason else ""
 
 
 def joint(run: Run) -> Iterator[Finding]:
@@ -184,7 +190,7 @@ def memory(run: Run) -> Iterator[Finding]:
         for condition in conditions(run):
             less = [row for row in rows(terms(run, condition, MEMORY, "main")) if row.term == name]
             if less and less[0].verdict == "less":
-                because = f": {less[0].reason}" if less[0].reason and less[0].reason != others else ""
+                because = _because(less[0].reason, others)
                 saved.setdefault((signed_bytes(less[0].estimate), because), []).append(str(condition))
                 latency = [row for row in rows(terms(run, condition, LATENCY, "main")) if row.term == name]
                 if [controls.heard(run, condition, r.verdict, r.estimate) for r in latency] == ["same"]:

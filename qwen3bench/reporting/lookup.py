@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from qwen3bench.analysis.design import OTHERS_OFF, OTHERS_ON
+from qwen3bench.analysis.design import others_of
 from qwen3bench.reporting.conditions import Condition
 from qwen3bench.reporting.units import count
 
@@ -67,8 +67,8 @@ def terms(run: Run, condition: Condition, metric: str, kind: str) -> pd.DataFram
 def beside(run: Run) -> str:
     """What the other switches do where a switch's main effects are told: on average, or all off, or all on."""
     main = run.effects[(run.effects["kind"] == "main") & run.effects["estimate"].notna()]
-    (reason, *more) = [*main["reason"].unique(), AVERAGE]
-    return str(reason) if len(more) == 1 and reason in (OTHERS_OFF, OTHERS_ON) else AVERAGE
+    found = set(main["reason"].map(others_of))
+    return (found.pop() if len(found) == 1 else "") or AVERAGE
 
 
 def blocks_of(run: Run, condition: Condition) -> str:

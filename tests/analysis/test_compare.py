@@ -112,6 +112,22 @@ def test_what_one_run_lacks_is_said(write_run: Write, capsys: pytest.CaptureFixt
     assert "cells in A alone: tie, flash+tie" in text
 
 
+def test_an_average_is_not_compared_with_what_is_none(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    worth = {"flash": 1.2, "flash:norm": 1.2}
+    factors, few = ("flash", "mask", "norm"), ["baseline", "flash", "mask", "norm"]
+    whole = write_run("whole", factors=factors, worth=worth)
+    each = [write_run(name, factors=factors, worth=worth, cells=few, seed=seed) for name, seed in (("b", 2), ("c", 3))]
+    assert "0 changed, 0 the same, 0 undecided." in section(output(capsys, whole, each[0])[1], "Effects")
+    assert "0 changed, 3 the same, 0 undecided." in section(output(capsys, *each)[1], "Effects")
+
+
+def test_effects_over_other_switches_are_not_compared(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = write_run("a", factors=("flash", "tie")), write_run("b", factors=("flash", "mask"))
+    _, text = output(capsys, a, b)
+    assert "not both vary mask, tie: an effect is told over the others, so none is compared" in text
+    assert "0 changed, 0 the same, 0 undecided." in section(text, "Effects")
+
+
 def test_html_is_one_file_that_escapes_what_it_shows(write_run: Write, tmp_path: Path) -> None:
     hostile = "<script>alert(1)</script>|`x`"
     a, b = write_run("a", config={"note": "x"}), write_run("b", config={"note": hostile})

@@ -227,6 +227,16 @@ def test_a_switch_is_told_beside_none_or_all_of_the_others_where_the_cells_tell_
     assert "average" not in " ".join(finding.text for finding in found)
 
 
+def test_what_is_told_beside_the_others_off_is_so_without_an_interval_too(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    lines = record_lines(factors=("flash", "mlp", "mask"), blocks=1)
+    found = findings(run_of(of_design(lines, ["baseline", "flash", "mlp", "mask"])))
+    (text,) = [finding.text for finding in found if finding.text.startswith("mlp: ")]
+    assert text.endswith("(prefill 1×512 graph: no interval: one block).")
+    assert "Each switch, with the others off" in dict(grouped(found))
+
+
 def test_of_a_pair_of_cells_one_sentence_says_that_no_switch_can_be_told(
     record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
 ) -> None:
