@@ -76,7 +76,8 @@ def ranked(run: Run, condition: Condition) -> Plot | None:
             right.axvline(x[row], color=ORANGE, linewidth=0.9, linestyle="--")
             beside(right, "baseline", x[row], 0, above=True)
         elif few and ":" in cell:
-            beside(right, cell, x[row], row)
+            right.scatter(x[row], row, s=40, marker="^", color=INK, zorder=4)
+            left.text(len(factors(run)) - 0.6, row, cell, ha="right", va="center", fontsize=8.5)
     right.set_ylim(len(cells) - 0.4, -1.6 if few else -len(cells) * 0.03)
     right.set_xlabel(f"latency ({unit.symbol}): median, 95 % interval; n = {_samples(cells)} samples per cell")
     right.grid(visible=False, axis="y")
