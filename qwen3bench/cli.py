@@ -75,16 +75,15 @@ def normalise(argv: Sequence[str]) -> list[str]:
     """The arguments as Hydra wants them: its own options first, then the overrides.
 
     In groups that take several options `+opt=tie,flash`, `opt=[flash,tie,tie]`, … become `opt=[flash,tie]`;
-    with multirun a comma keeps Hydra's meaning. `flash.backend=math` is short for `opt.flash.backend=math`,
-    `model=8b` for `model=qwen3-8b`. Raises `UserError` on an option that does not exist.
+    with multirun a comma keeps Hydra's meaning, and `+opt=tie` becomes `opt=tie`. `flash.backend=math` is short for
+    `opt.flash.backend=math`, `model=8b` for `model=qwen3-8b`. Raises `UserError` on an option that does not exist.
     """
     args = _parser().parse_intermixed_args(list(argv))
     if args.experimental_rerun is not None:
         raise UserError("--experimental-rerun reads a pickle, which can run anything; give the overrides again")
     overrides = [_lengthened(override) for override in args.overrides]
     multirun = args.multirun or any(override.lower() == "hydra.mode=multirun" for override in overrides)
-    if not multirun:
-        overrides = [_as_list(override) for override in overrides]
+    overrides = [_chosen(override) if multirun else _as_list(override) for override in overrides]
     options = [
         f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
         for name, value in vars(args).items()
@@ -163,6 +162,12 @@ def _lengthened(override: str) -> str:
         names = [f"qwen3-{n}" if n not in known and f"qwen3-{n}" in known else n for n in value.lower().split(",")]
         return f"model={','.join(names)}" if set(names) <= set(known) else override
     return override
+
+
+def _chosen(override: str) -> str:
+    """`opt=tie` for `+opt=tie`: to Hydra the plus would add it to those that a design brings."""
+    bare = override.lstrip("+")
+    return bare if bare.partition("=")[0] in SEVERAL else override
 
 
 def _as_list(override: str) -> str:

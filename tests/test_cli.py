@@ -95,8 +95,23 @@ def test_normalise(typed: list[str], meant: list[str]) -> None:
 
 @pytest.mark.parametrize("flag", ["-m", "--multirun", "hydra.mode=MULTIRUN"])
 def test_multirun_keeps_the_commas_of_hydra(flag: str) -> None:
-    typed = ["+opt=tie,flash", "workload=decode,prefill", "opt=[tie,flash],[mlp]"]
+    typed = ["opt=tie,flash", "workload=decode,prefill", "opt=[tie,flash],[mlp]", "seed=1,2"]
     assert [word for word in normalise([flag, *typed]) if word in typed] == typed
+
+
+@pytest.mark.parametrize(
+    ("typed", "factors"),
+    [
+        ("+opt=flash", [("flash",)]),
+        ("+opt=[flash,tie]", [("flash", "tie")]),
+        ("+opt=flash,tie", [("flash",), ("tie",)]),
+    ],
+)
+def test_with_multirun_a_design_is_of_the_named_ones_too(
+    run: Callable[[Settings], int], runs: Runs, typed: str, factors: list[tuple[str, ...]]
+) -> None:
+    assert main(["-m", "model=tiny", "design=full", typed], run=run) == 0
+    assert [s.factors for s in runs] == factors
 
 
 @given(st.permutations(["flash", "tie", "mlp", "mask", "norm"]), st.data())
@@ -224,7 +239,7 @@ def test_multirun_runs_each_point_in_a_directory_of_its_own(
     assert parents.pop().parent == Path("results")  # from here, as the other runs
     assert [s.dir.name for s in runs if s.dir] == ["0", "1", "2", "3"]
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("#3")] == [
-        "#3: model=tiny +opt=tie seed=2"
+        "#3: model=tiny opt=tie seed=2"
     ]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from qwen3bench.analysis.design import others_of
+from qwen3bench.analysis.design import OTHERS_OFF, others_of
 from qwen3bench.analysis.frames import analysis_setting
 from qwen3bench.analysis.run import Run
 from qwen3bench.analysis.variance import clustered_mean
@@ -150,7 +150,9 @@ def _effects(a: Run, b: Run, band: float, confidence: float) -> pd.DataFrame:
         table["others"] = table["reason"].map(others_of)
         terms.append(table[[*_TERM_KEYS, "others", "estimate", "mean", "se", "df"]])
     both = terms[0].merge(terms[1], on=[*_TERM_KEYS, "others"], suffixes=("_a", "_b"))
-    if both.empty or _factors(a) != _factors(b):
+    if _factors(a) != _factors(b):
+        both = both[both["others"] == OTHERS_OFF].reset_index(drop=True)
+    if both.empty:
         return pd.DataFrame(columns=columns)
     both["shapley"] = both["kind"] == "shapley"
     both = _judged(both, ["workload", "runtime", "shapley"], _WORDS["latency_s"], band, confidence)
@@ -197,7 +199,20 @@ def _only(a: Run, b: Run) -> list[str]:
             if alone:
                 said.append(f"{what}{'s' if len(alone) > 1 else ''} in {name} alone: {', '.join(alone)}")
     if differ := _factors(a) ^ _factors(b):
-        said.append(
-            f"not both vary {', '.join(sorted(differ))}: an effect is told over the others, so none is compared"
-        )
+        text = "an effect is one over the others, and compared only where these are off"
+        said.append(f"not both vary {', '.join(sorted(differ))}: {text}")
+    told = [_told(run) for run in (a, b)]
+    unlike = {key: (told[0][key], told[1][key]) for key in told[0] if told[1].get(key, told[0][key]) != told[0][key]}
+    for where in dict.fromkeys(unlike.values()):
+        terms = dict.fromkeys(key[-1] for key, others in unlike.items() if others == where)
+        in_a, in_b = (text or "as an average over the others" for text in where)
+        said.append(f"not compared: {', '.join(terms)}, told {in_a} in A and {in_b} in B")
     return said
+
+
+def _told(run: Run) -> dict[tuple[str, ...], str]:
+    """What the other switches do where the main effects on latency are told, by workload, runtime and term."""
+    table = run.effects[(run.effects["metric"] == "latency_s") & (run.effects["kind"] == "main")]
+    table = table[table["estimate"].notna()]
+    keys = table[["workload", "runtime", "term"]].itertuples(index=False, name=None)
+    return dict(zip(keys, map(others_of, table["reason"]), strict=True))

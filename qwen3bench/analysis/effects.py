@@ -39,9 +39,9 @@ def effects(
     `verdict`, `reason` (why a row is empty, or what it takes for granted), `p`, `df`.
 
     The estimate is the textbook effect E = contrast / 2^(k−1), on − off (Montgomery, Design and Analysis of
-    Experiments, chapter 6). `log=True`: of log(value), published as exp(−E), so that above 1 is faster;
-    Shapley shares likewise, their product is all-on against baseline. `log=False`: E itself, in the unit of
-    `value`.
+    Experiments, chapter 6); where cells are missing, what `design.contrasts` can tell, as `reason` says.
+    `log=True`: of log(value), published as exp(−E), so that above 1 is faster; Shapley shares likewise, their
+    product is all-on against baseline. `log=False`: E itself, in the unit of `value`.
 
     `block` names the column of blocks; within them the column `process`, where there is one, gives the
     clusters of the intervals (see `variance.clustered`). Blocks that lack a cell are left out. `block=None`:
@@ -63,7 +63,7 @@ def effects(
     full = len(table.cells) == 2**k
     known = ~np.isnan(plan.matrix).any(axis=1)
     matrix = np.vstack([plan.matrix[known], shapley_contrasts(k)]) if full else plan.matrix[known]
-    found = table.estimates(matrix, exact)
+    found = table.estimates(matrix, (12 if log else 3) if exact else None)  # bytes are whole; a logarithm is not
 
     names = [term_name(term, factors) for term in plan.terms]
     shapley_reason = "" if full else "undefined: cells are missing, and none is made up"
@@ -83,7 +83,8 @@ def effects(
     shapley = (frame["kind"] == "shapley").to_numpy()
     frame["p"], frame["df"] = p, df
     frame["p_holm"] = np.where(shapley, holm(np.where(shapley, p, np.nan)), holm(np.where(shapley, np.nan, p)))
-    words = ("faster", "slower") if value.endswith("_s") else ("less", "more")
+    is_time = value.endswith("_s") and not value.endswith("_per_s")
+    words = ("faster", "slower") if is_time else ("less", "more")
     if log:
         frame["estimate"], frame["lo"], frame["hi"] = np.exp(-estimate), np.exp(-hi), np.exp(-lo)
         gain, gain_lo, gain_hi = (frame[c].to_numpy() - 1 for c in ("estimate", "lo", "hi"))
@@ -116,12 +117,13 @@ class _Table:
     def no_error(self) -> str:
         return "no interval: one block" if self.y is not None else "no interval: no replicates"
 
-    def estimates(self, matrix: NDArray[np.float64], exact: bool) -> Estimates:
+    def estimates(self, matrix: NDArray[np.float64], decimals: int | None) -> Estimates:
+        """With their errors, or rounded to so many decimals and exact."""
         y = self.y
         found = replicated(self.replicates, matrix) if y is None else clustered(y, self.process, matrix)
-        if not exact:
+        if decimals is None:
             return found
-        estimate = np.round(found.estimate, 3) + 0.0  # no −0; weights such as 1/5 leave crumbs of a byte
+        estimate = np.round(found.estimate, decimals) + 0.0  # no −0; weights such as 1/5 leave crumbs
         return Estimates(estimate, np.zeros_like(found.estimate), np.zeros_like(found.df))
 
 

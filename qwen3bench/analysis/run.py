@@ -25,7 +25,7 @@ _BYTES = ("peak_allocated_bytes", "parameter_bytes")
 class Run:
     """A run's tables: `cells`, `effects` (columns as cells.csv and effects.csv) and `samples` (those that count).
 
-    `stops`: one row per workload and runtime, why measuring ended. `environment` and `config` as recorded.
+    `environment` and `config` as recorded.
     `warnings`: what of the record was not usable.
     """
 
@@ -37,7 +37,6 @@ class Run:
     effects: pd.DataFrame
     samples: pd.DataFrame
     controls: Controls
-    stops: pd.DataFrame
 
     @property
     def factors(self) -> list[str]:
@@ -92,9 +91,6 @@ def load_run(path: str | Path) -> Run:
         effects=table,
         samples=samples,
         controls=controls(record, samples, cells, table),
-        stops=record.frame("stop").reindex(
-            columns=["workload", "runtime", "reason", "half_width", "blocks", "processes", "measured_s"]
-        ),
     )
 
 

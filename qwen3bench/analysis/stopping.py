@@ -43,9 +43,9 @@ def half_widths(
         alone = clustered_mean(log_s[:, 0], matrix.process)
         return {BASELINE: _relative(float(alone.half_width(confidence)), float(alone.df))}
     found = None
-    if factors:
-        codes = factor_columns(cells, factors)
-        own = ~codes.isna().any(axis=1).to_numpy()
+    codes = factor_columns(cells, factors)
+    own = ~codes.isna().any(axis=1).to_numpy()
+    if factors and own.any():
         order = np.lexsort(codes.to_numpy()[own].T)
         chosen = np.flatnonzero(own)[order]
         plan = contrasts(tuple(factors), tuple(tuple(int(v) for v in row) for row in codes.to_numpy()[chosen]))

@@ -142,7 +142,11 @@ def _absent(run: Run) -> Iterator[Control]:
     if held.aa.empty:
         yield Control("A/A: no second copy of the baseline was timed.", False, absent=True)
     if held.tie_latency.empty:
-        text = "Negative control: this run has no effect of tie; design=full with tie among the switches has one."
+        tie = run.effects[(run.effects["term"] == "tie") & (run.effects["kind"] == "main")]
+        why = "this run has no effect of tie; design=full with tie among the switches has one"
+        if tie["estimate"].notna().any():
+            why = "the effect of tie has no interval; more blocks give one"
+        text = f"Negative control: {why}."
         yield Control(text, False, absent=True)
     if held.host.empty and set(run.cells["runtime"]) == {"graph"}:
         text = "Host: graph replays are device time; how far the host would hold them up shows runtime=eager,graph."

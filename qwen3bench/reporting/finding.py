@@ -11,9 +11,9 @@ from qwen3bench.reporting.units import ratio
 class Finding:
     """One sentence of a report.
 
-    `kind` groups it: together, recommended, switch (followed by `OTHERS_OFF` or `OTHERS_ON` where it is told so),
-    interaction, memory, peer, undecided, control, failure, missing. `level` is `warning` where it limits what the
-    others are worth, else `plain`.
+    `kind` groups it: together, recommended, switch (and what the others do, see `lookup.beside`), only switch,
+    interaction, memory, peer, undecided, control, failure, missing. `level` is `warning` where it
+    limits what the others are worth, else `plain`.
     """
 
     text: str

@@ -14,7 +14,7 @@ from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.finding import Finding
 from qwen3bench.reporting.findings_cells import failures, missing, peers, recommended
 from qwen3bench.reporting.findings_effects import joint, memory, switches, together, undecided
-from qwen3bench.reporting.lookup import AVERAGE
+from qwen3bench.reporting.lookup import AVERAGE, UNLIKE
 from qwen3bench.reporting.units import count
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ _HEADINGS = {
     "together": "All together",
     "recommended": "What to switch on",
     "switch": f"Each switch, {AVERAGE}",
-    **{f"switch {others}": f"Each switch, {others}" for others in (OTHERS_OFF, OTHERS_ON)},
+    **{f"switch {others}": f"Each switch, {others}" for others in (OTHERS_OFF, OTHERS_ON, UNLIKE)},
+    "only switch": "The switch",
     "interaction": "Switches that interact",
     "memory": "Memory",
     "peer": "Other implementations",

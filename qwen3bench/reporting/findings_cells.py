@@ -52,11 +52,12 @@ def recommended(run: Run, condition: Condition) -> Iterator[Finding]:
             yield _nothing_fits(measured, within, condition)
             return
     samples = condition.select(run.samples)
-    faster = cells[shown_faster(cells, samples["block"].nunique(), band(run))]
+    confidence = analysis_setting(run.record, "confidence")
+    faster = cells[shown_faster(cells, samples["block"].nunique(), band(run), confidence)]
     if faster.empty:
         yield Finding(f"No cell{within} is shown to be faster than the baseline ({condition}).", "recommended")
         return
-    alike = faster[_as_fast(faster, samples, analysis_setting(run.record, "confidence"), band(run))]
+    alike = faster[_as_fast(faster, samples, confidence, band(run))]
     alike = alike.assign(switches=[0 if c == BASELINE else c.count("+") + 1 for c in alike["cell"]])
     pick = rows(alike.sort_values([MEMORY, "switches"], kind="stable", na_position="last"))[0]
     gain = ratio(pick.speedup, pick.speedup_lo, pick.speedup_hi)
@@ -80,21 +81,22 @@ def _nothing_fits(measured: pd.DataFrame, within: str, condition: Condition) -> 
     return Finding(f"No cell fits{within}: {needs} ({condition}).", "recommended", "warning")
 
 
-def shown_faster(cells: pd.DataFrame, blocks: int, width: float) -> pd.Series:
+def shown_faster(cells: pd.DataFrame, blocks: int, width: float, confidence: float = 0.95) -> pd.Series:
     """Which cells are faster than the baseline beyond doubt, though the best of many is looked at.
 
-    Intervals are widened as Bonferroni asks for one comparison per cell, by quantiles of t with blocks − 1
-    degrees of freedom; a cell inside the band does not count.
+    Intervals of that confidence are widened as Bonferroni asks at 5 % for one comparison per cell, by quantiles of t
+    with blocks − 1 degrees of freedom; a cell inside the band does not count.
     """
     gain, low = np.log(cells["speedup"]), np.log(cells["speedup_lo"])
     inside = (cells["speedup_lo"] >= 1 - width) & (cells["speedup_hi"] <= 1 + width)
-    return (gain - _widening(len(cells) - 1, blocks) * (gain - low) > 0) & ~inside
+    return (gain - _widening(len(cells) - 1, blocks, confidence) * (gain - low) > 0) & ~inside
 
 
-def _widening(comparisons: int, blocks: int) -> float:
-    """By how much Bonferroni widens each of so many intervals."""
+def _widening(comparisons: int, blocks: int, confidence: float) -> float:
+    """By how much Bonferroni, at 5 %, widens each of so many intervals."""
     freedom = max(1, blocks - 1)
-    return float(special.stdtrit(freedom, 1 - 0.025 / max(1, comparisons)) / special.stdtrit(freedom, 0.975))
+    least = special.stdtrit(freedom, 1 - 0.025 / max(1, comparisons))
+    return float(least / special.stdtrit(freedom, (1 + confidence) / 2))
 
 
 def _as_fast(cells: pd.DataFrame, samples: pd.DataFrame, confidence: float, width: float) -> list[bool]:
@@ -109,7 +111,7 @@ def _as_fast(cells: pd.DataFrame, samples: pd.DataFrame, confidence: float, widt
     if names and fastest in blocks.log_s:
         found = blocks.log_ratios(fastest, names)
         half, away = found.half_width(confidence), np.abs(found.estimate)
-        unsure = away <= half * _widening(len(names), len(blocks.log_s))
+        unsure = away <= half * _widening(len(names), len(blocks.log_s), confidence)
         alike |= set(np.array(names)[unsure | (away + half <= np.log1p(width))])
     return [name in alike for name in cells["cell"]]
 
@@ -134,7 +136,7 @@ def _all_on_against(run: Run, condition: Condition, peer: str) -> str:
         return ""
     found = blocks.log_ratios(peer, [all_on(run)])
     (estimate,), (half,) = found.estimate, found.half_width(analysis_setting(run.record, "confidence"))
-    gain, lo, hi = (float(np.exp(estimate + side * half)) for side in (0, -1, 1))
+    gain, lo, hi = (float(np.exp(value)) for value in (estimate, estimate - half, estimate + half))
     verdict = controls.heard(run, condition, verdict_of(lo, hi, band(run)), gain)
     return f"; {all_on(run)} against it {worth(verdict, gain, lo, hi, band(run))}"
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from scipy import special
 
+from qwen3bench.analysis.design import others_of
 from qwen3bench.analysis.effects import effects as effects_of
 from qwen3bench.analysis.frames import analysis_setting
 from qwen3bench.reporting import controls
@@ -21,6 +23,7 @@ from qwen3bench.reporting.lookup import (
     BASELINE,
     LATENCY,
     MEMORY,
+    UNLIKE,
     all_on,
     band,
     beside,
@@ -77,32 +80,42 @@ def switches(run: Run) -> Iterator[Finding]:
     """What each switch is worth under every condition; where the cells tell it of none, that."""
     main = run.effects[(run.effects["metric"] == LATENCY) & (run.effects["kind"] == "main")]
     if len(main) and main["estimate"].isna().all():
-        text = "What a single switch is worth cannot be told from the cells measured; design=full measures enough."
+        planned = [name for name in run.record.run["cells"] if ":" not in name]
+        advice = "; design=full measures enough" if len(planned) < 2 ** len(factors(run)) else ""
+        text = f"What a single switch is worth cannot be told from the cells measured{advice}."
         yield Finding(text, "undecided")
         return
+    others = beside(main)
     for name in factors(run):
-        yield from _switch(run, name, main[main["term"] == name])
+        yield from _switch(run, name, main[main["term"] == name], others)
 
 
-def _switch(run: Run, name: str, effects: pd.DataFrame) -> Iterator[Finding]:
+def _switch(run: Run, name: str, effects: pd.DataFrame, others: str) -> Iterator[Finding]:
     parts = []
-    others = beside(run)
     for condition in conditions(run):
         noisy = ", noisy" if controls.noise(run, condition) else ""
         for row in rows(condition.select(effects)):
-            because = _because(row.reason, others)
+            because = _because(row, others)
             if is_number(row.estimate):
                 parts.append(f"{_worth(run, condition, row)} ({condition}{noisy}{because})")
             else:
                 parts.append(f"cannot be told ({condition}{because})")
     if parts:
-        yield Finding(f"{name}: {'; '.join(parts)}.", "switch" if others == AVERAGE else f"switch {others}")
+        kind = "switch" if others == AVERAGE else f"switch {others}"
+        yield Finding(f"{name}: {'; '.join(parts)}.", kind if _several(run) else "only switch")
 
 
-def _because(reason: str, others: str) -> str:
-    """A reason without what the heading says."""
-    reason = reason.removeprefix(others).removeprefix("; ")
-    return f": {reason}" if reason else ""
+def _several(run: Run) -> bool:
+    return len(factors(run)) > 1  # of one switch alone nothing is averaged
+
+
+def _because(row: Any, others: str) -> str:
+    """The reason of an effect, without what the heading says of the others; where they differ, what they do."""
+    where = others_of(row.reason)
+    rest = row.reason.removeprefix(where).removeprefix("; ")
+    if others == UNLIKE and is_number(row.estimate):
+        rest = "; ".join(filter(None, (where or AVERAGE, rest)))
+    return f": {rest}" if rest else ""
 
 
 def joint(run: Run) -> Iterator[Finding]:
@@ -150,7 +163,7 @@ def _with_and_without(run: Run, condition: Condition, a: str, b: str) -> str:
             confidence=analysis_setting(run.record, "confidence"),
         )
         halves += rows(half[(half["term"] == small) & (half["kind"] == "main") & half["estimate"].notna()])
-    if len(halves) < 2:
+    if len(halves) < 2 or any(others_of(row.reason) for row in halves):  # a half that lacks cells tells no average
         return ""
     with_it, without = (_worth(run, condition, row) for row in halves)
     verdicts = [controls.heard(run, condition, row.verdict, row.estimate) for row in halves]
@@ -183,14 +196,16 @@ def _evidence(run: Run, condition: Condition, a: str, b: str) -> str:
 
 def memory(run: Run) -> Iterator[Finding]:
     """Which switches save peak memory, and whether that costs latency."""
-    others = beside(run)
+    main = run.effects[(run.effects["metric"] == MEMORY) & (run.effects["kind"] == "main")]
+    others = beside(main)
+    tail = f", {others}" if others != UNLIKE and _several(run) else ""
     for name in factors(run):
         saved: dict[tuple[str, str], list[str]] = {}
         free = []
         for condition in conditions(run):
             less = [row for row in rows(terms(run, condition, MEMORY, "main")) if row.term == name]
             if less and less[0].verdict == "less":
-                because = _because(less[0].reason, others)
+                because = _because(less[0], others)
                 saved.setdefault((signed_bytes(less[0].estimate), because), []).append(str(condition))
                 latency = [row for row in rows(terms(run, condition, LATENCY, "main")) if row.term == name]
                 if [controls.heard(run, condition, r.verdict, r.estimate) for r in latency] == ["same"]:
@@ -199,7 +214,7 @@ def memory(run: Run) -> Iterator[Finding]:
             everywhere = len(free) == sum(map(len, saved.values()))
             costs = f"costs no latency beyond ±{100 * band(run):g} %"
             said = "; ".join(f"{amount} ({listing(names, 12)}{because})" for (amount, because), names in saved.items())
-            text = f"{name} lowers peak memory{f' and {costs} there' if everywhere else ''}: {said}, {others}."
+            text = f"{name} lowers peak memory{f' and {costs} there' if everywhere else ''}: {said}{tail}."
             partly = f" It {costs} in {listing(free, 12)}." if free and not everywhere else ""
             yield Finding(f"{text}{partly}", "memory")
 
@@ -220,7 +235,7 @@ def _undecided(run: Run, condition: Condition, effects: list[Any], what: str = "
     blind = [row for row in unknown if not is_number(row.lo)]
     beside = [row for row in unknown if row not in around and row not in blind]
     if around:
-        needed = max(_blocks_needed(row.estimate, row.lo, row.hi, blocks, band(run)) for row in around)
+        needed = max(_blocks_needed(run, condition, row) for row in around)
         advice = f"If the estimates stay, about {needed:,} blocks instead of {blocks} would decide."
         yield Finding(f"{what}{_listed(around)} ({condition}). {advice}", "undecided")
     if blind:
@@ -247,10 +262,19 @@ def _together_alone(run: Run, condition: Condition) -> list[Any]:
     return [SimpleNamespace(term=row.cell, **found)]
 
 
-def _blocks_needed(estimate: float, lo: float, hi: float, blocks: int, width: float) -> int:
-    """Blocks after which an interval that shrinks with their root leaves 1 or lies inside the band."""
-    distance, half_width = abs(math.log(estimate)), math.log(hi / lo) / 2
-    return math.ceil(blocks * (half_width / max(distance, width - distance)) ** 2) + 1
+def _blocks_needed(run: Run, condition: Condition, row: Any) -> int:
+    """Blocks after which an interval that shrinks with their root lies inside the band, or leaves 1 by Holm's p too.
+
+    The latter takes Holm's hardest case, 5 % over the number of terms.
+    """
+    tested = condition.select(run.effects)
+    tested = tested[(tested["metric"] == LATENCY) & (tested["kind"] != "shapley") & tested["p"].notna()]
+    usual = float(special.ndtri((1 + analysis_setting(run.record, "confidence")) / 2))
+    distance, half_width = abs(math.log(row.estimate)) or 1e-9, math.log(row.hi / row.lo) / 2
+    ways = [float(special.ndtri(1 - 0.025 / max(1, len(tested)))) / usual * half_width / distance]
+    if distance < band(run):
+        ways.append(half_width / (band(run) - distance))
+    return math.ceil(condition.select(run.samples)["block"].nunique() * min(ways) ** 2) + 1
 
 
 def _worth(run: Run, condition: Condition, row: Any) -> str:

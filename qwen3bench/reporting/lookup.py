@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from qwen3bench.analysis.design import others_of
+from qwen3bench.analysis.frames import analysis_setting
 from qwen3bench.reporting.conditions import Condition
 from qwen3bench.reporting.units import count
 
@@ -17,12 +18,12 @@ if TYPE_CHECKING:
 
 BASELINE = "baseline"
 LATENCY, MEMORY = "latency_s", "peak_allocated_bytes"
-AVERAGE = "on average over the others"
+AVERAGE, UNLIKE = "on average over the others", "beside others that differ"
 
 
 def factors(run: Run) -> list[str]:
     """The run's factors in its own order."""
-    return [str(name) for name in run.record.run["factors"]]
+    return run.factors
 
 
 def all_on(run: Run) -> str:
@@ -42,8 +43,12 @@ def device(run: Run) -> str:
 
 def band(run: Run) -> float:
     """Half-width around 1 inside which an effect counts as none (`analysis.band`)."""
-    settings = run.config.get("analysis")
-    return float(settings.get("band", 0.01)) if isinstance(settings, dict) else 0.01
+    return analysis_setting(run.record, "band")
+
+
+def level(run: Run) -> str:
+    """What an interval holds (`analysis.confidence`), such as `95 %`."""
+    return f"{100 * analysis_setting(run.record, 'confidence'):g} %"
 
 
 def usable(cells: pd.DataFrame) -> pd.DataFrame:
@@ -64,11 +69,10 @@ def terms(run: Run, condition: Condition, metric: str, kind: str) -> pd.DataFram
     return chosen.astype({"estimate": float, "lo": float, "hi": float})
 
 
-def beside(run: Run) -> str:
-    """What the other switches do where a switch's main effects are told: on average, or all off, or all on."""
-    main = run.effects[(run.effects["kind"] == "main") & run.effects["estimate"].notna()]
-    found = set(main["reason"].map(others_of))
-    return (found.pop() if len(found) == 1 else "") or AVERAGE
+def beside(main: pd.DataFrame) -> str:
+    """What the other switches do where these main effects are told: averaged over, all off, all on, or unlike."""
+    found = set(main.loc[main["estimate"].notna(), "reason"].map(others_of)) or {""}
+    return (found.pop() or AVERAGE) if len(found) == 1 else UNLIKE
 
 
 def blocks_of(run: Run, condition: Condition) -> str:

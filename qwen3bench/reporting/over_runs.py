@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from qwen3bench.analysis.design import others_of
 from qwen3bench.reporting import controls
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.finding import Finding
 from qwen3bench.reporting.findings_cells import failures, missing
-from qwen3bench.reporting.lookup import AVERAGE, LATENCY, beside, largest, rows, smallest, terms
+from qwen3bench.reporting.lookup import AVERAGE, LATENCY, band, largest, level, rows, smallest, terms
 from qwen3bench.reporting.tables import Entry, Table, drop_empty
 from qwen3bench.reporting.units import count, listing, ratio
 
@@ -20,14 +22,13 @@ if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
 _WHERE = ("model", "device", "dtype")  # part of a condition's name only where the runs differ in them
-_VERDICTS = (("faster", "faster"), ("slower", "slower"), ("undecided", "undecided"))
 
 
 def effects_over(runs: Sequence[Run]) -> pd.DataFrame:
     """Main effects on latency of all runs, one row per run, workload, runtime and switch.
 
-    Columns: run (from 1), model, device, dtype, workload, runtime, batch_size, prompt_tokens, condition,
-    noisy, term, estimate, lo, hi, verdict.
+    Columns: run (from 1), model, device, dtype, workload, runtime, batch_size, prompt_tokens, noisy, condition, others
+    (what the other switches do, see `lookup.beside`), term, estimate, lo, hi, verdict.
     """
     lines: list[dict[str, Any]] = []
     for number, run in enumerate(runs, start=1):
@@ -35,9 +36,11 @@ def effects_over(runs: Sequence[Run]) -> pd.DataFrame:
             cell = rows(condition.select(run.cells))[0]
             same = {key: getattr(cell, key) for key in (*_WHERE, "batch_size", "prompt_tokens")}
             where = {"run": number, **same, "workload": condition.workload, "runtime": condition.runtime}
-            others = "" if beside(run) == AVERAGE else f", {beside(run)}"
-            where |= {"condition": f"{condition}{others}", "noisy": controls.noise(run, condition) > 0}
+            where |= {"noisy": controls.noise(run, condition) > 0}
             for effect in rows(terms(run, condition, LATENCY, "main")):
+                others = others_of(effect.reason) or AVERAGE
+                named = str(condition) if others == AVERAGE else f"{condition}, {others}"
+                where |= {"condition": named, "others": others}
                 values = {key: getattr(effect, key) for key in ("term", "estimate", "lo", "hi", "verdict")}
                 lines.append(where | values)
     frame = pd.DataFrame(lines)
@@ -50,7 +53,12 @@ def effects_over(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def limits(runs: Sequence[Run]) -> Iterator[Finding]:
-    """What single runs lack: their end, cells that failed or were not measured, conditions without any effect."""
+    """What single runs lack: their end, cells that failed or were not measured, conditions without any effect, and a
+    band or a confidence of their own."""
+    told = listing([f"run {n}: ±{100 * band(run):g} %, {level(run)}" for n, run in enumerate(runs, start=1)], 12)
+    if len({(band(run), level(run)) for run in runs}) > 1:
+        text = f"Verdicts are by different bands and intervals ({told}); the page shows the first run's."
+        yield Finding(text, "control", "warning")
     for number, run in enumerate(runs, start=1):
         for finding in (*missing(run), *failures(run)):
             yield replace(finding, text=f"Run {number}: {finding.text}")
@@ -65,16 +73,18 @@ def over_findings(effects: pd.DataFrame, names: Sequence[str], width: float) -> 
     if noisy:
         yield Finding(f"Noisy, and left out of the findings: {listing(noisy)}.", "control", "warning")
     quiet = effects[~effects["noisy"]]
-    for name in names:
-        found = dict(iter(quiet[quiet["term"] == name].groupby("verdict")))
+    for name, others in product(names, dict.fromkeys(quiet["others"])):  # an average is not compared with what is none
+        found = dict(iter(quiet[(quiet["term"] == name) & (quiet["others"] == others)].groupby("verdict")))
         said = []
-        for verdict, words in (*_VERDICTS, ("same", f"the same within ±{100 * width:g} %")):
+        for verdict in ("faster", "slower", "undecided", "same"):
             if verdict in found:
+                words = f"the same within ±{100 * width:g} %" if verdict == "same" else verdict
                 how_much = f" ({_range(found[verdict])})" if verdict in ("faster", "slower") else ""
                 said.append(f"{words} in {len(found[verdict])}{how_much}")
         if not said:
             continue
-        text = f"{name}: of {count(sum(map(len, found.values())), 'condition')}, {', '.join(said)}."
+        subject = name if others == AVERAGE else f"{name}, {others}"
+        text = f"{subject}: of {count(sum(map(len, found.values())), 'condition')}, {', '.join(said)}."
         if {"faster", "slower"} <= set(found):
             text += f" Its effect changes sign: slower at {_places(found['slower'])}."
         if "same" in found and {"faster", "slower"} & set(found):

@@ -17,7 +17,7 @@ from qwen3bench.reporting import controls, figures, plots, tables
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.finding import Finding
 from qwen3bench.reporting.findings import findings, grouped
-from qwen3bench.reporting.lookup import LATENCY, MEMORY, device, directory, factors
+from qwen3bench.reporting.lookup import LATENCY, MEMORY, device, directory, factors, level
 from qwen3bench.reporting.tables import Table
 from qwen3bench.reporting.units import is_number, listing
 
@@ -59,6 +59,7 @@ def page_content(run: Run, found: list[Finding]) -> dict[str, Any]:
     return {
         "title": f"{run.record.run.get('model') or 'A model'} on {device(run)}",
         "factors": factors(run),
+        "level": level(run),
         "about": about(run),
         "findings": grouped([finding for finding in found if finding.level == "plain"]),
         "warnings": [finding for finding in found if finding.level == "warning"],

@@ -47,6 +47,8 @@ def _row_label(first: Any) -> str:
 
 def _regimes_title(effects: pd.DataFrame, names: Sequence[str]) -> str:
     quiet = effects[~effects["noisy"]]
+    if quiet["others"].nunique() > 1:
+        return "What the other switches do differs from run to run"
     seen = {name: set(quiet.loc[quiet["term"] == name, "verdict"]) for name in names}
     turning = [name for name in names if {"faster", "slower"} <= seen[name]]
     fading = [name for name in names if {"faster", "same"} <= seen[name] and name not in turning]
@@ -71,11 +73,11 @@ def trends(effects: pd.DataFrame, names: Sequence[str], width: float) -> Plot | 
         return None
     columns = min(3, len(names))
     lines = len(names) // columns + 1  # a panel at least is spare, for the legend
-    legend = f"95 % intervals; grey: ±{100 * width:g} %; hollow: undecided or noisy"
+    legend = f"bars: intervals; grey: ±{100 * width:g} %; hollow: undecided or noisy"
     note = f"n = {count(effects['run'].nunique(), 'run')}; {legend}"
     keys = [
         key
-        for key in ("workload", "batch_size", "runtime", "model", "device", "dtype")
+        for key in ("workload", "batch_size", "runtime", "model", "device", "dtype", "others")
         if key in ("workload", "runtime") or effects[key].nunique() > 1
     ]
     labels = [

@@ -30,6 +30,7 @@ from qwen3bench.reporting.lookup import (
     device,
     factors,
     is_peer,
+    level,
     rows,
     smallest,
     usable,
@@ -79,7 +80,7 @@ def ranked(run: Run, condition: Condition) -> Plot | None:
             right.scatter(x[row], row, s=40, marker="^", color=INK, zorder=4)
             left.text(len(factors(run)) - 0.6, row, cell, ha="right", va="center", fontsize=8.5)
     right.set_ylim(len(cells) - 0.4, -1.6 if few else -len(cells) * 0.03)
-    right.set_xlabel(f"latency ({unit.symbol}): median, 95 % interval; n = {_samples(cells)} samples per cell")
+    right.set_xlabel(f"latency ({unit.symbol}): median, {level(run)} interval; n = {_samples(cells)} samples per cell")
     right.grid(visible=False, axis="y")
     alt = f"Latency of {count(len(cells), 'cell')}, fastest on top. {title}."
     return Plot(f"cells-{condition.slug}", figure, title, alt)
@@ -98,8 +99,8 @@ def _draw_switches(axes: Axes, cells: pd.DataFrame, names: list[str], few: bool)
     """Per row a large dot for each switch that is on, a small one for each that is off; a peer has none."""
     for column, name in enumerate(names):
         levels = cells[name].to_numpy(dtype=float, na_value=np.nan)
-        for level, colour, area in ((1, INK, 26 if few else 4), (0, GREY, 3 if few else 0)):
-            places = np.flatnonzero(levels == level)
+        for state, colour, area in ((1, INK, 26 if few else 4), (0, GREY, 3 if few else 0)):
+            places = np.flatnonzero(levels == state)
             if area:
                 marker = "o" if few else "_"
                 axes.scatter(np.full(len(places), column), places, s=area, color=colour, marker=marker)
@@ -142,7 +143,7 @@ def memory_latency(run: Run, condition: Condition) -> Plot | None:
     for cell, left, low in list(zip(front["cell"], front_x, front_y, strict=True))[:6]:
         beside(axes, cell, left, low, leftwards=left > (x.min() + x.max()) / 2, below=True)
     axes.margins(0.08, 0.16)
-    axes.set_xlabel(f"latency ({x_unit.symbol}): median, 95 % interval; n = {_samples(cells)} samples per cell")
+    axes.set_xlabel(f"latency ({x_unit.symbol}): median, {level(run)} interval; n = {_samples(cells)} samples per cell")
     axes.set_ylabel(f"peak allocated memory ({y_unit.symbol})")
     axes.legend(loc="best")
     alt = f"Latency against peak memory of {len(cells)} cells; Pareto front: {listing(list(front['cell']))}."

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from qwen3bench.reporting.conditions import Condition
 from qwen3bench.reporting.controls import aa_series
 from qwen3bench.reporting.figures import BLUE, MUTED, ORANGE, PAPER, RULE, SERIES, Plot, new_figure
-from qwen3bench.reporting.lookup import device, rows
+from qwen3bench.reporting.lookup import device, level, rows
 from qwen3bench.reporting.units import count, is_number, ratio
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def _draw_aa(axes: Axes, run: Run, condition: Condition) -> None:
         if is_number(row.lo):
             axes.axhspan(row.lo, row.hi, color=colour, alpha=0.25, linewidth=0)
     axes.scatter(pairs["block"], pairs["ratio"], s=18, color=BLUE, zorder=3)
-    axes.set_xlabel(f"block (n = {len(pairs)}); grey: allowed; coloured: mean, 95 %")
+    axes.set_xlabel(f"block (n = {len(pairs)}); grey: allowed; coloured: mean, {level(run)}")
     axes.set_ylabel("second copy / first")
     axes.ticklabel_format(useOffset=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

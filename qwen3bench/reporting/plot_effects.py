@@ -24,12 +24,14 @@ from qwen3bench.reporting.figures import (
 from qwen3bench.reporting.lookup import (
     AVERAGE,
     LATENCY,
+    UNLIKE,
     band,
     beside,
     blocks_of,
     device,
     factors,
     largest,
+    level,
     rows,
     terms,
 )
@@ -51,7 +53,7 @@ def forest(run: Run, condition: Condition) -> Plot | None:
     size = np.log(worth_a_row["estimate"]).abs().sort_values(ascending=False, kind="stable").index
     shown_main = main.loc[np.log(main["estimate"]).sort_values(ascending=False, kind="stable").index]
     shown = pd.concat([shown_main, joint.loc[size[: max(0, _MOST_TERMS - len(main))]]])
-    others = "" if beside(run) == AVERAGE else f"; each switch {beside(run)}"
+    others = "" if beside(main) == AVERAGE else f"; each switch {beside(main)}"
     note = f"{condition}; {device(run)}; n = {blocks_of(run, condition)}{others}"
     if left_out := len(main) + len(joint) - len(shown):
         note += f"; {count(left_out, 'interaction')} left out: small, or of three and more without a direction"
@@ -68,7 +70,9 @@ def forest(run: Run, condition: Condition) -> Plot | None:
     axes.set_yticks(range(len(shown)), [term.replace(":", " : ") for term in shown["term"]])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel(f"speed-up when switched on (×, above 1 is faster), 95 % interval; grey: ±{width * 100:g} %")
+    axes.set_xlabel(
+        f"speed-up when switched on (×, above 1 is faster), {level(run)} interval; grey: ±{width * 100:g} %"
+    )
     axes.legend(handles=_verdict_handles(shown["verdict"]), loc="best")
     said = [f"{effect.term} {ratio(effect.estimate, effect.lo, effect.hi)}" for effect in rows(shown_main)]
     alt = f"Effects on latency with intervals: {listing(said, 12)}."
@@ -154,10 +158,12 @@ def by_condition(run: Run) -> Plot | None:
         if quiet
         else "Noisy everywhere: two copies of the baseline differ"
     )
-    others = "" if beside(run) == AVERAGE else f"; each switch {beside(run)}"
-    note = f"{device(run)}{others}" + "; noisy conditions do not count in the title" * any(
-        controls.noise(run, condition) > 0 for condition, _ in frames
-    )
+    others = beside(pd.concat([effects for _, effects in frames]))
+    if others == UNLIKE:
+        title = "What the other switches do differs from condition to condition"
+    note = device(run) + f"; each switch {others}" * (others not in (AVERAGE, UNLIKE))
+    if any(controls.noise(run, condition) > 0 for condition, _ in frames):
+        note += "; noisy conditions do not count in the title"
     figure = new_figure(title, note, 2.1 + len(names) * (0.25 + 0.17 * len(frames)))
     axes = figure.subplots()
     width = band(run)
@@ -182,12 +188,15 @@ def by_condition(run: Run) -> Plot | None:
             edgecolor=colour,
             zorder=3,
         )
-        handle = f"{_noisy(run, condition, str(condition))} (n = {blocks_of(run, condition)})"
+        where = f"{condition}, {beside(effects)}" if others == UNLIKE else str(condition)
+        handle = f"{_noisy(run, condition, where)} (n = {blocks_of(run, condition)})"
         axes.scatter([], [], marker=shape, s=34, color=colour, label=handle)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.45, -0.55)
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel(f"speed-up when switched on (×), 95 % interval; hollow: undecided; grey: ±{width * 100:g} %")
+    axes.set_xlabel(
+        f"speed-up when switched on (×), {level(run)} interval; hollow: undecided; grey: ±{width * 100:g} %"
+    )
     axes.legend(loc="upper left", bbox_to_anchor=(0, -0.13), ncols=2, fontsize=8.5)
     return Plot("effects-by-condition", figure, title, f"Main effects by workload and runtime. {title}.")
 

@@ -74,10 +74,6 @@ class Table:
         """Per column, whether it holds numbers, to be set flush right."""
         return [any(row[i].number for row in self.rows) for i in range(len(self.headings))]
 
-    def head(self, rows: int) -> Table:
-        """The same table cut to its first rows."""
-        return Table(self.headings, self.rows[:rows], self.constants, self.note)
-
 
 def cells_table(cells: pd.DataFrame, basics: bool = False) -> Table:
     """Cells of one condition, the fastest first, those that failed at the end, as they have no rank.

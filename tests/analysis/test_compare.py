@@ -117,15 +117,24 @@ def test_an_average_is_not_compared_with_what_is_none(write_run: Write, capsys: 
     factors, few = ("flash", "mask", "norm"), ["baseline", "flash", "mask", "norm"]
     whole = write_run("whole", factors=factors, worth=worth)
     each = [write_run(name, factors=factors, worth=worth, cells=few, seed=seed) for name, seed in (("b", 2), ("c", 3))]
-    assert "0 changed, 0 the same, 0 undecided." in section(output(capsys, whole, each[0])[1], "Effects")
+    text = output(capsys, whole, each[0])[1]
+    assert "0 changed, 0 the same, 0 undecided." in section(text, "Effects")
+    said = "told as an average over the others in A and with the others off in B"
+    assert f"not compared: flash, mask, norm, {said}" in section(text, "Not in both")
     assert "0 changed, 3 the same, 0 undecided." in section(output(capsys, *each)[1], "Effects")
 
 
 def test_effects_over_other_switches_are_not_compared(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = write_run("a", factors=("flash", "tie")), write_run("b", factors=("flash", "mask"))
     _, text = output(capsys, a, b)
-    assert "not both vary mask, tie: an effect is told over the others, so none is compared" in text
+    said = "not both vary mask, tie: an effect is one over the others, and compared only where these are off"
+    assert said in section(text, "Not in both")
     assert "0 changed, 0 the same, 0 undecided." in section(text, "Effects")
+    few = [
+        write_run(f"each {len(names)}", factors=names, cells=["baseline", *names], seed=len(names))
+        for names in (("flash", "norm"), ("flash", "norm", "mask"))
+    ]
+    assert "0 changed, 2 the same, 0 undecided." in section(output(capsys, *few)[1], "Effects")
 
 
 def test_html_is_one_file_that_escapes_what_it_shows(write_run: Write, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def effects(**verdicts: list[str]) -> pd.DataFrame:
         {
             "run": place,
             "condition": f"prefill 1×{2**place} graph",
+            "others": "on average over the others",
             "noisy": False,
             "term": term,
             "estimate": estimate[verdict],

@@ -9,13 +9,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from qwen3bench.analysis.run import Run
+from qwen3bench.reporting import figures
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.finding import Finding, verdict_of, worth
 from qwen3bench.reporting.findings import findings, grouped
 from qwen3bench.reporting.findings_cells import shown_faster
+from qwen3bench.reporting.over_runs import effects_over, over_findings
+from qwen3bench.reporting.plot_across import regimes
+from qwen3bench.reporting.plot_effects import by_condition, forest
 from qwen3bench.reporting.plot_waterfall import waterfall
 from qwen3bench.reporting.units import ratio
 
@@ -184,7 +189,8 @@ def test_an_effect_without_an_interval_asks_for_blocks(
     (text,) = texts(run, "undecided")
     assert text.startswith("flash 1.1")
     assert text.endswith("1 block gives no interval; more would.")
-    assert "faster" not in of_switch(run, "flash")
+    (text,) = texts(run, "only switch")
+    assert "faster" not in text
 
 
 def test_an_undecided_interaction_is_not_told(full_run: Run) -> None:
@@ -235,6 +241,74 @@ def test_what_is_told_beside_the_others_off_is_so_without_an_interval_too(
     (text,) = [finding.text for finding in found if finding.text.startswith("mlp: ")]
     assert text.endswith("(prefill 1×512 graph: no interval: one block).")
     assert "Each switch, with the others off" in dict(grouped(found))
+
+
+def decode_whole_prefill_alone(record_lines: Callable[..., Lines]) -> Lines:
+    """A run whose prefill lost the cells with two switches and more."""
+    lines = record_lines(factors=("flash", "mlp", "mask"), workloads=("prefill", "decode"))
+    kept = (None, "baseline", "flash", "mlp", "mask")
+    return [line for line in lines if line.get("workload") != "prefill" or line.get("cell") in kept]
+
+
+def test_where_conditions_tell_different_things_each_says_which(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    run = run_of(decode_whole_prefill_alone(record_lines))
+    found = findings(run)
+    (group,) = [group for heading, group in grouped(found) if heading == "Each switch, beside others that differ"]
+    assert [finding.text.split(":")[0] for finding in group] == ["flash", "mlp", "mask"]
+    for finding in group:
+        assert "(prefill 1×512 graph: with the others off" in finding.text
+        assert "(decode 1×512 graph: on average over the others)" in finding.text
+    with figures.style():
+        together = by_condition(run)
+        alone, whole = (forest(run, condition) for condition in conditions(run))
+    assert together is not None
+    assert alone is not None
+    assert whole is not None
+    assert together.title == "What the other switches do differs from condition to condition"
+    assert "each switch with the others off" in noted(alone.figure)
+    assert "each switch" not in noted(whole.figure)
+    frame = effects_over([run])
+    assert sorted(frame["others"].unique()) == ["on average over the others", "with the others off"]
+    subjects = {finding.text.split(": ")[0] for finding in over_findings(frame, ["flash"], 0.01)}
+    assert subjects == {"flash", "flash, with the others off"}
+    with figures.style():
+        plot = regimes(frame, ["flash", "mlp", "mask"], 0.01)
+    assert plot is not None
+    assert plot.title == "What the other switches do differs from run to run"
+
+
+def noted(figure: Figure) -> str:
+    return " ".join(text.get_text() for text in figure.findobj(Text))
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_half_that_lacks_a_cell_tells_nothing_of_a_pair(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run], lost: bool
+) -> None:
+    """Without the baseline the half without flash tells mask beside norm alone, the half with it an average."""
+    lines = record_lines(factors=("flash", "mask", "norm"))
+    pairs = texts(run_of(without_baseline(lines) if lost else lines), "interaction")
+    (text,) = [text for text in pairs if text.startswith("flash and mask")]
+    assert ("mask pays only with flash" in text) == (not lost)
+    assert ("without it" in text) == (not lost)
+
+
+@pytest.mark.parametrize(("factors", "names", "advised"), [(("flash",), ["baseline"], False), (TWO, None, True)])
+def test_a_design_is_advised_only_where_it_measures_more(
+    record_lines: Callable[..., Lines],
+    run_of: Callable[[Lines], Run],
+    factors: tuple[str, ...],
+    names: list[str] | None,
+    advised: bool,
+) -> None:
+    lines = record_lines(factors=factors)
+    kept = names or ["baseline", "+".join(factors)]
+    lines = [line for line in lines if line.get("cell") in (None, *kept)]
+    lines[0]["cells"] = kept if advised else lines[0]["cells"]
+    (text,) = [text for text in texts(run_of(lines), "undecided") if "cannot be told" in text]
+    assert ("design=full" in text) == advised
 
 
 def test_of_a_pair_of_cells_one_sentence_says_that_no_switch_can_be_told(
