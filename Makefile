@@ -24,7 +24,7 @@ RUNTIMES ?= [eager,graph]
 SINGLE ?= prompt_tokens=128,2048,8192
 BATCHED ?= prompt_tokens=128,512,2048
 SWEEP = $(BIN)/python -m qwen3bench -m design=full opt=[flash,mlp,mask,norm] measure=quick measure.max_seconds=30 runtime=$(RUNTIMES)
-regimes: $(VENV)/.run ## the same over prompt lengths, batch sizes and runtimes (RUNTIMES=[eager] without a GPU), on one page
+regimes: $(VENV)/.run ## the same over prompt lengths, batch sizes and runtimes (RUNTIMES=[eager] without a GPU; SINGLE=, BATCHED= for other sizes), on one page
 	$(SWEEP) workload=[prefill,decode] $(SINGLE) hydra.sweep.dir=$(REGIMES)/single $(ARGS)
 	$(SWEEP) workload=[prefill] batch_size=8 $(BATCHED) hydra.sweep.dir=$(REGIMES)/batched $(ARGS)
 	$(BIN)/python -m qwen3bench.report $(REGIMES)/single $(REGIMES)/batched --out $(REGIMES)

@@ -253,7 +253,8 @@ def _mask_note(model: Qwen3Model, workload: Workload) -> str:
     weight = model.tok_emb.weight
     if model.parts.attend.mask(model.parts.mask, queries, start, weight.device, weight.dtype) is None:
         return "fused attention without a mask tensor"
-    return "fused attention is given a mask tensor, which the FlashAttention kernel refuses"
+    refused = ", which the FlashAttention kernel refuses" if weight.is_cuda else ""
+    return f"fused attention is given a mask tensor{refused}"
 
 
 def _unknown_attention(kernels: Iterable[Mapping[str, int]]) -> list[str]:

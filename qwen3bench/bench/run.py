@@ -113,6 +113,8 @@ def _directory(settings: Settings) -> Path:
     directory = settings.resume or settings.dir or RESULTS / f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{name}"
     if not str(directory).isprintable():  # could not be typed to continue the run
         raise UserError(f"run.dir={str(directory)!r}: holds control characters; name another directory")
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / "samples.jsonl").exists():
+        raise UserError(f"run.dir={directory}: holds other files and no run; name a new directory")
     return directory
 
 

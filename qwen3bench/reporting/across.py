@@ -13,7 +13,7 @@ from qwen3bench.errors import UserError
 from qwen3bench.reporting import figures
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.lookup import band, device, directory, factors, level
-from qwen3bench.reporting.over_runs import effects_over, limits, over_findings, over_table
+from qwen3bench.reporting.over_runs import dependent, effects_over, limits, over_findings, over_table
 from qwen3bench.reporting.pages import about, render
 from qwen3bench.reporting.plot_across import regimes, trends
 from qwen3bench.reporting.units import count, listing
@@ -35,7 +35,8 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
         if (path / _RECORD).is_file() or not path.is_dir():
             below = [path]  # what is no run after all is named when it is read
         else:
-            below = sorted((file.parent for file in path.rglob(_RECORD)), key=_by_number)
+            records = (file for file in path.rglob(_RECORD) if file.stat().st_size)  # empty: it stopped before anything
+            below = sorted((file.parent for file in records), key=_by_number)
         if not below:
             raise UserError(f"{path}: holds no run, nor any directory with one; name the directory of a run")
         for run in below:
@@ -59,7 +60,7 @@ def write_overview(runs: Sequence[Run], home: Path) -> Path:
     with figures.style():
         drawn = [draw(effects, names, width) for draw in (regimes, trends) if len(effects)]
         saved = [figures.save(plot, home / "plots") for plot in drawn if plot]
-    found = [*limits(runs), *over_findings(effects, names, width)]
+    found = [*limits(runs), *over_findings(effects, names, width), *dependent(runs)]
     plain = [finding for finding in found if finding.level == "plain"]
     content = {
         "title": f"{count(len(runs), 'run')} together",

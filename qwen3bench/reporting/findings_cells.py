@@ -57,15 +57,18 @@ def recommended(run: Run, condition: Condition) -> Iterator[Finding]:
     if faster.empty:
         yield Finding(f"No cell{within} is shown to be faster than the baseline ({condition}).", "recommended")
         return
-    alike = faster[_as_fast(faster, samples, confidence, band(run))]
+    near, unsure = _as_fast(faster, samples, confidence, band(run))
+    alike = faster[near]
     alike = alike.assign(switches=[0 if c == BASELINE else c.count("+") + 1 for c in alike["cell"]])
     pick = rows(alike.sort_values([MEMORY, "switches"], kind="stable", na_position="last"))[0]
     gain = ratio(pick.speedup, pick.speedup_lo, pick.speedup_hi)
     memory = f", peak memory {size(pick.peak_allocated_bytes)}" if is_number(pick.peak_allocated_bytes) else ""
     text = f"{pick.cell}{within}: {gain} faster than the baseline{memory} ({condition})."
     if len(alike) > 1:
-        text += f" {len(alike)} cells are as fast within ±{100 * band(run):g} %, or as far as can be told"
+        text += f" {len(alike)} cells are as fast within ±{100 * band(run):g} %, as far as can be told"
         text += f"; of these it has {'the least memory, then ' if memory else ''}the fewest switches."
+    if unsure:
+        text += f" Of {count(unsure, 'more cell')} it is not shown that they are slower; more processes would tell."
     yield Finding(text, "recommended")
 
 
@@ -99,21 +102,26 @@ def _widening(comparisons: int, blocks: int, confidence: float) -> float:
     return float(least / special.stdtrit(freedom, (1 + confidence) / 2))
 
 
-def _as_fast(cells: pd.DataFrame, samples: pd.DataFrame, confidence: float, width: float) -> list[bool]:
-    """Which cells are the same as the fastest within the band, or not shown to be slower, by ratios within blocks.
+def _as_fast(cells: pd.DataFrame, samples: pd.DataFrame, confidence: float, width: float) -> tuple[list[bool], int]:
+    """Which cells read as the fastest does within the band, and may well do so, by ratios within blocks.
+
+    And how many others are not shown to be slower, though they read so: to recommend one of these for its fewer
+    switches would be to recommend noise.
 
     Speed-ups share the baseline's scatter, so that their intervals may overlap where the cells are well apart.
     """
     blocks = block_matrix(samples, cells["cell"].tolist())
     fastest = largest(cells, "speedup").cell
     names = [name for name in cells["cell"] if name in blocks.log_s and name != fastest]
-    alike = {fastest}
+    alike, others = {fastest}, 0
     if names and fastest in blocks.log_s:
         found = blocks.log_ratios(fastest, names)
         half, away = found.half_width(confidence), np.abs(found.estimate)
         unsure = away <= half * _widening(len(names), len(blocks.log_s), confidence)
-        alike |= set(np.array(names)[unsure | (away + half <= np.log1p(width))])
-    return [name in alike for name in cells["cell"]]
+        near = away <= np.log1p(width)
+        alike |= set(np.array(names)[near & (unsure | (away + half <= np.log1p(width)))])
+        others = int((unsure & ~near).sum())
+    return [name in alike for name in cells["cell"]], others
 
 
 def peers(run: Run) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -130,13 +131,25 @@ def joint(run: Run) -> Iterator[Finding]:
             yield Finding(f"{text}{ran}{noisy}", "interaction")
 
 
-def _joint(run: Run, condition: Condition) -> Iterator[tuple[str, str]]:
+def pays_only_with(run: Run, condition: Condition) -> Iterator[tuple[str, str]]:
+    """Switches that are faster with another on, and the same or slower with it off: `(mask, flash)`."""
+    for row in _pairs(run, condition):
+        if (halves := _halves(run, condition, *row.term.split(":"))) and _only_with(run, condition, halves):
+            yield halves.small, halves.large
+
+
+def _pairs(run: Run, condition: Condition) -> Iterator[Any]:
+    """The largest interactions of two switches that are no noise."""
     effects = terms(run, condition, LATENCY, "interaction")
     pairs = effects[(effects["term"].str.count(":") == 1) & effects["verdict"].isin(("faster", "slower"))]
     order = np.log(pairs["estimate"]).abs().sort_values(ascending=False, kind="stable").index
     for row in rows(pairs.loc[order[:_MOST_PAIRS]]):
-        if controls.heard(run, condition, row.verdict, row.estimate) != row.verdict:
-            continue
+        if controls.heard(run, condition, row.verdict, row.estimate) == row.verdict:
+            yield row
+
+
+def _joint(run: Run, condition: Condition) -> Iterator[tuple[str, str]]:
+    for row in _pairs(run, condition):
         a, b = row.term.split(":")
         much = "more" if row.verdict == "faster" else "less"
         joint_effect = f"joint effect {ratio(row.estimate, row.lo, row.hi)}"
@@ -144,16 +157,26 @@ def _joint(run: Run, condition: Condition) -> Iterator[tuple[str, str]]:
         yield row.term, f"{said}{_with_and_without(run, condition, a, b)}"
 
 
-def _with_and_without(run: Run, condition: Condition, a: str, b: str) -> str:
-    """What the smaller switch of a pair is worth with the other on and off, each from its half of cells."""
+@dataclass(frozen=True)
+class _Halves:
+    """Effects of the switch of a pair that is worth less, with the other on and off."""
+
+    small: str
+    large: str
+    with_it: Any
+    without: Any
+
+
+def _halves(run: Run, condition: Condition, a: str, b: str) -> _Halves | None:
+    """Each from its half of the cells; None where a half cannot tell."""
     main = {row.term: row.estimate for row in rows(terms(run, condition, LATENCY, "main"))}
     if len(factors(run)) > _MOST_FACTORS or not {a, b} <= set(main):
-        return ""
+        return None
     small, large = sorted((a, b), key=lambda name: abs(math.log(main[name])))
     samples = condition.select(run.samples)
     samples = samples[samples["cell"].isin(usable(condition.select(run.cells))["cell"])]
     others = [name for name in factors(run) if name != large]
-    halves = []
+    found = []
     for level in (1, 0):
         half = effects_of(
             samples[samples[large] == level],
@@ -162,14 +185,26 @@ def _with_and_without(run: Run, condition: Condition, a: str, b: str) -> str:
             band=band(run),
             confidence=analysis_setting(run.record, "confidence"),
         )
-        halves += rows(half[(half["term"] == small) & (half["kind"] == "main") & half["estimate"].notna()])
-    if len(halves) < 2 or any(others_of(row.reason) for row in halves):  # a half that lacks cells tells no average
+        found += rows(half[(half["term"] == small) & (half["kind"] == "main") & half["estimate"].notna()])
+    if len(found) < 2 or any(others_of(row.reason) for row in found):  # a half that lacks cells tells no average
+        return None
+    return _Halves(small, large, *found)
+
+
+def _only_with(run: Run, condition: Condition, halves: _Halves) -> bool:
+    both = (halves.with_it, halves.without)
+    verdicts = [controls.heard(run, condition, row.verdict, row.estimate) for row in both]
+    return verdicts[0] == "faster" and verdicts[1] in ("same", "slower")
+
+
+def _with_and_without(run: Run, condition: Condition, a: str, b: str) -> str:
+    """What the smaller switch of a pair is worth with the other on and off."""
+    if not (halves := _halves(run, condition, a, b)):
         return ""
-    with_it, without = (_worth(run, condition, row) for row in halves)
-    verdicts = [controls.heard(run, condition, row.verdict, row.estimate) for row in halves]
-    if verdicts[0] == "faster" and verdicts[1] in ("same", "slower"):
-        return f" {small} pays only with {large}: with it {with_it}; without it {without}."
-    return f" {small} with {large}: {with_it}; without: {without}."
+    with_it, without = (_worth(run, condition, row) for row in (halves.with_it, halves.without))
+    if _only_with(run, condition, halves):
+        return f" {halves.small} pays only with {halves.large}: with it {with_it}; without it {without}."
+    return f" {halves.small} with {halves.large}: {with_it}; without: {without}."
 
 
 def _evidence(run: Run, condition: Condition, a: str, b: str) -> str:

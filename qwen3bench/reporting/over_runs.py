@@ -14,6 +14,7 @@ from qwen3bench.reporting import controls
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.finding import Finding
 from qwen3bench.reporting.findings_cells import failures, missing
+from qwen3bench.reporting.findings_effects import pays_only_with
 from qwen3bench.reporting.lookup import AVERAGE, LATENCY, band, largest, level, rows, smallest, terms
 from qwen3bench.reporting.tables import Entry, Table, drop_empty
 from qwen3bench.reporting.units import count, listing, ratio
@@ -64,6 +65,18 @@ def limits(runs: Sequence[Run]) -> Iterator[Finding]:
             yield replace(finding, text=f"Run {number}: {finding.text}")
 
 
+def dependent(runs: Sequence[Run]) -> Iterator[Finding]:
+    """Which switches pay only with another on, and where: what an average over the other hides."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for number, run in enumerate(runs, start=1):
+        for condition in conditions(run):
+            for pair in pays_only_with(run, condition):
+                places.setdefault(pair, []).append(f"{condition} (run {number})")
+    for (small, large), found in places.items():
+        text = f"{small} pays only with {large} at {listing(found, 12)}"
+        yield Finding(f"{text}: there an average over both hides what it is worth.", "interaction")
+
+
 def over_findings(effects: pd.DataFrame, names: Sequence[str], width: float) -> Iterator[Finding]:
     """Per switch, where it is faster, slower, the same or undecided; noisy conditions do not count."""
     if effects.empty:
@@ -90,7 +103,7 @@ def over_findings(effects: pd.DataFrame, names: Sequence[str], width: float) -> 
         if "same" in found and {"faster", "slower"} & set(found):
             text += f" It vanishes at {_places(found['same'])}."
         if "undecided" in found:
-            text += f" Undecided at {_places(found['undecided'])}; more blocks there would tell."
+            text += f" Undecided at {_places(found['undecided'])}; more blocks and processes there would tell."
         yield Finding(text, "switch")
 
 

@@ -119,6 +119,18 @@ def test_chemical_process_gives_the_published_analysis_of_variance() -> None:
     assert by_term(table, "verdict") == {"A": "more", "B": "less", "A:B": "undecided"}
 
 
+def test_an_exact_ratio_is_not_rounded_away() -> None:
+    frame = pd.DataFrame({"a": [0, 1], "peak_allocated_bytes": [1_000_000, 999_700]})
+    table = effects(frame, ["a"], "peak_allocated_bytes", exact=True)
+    assert table["estimate"][0] == pytest.approx(1_000_000 / 999_700)
+
+
+def test_a_rate_is_no_time() -> None:
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"a": [0, 1] * 8, "tokens_per_s": [100.0, 200.0] * 8 * (1 + 0.001 * rng.normal(size=16))})
+    assert effects(frame, ["a"], "tokens_per_s")["verdict"][0] == "more"
+
+
 def test_shapley_shares_are_the_mean_over_all_orders_and_sum_to_all_on() -> None:
     table = effects(standard_order("ABCD", FILTRATION), list("ABCD"), "y", log=False)
     shares = table[table["kind"] == "shapley"].set_index("term")["estimate"]

@@ -46,6 +46,13 @@ def test_two_processes_of_one_factor_are_too_few_to_stop(write_run: Write) -> No
     assert half_widths(run.samples, ["flash"]) == {"flash": np.inf}
 
 
+def test_peers_alone_give_no_half_width(write_run: Write) -> None:
+    lines = read_record(write_run(factors=("flash",), blocks=12)).of("sample")
+    theirs = [line | {"cell": "transformers:sdpa"} for line in lines if line["cell"] == "flash"]
+    assert theirs
+    assert half_widths(theirs, ["flash"]) == {}
+
+
 def test_nothing_measured_has_no_half_width() -> None:
     assert half_widths([], ["flash"]) == {}
     assert stop_reason({}, 0, 0, 0.0, **LIMITS) is None

@@ -317,3 +317,11 @@ def test_a_directory_with_control_characters_is_refused(measure: Measure, tmp_pa
     done = measure(*FULL, to=tmp_path / "a\nb")
     assert "holds control characters" in done.error
     assert not (tmp_path / "a\nb").exists()
+
+
+def test_a_directory_with_other_files_is_refused(measure: Measure, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("…")
+    done = measure(*FULL, to=tmp_path / "mine")
+    assert "holds other files and no run; name a new directory" in done.error
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]

@@ -10,7 +10,7 @@ from qwen3bench.bench.record import RecordWriter
 from qwen3bench.errors import UserError
 from qwen3bench.reporting import figures
 from qwen3bench.reporting.across import find_runs, write_overview
-from qwen3bench.reporting.over_runs import effects_over, over_findings, over_table
+from qwen3bench.reporting.over_runs import dependent, effects_over, over_findings, over_table
 from qwen3bench.reporting.plot_across import regimes, trends
 
 Lines = list[dict[str, Any]]
@@ -193,7 +193,9 @@ def test_what_holds_for_all_runs_is_said_once(runs: list[Run], monkeypatch: pyte
 def test_runs_are_found_below_a_directory_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for name in ("10", "2", "1"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "samples.jsonl").touch()
+        (tmp_path / name / "samples.jsonl").write_text("{}\n")
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "stopped" / "samples.jsonl").touch()  # before anything was recorded
     (tmp_path / "latest").symlink_to("2")
     assert [path.name for path in find_runs([tmp_path])] == ["1", "2", "10"]
     assert find_runs([tmp_path / "2", tmp_path / "latest"]) == [tmp_path / "2"]
@@ -202,3 +204,12 @@ def test_runs_are_found_below_a_directory_in_the_order_of_their_numbers(tmp_path
 def test_a_directory_without_runs_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run"):
         find_runs([tmp_path])
+
+
+def test_what_an_average_hides_is_told(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:
+    run = run_of(record_lines(factors=("flash", "mask")))
+    (finding,) = dependent([run, run])
+    assert finding.text == (
+        "mask pays only with flash at prefill 1×512 graph (run 1) and prefill 1×512 graph (run 2): "
+        "there an average over both hides what it is worth."
+    )
