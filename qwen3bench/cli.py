@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -94,11 +95,18 @@ def normalise(argv: Sequence[str]) -> list[str]:
 
 def _launch(argv: Sequence[str], run: Callable[[Settings], int]) -> int:
     statuses = [0]
+    points: list[Path] = []  # of a multirun
     full_error = os.environ.get(_FULL_ERROR)
+
+    def job(config: DictConfig) -> int:
+        settings = _job_settings(config)
+        if settings.dir and HydraConfig.get().mode == RunMode.MULTIRUN:
+            points.append(settings.dir)
+        return run(settings)
 
     def task(config: DictConfig) -> None:
         with _environment(_FULL_ERROR, full_error):
-            statuses.append(guarded(lambda: run(_job_settings(config))))
+            statuses.append(guarded(lambda: job(config)))
         if statuses[-1] >= 128:  # interrupted: the rest of a multirun is not wanted either
             raise SystemExit(statuses[-1])
 
@@ -109,6 +117,8 @@ def _launch(argv: Sequence[str], run: Callable[[Settings], int]) -> int:
             program()
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    if len(points) > 1:
+        print(f"One page over these runs: python -m qwen3bench.report {shlex.quote(str(points[0].parent))}")
     return max(statuses, key=(0, 3, 1).index)
 
 

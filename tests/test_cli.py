@@ -238,9 +238,9 @@ def test_multirun_runs_each_point_in_a_directory_of_its_own(
     assert len(parents) == 1
     assert parents.pop().parent == Path("results")  # from here, as the other runs
     assert [s.dir.name for s in runs if s.dir] == ["0", "1", "2", "3"]
-    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("#3")] == [
-        "#3: model=tiny opt=tie seed=2"
-    ]
+    *_, last, page = capsys.readouterr().out.splitlines()
+    assert last == "#3: model=tiny opt=tie seed=2"
+    assert page == f"One page over these runs: python -m qwen3bench.report {runs[0].dir.parent if runs[0].dir else ''}"
 
 
 def test_multirun_into_a_named_directory(run: Callable[[Settings], int], runs: Runs) -> None:
