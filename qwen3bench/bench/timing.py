@@ -303,7 +303,7 @@ class Timings:
         if measure.max_seconds:
             least = min(least, most)
         most = max(least, most)
-        return f"{title} ({duration(max(0, least))} to {duration(max(0, most))} left)"
+        return f"{title} ({duration(max(0, least))} to {duration(max(0, most))} of measuring left)"
 
 
 def _company(left: list[Where], at_once: int) -> tuple[list[Where], list[Where]]:
