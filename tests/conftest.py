@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from contextlib import suppress
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import pytest
 
 from qwen3bench.choices import choices, options_of
 from qwen3bench.cli import compose
+from qwen3bench.errors import UserError
 from qwen3bench.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -28,7 +30,18 @@ def subsets() -> list[tuple[str, ...]]:
     for beyond in choices("opt"):
         if beyond not in five:
             cells += [(beyond,), tuple(sorted((*five, beyond), key=choices("opt").index))]
-    return cells
+    return [cell for cell in cells if fit_together(cell)]
+
+
+def fit_together(names: tuple[str, ...]) -> bool:
+    """Whether no two of them replace the same part."""
+    from qwen3bench.model.parts import assemble
+    from qwen3bench.optimizations import resolve
+
+    with suppress(UserError):
+        assemble(resolve(names))
+        return True
+    return False
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -93,8 +106,11 @@ def tiny_weights(tiny: ModelConfig) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="session")
 def all_opts() -> tuple[str, ...]:
-    """Every optimization that configs/opt declares, in the order of labels."""
-    return choices("opt")
+    """Every optimization that configs/opt declares, in the order of labels, but those that another leaves no part."""
+    together: tuple[str, ...] = ()
+    for name in choices("opt"):
+        together += (name,) * fit_together((*together, name))
+    return together
 
 
 @pytest.fixture(scope="session")

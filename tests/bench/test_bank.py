@@ -7,7 +7,7 @@ import torch
 
 from qwen3bench.bench.bank import Bank
 from qwen3bench.bench.design import design_cells
-from qwen3bench.choices import choices, options_of
+from qwen3bench.choices import options_of
 from qwen3bench.model.checkpoint import EMBEDDING, HEAD
 from qwen3bench.model.config import ModelConfig
 
@@ -23,15 +23,15 @@ def _storages(tensors: object) -> dict[int, int]:
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}  # type: ignore[attr-defined]
 
 
-def test_all_cells_are_views_on_it(bank: Bank) -> None:
+def test_all_cells_are_views_on_it(bank: Bank, all_opts: tuple[str, ...]) -> None:
     owned = _storages(bank.weights.values())
-    for cell in design_cells("full", choices("opt")):
+    for cell in design_cells("full", all_opts):
         parameters = dict(bank.build(cell).named_parameters())
         assert set(_storages(parameters.values())) <= set(owned), cell
 
 
-def test_every_combination_costs_the_weights_once_and_one_head_more(bank: Bank) -> None:
-    models = [bank.build(cell) for cell in design_cells("full", choices("opt"))]
+def test_every_combination_costs_the_weights_once_and_one_head_more(bank: Bank, all_opts: tuple[str, ...]) -> None:
+    models = [bank.build(cell) for cell in design_cells("full", all_opts)]
     held = _storages(p for model in models for p in model.parameters())
     tied = bank.build(("tie",))
     head_bytes = bank.weights[HEAD].nbytes

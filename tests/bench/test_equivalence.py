@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from qwen3bench.bench.design import design_cells, label
 from qwen3bench.bench.equivalence import Gate, exact_float32, kv_cache, sensitised
-from qwen3bench.choices import choices
 from qwen3bench.model.build import build_model
 from qwen3bench.model.config import ModelConfig
 
@@ -27,7 +26,6 @@ TINY = ModelConfig(
 )
 FIVE = ("flash", "tie", "mlp", "mask", "norm")
 CELLS = design_cells("full", FIVE)
-ALL_CELLS = design_cells("full", choices("opt"))
 FIELDS = {"equivalent", "max_abs_error", "kl_mean", "top1_agreement", "reason", "checks"}
 
 
@@ -50,9 +48,9 @@ def test_no_right_cell_is_rejected(seed: int) -> None:
     assert rejected == {}
 
 
-def test_no_right_cell_is_rejected_in_bfloat16() -> None:
+def test_no_right_cell_is_rejected_in_bfloat16(all_opts: tuple[str, ...]) -> None:
     gate = gate_of(dtype=torch.bfloat16)
-    for cell in ALL_CELLS:
+    for cell in design_cells("full", all_opts):
         verdict = gate.check(cell)
         assert verdict["reason"] is None
         assert set(verdict) == FIELDS
@@ -304,7 +302,7 @@ def test_transformers_computes_the_same_function(gate: Gate, attention: str) -> 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("seed", range(3))
-def test_no_right_cell_is_rejected_on_cuda(seed: int) -> None:
+def test_no_right_cell_is_rejected_on_cuda(seed: int, all_opts: tuple[str, ...]) -> None:
     config = replace(TINY, emb_dim=512, num_heads=8, num_kv_heads=4, head_dim=128, hidden_dim=1536, vocab_size=4096)
     gate = Gate(config, device="cuda", dtype=torch.bfloat16, seed=seed)
     matmul = torch.backends.cuda.matmul
@@ -312,7 +310,9 @@ def test_no_right_cell_is_rejected_on_cuda(seed: int) -> None:
     try:
         matmul.fp32_precision = "tf32"  # must not leak in
         rejected = {
-            label(cell): verdict["reason"] for cell in ALL_CELLS if not (verdict := gate.check(cell))["equivalent"]
+            label(cell): verdict["reason"]
+            for cell in design_cells("full", all_opts)
+            if not (verdict := gate.check(cell))["equivalent"]
         }
     finally:
         matmul.fp32_precision = before

@@ -124,5 +124,5 @@ def test_one_file_of_each_kind_adds_a_sixth(tiny: ModelConfig, tiny_weights: dic
         build_model(tiny, ("sixht",), tiny_weights)
 
 
-def test_the_sixth_is_gone_again(all_opts: tuple[str, ...]) -> None:
-    assert choices.choices("opt") == all_opts
+def test_the_sixth_is_gone_again() -> None:
+    assert "sixth" not in choices.choices("opt")
