@@ -546,13 +546,8 @@ def test_a_peer_is_measured_against_the_baseline_and_never_recommended(small_run
     assert not [text for text in texts(run, "recommended") if "transformers" in text]
 
 
-@pytest.mark.parametrize(
-    ("slower", "said"), [(1.2, "1.20"), (1.0, "the same within ±1 %, 1.00"), (0.9, "slower, 0.90")]
-)
-def test_all_on_is_measured_against_a_peer(
-    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run], slower: float, said: str
-) -> None:
-    lines = record_lines(factors=TWO)
+def with_peer(lines: Lines, slower: float) -> Lines:
+    """The lines with those of a peer that takes so many times what all on takes."""
     lines[0]["cells"].append("transformers:sdpa")
     for line in list(lines):
         if line.get("cell") == "flash+tie":
@@ -560,6 +555,30 @@ def test_all_on_is_measured_against_a_peer(
             if line["type"] == "sample":
                 theirs |= {"latency_s": line["latency_s"] * slower * 1.0001 ** line["block"], "position": 9}
             lines.insert(lines.index(line), theirs)
+    return lines
+
+
+def test_against_a_peer_noise_is_noise(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:
+    run = run_of(with_peer(record_lines(factors=TWO, copy_shift=0.1), 1.03))
+    (text,) = texts(run, "peer")
+    assert "flash+tie against it no more than the noise, 1.0" in text
+
+
+def test_against_a_peer_one_block_gives_a_number(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    (text,) = texts(run_of(with_peer(record_lines(factors=TWO, blocks=1), 1.2)), "peer")
+    assert "not measured" not in text
+    assert "against it 1.20" in text
+
+
+@pytest.mark.parametrize(
+    ("slower", "said"), [(1.2, "1.20"), (1.0, "the same within ±1 %, 1.00"), (0.9, "slower, 0.90")]
+)
+def test_all_on_is_measured_against_a_peer(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run], slower: float, said: str
+) -> None:
+    lines = with_peer(record_lines(factors=TWO), slower)
     (text,) = texts(run_of(lines), "peer")
     assert re.search(rf"; flash\+tie against it {said}\d*× \[.*\](| faster) \(prefill", text), text
 
