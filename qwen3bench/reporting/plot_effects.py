@@ -197,7 +197,7 @@ def by_condition(run: Run) -> Plot | None:
     axes.set_xlabel(
         f"speed-up when switched on (×), {level(run)} interval; hollow: undecided; grey: ±{width * 100:g} %"
     )
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.13), ncols=2, fontsize=8.5)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.13), ncols=1 if others == UNLIKE else 2, fontsize=8.5)
     return Plot("effects-by-condition", figure, title, f"Main effects by workload and runtime. {title}.")
 
 

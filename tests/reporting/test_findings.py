@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.text import Text
 from scipy import special
 
@@ -268,6 +269,9 @@ def test_where_conditions_tell_different_things_each_says_which(
     assert alone is not None
     assert whole is not None
     assert together.title == "What the other switches do differs from condition to condition"
+    together.figure.draw_without_rendering()
+    (legend,) = together.figure.findobj(Legend)
+    assert legend.get_window_extent().x1 <= together.figure.bbox.x1
     assert "each switch with the others off" in noted(alone.figure)
     assert "each switch" not in noted(whole.figure)
     frame = effects_over([run])
