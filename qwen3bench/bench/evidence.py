@@ -188,12 +188,12 @@ def _first_block_alone(model: Decoder) -> Iterator[None]:
     if not isinstance(model, Qwen3Model):
         yield
         return
-    blocks = model.trf_blocks
-    model.trf_blocks = blocks[:1]
+    blocks, regions = model.trf_blocks, model.regions
+    model.trf_blocks, model.regions = blocks[:1], regions[:1]
     try:
         yield
     finally:
-        model.trf_blocks = blocks
+        model.trf_blocks, model.regions = blocks, regions
 
 
 def _profiled(launch: Callable[[], object], activities: Sequence[ProfilerActivity]) -> list[Any]:

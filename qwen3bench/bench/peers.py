@@ -150,8 +150,7 @@ class TransformersModel(Decoder):
         mask = torch.full((queries, keys), torch.finfo(dtype).min, device=tokens.device, dtype=dtype)
         return mask.triu(diagonal=start + 1)[None, None]
 
-    @property
-    def compile_units(self) -> Sequence[nn.Module]:
+    def split(self) -> Sequence[nn.Module]:
         """The whole model: what transformers compiles."""
         return [self.language_model]
 

@@ -81,9 +81,9 @@ class GraphRuntime(Runtime):
 
 @dataclass
 class CompileRuntime(Runtime):
-    """`compile`: torch.compile of the block, launched from Python; on CUDA `CompiledGraphRuntime` captures it.
+    """`compile`: torch.compile of a `Region`, launched from Python; on CUDA `CompiledGraphRuntime` captures it.
 
-    All blocks of a model are alike, so one is compiled and serves all (PyTorch's "regional compilation"). Each model
+    All regions of a model are alike, so one is compiled and serves all (PyTorch's "regional compilation"). Each model
     compiles a code object of its own: dynamo counts recompilations by code object, and past its limit it would
     silently run eager.
 
@@ -104,11 +104,11 @@ class CompileRuntime(Runtime):
             _require_cpp_compiler()
 
     def prepare_model(self, model: Decoder) -> None:
-        blocks = list(model.compile_units)
+        regions = model.split()
         self.compile_options = {"autotune_local_cache": False} | (self.inductor if model.takes_compile_options else {})
-        compiled = torch.compile(_own_copy(type(blocks[0]).forward), fullgraph=True, options=self.compile_options)
-        for block in blocks:
-            block.forward = types.MethodType(compiled, block)
+        compiled = torch.compile(_own_copy(type(regions[0]).forward), fullgraph=True, options=self.compile_options)
+        for region in regions:
+            region.forward = types.MethodType(compiled, region)
 
     def prepare(self, step: Step) -> Launch:
         started = time.perf_counter()

@@ -17,6 +17,7 @@ class Decoder(nn.Module):
     config: ModelConfig
     tok_emb: nn.Embedding
     out_head: nn.Linear
+    regions: Sequence[nn.Module] = ()  # what its forward runs in place of its blocks, after `split`
     takes_compile_options = True  # those of runtime=compile; else it is compiled with PyTorch's defaults
 
     @abstractmethod
@@ -26,10 +27,9 @@ class Decoder(nn.Module):
         `logits_to_keep` > 0 computes only the last that many positions' logits.
         """
 
-    @property
     @abstractmethod
-    def compile_units(self) -> Sequence[nn.Module]:
-        """The modules to compile. All run the same code, so one compilation serves them."""
+    def split(self) -> Sequence[nn.Module]:
+        """Divide the forward, from now on, into modules to compile. All run the same code: one compilation serves."""
 
     @property
     def num_parameters(self) -> int:

@@ -139,7 +139,20 @@ class TransformerBlock(nn.Module):
         cache: tuple[Tensor, Tensor] | None = None,
         start: int = 0,
     ) -> Tensor:
-        x = x + self.att(self.norm1(x), mask, cos, sin, cache, start)
+        return self.after_norm1(x, self.norm1(x), mask, cos, sin, cache, start)
+
+    def after_norm1(
+        self,
+        x: Tensor,
+        normed: Tensor,
+        mask: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        cache: tuple[Tensor, Tensor] | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        """The rest of the block, `normed` being norm1(x): where a `Region` of compiled code begins."""
+        x = x + self.att(normed, mask, cos, sin, cache, start)
         return x + self.ff(self.norm2(x))
 
     def _get_name(self) -> str:

@@ -12,6 +12,7 @@ from qwen3bench.model.config import ModelConfig
 from qwen3bench.model.decoder import Decoder
 from qwen3bench.model.layers import Embedding
 from qwen3bench.model.parts import Parts
+from qwen3bench.model.region import Region, regions_of
 
 
 def rope_tables(config: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -36,6 +37,7 @@ class Qwen3Model(Decoder):
 
     cos: Tensor
     sin: Tensor
+    regions: Sequence[Region] = ()
 
     def __init__(self, config: ModelConfig, parts: Parts) -> None:
         super().__init__()
@@ -59,11 +61,18 @@ class Qwen3Model(Decoder):
         x = self.tok_emb(tokens)
         mask = self.parts.attend.mask(self.parts.mask, tokens.shape[1], start, x.device, x.dtype)
         cos, sin = self.cos[start:end], self.sin[start:end]
-        for index, block in enumerate(self.trf_blocks):
-            x = block(x, mask, cos, sin, None if cache is None else cache.layer(index), start)
+        layers = [None if cache is None else cache.layer(index) for index in range(self.config.num_layers)]
+        if self.regions:
+            normed = self.regions[0].block.norm1(x)
+            for region, layer in zip(self.regions, layers, strict=False):
+                x, normed = region(x, normed, mask, cos, sin, layer, start)
+            return self.out_head(normed[:, -logits_to_keep:])
+        for block, layer in zip(self.trf_blocks, layers, strict=False):
+            x = block(x, mask, cos, sin, layer, start)
         return self.out_head(self.final_norm(x[:, -logits_to_keep:]))
 
-    @property
-    def compile_units(self) -> Sequence[nn.Module]:
-        """The blocks (PyTorch's "regional compilation")."""
-        return list(self.trf_blocks)
+    def split(self) -> Sequence[nn.Module]:
+        """Its regions; its blocks where these cannot be cut there."""
+        blocks = list(self.trf_blocks)
+        self.regions = regions_of(blocks, self.final_norm)
+        return self.regions or blocks

@@ -97,8 +97,11 @@ def test_each_layer_adds_the_same_operations() -> None:
 
 
 @pytest.mark.parametrize("opts", [(), ("flash",), {"flash": {"backend": "math"}}, FIVE])
-def test_the_first_block_alone_tells_of_the_same_attention(opts: Any) -> None:
+@pytest.mark.parametrize("split", [False, True])
+def test_the_first_block_alone_tells_of_the_same_attention(opts: Any, split: bool) -> None:
     model = build_model(replace(SMALL, num_layers=3), opts)
+    if split:
+        model.split()
     (step,) = Workload(PREFILL, model).steps(model)
     whole = _operations(step)
     with suppress(ZeroDivisionError), _first_block_alone(model):
@@ -107,6 +110,7 @@ def test_the_first_block_alone_tells_of_the_same_attention(opts: Any) -> None:
     assert sum(part.values()) < sum(whole.values()) / 2
     assert attention_backend((), part) == attention_backend((), whole)
     assert len(model.trf_blocks) == 3
+    assert len(model.regions) == (3 if split else 0)
 
 
 def test_one_gate_up_product_is_one_product_less() -> None:

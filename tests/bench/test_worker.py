@@ -27,6 +27,7 @@ from qwen3bench.bench.worker import Warm, Worker, _kept, failure, serve
 from qwen3bench.bench.workloads import Workload, WorkloadSize
 from qwen3bench.errors import UserError
 from qwen3bench.model.qwen3 import Qwen3Model
+from qwen3bench.model.region import Region
 from qwen3bench.model.weights import load_weights
 from qwen3bench.opt import norm
 from qwen3bench.settings import Settings
@@ -213,6 +214,23 @@ def test_what_computes_something_else_once_compiled_is_invalid(
         ask("evidence", **where)
     assert failed.value.status == "invalid"
     assert "differ by" in failed.value.reason
+
+
+def test_what_is_compiled_is_held_to_the_model_that_the_gate_judged(
+    ask: Ask, small_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = small_settings("model.num_layers=1", "prompt_tokens=8", "runtime=compile").resolved("cpu")
+    ask("open", config=settings.to_dict())
+    right = Region.forward
+
+    def wrong(region: Region, *given: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        x, normed = right(region, *given, **named)
+        return x, 1.5 * normed
+
+    monkeypatch.setattr(Region, "forward", wrong)
+    with pytest.raises(CellFailure, match="differ by") as failed:
+        ask("evidence", cell="baseline", workload="prefill", runtime="compile")
+    assert failed.value.status == "invalid"
 
 
 @pytest.fixture
