@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
 _ROWS_NAMED = 64  # cells that have room for a row of their own
+_FRONT_NAMED = 6  # cells of a Pareto front that its legend has room for
 
 
 def ranked(run: Run, condition: Condition) -> Plot | None:
@@ -70,15 +71,15 @@ def ranked(run: Run, condition: Condition) -> Plot | None:
     x, y = _scaled(cells, LATENCY, unit), np.arange(len(cells))
     look: dict[str, Any] = {"elinewidth": 1.2, "capsize": 2} if few else {"elinewidth": 0.5, "alpha": 0.35}
     right.errorbar(x, y, xerr=_bars(cells, unit), fmt="none", ecolor=GREY, **look)
-    right.scatter(x, y, s=22 if few else 5, color=BLUE, zorder=3)
-    for row, cell in enumerate(cells["cell"]):
-        if cell == BASELINE:
-            right.scatter(x[row], row, s=46, marker="s", color=ORANGE, zorder=4)
-            right.axvline(x[row], color=ORANGE, linewidth=0.9, linestyle="--")
-            beside(right, "baseline", x[row], 0, above=True)
-        elif few and ":" in cell:
-            right.scatter(x[row], row, s=40, marker="^", color=INK, zorder=4)
-            left.text(len(factors(run)) - 0.6, row, cell, ha="right", va="center", fontsize=8.5)
+    base, peer = _kinds(cells)
+    right.scatter(x[~(base | peer)], y[~(base | peer)], s=22 if few else 5, color=BLUE, zorder=3)
+    right.scatter(x[base], y[base], s=46, marker="s", color=ORANGE, zorder=4)
+    for latency in x[base]:
+        right.axvline(latency, color=ORANGE, linewidth=0.9, linestyle="--")
+        beside(right, "baseline", latency, 0, above=True)
+    right.scatter(x[peer], y[peer], s=40, marker="^", color=INK, zorder=4)
+    for row in np.flatnonzero(peer):
+        left.text(len(factors(run)) - 0.6, row, cells["cell"].iloc[row], ha="right", va="center", fontsize=8.5)
     right.set_ylim(len(cells) - 0.4, -1.6 if few else -len(cells) * 0.03)
     right.set_xlabel(f"latency ({unit.symbol}): median, {level(run)} interval; n = {_samples(cells)} samples per cell")
     right.grid(visible=False, axis="y")
@@ -130,22 +131,26 @@ def memory_latency(run: Run, condition: Condition) -> Plot | None:
     x, y = _scaled(cells, LATENCY, x_unit), _scaled(cells, MEMORY, y_unit)
     if len(cells) <= _ROWS_NAMED:
         axes.errorbar(x, y, xerr=_bars(cells, x_unit), fmt="none", ecolor=GREY, elinewidth=1)
-    axes.scatter(x, y, s=26, color=BLUE, alpha=0.75, label="cell", zorder=3)
+    base, peer = _kinds(cells)
+    ours = ~(base | peer)
+    axes.scatter(x[ours], y[ours], s=26, color=BLUE, alpha=0.75, label="cell", zorder=3)
     front_x, front_y = _scaled(front, LATENCY, x_unit), _scaled(front, MEMORY, y_unit)
     axes.step(front_x, front_y, where="post", color=GREEN, linewidth=1.2, zorder=2)
     ring: dict[str, Any] = {"s": 70, "facecolor": "none", "edgecolor": GREEN, "linewidth": 1.8}
     axes.scatter(front_x, front_y, **ring, label="Pareto front", zorder=4)
-    base, peer = (cells["cell"] == BASELINE).to_numpy(), is_peer(cells).to_numpy()
     if base.any():
         axes.scatter(x[base], y[base], s=60, marker="s", color=ORANGE, label="baseline", zorder=4)
     if peer.any():
         axes.scatter(x[peer], y[peer], s=60, marker="^", color=INK, label="other implementation", zorder=4)
-    for cell, left, low in list(zip(front["cell"], front_x, front_y, strict=True))[:6]:
-        beside(axes, cell, left, low, leftwards=left > (x.min() + x.max()) / 2, below=True)
+    named = list(dict.fromkeys([*front["cell"][:_FRONT_NAMED], *cells["cell"][peer]]))
+    for number, cell in enumerate(named, 1):  # below and left of the front no cell lies
+        (place,) = np.flatnonzero(cells["cell"] == cell)
+        beside(axes, str(number), x[place], y[place], leftwards=True, below=True)
+        axes.plot([], [], " ", label=f"{number}: {cell}")
     axes.margins(0.08, 0.16)
     axes.set_xlabel(f"latency ({x_unit.symbol}): median, {level(run)} interval; n = {_samples(cells)} samples per cell")
     axes.set_ylabel(f"peak allocated memory ({y_unit.symbol})")
-    axes.legend(loc="best")
+    figure.legend(loc="outside right center")
     alt = f"Latency against peak memory of {len(cells)} cells; Pareto front: {listing(list(front['cell']))}."
     return Plot(f"memory-{condition.slug}", figure, title, alt)
 
@@ -214,6 +219,11 @@ def roofline(run: Run) -> Plot | None:
     axes.set_ylabel(f"achieved rate ({unit})")
     axes.legend(loc="best")
     return Plot("roofline", figure, title, f"Achieved arithmetic rate of each cell under the roofline. {title}.")
+
+
+def _kinds(cells: pd.DataFrame) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which rows are the baseline, and which another implementation."""
+    return (cells["cell"] == BASELINE).to_numpy(), is_peer(cells).to_numpy()
 
 
 def _scaled(cells: pd.DataFrame, column: str, unit: Unit) -> NDArray[np.float64]:

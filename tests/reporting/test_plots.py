@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 
 from qwen3bench.analysis.run import Run
 from qwen3bench.reporting import figures
@@ -142,6 +144,30 @@ def test_the_pareto_front_holds_what_nothing_equals_or_beats() -> None:
         assert beaten.any()
     assert front["latency_s"].is_monotonic_increasing
     assert (front["peak_allocated_bytes"].diff().dropna() < 0).all()
+
+
+def test_another_implementation_is_named_and_each_cell_drawn_once(full_run: Run) -> None:
+    condition = conditions(full_run)[0]
+    ours = condition.select(full_run.cells)
+    off = dict.fromkeys(("flash", "tie", "mlp", "mask", "norm"), pd.NA)
+    peer = ours.tail(1).assign(cell="transformers:sdpa", latency_s=1.0, **off)
+    run = replace(full_run, cells=pd.concat([ours, peer], ignore_index=True))
+    front = pareto_front(condition.select(run.cells))
+    assert "transformers:sdpa" not in list(front["cell"])  # as slow as none
+    with figures.style():
+        cloud, rows = memory_latency(run, condition), ranked(run, condition)
+    assert cloud is not None
+    assert rows is not None
+    (axes,) = cloud.figure.axes
+    entries = [text.get_text() for text in cloud.figure.legends[0].get_texts()]
+    names = [*front["cell"], "transformers:sdpa"]
+    assert entries[-len(names) :] == [f"{number}: {name}" for number, name in enumerate(names, 1)]
+    numbered = {text.get_text(): text.xy[0] for text in axes.texts if isinstance(text, Annotation)}
+    assert numbered[str(len(names))] == pytest.approx(1e3)  # ms
+    _, right = rows.figure.axes
+    dots = [[each for each in part.collections if isinstance(each, PathCollection)] for part in (axes, right)]
+    points = [sum(len(each.get_offsets()) for each in kinds) for kinds in dots]
+    assert points == [len(run.cells) + len(front), len(run.cells)]  # the front has rings around
 
 
 @pytest.fixture
