@@ -71,6 +71,7 @@ def verify(settings: Settings) -> int:
         except torch.cuda.OutOfMemoryError:
             verdict = {
                 "equivalent": False,
+                "ran": False,
                 "checks": {},
                 "reason": "out of memory; free some or name a smaller model",
             }
@@ -79,7 +80,7 @@ def verify(settings: Settings) -> int:
         values = [verdict["checks"].get(column.replace(" ", "_") + "_ratio") for column in columns[:-2]]
         values += [verdict.get("kl_mean"), verdict.get("top1_agreement")]
         shown = [f"{_shown(value):>{len(column)}}" for value, column in zip(values, columns, strict=True)]
-        print("  ".join([f"{cell:{width}}", "ok      " if verdict["equivalent"] else "DIFFERS ", *shown]))
+        print("  ".join([f"{cell:{width}}", _word(verdict), *shown]))
         if verdict["reason"]:
             print(f"  {verdict['reason']}")
     print(
@@ -87,6 +88,11 @@ def verify(settings: Settings) -> int:
         f"({time.monotonic() - began:.1f} s)"
     )
     return 3 if failed else 0
+
+
+def _word(verdict: dict[str, Any]) -> str:
+    word = "ok" if verdict["equivalent"] else "DIFFERS" if verdict["ran"] else "FAILS"
+    return f"{word:8}"
 
 
 def _shown(value: Any) -> str:

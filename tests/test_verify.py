@@ -8,6 +8,7 @@ import pytest
 
 from qwen3bench import verify
 from qwen3bench.bench import equivalence
+from qwen3bench.opt import norm
 
 TINY = ["model=tiny", "device=cpu"]
 
@@ -30,12 +31,24 @@ def test_a_design_over_named_optimizations(capsys: pytest.CaptureFixture[str]) -
     assert re.findall(r"^(\S+) +ok ", capsys.readouterr().out, re.MULTILINE) == ["baseline", "mlp", "norm"]
 
 
-def test_a_cell_that_differs_gives_3_and_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cell_that_does_not_run_gives_3_and_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
     assert verify.main([*TINY, "+opt=flash", "flash.backend=cudnn"]) == 3
     out = capsys.readouterr().out
-    assert re.search(r"^flash +DIFFERS", out, re.MULTILINE)
+    assert re.search(r"^flash +FAILS", out, re.MULTILINE)
     assert "float32: it does not run: " in out
     assert "1 of 2 cells" in out
+
+
+def test_a_cell_that_differs_gives_3_and_its_reason(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = norm.rms_norm
+    monkeypatch.setattr(norm, "rms_norm", lambda x, weight, eps: right(x, weight, eps) * 1.01)
+    assert verify.main([*TINY, "+opt=norm"]) == 3
+    out = capsys.readouterr().out
+    assert re.search(r"^norm +DIFFERS", out, re.MULTILINE)
+    assert "float32: " in out
+    assert "does not run" not in out
 
 
 def test_a_cell_for_which_memory_does_not_suffice_does_not_end_the_others(

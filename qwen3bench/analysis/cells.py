@@ -127,7 +127,7 @@ def _status(record: Record, table: pd.DataFrame, samples: pd.DataFrame) -> tuple
         if failed:
             state, why = str(failed["status"]), failed.get("reason")
         elif check and not check["equivalent"]:
-            state, why = "not_equivalent", check.get("reason")
+            state, why = "not_equivalent" if check.get("ran", True) else "crashed", check.get("reason")
         elif verified and not check and (cell, workload, runtime) in measured:
             state, why = "not_equivalent", "not known to be: the record has lost what the gate said of it"
         elif (cell, workload, runtime) in measured:

@@ -195,7 +195,8 @@ def _cores() -> int:
 def _told_by(pass_: str, answer: dict[str, Any]) -> CellFailure | None:
     """The failure that a worker's answer tells of, though it is one."""
     if pass_ == "verify" and not answer.get("equivalent"):
-        return CellFailure("not_equivalent", answer.get("reason") or "no reason given")
+        status = "not_equivalent" if answer.get("ran", True) else "crashed"
+        return CellFailure(status, answer.get("reason") or "no reason given")
     if pass_ == "evidence" and (again := answer.get("recompiles")):
         reason = f"compiled {again} more graphs after its warm-up, so a latency may hold a compilation"
         return CellFailure("invalid", reason)

@@ -226,13 +226,14 @@ class Gate:
         token's and, where `new_cache(model, batch_size, capacity)` is given, as `model(tokens, cache, start)`; without
         it only prefill is judged. The weights hold one matrix as embedding and head where `tied`, else two. `stand_in`
         makes the model for cases that the first refuses and no workload asks for. `rope`: the rotary tables of its
-        reference in float64, where the model's angles are other numbers by design. A model that raises is not
-        equivalent; for want of memory or by a fault of the device (`FATAL`) nothing is known of it, and that is raised.
+        reference in float64, where the model's angles are other numbers by design. A model that raises did not run
+        (`ran`); for want of memory or by a fault of the device (`FATAL`) nothing is known of it, and that is raised.
         """
         chosen = [case for case in self.cases if new_cache is not None or not (case.chunks or case.keep)]
         checks: dict[str, float] = {"layers": self.config.num_layers, "vocabulary": self.config.vocab_size}
         verdict: dict[str, Any] = {
             "equivalent": False,
+            "ran": True,
             "max_abs_error": None,
             "kl_mean": None,
             "top1_agreement": None,
@@ -242,9 +243,11 @@ class Gate:
         references = self._references_of(tied) if rope is None else self._computed(tied, rope)
         for dtype in self.dtypes:
             baseline = self._baseline_errors(dtype, tied).only([case.name for case in chosen])
-            errors = self._attempt(factory, dtype, self._bank(dtype, tied), references, chosen, new_cache, stand_in)
-            if isinstance(errors, str):
-                return verdict | {"reason": f"{dtype_name(dtype)}: {errors}"}
+            try:
+                errors = self._attempt(factory, dtype, self._bank(dtype, tied), references, chosen, new_cache, stand_in)
+            except (WrongLogitsError, _DoesNotRunError) as error:
+                ran = not isinstance(error, _DoesNotRunError)
+                return verdict | {"ran": ran, "reason": f"{dtype_name(dtype)}: {error}"}
             if errors.stood_in:
                 checks[f"{dtype_name(dtype)}_stood_in"] = errors.stood_in
             comparison = Comparison(errors, baseline, dtype, dtype is self.dtype)
@@ -272,20 +275,19 @@ class Gate:
         chosen: Sequence[Case],
         new_cache: NewCache | None,
         stand_in: Factory | None,
-    ) -> Errors | str:
-        """The errors of a model, or why it has none."""
+    ) -> Errors:
+        """The errors of a model. Raises `WrongLogitsError` or `_DoesNotRunError` where it has none."""
         with self._conditions(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 model = factory(weights, dtype)
                 other = stand_in(weights, dtype) if stand_in is not None else None
                 return self._errors(model, references, chosen, new_cache, other, strict=dtype is self.dtype)
-            except FATAL:
+            except (*FATAL, WrongLogitsError):
                 raise
-            except WrongLogitsError as error:
-                return str(error)
             except Exception as error:
-                return f"it does not run: {_why(error, [warning.message for warning in caught])}"
+                why = _why(error, [warning.message for warning in caught])
+                raise _DoesNotRunError(f"it does not run: {why}") from error
 
     def _bank(self, dtype: torch.dtype, tied: bool) -> Weights:
         """The judged weights in `dtype`: the same values in each, and stored as the run stores its own.
@@ -404,6 +406,10 @@ def exact_float32() -> Iterator[None]:
 def dtype_name(dtype: torch.dtype) -> str:
     """`float32` of torch.float32."""
     return str(dtype).removeprefix("torch.")
+
+
+class _DoesNotRunError(Exception):
+    """Why a model gave no logits."""
 
 
 def _why(error: Exception, messages: Sequence[object]) -> str:

@@ -100,7 +100,7 @@ def _switch(run: Run, name: str, effects: pd.DataFrame, others: str) -> Iterator
             if is_number(row.estimate):
                 parts.append(f"{_worth(run, condition, row)} ({condition}{noisy}{because})")
             else:
-                parts.append(f"cannot be told ({condition}{because})")
+                parts.append(f"not known ({condition}{because})")
     if parts:
         kind = "switch" if others == AVERAGE else f"switch {others}"
         yield Finding(f"{name}: {'; '.join(parts)}.", kind if _several(run) else "only switch")

@@ -26,7 +26,7 @@ TINY = ModelConfig(
 )
 FIVE = ("flash", "tie", "mlp", "mask", "norm")
 CELLS = design_cells("full", FIVE)
-FIELDS = {"equivalent", "max_abs_error", "kl_mean", "top1_agreement", "reason", "checks"}
+FIELDS = {"equivalent", "ran", "max_abs_error", "kl_mean", "top1_agreement", "reason", "checks"}
 
 
 def gate_of(config: ModelConfig = TINY, dtype: torch.dtype = torch.float32, **options: Any) -> Gate:
@@ -121,13 +121,17 @@ def test_logits_of_the_last_token_alone_are_rejected(gate: Gate) -> None:
     verdict = wrapped(gate, lambda own, tokens, cache, start: own(tokens, cache, start)[:, -1:])
     assert not verdict["equivalent"]
     assert "shape" in verdict["reason"]
+    assert verdict["ran"]
 
 
 def test_a_cell_that_raises_is_rejected_with_its_reason(gate: Gate) -> None:
     def forward(own, tokens, cache, start):
         raise RuntimeError("No available kernel. Aborting execution.\nmore")
 
-    assert wrapped(gate, forward)["reason"] == "float32: it does not run: No available kernel. Aborting execution"
+    verdict = wrapped(gate, forward)
+    assert verdict["reason"] == "float32: it does not run: No available kernel. Aborting execution"
+    assert not verdict["ran"]
+    assert not verdict["equivalent"]
 
 
 def test_any_error_of_a_model_is_a_verdict(gate: Gate) -> None:

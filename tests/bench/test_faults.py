@@ -154,7 +154,11 @@ def test_a_cell_compiled_again_after_its_warm_up_is_invalid_and_not_timed(measur
 
 @pytest.mark.parametrize(
     ("pass_", "fields", "status"),
-    [("evidence", {"recompiles": 2}, "invalid"), ("verify", {"equivalent": False}, "not_equivalent")],
+    [
+        ("evidence", {"recompiles": 2}, "invalid"),
+        ("verify", {"equivalent": False}, "not_equivalent"),
+        ("verify", {"equivalent": False, "ran": False}, "crashed"),
+    ],
 )
 def test_a_cell_stays_failed_wherever_the_record_was_cut(
     measure: Measure, tmp_path: Path, pass_: str, fields: dict[str, Any], status: str

@@ -467,6 +467,7 @@ def test_the_documents_feed_forward_does_not_even_run_where_the_widths_differ() 
     gate = Gate(replace(TINY, hidden_dim=96), device="cpu", dtype=torch.float32, build=MUTANTS["fc2 chained to fc1"][1])
     verdict = gate.check(())
     assert not verdict["equivalent"]
+    assert not verdict["ran"]
     assert "does not run" in verdict["reason"]
     assert "shapes cannot be multiplied" in verdict["reason"]
 

@@ -203,7 +203,7 @@ def test_an_undecided_interaction_is_not_told(full_run: Run) -> None:
 def test_an_effect_that_cannot_be_estimated_gives_its_reason(small_run: Run) -> None:
     gone = {"verdict": "", "estimate": np.nan, "lo": np.nan, "hi": np.nan, "reason": "aliased with tie"}
     text = of_switch(with_effect(small_run, "flash", **gone), "flash")
-    assert text == "flash: cannot be told (prefill 1×512 graph: aliased with tie)."
+    assert text == "flash: not known (prefill 1×512 graph: aliased with tie)."
 
 
 def of_design(lines: Lines, names: list[str]) -> Lines:
