@@ -5,8 +5,10 @@ No module names an optimization; adding one takes its Python file and its YAML f
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,25 @@ def _content(path: Path) -> dict[str, Any]:
     content = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
+
+
+def described(content: Mapping[str, Any]) -> str:
+    """What an optimization is, in a line, as declared in YAML: how its module's docstring begins, and its options.
+
+    Empty where there is no such module or it says nothing. The module is read and not imported, which takes seconds.
+    """
+    module = str(content.get("_target_", "")).rpartition(".")[0]
+    try:
+        spec = find_spec(module)
+        source = Path(spec.origin).read_text("utf-8") if spec and spec.origin else ""
+        docstring = ast.get_docstring(ast.parse(source)) or ""
+    except (ImportError, OSError, SyntaxError, ValueError):
+        return ""
+    line = " ".join(docstring.partition("\n\n")[0].split()).rstrip(".")
+    if line.startswith("`"):  # its name
+        line = line.partition("`: ")[2] or line
+    options = ", ".join(f"{key}={value}".lower() for key, value in _options(content).items())
+    return f"{line} ({options})" if line and options else line
 
 
 def resolve(opts: Iterable[str] | Mapping[str, Mapping[str, Any]]) -> dict[str, Callable[[Any], Any]]:

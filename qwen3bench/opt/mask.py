@@ -1,7 +1,7 @@
-"""`mask`: causality as a boolean.
+"""`mask`: causality as a boolean mask in place of a float one, and beside fused attention without a tensor at all.
 
-True means blocked, as in `masked_fill`. Beside fused attention it needs no tensor at all, which is where it pays:
-FlashAttention refuses any explicit mask.
+True means blocked, as in `masked_fill`. Beside fused attention is where it pays: FlashAttention refuses any explicit
+mask.
 """
 
 from __future__ import annotations

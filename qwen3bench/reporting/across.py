@@ -14,7 +14,7 @@ from qwen3bench.reporting import figures
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.lookup import band, device, directory, factors, level
 from qwen3bench.reporting.over_runs import dependent, effects_over, limits, over_findings, over_table
-from qwen3bench.reporting.pages import about, render
+from qwen3bench.reporting.pages import about, render, switches
 from qwen3bench.reporting.plot_across import regimes, trends
 from qwen3bench.reporting.units import count, listing
 
@@ -66,6 +66,7 @@ def write_overview(runs: Sequence[Run], home: Path) -> Path:
         "title": f"{count(len(runs), 'run')} together",
         "level": level(runs[0]),
         "about": [fact for fact in about(runs[0]) if all(fact in about(run) for run in runs)],
+        "switches": switches(runs),
         "findings": [("Where each switch pays", plain)] if plain else [],
         "warnings": [finding for finding in found if finding.level == "warning"],
         "plots": saved,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from qwen3bench.bench.record import write_atomic
+from qwen3bench.optimizations import described
 from qwen3bench.reporting import controls, figures, plots, tables
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.finding import Finding
@@ -61,6 +63,7 @@ def page_content(run: Run, found: list[Finding]) -> dict[str, Any]:
         "factors": factors(run),
         "level": level(run),
         "about": about(run),
+        "switches": switches([run]),
         "findings": grouped([finding for finding in found if finding.level == "plain"]),
         "warnings": [finding for finding in found if finding.level == "warning"],
         "controls": controls.sentences(run),
@@ -125,6 +128,14 @@ def about(run: Run) -> list[tuple[str, str]]:
         ("measured", _moment(first.get("created"))),
     ]
     return [(name, str(value)) for name, value in facts if value not in (None, "")]
+
+
+def switches(runs: Iterable[Run]) -> list[tuple[str, str]]:
+    """Each switch of the runs and what it is, where its module is here to tell."""
+    declared: dict[str, Any] = {}
+    for run in runs:
+        declared |= {name: (run.config.get("opt") or {}).get(name) or {} for name in factors(run)}
+    return [(name, told) for name, content in declared.items() if (told := described(content))]
 
 
 def _moment(text: object) -> str:

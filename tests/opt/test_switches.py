@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -102,6 +103,7 @@ def sixth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (configs / "opt" / "sixth.yaml").write_text(SIXTH_YAML)
     (tmp_path / "sixth_optimization.py").write_text(SIXTH_PY)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "sixth_optimization", raising=False)  # of another test, elsewhere
     choices_of_a_group = choices.choices
     for module in (choices, optimizations):
         monkeypatch.setattr(module, "config_dir", lambda: configs, raising=False)
@@ -122,6 +124,32 @@ def test_one_file_of_each_kind_adds_a_sixth(tiny: ModelConfig, tiny_weights: dic
     assert torch.equal(model(tokens), build_model(tiny, ("norm",), tiny_weights)(tokens))
     with pytest.raises(UserError, match=r"there are flash, tie, sixth, mlp, .*; did you mean sixth"):
         build_model(tiny, ("sixht",), tiny_weights)
+
+
+@pytest.mark.usefixtures("sixth")
+def test_a_sixth_is_described_by_its_docstring(tmp_path: Path) -> None:
+    module = tmp_path / "sixth_optimization.py"
+    module.write_text('"""`sixth`: a block\nthat is loud.\n\nMore of it.\n"""\nraise SystemExit("imported")')
+    assert optimizations.described(optimizations.declared("sixth")) == "a block that is loud (volume=11)"
+    module.write_text('"""`sixth` is loud."""')
+    assert optimizations.described({"_target_": "sixth_optimization.apply"}) == "`sixth` is loud"
+
+
+@pytest.mark.parametrize("source", [None, "x = 1", "not Python", '"""', "\udcff"])
+def test_what_cannot_be_described_is_left_out(
+    source: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    if source is not None:
+        (tmp_path / "no_words.py").write_text(source, errors="surrogateescape")
+    assert optimizations.described({"_target_": "no_words.apply", "volume": 1}) == ""
+    assert optimizations.described({"_target_": "no_words.deeper.apply"}) == ""
+    assert optimizations.described({}) == ""
+
+
+def test_every_switch_is_described() -> None:
+    for name in choices.choices("opt"):
+        assert len(optimizations.described(optimizations.declared(name))) > 20, name
 
 
 def test_the_sixth_is_gone_again() -> None:

@@ -63,7 +63,7 @@ def record_lines(
         "dtype": "bfloat16",
         "seed": 0,
         "weights": "random",
-        "opt": {name: {} for name in factors},
+        "opt": {name: {"_target_": f"qwen3bench.opt.{name}.apply"} for name in factors},
         "workload": {name: dict(sizes) for name in workloads},
         "runtime": {name: {} for name in runtimes},
         "design": {"name": "full"},

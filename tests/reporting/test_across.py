@@ -177,6 +177,7 @@ def test_the_overview_is_written_with_links_to_its_runs(runs: list[Run], tmp_pat
     text = (home / "report.md").read_text("utf-8")
     assert "](0/report.md)" in text
     assert "3 runs together" in text
+    assert text.count("- flash: fused attention") == 1
     assert "Noisy, and left out of the findings: prefill 1×2048 graph." in text
     assert (home / "plots" / "regimes.svg").is_file()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from qwen3bench import optimizations
 from qwen3bench.analysis.run import Run
 from qwen3bench.errors import UserError
 from qwen3bench.reporting.pages import markdown, write_report
@@ -45,6 +46,15 @@ def page(written: Path) -> str:
 @pytest.fixture(scope="module")
 def text(written: Path) -> str:
     return (written / "report.md").read_text("utf-8")
+
+
+def test_each_switch_is_explained_once(page: str, text: str) -> None:
+    for name in ("flash", "tie", "mask"):
+        what = optimizations.described({"_target_": f"qwen3bench.opt.{name}.apply"})
+        assert what
+        assert page.count(f"<dd>{name}: {html.escape(what)}.</dd>") == 1
+        assert text.count(f"\n- {name}: {markdown(what)}.\n") == 1
+    assert "\n- norm: " not in text
 
 
 def test_a_report_is_two_pages_and_their_plots(written: Path, text: str) -> None:
@@ -120,7 +130,7 @@ def test_both_pages_say_the_same_findings(page: str, text: str) -> None:
     said = re.findall(r"^- (flash: .*|tie: .*)$", text, re.MULTILINE)
     assert said
     for sentence in said:
-        assert sentence.replace("\\", "") in page
+        assert html.escape(sentence.replace("\\", "")) in page
 
 
 def test_the_pages_tell_with_which_options_each_cell_was_compiled(
