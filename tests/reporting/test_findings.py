@@ -455,6 +455,23 @@ def test_a_cell_that_reads_slower_is_not_recommended_because_it_is_noisy(
     assert "Of 1 more cell it is not shown" in text
 
 
+@pytest.mark.parametrize(("scatter", "shown"), [(0.36, False), (0.25, True)])
+def test_of_several_cells_one_is_shown_to_be_slower_beyond_their_number(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run], scatter: float, shown: bool
+) -> None:
+    """flash alone reads 3.4 or 4.9 standard errors slower than the fastest of four; beyond three comparisons are 3.5."""
+    lines = record_lines(factors=("flash", "tie", "mlp"))
+    jumps = scatter * np.random.default_rng(1).permutation([-0.4, -0.3, -0.1, 0.1, 0.3, 0.4])
+    for line in lines:
+        if line["type"] == "sample" and line["cell"].startswith("flash"):
+            line["latency_s"] *= 0.3
+        if line["type"] == "sample" and line["cell"] == "flash":
+            line["latency_s"] *= float(np.exp(0.15 + jumps[line["block"]]))
+    run = run_of(lines)
+    (text,) = texts(run, "recommended")
+    assert ("it is not shown" in text) == (not shown)
+
+
 @pytest.mark.parametrize("confidence", [0.95, 0.8, 0.5])
 def test_what_is_shown_does_not_hang_on_the_confidence_of_the_intervals(confidence: float) -> None:
     """A gain of 3 standard errors with 31 cells: beyond one comparison, not beyond 31."""
