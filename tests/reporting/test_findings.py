@@ -459,7 +459,7 @@ def test_a_cell_that_reads_slower_is_not_recommended_because_it_is_noisy(
 def test_of_several_cells_one_is_shown_to_be_slower_beyond_their_number(
     record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run], scatter: float, shown: bool
 ) -> None:
-    """flash alone reads 3.4 or 4.9 standard errors slower than the fastest of four; beyond three comparisons are 3.5."""
+    """flash alone reads 3.4 or 4.9 standard errors slower than the fastest of four; it takes 3.5 with 6 blocks."""
     lines = record_lines(factors=("flash", "tie", "mlp"))
     jumps = scatter * np.random.default_rng(1).permutation([-0.4, -0.3, -0.1, 0.1, 0.3, 0.4])
     for line in lines:
