@@ -26,6 +26,11 @@ SAMPLE_COLUMNS = (
 )
 
 
+def is_peer(label: str) -> bool:
+    """Whether a cell's label names another implementation (`transformers:sdpa`)."""
+    return ":" in label
+
+
 def analysis_setting(record: Record, name: str) -> float:
     """`analysis.band` or `analysis.confidence` of a run, its usual value where the record has none."""
     settings = record.run["config"].get("analysis")
@@ -79,12 +84,29 @@ class BlockMatrix:
     process: NDArray[Any]
 
     def log_ratios(self, over: str, under: Sequence[str]) -> Estimates:
-        """log(latency of `over` / latency of each cell in `under`), compared within blocks."""
-        cells = list(self.log_s.columns)
-        matrix = np.zeros((len(under), len(cells)))
-        matrix[:, cells.index(over)] = 1
-        matrix[np.arange(len(under)), [cells.index(c) for c in under]] -= 1
-        return clustered(self.log_s.to_numpy(), self.process, matrix)
+        """log(latency of `over` / latency of each cell in `under`), compared within blocks.
+
+        A ratio to or of another implementation stands on these two cells alone: how much it scatters between processes
+        tells nothing of our cells, nor they of it.
+        """
+        ours = [cell for cell in self.log_s.columns if not is_peer(cell)]
+        found = {cell: self._contrasts([over, cell], over, [cell]) for cell in under if is_peer(over) or is_peer(cell)}
+        rest = [cell for cell in under if cell not in found]
+        together = self._contrasts(ours, over, rest) if rest else None
+
+        def gather(name: str) -> NDArray[np.float64]:
+            values = {cell: getattr(each, name)[0] for cell, each in found.items()}
+            if together is not None:
+                values |= dict(zip(rest, getattr(together, name), strict=True))
+            return np.array([values[cell] for cell in under], dtype=float)
+
+        return Estimates(gather("estimate"), gather("se"), gather("df"))
+
+    def _contrasts(self, columns: list[str], over: str, under: list[str]) -> Estimates:
+        matrix = np.zeros((len(under), len(columns)))
+        matrix[:, columns.index(over)] = 1
+        matrix[np.arange(len(under)), [columns.index(cell) for cell in under]] -= 1
+        return clustered(self.log_s[columns].to_numpy(), self.process, matrix)
 
 
 def block_matrix(samples: pd.DataFrame, cells: Sequence[str] | None = None) -> BlockMatrix:

@@ -12,6 +12,7 @@ from scipy import special
 Array = NDArray[np.float64]
 _OWN_LEVEL = 0.10
 _PROCESS_LEVEL = 0.25
+_PRIOR_DF = 2
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,9 @@ def clustered(y: Array, process: NDArray[Any], contrasts: Array) -> Estimates:
     - Any other (a ratio of two cells, a Shapley share) depends on how noisy just its cells are: it stands on its
       own scatter, between clusters and between the blocks of each (see `_alone`).
 
-    A contrast that scatters more between clusters than that (F test at 10 %: a switch whose worth itself depends on
-    the process or the clock) stands on its own mean square between them and its few degrees of freedom.
+    A contrast of the first kind that scatters more between clusters than that (F test at 10 %: a switch whose worth
+    itself depends on the process or the clock) stands on its own mean square between them and its few degrees of
+    freedom.
     """
     blocks, cells = y.shape[-2:]
     y = y - y.mean(axis=-1, keepdims=True)
@@ -83,10 +85,10 @@ def clustered(y: Array, process: NDArray[Any], contrasts: Array) -> Estimates:
             alone, alone_df = between.own, np.full_like(between.own, between.df)
         usual, usual_df = np.where(unequal, alone, usual), np.where(unequal, alone_df, usual_df)
         # The pooled mean square holds the contrast's own.
-        rest = np.where(unequal, usual, np.maximum(usual * (cells - 1) - between.own, 0) / (cells - 2))
-        rest_df = np.where(unequal, usual_df, np.maximum(usual_df * (cells - 2) / (cells - 1), between.df))
+        rest = np.maximum(pooled[..., None] * (cells - 1) - between.own, 0) / (cells - 2)
+        rest_df = np.maximum(pooled_df[..., None] * (cells - 2) / (cells - 1), between.df)
         with np.errstate(divide="ignore", invalid="ignore"):
-            scatters = special.fdtrc(between.df, rest_df, between.own / rest) < _OWN_LEVEL
+            scatters = ~unequal & (special.fdtrc(between.df, rest_df, between.own / rest) < _OWN_LEVEL)
         usual, usual_df = np.where(scatters, between.own, usual), np.where(scatters, between.df, usual_df)
     norm = (contrasts**2).sum(axis=1)
     return Estimates(estimate, np.sqrt(usual * norm * _inflation(size)) / blocks, usual_df)
@@ -123,10 +125,11 @@ def clustered_mean(y: Array, process: NDArray[Any]) -> Estimates:
 
 
 def _alone(between: _MeanSquares, within: _MeanSquares) -> tuple[Array, Array]:
-    """Each contrast's own mean square between clusters, from all its blocks, and its degrees of freedom.
+    """Each contrast's own mean square between clusters, moderated by that within, and its degrees of freedom.
 
-    What it scatters within clusters counts as many times as all cells together scatter more between them (F test);
-    where they do not, once.
+    What it scatters within clusters, times as much as all cells together scatter more between them (F test; where they
+    do not, once), is a prior (Smyth, Linear Models and Empirical Bayes Methods, 2004). It counts for two degrees of
+    freedom and not for its many, as cells differ in how much more they scatter between processes.
     """
     (all_between, between_df), (all_within, within_df) = between.pooled(), within.pooled()
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -134,8 +137,11 @@ def _alone(between: _MeanSquares, within: _MeanSquares) -> tuple[Array, Array]:
         differs = special.fdtrc(between_df, within_df, ratio) < _PROCESS_LEVEL
     ratio = np.where(differs, ratio, 1)[..., None]
     unsure = np.where(differs, 1 / between_df + 1 / within_df, 0)[..., None]  # of the ratio
-    df = between.df + within.df
-    return (between.own * between.df + ratio * within.own * within.df) / df, 1 / (1 / df + unsure)
+    prior_df = np.minimum(1 / (1 / within.df + unsure), _PRIOR_DF)
+    df = between.df + prior_df
+    moderated = (between.own * between.df + ratio * within.own * prior_df) / df
+    most = np.where(differs, np.maximum(between_df, between.df), np.inf)[..., None]  # the prior is made of no more
+    return moderated, np.broadcast_to(np.minimum(df, most), moderated.shape)
 
 
 class _MeanSquares:

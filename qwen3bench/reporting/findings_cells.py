@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -53,7 +53,10 @@ def recommended(run: Run, condition: Condition) -> Iterator[Finding]:
             return
     samples = condition.select(run.samples)
     confidence = analysis_setting(run.record, "confidence")
-    faster = cells[shown_faster(cells, samples["block"].nunique(), band(run), confidence)]
+    blocks = block_matrix(samples, cells["cell"].tolist())
+    others = [cell for cell in cells["cell"] if cell in blocks.log_s and cell != BASELINE]
+    freedom = blocks.log_ratios(BASELINE, others).df.min() if others and BASELINE in blocks.log_s else 0
+    faster = cells[shown_faster(cells, freedom, band(run), confidence)]
     if faster.empty:
         yield Finding(f"No cell{within} is shown to be faster than the baseline ({condition}).", "recommended")
         return
@@ -84,22 +87,22 @@ def _nothing_fits(measured: pd.DataFrame, within: str, condition: Condition) -> 
     return Finding(f"No cell fits{within}: {needs} ({condition}).", "recommended", "warning")
 
 
-def shown_faster(cells: pd.DataFrame, blocks: int, width: float, confidence: float = 0.95) -> pd.Series:
+def shown_faster(cells: pd.DataFrame, freedom: float, width: float, confidence: float = 0.95) -> pd.Series:
     """Which cells are faster than the baseline beyond doubt, though the best of many is looked at.
 
     Intervals of that confidence are widened as Bonferroni asks at 5 % for one comparison per cell, by quantiles of t
-    with blocks − 1 degrees of freedom; a cell inside the band does not count.
+    with their degrees of freedom; a cell inside the band does not count.
     """
     gain, low = np.log(cells["speedup"]), np.log(cells["speedup_lo"])
     inside = (cells["speedup_lo"] >= 1 - width) & (cells["speedup_hi"] <= 1 + width)
-    return (gain - _widening(len(cells) - 1, blocks, confidence) * (gain - low) > 0) & ~inside
+    return (gain - _widening(len(cells) - 1, freedom, confidence) * (gain - low) > 0) & ~inside
 
 
-def _widening(comparisons: int, blocks: int, confidence: float) -> float:
-    """By how much Bonferroni, at 5 %, widens each of so many intervals."""
-    freedom = max(1, blocks - 1)
+def _widening(comparisons: int, freedom: Any, confidence: float) -> Any:
+    """By how much Bonferroni, at 5 %, widens each of so many intervals with these degrees of freedom."""
+    freedom = np.maximum(freedom, 1)
     least = special.stdtrit(freedom, 1 - 0.025 / max(1, comparisons))
-    return float(least / special.stdtrit(freedom, (1 + confidence) / 2))
+    return least / special.stdtrit(freedom, (1 + confidence) / 2)
 
 
 def _as_fast(cells: pd.DataFrame, samples: pd.DataFrame, confidence: float, width: float) -> tuple[list[bool], int]:
@@ -117,7 +120,7 @@ def _as_fast(cells: pd.DataFrame, samples: pd.DataFrame, confidence: float, widt
     if names and fastest in blocks.log_s:
         found = blocks.log_ratios(fastest, names)
         half, away = found.half_width(confidence), np.abs(found.estimate)
-        unsure = away <= half * _widening(len(names), len(blocks.log_s), confidence)
+        unsure = away <= half * _widening(len(names), found.df, confidence)
         near = away <= np.log1p(width)
         alike |= set(np.array(names)[near & (unsure | (away + half <= np.log1p(width)))])
         others = int((unsure & ~near).sum())

@@ -9,6 +9,7 @@ from scipy.signal import lfilter
 
 from qwen3bench.analysis.design import contrasts, every_cell, shapley_contrasts
 from qwen3bench.analysis.effects import effects
+from qwen3bench.analysis.frames import BlockMatrix
 from qwen3bench.analysis.stopping import half_widths, stop_reason
 from qwen3bench.analysis.variance import clustered, replicated
 from qwen3bench.analysis.verdicts import ALPHA, holm
@@ -18,6 +19,7 @@ PER_PROCESS = 3
 CELLS = every_cell(5)
 PLAN = contrasts(tuple("abcde"), CELLS).matrix
 RNG = np.random.default_rng
+CAUTIOUS = 0.985  # of ratios and shares, which cannot know how far processes move just their cells
 
 
 def simulate(
@@ -101,7 +103,7 @@ def test_shares_and_speedups_cover_whichever_cells_are_noisy(
     for contrasts_ in (shapley_contrasts(5), speedup_contrasts(32)):
         found = clustered(y * scale, process_of(y.shape[1]), contrasts_)
         covered = np.abs(found.estimate) <= found.half_width(0.95)
-        assert 0.93 <= covered.mean() <= 0.97
+        assert 0.93 <= covered.mean() <= CAUTIOUS
         assert covered.mean(axis=0).min() >= 0.93
         if len(found.p()[0]) == 5:
             assert family_wise_error(found.p()) <= 0.05
@@ -113,7 +115,48 @@ def test_shares_and_speedups_cover(name: str, processes: int) -> None:
     y = simulate(RNG(processes), processes, **CONDITIONS[name])
     for contrasts_ in (shapley_contrasts(5), speedup_contrasts(32)):
         found = clustered(y, process_of(y.shape[1]), contrasts_)
-        assert 0.93 <= np.mean(np.abs(found.estimate) <= found.half_width(0.95)) <= 0.97
+        assert 0.93 <= np.mean(np.abs(found.estimate) <= found.half_width(0.95)) <= CAUTIOUS
+
+
+UNLIKE = np.exp(np.random.default_rng(6).normal(scale=0.5, size=32))
+
+
+@pytest.mark.parametrize("processes", [2, 3, 6])
+def test_shares_and_speedups_cover_where_processes_differ_more_for_some_cells(processes: int) -> None:
+    """Within processes all scatter alike, which tells nothing of how far the process moves each of them."""
+    y = simulate(RNG(processes), processes, noise=0.002) + np.repeat(
+        RNG(99).normal(scale=0.01 * UNLIKE, size=(CAMPAIGNS, processes, 32)), PER_PROCESS, axis=1
+    )
+    for contrasts_ in (shapley_contrasts(5), speedup_contrasts(32)):
+        found = clustered(y, process_of(y.shape[1]), contrasts_)
+        covered = np.abs(found.estimate) <= found.half_width(0.95)
+        assert 0.93 <= covered.mean() <= CAUTIOUS
+        assert covered.mean(axis=0).min() >= 0.91
+
+
+@pytest.mark.parametrize("processes", [2, 3, 6])
+@pytest.mark.parametrize("louder", [1, 4, 10])
+def test_the_ratio_to_another_implementation_covers_however_far_processes_move_it(
+    processes: int, louder: float
+) -> None:
+    """As transformers' choice of kernels does, up to ten times as far as ours; and it widens no interval of ours."""
+    campaigns = 400
+    y = simulate(RNG(processes), processes, campaigns=campaigns, cells=4, noise=0.002)
+    shift = RNG(98).normal(scale=0.005, size=(campaigns, processes, 4)) * [1, 1, 1, louder]
+    y = y + np.repeat(shift, PER_PROCESS, axis=1)
+    names = ["baseline", "baseline (copy)", "all on", "theirs:sdpa"]
+    covered = []
+    for campaign in y:
+        blocks = BlockMatrix(pd.DataFrame(campaign, columns=names), process_of(y.shape[1]))
+        found = blocks.log_ratios("baseline", names[2:])
+        half = found.half_width(0.95)
+        covered.append(np.abs(found.estimate) <= half)
+        alone = BlockMatrix(blocks.log_s[names[:3]], blocks.process).log_ratios("baseline", ["all on"])
+        assert half[0] == alone.half_width(0.95)[0]
+        assert found.df[1] == processes - 1
+    of_ours, of_theirs = np.mean(covered, axis=0)
+    assert of_theirs >= 0.92
+    assert of_ours >= 0.89  # 400 campaigns; the test below has more
 
 
 @pytest.mark.parametrize("process_noise", [0, 0.01])
@@ -122,7 +165,7 @@ def test_speedups_cover_where_there_are_few_cells(processes: int, process_noise:
     """Three cells in two processes hardly tell that processes differ; that costs two points at most."""
     y = simulate(RNG(3), processes, cells=3, process_noise=process_noise)
     found = clustered(y, process_of(y.shape[1]), speedup_contrasts(3))
-    assert 0.92 <= np.mean(np.abs(found.estimate) <= found.half_width(0.95)) <= 0.97
+    assert 0.92 <= np.mean(np.abs(found.estimate) <= found.half_width(0.95)) <= CAUTIOUS
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
