@@ -71,18 +71,18 @@ def clustered(y: Array, process: NDArray[Any], contrasts: Array) -> Estimates:
     means = ((group == np.arange(clusters)[:, None]) / size[:, None]) @ y
     between = _MeanSquares((means - y.mean(axis=-2, keepdims=True)) * np.sqrt(size)[:, None], clusters - 1, contrasts)
     pooled, pooled_df = between.pooled()
+    within = _MeanSquares(y - means[..., group, :], blocks - clusters, contrasts) if blocks > clusters else None
     if cells == 2:  # its own is all there is
-        usual, usual_df = between.own, np.full_like(between.own, between.df)
+        usual, usual_df = _own(between, within)
     else:
         usual = np.broadcast_to(pooled[..., None], between.own.shape)
         usual_df = np.broadcast_to(np.maximum(pooled_df, between.df)[..., None], between.own.shape)
         weight = np.abs(contrasts)
         unequal = ~np.isclose(weight, weight.max(axis=1, keepdims=True)).all(axis=1)
-        if blocks > clusters:
-            within = _MeanSquares(y - means[..., group, :], blocks - clusters, contrasts)
-            alone, alone_df = _alone(between, within)
-        else:
+        if within is None:
             alone, alone_df = between.own, np.full_like(between.own, between.df)
+        else:
+            alone, alone_df = _alone(between, within)
         usual, usual_df = np.where(unequal, alone, usual), np.where(unequal, alone_df, usual_df)
         # The pooled mean square holds the contrast's own.
         rest = np.maximum(pooled[..., None] * (cells - 1) - between.own, 0) / (cells - 2)
@@ -122,6 +122,19 @@ def clustered_mean(y: Array, process: NDArray[Any]) -> Estimates:
     deviation = np.bincount(group, y - mean) / size
     ms = (size * deviation**2).sum() / df
     return Estimates(mean, np.sqrt(ms * _inflation(size)) / blocks, np.array(df))
+
+
+def _own(between: _MeanSquares, within: _MeanSquares | None) -> tuple[Array, Array]:
+    """Each contrast's own mean square between clusters and its degrees of freedom.
+
+    Where clusters agree by chance, that within: an interval is no narrower than if clusters did not differ.
+    """
+    own_df = np.full_like(between.own, between.df)
+    if within is None:
+        return between.own, own_df
+    quantile_between, quantile_within = special.stdtrit([between.df, within.df], 0.975)
+    by_chance = quantile_between**2 * between.own < quantile_within**2 * within.own
+    return np.where(by_chance, within.own, between.own), np.where(by_chance, within.df, own_df)
 
 
 def _alone(between: _MeanSquares, within: _MeanSquares) -> tuple[Array, Array]:

@@ -153,10 +153,18 @@ def test_the_ratio_to_another_implementation_covers_however_far_processes_move_i
         covered.append(np.abs(found.estimate) <= half)
         alone = BlockMatrix(blocks.log_s[names[:3]], blocks.process).log_ratios("baseline", ["all on"])
         assert half[0] == alone.half_width(0.95)[0]
-        assert found.df[1] == processes - 1
     of_ours, of_theirs = np.mean(covered, axis=0)
     assert of_theirs >= 0.92
     assert of_ours >= 0.89  # 400 campaigns; the test below has more
+
+
+def test_two_processes_that_agree_by_chance_are_no_proof_of_certainty() -> None:
+    """Of two cells alone: their ratio scatters by 1.4 % from block to block and may by nothing between two means."""
+    y = simulate(RNG(4), 2, cells=2)
+    found = clustered(y, process_of(6), speedup_contrasts(2))
+    half = found.half_width(0.95)
+    assert 0.94 <= np.mean(np.abs(found.estimate) <= half) <= 0.995
+    assert half.min() > 0.002
 
 
 @pytest.mark.parametrize("process_noise", [0, 0.01])
@@ -174,7 +182,8 @@ def test_intervals_cover_with_few_factors(k: int, processes: int) -> None:
     y = simulate(RNG(k), processes, cells=2**k, process_noise=0.01, drift=0.01)
     plan = contrasts(tuple("abc"[:k]), every_cell(k)).matrix
     found = clustered(y, process_of(y.shape[1]), plan)
-    assert 0.93 <= np.mean(np.abs(found.estimate) <= found.half_width(0.95)) <= 0.97
+    most = CAUTIOUS if k == 1 else 0.97
+    assert 0.93 <= np.mean(np.abs(found.estimate) <= found.half_width(0.95)) <= most
 
 
 def test_intervals_cover_when_the_last_process_was_cut_short() -> None:
