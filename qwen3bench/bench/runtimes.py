@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,11 +105,18 @@ class CompileRuntime(Runtime):
             _require_cpp_compiler()
 
     def prepare_model(self, model: Decoder) -> None:
+        """Raises ValueError where one compilation cannot serve the whole model."""
         regions = model.split()
+        if len({type(region) for region in regions}) > 1 or any("forward" in vars(region) for region in regions):
+            raise ValueError(
+                "its blocks do not all run the same code, and runtime=compile compiles one for all: "
+                "give them one class, and that a forward"
+            )
         self.compile_options = {"autotune_local_cache": False} | (self.inductor if model.takes_compile_options else {})
         compiled = torch.compile(_own_copy(type(regions[0]).forward), fullgraph=True, options=self.compile_options)
         for region in regions:
             region.forward = types.MethodType(compiled, region)
+        model.compiled = regions
 
     def prepare(self, step: Step) -> Launch:
         started = time.perf_counter()
@@ -133,6 +141,19 @@ class CompiledGraphRuntime(CompileRuntime):
     def prepare(self, step: Step) -> Launch:
         super().prepare(step)
         return self._graphs.prepare(step)
+
+
+@contextmanager
+def uncompiled(model: Decoder) -> Iterator[None]:
+    """Within, the model runs as it did before `prepare_model`."""
+    regions, forwards = model.regions, [vars(each).pop("forward") for each in model.compiled]
+    model.regions = ()
+    try:
+        yield
+    finally:
+        model.regions = regions
+        for each, forward in zip(model.compiled, forwards, strict=True):
+            each.forward = forward
 
 
 def make_runtime(name: str, device: torch.device, **options: Any) -> Runtime:

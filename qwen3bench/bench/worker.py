@@ -27,7 +27,7 @@ from qwen3bench.bench.environment import environment, fingerprint
 from qwen3bench.bench.equivalence import Gate
 from qwen3bench.bench.evidence import collect, compiled_graphs, forget_compilations
 from qwen3bench.bench.peers import build_peer, is_peer, judge_peer, require_peer
-from qwen3bench.bench.runtimes import CompileRuntime, Runtime, make_runtime
+from qwen3bench.bench.runtimes import CompileRuntime, Runtime, make_runtime, uncompiled
 from qwen3bench.bench.timer import inner_repeats, time_device, time_host, visit_repeats
 from qwen3bench.bench.workloads import Step, Workload, WorkloadSize
 from qwen3bench.errors import UserError
@@ -327,12 +327,8 @@ class Worker:
         launched = warm.outputs[0][:, -_COMPARED:].double()
         if token is not None:
             warm.workload.token.copy_(token)
-        regions, warm.model.regions = warm.model.regions, ()  # of what the gate judged
-        try:
-            with torch.compiler.set_stance("force_eager"):
-                expected = warm.workload.steps(warm.model)[-1]()[:, -_COMPARED:].double()
-        finally:
-            warm.model.regions = regions
+        with uncompiled(warm.model):  # what the gate judged
+            expected = warm.workload.steps(warm.model)[-1]()[:, -_COMPARED:].double()
         return float((launched - expected).norm() / expected.norm())
 
     def _eager_s(self, warm: Warm) -> float:

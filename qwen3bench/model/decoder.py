@@ -18,6 +18,7 @@ class Decoder(nn.Module):
     tok_emb: nn.Embedding
     out_head: nn.Linear
     regions: Sequence[nn.Module] = ()  # what its forward runs in place of its blocks, after `split`
+    compiled: Sequence[nn.Module] = ()  # the modules whose forward is compiled
     takes_compile_options = True  # those of runtime=compile; else it is compiled with PyTorch's defaults
 
     @abstractmethod

@@ -37,7 +37,7 @@ class Region(nn.Module):
 
 
 def regions_of(blocks: Sequence[nn.Module], final_norm: nn.Module) -> list[Region]:
-    """The regions of these blocks, in order; none where a block has a forward of its own, which they would pass by."""
+    """The regions of these blocks, in order; none where a block has a forward or a hook of its own, to be passed by."""
     plain = [block for block in blocks if isinstance(block, TransformerBlock) and _is_plain(block)]
     if len(plain) < len(blocks):
         return []
@@ -46,4 +46,5 @@ def regions_of(blocks: Sequence[nn.Module], final_norm: nn.Module) -> list[Regio
 
 
 def _is_plain(block: TransformerBlock) -> bool:
-    return getattr(block.forward, "__func__", None) is TransformerBlock.forward
+    hooked = block._forward_hooks or block._forward_pre_hooks  # which a region would not call
+    return not hooked and getattr(block.forward, "__func__", None) is TransformerBlock.forward

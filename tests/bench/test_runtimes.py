@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import types
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen3bench.bench.runtimes import CompileRuntime, make_runtime
+from qwen3bench.bench.runtimes import CompileRuntime, make_runtime, uncompiled
 from qwen3bench.bench.workloads import Workload, WorkloadSize
 from qwen3bench.choices import options_of
 from qwen3bench.errors import UserError
 from qwen3bench.model.build import build_model
 from qwen3bench.model.config import ModelConfig
+from qwen3bench.model.layers import TransformerBlock
 from qwen3bench.model.qwen3 import Qwen3Model
 
 CPU = torch.device("cpu")
@@ -145,3 +148,33 @@ def test_a_peer_is_compiled_with_the_defaults(model: Qwen3Model, monkeypatch: py
     assert runtime.compile_options == options
     assert options["autotune_local_cache"] is False
     assert options.get("combo_kernels", False) is takes
+
+
+def test_blocks_that_do_not_run_the_same_code_are_not_compiled_as_if_they_did(model: Qwen3Model) -> None:
+    runtime = CompileRuntime(torch.device("meta"))
+    last = model.trf_blocks[-1]
+    last.forward = types.MethodType(lambda block, x, *rest: x, last)
+    with pytest.raises(ValueError, match="do not all run the same code"):
+        runtime.prepare_model(model)
+    del last.forward
+    model.trf_blocks[-1] = Whole(model.config, model.parts)
+    with pytest.raises(ValueError, match="do not all run the same code"):
+        runtime.prepare_model(model)
+
+
+class Whole(TransformerBlock):
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        return x
+
+
+def test_a_compiled_model_can_be_run_as_it_was(model: Qwen3Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: lambda region, x, normed, *rest: (2 * x, 2 * normed))
+    tokens = torch.arange(5)[None]
+    before = model(tokens)
+    CompileRuntime(torch.device("meta")).prepare_model(model)
+    compiled = model(tokens)
+    assert not torch.allclose(compiled, before)
+    with suppress(ZeroDivisionError), uncompiled(model):
+        assert torch.equal(model(tokens), before)
+        raise ZeroDivisionError
+    assert torch.equal(model(tokens), compiled)

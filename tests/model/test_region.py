@@ -74,6 +74,13 @@ def test_a_block_with_a_forward_of_its_own_stays_whole(tiny: ModelConfig, tiny_w
     assert not torch.equal(plain(tokens), expected)
 
 
+def test_a_block_with_a_hook_stays_whole(tiny: ModelConfig, tiny_weights: dict[str, Tensor]) -> None:
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        model = build_model(tiny, (), tiny_weights)
+        getattr(model.trf_blocks[1], register)(lambda *_: None)
+        assert list(model.split()) == list(model.trf_blocks)
+
+
 def test_one_such_block_is_enough(tiny: ModelConfig, tiny_weights: dict[str, Tensor]) -> None:
     model = build_model(tiny, (), tiny_weights)
     last = model.trf_blocks[-1]
