@@ -27,7 +27,14 @@ def config_dir() -> Path:
 
 @cache
 def choices(group: str) -> tuple[str, ...]:
-    """The options of a config group, e.g. `opt`: in the order that their YAML files ask for, then by name."""
+    """The options of a config group, e.g. `opt`: in the order that their YAML files ask for, then by name.
+
+    Raises `UserError` where an optimization's file would set another one's options.
+    """
+    if group == "opt":
+        for path in (config_dir() / group).glob("*.yaml"):
+            if f"# @package opt.{path.stem}" not in path.read_text("utf-8").splitlines():
+                raise UserError(f"{path}: the line `# @package opt.{path.stem}` is missing, by which Hydra names it")
     orders = {path.stem: place(OmegaConf.load(path)) for path in (config_dir() / group).glob("*.yaml")}
     return tuple(sorted(orders, key=lambda name: (orders[name], _natural(name))))
 

@@ -52,6 +52,7 @@ NewCache = Callable[[Any, int, int], Any]
 LENGTHS = (1, 7, 37, 130)  # one row, and multiples of no tile
 BATCH_SIZE = 3
 LARGEST = (5, 700)  # sequences and tokens that are judged of a workload's larger prompt
+SMALL_DIM = 256  # of a model for which, on a CPU, more threads than one only wait for each other
 FATAL = (torch.cuda.OutOfMemoryError, torch.AcceleratorError)  # errors that are the caller's to handle
 _SPARE = 5  # positions of a cache that are never filled: what reads them is wrong
 
@@ -168,6 +169,7 @@ class Gate:
         sizes: Iterable[tuple[int, int]] = (),
     ) -> None:
         self.device = torch.device(device)
+        self.whole = config
         self.config = cut(config, self.device)
         self.dtype = dtype
         self.seed = seed
@@ -209,6 +211,9 @@ class Gate:
         def factory(opts: Options) -> Factory:
             return lambda weights, dtype: self._build(cell, opts, weights, dtype)
 
+        if not self._blocks_are_alike(cell):
+            layers = f"the first {self.config.num_layers} of {self.whole.num_layers}"
+            return _verdict() | {"reason": f"its blocks are of different kinds, so that {layers} do not tell of all"}
         has_options = any(self.opts[name] != options_of("opt", name) for name in cell if self.opts.get(name))
         return self.check_model(factory(self.opts), kv_cache, factory({}) if has_options else None, tied="tie" in cell)
 
@@ -230,16 +235,9 @@ class Gate:
         (`ran`); for want of memory or by a fault of the device (`FATAL`) nothing is known of it, and that is raised.
         """
         chosen = [case for case in self.cases if new_cache is not None or not (case.chunks or case.keep)]
-        checks: dict[str, float] = {"layers": self.config.num_layers, "vocabulary": self.config.vocab_size}
-        verdict: dict[str, Any] = {
-            "equivalent": False,
-            "ran": True,
-            "max_abs_error": None,
-            "kl_mean": None,
-            "top1_agreement": None,
-            "reason": None,
-            "checks": checks,
-        }
+        verdict = _verdict()
+        checks: dict[str, float] = verdict["checks"]
+        checks |= {"layers": self.config.num_layers, "vocabulary": self.config.vocab_size}
         references = self._references_of(tied) if rope is None else self._computed(tied, rope)
         for dtype in self.dtypes:
             baseline = self._baseline_errors(dtype, tied).only([case.name for case in chosen])
@@ -260,6 +258,17 @@ class Gate:
             if comparison.reason:
                 return verdict | {"reason": f"{dtype_name(dtype)}: {comparison.reason}"}
         return verdict | {"equivalent": True}
+
+    def _blocks_are_alike(self, cell: tuple[str, ...]) -> bool:
+        """Whether every block of the whole model is made of the same modules, so that the judged ones stand for all."""
+        if self.build is not None or self.whole.num_layers == self.config.num_layers:
+            return True
+        opts = {name: self.opts.get(name, {}) for name in cell}
+        try:
+            blocks = build_model(self.whole, opts, device="meta").trf_blocks
+        except Exception:  # what cannot be built is told with its reason where it is judged
+            return True
+        return len({tuple(type(module) for module in block.modules()) for block in blocks}) == 1
 
     def _build(self, cell: tuple[str, ...], opts: Options, weights: Weights, dtype: torch.dtype) -> Any:
         if self.build is not None:
@@ -352,10 +361,10 @@ class Gate:
 
     @contextmanager
     def _conditions(self) -> Iterator[None]:
-        """Exact float32; and one thread for a small model on a CPU, where more only wait for each other."""
+        """Exact float32; and one thread for a small model on a CPU (`SMALL_DIM`)."""
         threads = torch.get_num_threads()
         with exact_float32():
-            if self.device.type == "cpu" and self.config.emb_dim <= 256:
+            if self.device.type == "cpu" and self.config.emb_dim <= SMALL_DIM:
                 torch.set_num_threads(1)
             try:
                 yield
@@ -406,6 +415,12 @@ def exact_float32() -> Iterator[None]:
 def dtype_name(dtype: torch.dtype) -> str:
     """`float32` of torch.float32."""
     return str(dtype).removeprefix("torch.")
+
+
+def _verdict() -> dict[str, Any]:
+    """What is said of a model before it is judged."""
+    errors = {"max_abs_error": None, "kl_mean": None, "top1_agreement": None}
+    return {"equivalent": False, "ran": True, **errors, "reason": None, "checks": {}}
 
 
 class _DoesNotRunError(Exception):

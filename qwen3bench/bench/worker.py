@@ -24,7 +24,7 @@ from qwen3bench.bench.ceilings import measure_ceilings
 from qwen3bench.bench.costs import cell_cost
 from qwen3bench.bench.design import BASELINE, Cell, cell_of
 from qwen3bench.bench.environment import environment, fingerprint
-from qwen3bench.bench.equivalence import Gate
+from qwen3bench.bench.equivalence import SMALL_DIM, Gate
 from qwen3bench.bench.evidence import collect, compiled_graphs, forget_compilations
 from qwen3bench.bench.peers import build_peer, is_peer, judge_peer, require_peer
 from qwen3bench.bench.runtimes import CompileRuntime, Runtime, make_runtime, uncompiled
@@ -107,6 +107,8 @@ class Worker:
         self.dtype = getattr(torch, self.settings.dtype)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        elif self.settings.model.emb_dim <= SMALL_DIM:
+            torch.set_num_threads(1)
         torch.set_grad_enabled(False)
         return {}
 

@@ -13,6 +13,9 @@ from qwen3bench.bench.design import design_cells, label
 from qwen3bench.bench.equivalence import Gate, exact_float32, kv_cache, sensitised
 from qwen3bench.model.build import build_model
 from qwen3bench.model.config import ModelConfig
+from qwen3bench.model.layers import TransformerBlock
+from qwen3bench.model.parts import Parts
+from qwen3bench.opt import mask
 
 TINY = ModelConfig(
     num_layers=2,
@@ -132,6 +135,28 @@ def test_a_cell_that_raises_is_rejected_with_its_reason(gate: Gate) -> None:
     assert verdict["reason"] == "float32: it does not run: No available kernel. Aborting execution"
     assert not verdict["ran"]
     assert not verdict["equivalent"]
+
+
+def test_blocks_unlike_those_that_are_judged_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate runs two layers on a CPU; what the third does, it would not see."""
+    made: list[int] = []
+
+    class Idle(TransformerBlock):
+        def forward(self, x, *rest):
+            return x
+
+    def block(config: ModelConfig, parts: Parts) -> TransformerBlock:
+        made.append(1)
+        return (TransformerBlock if len(made) % config.num_layers in (1, 2) else Idle)(config, parts)
+
+    deep = replace(TINY, num_layers=4)
+    monkeypatch.setattr(mask, "apply", lambda parts: replace(parts, block=block))
+    verdict = Gate(deep, device="cpu", dtype=torch.float32).check(("mask",))
+    assert not verdict["equivalent"]
+    assert verdict["reason"] == "its blocks are of different kinds, so that the first 2 of 4 do not tell of all"
+    assert set(verdict) == FIELDS
+    monkeypatch.undo()
+    assert Gate(deep, device="cpu", dtype=torch.float32).check(("mask",))["equivalent"]
 
 
 def test_any_error_of_a_model_is_a_verdict(gate: Gate) -> None:

@@ -152,5 +152,13 @@ def test_every_switch_is_described() -> None:
         assert len(optimizations.described(optimizations.declared(name))) > 20, name
 
 
+@pytest.mark.usefixtures("sixth")
+def test_a_yaml_file_that_would_name_another_is_refused() -> None:
+    path = choices.config_dir() / "opt" / "sixth.yaml"
+    path.write_text(SIXTH_YAML.replace("opt.sixth", "opt.qkv"))
+    with pytest.raises(UserError, match=r"sixth.yaml: the line `# @package opt.sixth` is missing"):
+        choices.choices("opt")
+
+
 def test_the_sixth_is_gone_again() -> None:
     assert "sixth" not in choices.choices("opt")
