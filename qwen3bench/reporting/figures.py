@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from qwen3bench.bench.record import write_atomic
 
@@ -107,6 +107,13 @@ def mark(axes: Axes, x: float, y: float, lo: float, hi: float, verdict: str) -> 
         "capsize": 2.5,
     }
     axes.errorbar(x, y, xerr=arms, **look, zorder=3)
+
+
+def keep_in_view(axes: Axes, estimates: ArrayLike) -> None:
+    """End the horizontal axis at a third of the least and thrice the largest estimate, whatever the intervals are."""
+    values = np.asarray(estimates, dtype=float)
+    low, high = axes.get_xlim()
+    axes.set_xlim(max(low, np.nanmin(values) / 3), min(high, np.nanmax(values) * 3))
 
 
 def beside(

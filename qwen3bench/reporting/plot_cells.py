@@ -21,6 +21,7 @@ from qwen3bench.reporting.figures import (
     SERIES,
     Plot,
     beside,
+    keep_in_view,
     new_figure,
 )
 from qwen3bench.reporting.lookup import (
@@ -80,6 +81,7 @@ def ranked(run: Run, condition: Condition) -> Plot | None:
     right.scatter(x[peer], y[peer], s=40, marker="^", color=INK, zorder=4)
     for row in np.flatnonzero(peer):
         left.text(len(factors(run)) - 0.6, row, cells["cell"].iloc[row], ha="right", va="center", fontsize=8.5)
+    keep_in_view(right, x)
     right.set_ylim(len(cells) - 0.4, -1.6 if few else -len(cells) * 0.03)
     right.set_xlabel(f"latency ({unit.symbol}): median, {level(run)} interval; n = {_samples(cells)} samples per cell")
     right.grid(visible=False, axis="y")
@@ -148,6 +150,7 @@ def memory_latency(run: Run, condition: Condition) -> Plot | None:
         beside(axes, str(number), x[place], y[place], leftwards=True, below=True)
         axes.plot([], [], " ", label=f"{number}: {cell}")
     axes.margins(0.08, 0.16)
+    keep_in_view(axes, x)
     axes.set_xlabel(f"latency ({x_unit.symbol}): median, {level(run)} interval; n = {_samples(cells)} samples per cell")
     axes.set_ylabel(f"peak allocated memory ({y_unit.symbol})")
     figure.legend(loc="outside right center")

@@ -18,6 +18,7 @@ from qwen3bench.reporting.figures import (
     VERDICTS,
     Plot,
     heat,
+    keep_in_view,
     mark,
     new_figure,
 )
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
 _MOST_TERMS = 24
+_COLUMN = 48  # characters of a legend's entry of which two stand side by side
 
 
 def forest(run: Run, condition: Condition) -> Plot | None:
@@ -65,6 +67,7 @@ def forest(run: Run, condition: Condition) -> Plot | None:
     axes.axvline(1, color=MUTED, linewidth=0.9)
     for row, effect in enumerate(rows(shown)):
         mark(axes, effect.estimate, row, effect.lo, effect.hi, effect.verdict)
+    keep_in_view(axes, [*shown["estimate"], 1])
     if len(shown_main) and len(shown) > len(shown_main):
         axes.axhline(len(shown_main) - 0.5, color=MUTED, linewidth=0.6, linestyle=":")
     axes.set_yticks(range(len(shown)), [term.replace(":", " : ") for term in shown["term"]])
@@ -191,13 +194,15 @@ def by_condition(run: Run) -> Plot | None:
         where = f"{condition}, {beside(effects)}" if others == UNLIKE else str(condition)
         handle = f"{_noisy(run, condition, where)} (n = {blocks_of(run, condition)})"
         axes.scatter([], [], marker=shape, s=34, color=colour, label=handle)
+    keep_in_view(axes, [1, *(estimate for _, effects in frames for estimate in effects["estimate"])])
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.45, -0.55)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(
         f"speed-up when switched on (×), {level(run)} interval; hollow: undecided; grey: ±{width * 100:g} %"
     )
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.13), ncols=1 if others == UNLIKE else 2, fontsize=8.5)
+    longest = max(len(str(text)) for text in axes.get_legend_handles_labels()[1])
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.13), ncols=1 if longest > _COLUMN else 2, fontsize=8.5)
     return Plot("effects-by-condition", figure, title, f"Main effects by workload and runtime. {title}.")
 
 

@@ -55,12 +55,17 @@ def size(value: float) -> str:
     return f"{unit.text(value)} {unit.symbol}"
 
 
+_USELESS = 100  # times as large or small: the end of an interval that tells nothing
+
+
 def ratio(value: float, lo: float = math.nan, hi: float = math.nan) -> str:
     """Ratio with its interval, for example `1.27× [1.26, 1.28]`, in decimals that the interval supports."""
     if not is_number(value):
         return ""
     if not (is_number(lo) and is_number(hi)):
         return f"{value:.3f}×"
+    if lo * _USELESS < value or hi > value * _USELESS:
+        return f"{value:.2f}× [no useful interval]"
     decimals = interval_decimals(lo, hi)
     return f"{value:.{decimals}f}× [{lo:.{decimals}f}, {hi:.{decimals}f}]"
 

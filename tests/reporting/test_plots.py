@@ -213,3 +213,30 @@ def test_the_style_is_not_left_behind() -> None:
     with figures.style():
         assert matplotlib.rcParams["svg.fonttype"] == "none"
     assert dict(matplotlib.rcParams) == before
+
+
+def test_an_interval_that_tells_nothing_does_not_set_the_axis(full_run: Run) -> None:
+    cells, table = full_run.cells.copy(), full_run.effects.copy()
+    cells.loc[cells["cell"] == "flash", "latency_hi_s"] = 1e12
+    table.loc[table["term"] == "tie", ["lo", "hi"]] = 1e-9, 1e9
+    run = replace(full_run, cells=cells, effects=table)
+    condition = conditions(run)[0]
+    most = 1e3 * condition.select(cells)["latency_s"].max()
+    with figures.style():
+        plots = [ranked(run, condition), memory_latency(run, condition), forest(run, condition), by_condition(run)]
+    for plot, limit in zip(plots, (3 * most, 3 * most, 10, 10), strict=True):
+        assert plot is not None
+        low, high = plot.figure.axes[-1].get_xlim()
+        assert 0 < low < high <= limit
+
+
+def test_the_legend_over_conditions_stays_inside_however_long_their_names(full_run: Run, tmp_path: Path) -> None:
+    cells = full_run.effects.assign(runtime=full_run.effects["runtime"].replace("graph", "graph, with the others off"))
+    controls = replace(full_run.controls, aa=full_run.controls.aa.assign(noisy=True))
+    run = replace(full_run, effects=cells, controls=controls)
+    with figures.style():
+        plot = by_condition(run)
+        assert plot is not None
+        plot.figure.draw_without_rendering()
+        box = plot.figure.axes[0].get_legend().get_window_extent()
+    assert box.x1 <= plot.figure.bbox.x1

@@ -76,3 +76,12 @@ def test_words_for_counts_lists_and_shares() -> None:
     assert listing(["a", "b", "c"]) == "a, b and c"
     assert listing(list("abcdefgh"), 3) == "a, b and 6 more"
     assert percent(0.0025) == "0.25 %"
+
+
+@pytest.mark.parametrize(("lo", "hi"), [(0.0, 2.0), (1e-9, 7e21), (1.3, 200.0)])
+def test_an_interval_that_tells_nothing_is_said_to(lo: float, hi: float) -> None:
+    assert ratio(1.344, lo, hi) == "1.34× [no useful interval]"
+
+
+def test_a_wide_interval_is_still_shown() -> None:
+    assert ratio(1.5, 0.1, 90.0) == "1.50× [0.10, 90.00]"
