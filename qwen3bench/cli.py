@@ -59,6 +59,9 @@ def guarded(action: Callable[[], int]) -> int:
     """
     try:
         return action()
+    except BrokenPipeError:  # the reader of a pipe has seen enough; what is left goes nowhere (Python's docs, SIGPIPE)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (UserError, OSError) as error:
         if os.environ.get(_FULL_ERROR) == "1":
             traceback.print_exc()

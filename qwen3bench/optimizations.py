@@ -74,7 +74,12 @@ def resolve(opts: Iterable[str] | Mapping[str, Mapping[str, Any]]) -> dict[str, 
         target = given[name].get("_target_", declarations[name]["_target_"])
         if unknown := sorted(set(asked) - set(defaults)):
             raise UserError(f"{name} has no option {', '.join(unknown)}; it has: {', '.join(defaults) or 'none'}")
-        resolved[name] = partial(get_method(target), **{**defaults, **asked})
+        try:
+            method = get_method(target)
+        except Exception as error:
+            why = " ".join(str(error).split())
+            raise UserError(f"{name}: its _target_ {target} cannot be loaded: {why}") from error
+        resolved[name] = partial(method, **{**defaults, **asked})
     return resolved
 
 

@@ -172,3 +172,10 @@ def test_as_a_module() -> None:
     )
     assert done.stderr == ""
     assert "(out_head): Linear(in_features=64, out_features=512, bias=False)" in done.stdout
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    shell = f"{sys.executable} -m qwen3bench.describe model=tiny | head -n 1"
+    ended = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=120)
+    assert ended.stdout.count("\n") == 1
+    assert ended.stderr == ""

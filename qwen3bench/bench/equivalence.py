@@ -36,6 +36,7 @@ from torch import Tensor
 
 from qwen3bench.bench.logit_errors import Comparison, Errors, WrongLogitsError, case_errors
 from qwen3bench.choices import options_of
+from qwen3bench.errors import UserError
 from qwen3bench.model.build import build_model
 from qwen3bench.model.cache import KVCache
 from qwen3bench.model.checkpoint import EMBEDDING, HEAD
@@ -292,7 +293,7 @@ class Gate:
                 model = factory(weights, dtype)
                 other = stand_in(weights, dtype) if stand_in is not None else None
                 return self._errors(model, references, chosen, new_cache, other, strict=dtype is self.dtype)
-            except (*FATAL, WrongLogitsError):
+            except (*FATAL, WrongLogitsError, UserError):
                 raise
             except Exception as error:
                 why = _why(error, [warning.message for warning in caught])

@@ -160,5 +160,13 @@ def test_a_yaml_file_that_would_name_another_is_refused() -> None:
         choices.choices("opt")
 
 
+@pytest.mark.usefixtures("sixth")
+@pytest.mark.parametrize("target", ["sixth_optimization.nothing", "no.such.module", "sixth_optimization"])
+def test_what_cannot_be_loaded_is_the_users_error(target: str) -> None:
+    (choices.config_dir() / "opt" / "sixth.yaml").write_text(f"# @package opt.sixth\n_target_: {target}\n")
+    with pytest.raises(UserError, match=f"sixth: its _target_ {target} cannot be loaded: .*"):
+        optimizations.resolve(["sixth"])
+
+
 def test_the_sixth_is_gone_again() -> None:
     assert "sixth" not in choices.choices("opt")
