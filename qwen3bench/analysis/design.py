@@ -101,6 +101,8 @@ def contrasts(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> C
         if not open_terms:
             break
     for t in sorted(open_terms & set(range(k))):
+        if len(levels := {cell[t] for cell in cells}) == 1:
+            reasons[t] = f"no cell {'without' if 1 in levels else 'with'} it"
         for others, reason in ((0, OTHERS_OFF), (1, OTHERS_ON)):
             off, on = (tuple(level if i == t else others for i in range(k)) for level in (0, 1))
             if off in cells and on in cells:

@@ -301,3 +301,8 @@ def test_unusable_samples_are_refused(change: object, said: str) -> None:
 def test_shapley_contrasts_sum_to_all_on_minus_baseline() -> None:
     total = shapley_contrasts(4).sum(axis=0)
     np.testing.assert_allclose(total, [-1, *[0] * 14, 1], atol=1e-12)
+
+
+def test_a_factor_that_is_on_in_no_cell_or_in_all_says_so() -> None:
+    cells = ((0, 0, 1), (0, 1, 1))
+    assert contrasts(("a", "b", "c"), cells).reasons[:3:2] == ("no cell with it", "no cell without it")
