@@ -201,6 +201,7 @@ def settings_from(config: DictConfig | Mapping[str, Any]) -> Settings:
     root = Section("", _plain(config))
     analysis, report, run = root.section("analysis"), root.section("report"), root.section("run")
     design = root.section("design")
+    peers = root.named_options("peer")
     settings = Settings(
         model=_model(root.section("model")),
         batch_size=root.whole("batch_size", least=1),
@@ -209,9 +210,9 @@ def settings_from(config: DictConfig | Mapping[str, Any]) -> Settings:
         opts=root.named_options("opt"),
         workloads=_workloads(root),
         runtimes=root.named_options("runtime"),
-        peers=root.named_options("peer"),
+        peers=peers,
         design=design.one_of("name", tuple(DESIGNS)),
-        measure=_measure(root.section("measure")),
+        measure=_measure(root.section("measure"), beside_peers=bool(peers)),
         device=_device(root),
         dtype=root.one_of("dtype", ("auto", *DTYPES)),
         seed=root.whole("seed", least=0),
@@ -279,14 +280,14 @@ def _workloads(root: Section) -> dict[str, Sizes]:
     return workloads
 
 
-def _measure(section: Section) -> Measure:
+def _measure(section: Section, beside_peers: bool) -> Measure:
     measure = Measure(
         name=section.text("name"),
         target=section.optional_number("target", below=1.0),
         max_seconds=section.optional_number("max_seconds"),
         min_blocks=section.whole("min_blocks", least=1),
         max_blocks=section.whole("max_blocks", least=1),
-        min_processes=section.whole("min_processes", least=1),
+        min_processes=section.optional_whole("min_processes") or (5 if beside_peers else 2),
         blocks_per_process=section.whole("blocks_per_process", least=1),
         repeats=section.optional_whole("repeats"),
         max_attempts=section.whole("max_attempts", least=1),

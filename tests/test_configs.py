@@ -219,3 +219,17 @@ def test_settings_without_a_mapping_are_refused() -> None:
     config = replace(compose([]), seed=1).to_dict() | {"report": 3}
     with pytest.raises(UserError, match="report must be a group of settings"):
         settings_from(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "processes"),
+    [
+        ([], 2),
+        (["+peer=transformers"], 5),
+        (["+peer=transformers", "measure=quick"], 5),
+        (["+peer=transformers", "measure.min_processes=3"], 3),
+        (["measure=thorough"], 5),
+    ],
+)
+def test_beside_another_implementation_there_are_more_processes(overrides: list[str], processes: int) -> None:
+    assert compose(overrides).measure.min_processes == processes
