@@ -70,26 +70,14 @@ def clustered(y: Array, process: NDArray[Any], contrasts: Array) -> Estimates:
         return Estimates(estimate, np.full_like(estimate, np.nan), np.zeros_like(estimate))
     means = ((group == np.arange(clusters)[:, None]) / size[:, None]) @ y
     between = _MeanSquares((means - y.mean(axis=-2, keepdims=True)) * np.sqrt(size)[:, None], clusters - 1, contrasts)
-    pooled, pooled_df = between.pooled()
     within = _MeanSquares(y - means[..., group, :], blocks - clusters, contrasts) if blocks > clusters else None
     if cells == 2:  # its own is all there is
         usual, usual_df = _own(between, within)
     else:
-        usual = np.broadcast_to(pooled[..., None], between.own.shape)
-        usual_df = np.broadcast_to(np.maximum(pooled_df, between.df)[..., None], between.own.shape)
         weight = np.abs(contrasts)
-        unequal = ~np.isclose(weight, weight.max(axis=1, keepdims=True)).all(axis=1)
-        if within is None:
-            alone, alone_df = between.own, np.full_like(between.own, between.df)
-        else:
-            alone, alone_df = _alone(between, within)
-        usual, usual_df = np.where(unequal, alone, usual), np.where(unequal, alone_df, usual_df)
-        # The pooled mean square holds the contrast's own.
-        rest = np.maximum(pooled[..., None] * (cells - 1) - between.own, 0) / (cells - 2)
-        rest_df = np.maximum(pooled_df[..., None] * (cells - 2) / (cells - 1), between.df)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            scatters = ~unequal & (special.fdtrc(between.df, rest_df, between.own / rest) < _OWN_LEVEL)
-        usual, usual_df = np.where(scatters, between.own, usual), np.where(scatters, between.df, usual_df)
+        equal = np.isclose(weight, weight.max(axis=1, keepdims=True)).all(axis=1)
+        (shared, shared_df), (alone, alone_df) = _shared(between, cells), _alone(between, within)
+        usual, usual_df = np.where(equal, shared, alone), np.where(equal, shared_df, alone_df)
     norm = (contrasts**2).sum(axis=1)
     return Estimates(estimate, np.sqrt(usual * norm * _inflation(size)) / blocks, usual_df)
 
@@ -124,6 +112,20 @@ def clustered_mean(y: Array, process: NDArray[Any]) -> Estimates:
     return Estimates(mean, np.sqrt(ms * _inflation(size)) / blocks, np.array(df))
 
 
+def _shared(between: _MeanSquares, cells: int) -> tuple[Array, Array]:
+    """The mean square between clusters pooled over all cells, and its degrees of freedom, for each contrast.
+
+    Its own where it scatters more than the rest.
+    """
+    pooled, pooled_df = (of[..., None] for of in between.pooled())
+    rest = np.maximum(pooled * (cells - 1) - between.own, 0) / (cells - 2)  # the pooled one holds the contrast's own
+    rest_df = np.maximum(pooled_df * (cells - 2) / (cells - 1), between.df)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scatters = special.fdtrc(between.df, rest_df, between.own / rest) < _OWN_LEVEL
+    df = np.where(scatters, between.df, np.maximum(pooled_df, between.df))
+    return np.where(scatters, between.own, pooled), df
+
+
 def _own(between: _MeanSquares, within: _MeanSquares | None) -> tuple[Array, Array]:
     """Each contrast's own mean square between clusters and its degrees of freedom.
 
@@ -137,13 +139,15 @@ def _own(between: _MeanSquares, within: _MeanSquares | None) -> tuple[Array, Arr
     return np.where(by_chance, within.own, between.own), np.where(by_chance, within.df, own_df)
 
 
-def _alone(between: _MeanSquares, within: _MeanSquares) -> tuple[Array, Array]:
+def _alone(between: _MeanSquares, within: _MeanSquares | None) -> tuple[Array, Array]:
     """Each contrast's own mean square between clusters, moderated by that within, and its degrees of freedom.
 
     What it scatters within clusters, times as much as all cells together scatter more between them (F test; where they
     do not, once), is a prior (Smyth, Linear Models and Empirical Bayes Methods, 2004). It counts for two degrees of
     freedom and not for its many, as cells differ in how much more they scatter between processes.
     """
+    if within is None:
+        return between.own, np.full_like(between.own, between.df)
     (all_between, between_df), (all_within, within_df) = between.pooled(), within.pooled()
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.fmax(all_between / all_within, 1)
