@@ -13,11 +13,14 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
-from qwen3bench import aa, compare, describe, report, verify
+from qwen3bench import aa, compare, describe, load_run, report, verify
 from qwen3bench.analysis.cells import columns
+from qwen3bench.analysis.frames import block_matrix, is_peer
 from qwen3bench.analysis.run import EFFECT_COLUMNS
 from qwen3bench.cli import main
 from qwen3bench.settings import Settings
@@ -213,3 +216,42 @@ def test_version_and_license_are_the_same_everywhere() -> None:
     assert f"## [{project['version']}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert citation["license"] == project["license"] == "MIT"
     assert (ROOT / "LICENSE").read_text(encoding="utf-8").startswith("MIT License\n")
+
+
+RATIO = re.compile(r"(\d+\.\d+)× \[(\d+\.\d+), (\d+\.\d+)\]")
+EXAMPLES = [("1.30", "1.29", "1.31"), ("1.128", "1.127", "1.130")]  # how a ratio is written, and how one would lie
+RECORDS = [path.parent for path in sorted((ROOT / "results" / "reference").rglob("samples.jsonl"))]
+
+
+@pytest.fixture(scope="module")
+def ratios() -> np.ndarray:
+    """Every ratio of the committed runs with the ends of its interval: effects, speed-ups, peers to our cells."""
+    found = []
+    for place in RECORDS:
+        for name, fields in (("effects", ["estimate", "lo", "hi"]), ("cells", ["speedup", "speedup_lo", "speedup_hi"])):
+            found += pd.read_csv(place / f"{name}.csv")[fields].dropna().to_numpy().tolist()
+        if (place / "report.md").exists():
+            found += [
+                [float(part) for part in parts] for parts in RATIO.findall((place / "report.md").read_text("utf-8"))
+            ]
+        if "peers" in place.name:
+            for _, samples in load_run(place).samples.groupby(["workload", "runtime"]):
+                blocks = block_matrix(samples)
+                cells = [cell for cell in blocks.log_s if not is_peer(cell)]
+                for peer in set(blocks.log_s) - set(cells):
+                    to_ours = blocks.log_ratios(peer, cells)
+                    half = to_ours.half_width(0.95)
+                    ends = to_ours.estimate, to_ours.estimate - half, to_ours.estimate + half
+                    found += np.exp(np.array(ends)).T.tolist()
+    return np.array(found)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/log.md", "docs/how-we-measure.md"])
+def test_every_ratio_with_an_interval_was_measured(name: str, ratios: np.ndarray) -> None:
+    text = (ROOT / name).read_text("utf-8")
+    shown = [parts for parts in RATIO.findall(text) if parts not in EXAMPLES]
+    assert shown
+    for parts in shown:
+        half_a_digit = [0.5 * 10 ** -len(part.partition(".")[2]) * 1.001 for part in parts]
+        apart = np.abs(ratios - [float(part) for part in parts])
+        assert (apart <= half_a_digit).all(axis=1).any(), parts
