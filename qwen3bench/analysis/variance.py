@@ -157,8 +157,7 @@ def _alone(between: _MeanSquares, within: _MeanSquares | None) -> tuple[Array, A
     prior_df = np.minimum(1 / (1 / within.df + unsure), _PRIOR_DF)
     df = between.df + prior_df
     moderated = (between.own * between.df + ratio * within.own * prior_df) / df
-    most = np.where(differs, np.maximum(between_df, between.df), np.inf)[..., None]  # the prior is made of no more
-    return moderated, np.broadcast_to(np.minimum(df, most), moderated.shape)
+    return moderated, np.broadcast_to(df, moderated.shape)
 
 
 class _MeanSquares:

@@ -71,6 +71,16 @@ def opened(ask: Ask, settings: Settings) -> Ask:
     return ask
 
 
+@pytest.mark.parametrize(("dim", "threads"), [(256, [1]), (257, [])])
+def test_a_small_model_runs_on_one_thread(
+    ask: Ask, settings: Settings, monkeypatch: pytest.MonkeyPatch, dim: int, threads: list[int]
+) -> None:
+    set_to: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    ask("open", config=replace(settings, model=replace(settings.model, emb_dim=dim), device="cpu").to_dict())
+    assert set_to == threads
+
+
 def test_it_finds_the_device(ask: Ask) -> None:
     assert ask("probe", device="cpu") == {"device": "cpu"}
     assert ask("probe", device="auto") == {"device": "cuda" if torch.cuda.is_available() else "cpu"}

@@ -15,7 +15,7 @@ from matplotlib.text import Text
 from scipy import special
 
 from qwen3bench.analysis.run import Run
-from qwen3bench.reporting import figures
+from qwen3bench.reporting import figures, findings_cells
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.finding import Finding, verdict_of, worth
 from qwen3bench.reporting.findings import findings, grouped
@@ -481,6 +481,20 @@ def test_what_is_shown_does_not_hang_on_the_confidence_of_the_intervals(confiden
     cells.loc[1, ["speedup", "speedup_lo", "speedup_hi"]] = np.exp([0.03, 0.03 - half, 0.03 + half])
     assert not shown_faster(cells, 12, 0.01, confidence).any()
     assert shown_faster(cells.head(2), 12, 0.01, confidence).tolist() == [False, True]
+
+
+def test_what_is_recommended_is_shown_with_the_degrees_of_freedom_of_its_interval(
+    small_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float] = []
+
+    def shown(cells: pd.DataFrame, freedom: float, *rest: float) -> pd.Series:
+        given.append(freedom)
+        return shown_faster(cells, freedom, *rest)
+
+    monkeypatch.setattr(findings_cells, "shown_faster", shown)
+    assert texts(small_run, "recommended")
+    assert given == [small_run.samples["process"].nunique() - 1 + 2]  # a prior is worth two
 
 
 def without_baseline(lines: Lines) -> Lines:
