@@ -84,7 +84,7 @@ def over_findings(effects: pd.DataFrame, names: Sequence[str], width: float) -> 
         return
     noisy = list(dict.fromkeys(effects.loc[effects["noisy"], "condition"]))
     if noisy:
-        yield Finding(f"Noisy, and left out of the findings: {listing(noisy)}.", "control", "warning")
+        yield Finding(f"Noisy, and left out of the findings: {'; '.join(noisy)}.", "control", "warning")
     quiet = effects[~effects["noisy"]]
     for name, others in product(names, dict.fromkeys(quiet["others"])):  # an average is not compared with what is none
         found = dict(iter(quiet[(quiet["term"] == name) & (quiet["others"] == others)].groupby("verdict")))

@@ -79,6 +79,9 @@ def test_noisy_conditions_do_not_count() -> None:
     found = list(over_findings(frame, ["flash"], 0.01))
     assert [finding.level for finding in found] == ["warning", "plain"]
     assert "slower" not in found[1].text
+    frame["noisy"] = True
+    frame["condition"] += ", with the others off"
+    assert "prefill 1×1 graph, with the others off; prefill 1×2 graph" in next(over_findings(frame, ["flash"], 0.01)).text
 
 
 def test_effects_of_runs_stand_side_by_side(runs: list[Run]) -> None:
