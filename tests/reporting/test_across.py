@@ -81,7 +81,9 @@ def test_noisy_conditions_do_not_count() -> None:
     assert "slower" not in found[1].text
     frame["noisy"] = True
     frame["condition"] += ", with the others off"
-    assert "prefill 1×1 graph, with the others off; prefill 1×2 graph" in next(over_findings(frame, ["flash"], 0.01)).text
+    assert (
+        "prefill 1×1 graph, with the others off; prefill 1×2 graph" in next(over_findings(frame, ["flash"], 0.01)).text
+    )
 
 
 def test_effects_of_runs_stand_side_by_side(runs: list[Run]) -> None:
