@@ -77,7 +77,9 @@ def _aa(run: Run, condition: Condition) -> Iterator[Control]:
                 f"Differences of that size and less mean nothing; {mend}."
             )
         else:
-            text = f"A/A: two copies of the baseline read {said}, allowed are ±{limit} ({condition})."
+            further = row.lo < 1 - row.limit or row.hi > 1 + row.limit
+            unsure = " The interval reaches further: more processes would tell." if further else ""
+            text = f"A/A: two copies of the baseline read {said}, allowed are ±{limit} ({condition}).{unsure}"
         yield Control(text, bool(row.noisy))
 
 

@@ -23,6 +23,14 @@ def test_a_quiet_run_passes_every_control(full_run: Run) -> None:
         assert said(full_run, start)
 
 
+def test_copies_that_agree_by_their_mean_alone_are_said_to(full_run: Run) -> None:
+    further = "The interval reaches further: more processes would tell."
+    assert not [text for text, _ in said(full_run, "A/A") if text.endswith(further)]
+    aa = full_run.controls.aa.assign(lo=0.9)
+    found = said(replace(full_run, controls=replace(full_run.controls, aa=aa)), "A/A")
+    assert [(text.endswith(further), failed) for text, failed in found] == [(True, False)] * len(aa)
+
+
 def test_the_positive_control_gives_the_bytes_of_the_head(full_run: Run) -> None:
     ((text, _),) = said(full_run, "Positive control")
     assert "311,164,928 bytes" in text
