@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from qwen3bench.bench.design import cell_of
+from qwen3bench.bench.design import cell_of, is_peer
 from qwen3bench.cli import compose, guarded
 from qwen3bench.errors import UserError
 from qwen3bench.settings import Settings
@@ -33,7 +33,7 @@ def verify(settings: Settings) -> int:
     import torch  # late: mistakes on the command line need no torch
 
     from qwen3bench.bench.equivalence import Gate
-    from qwen3bench.bench.peers import is_peer, judge_peer
+    from qwen3bench.bench.peers import judge_peer
 
     device = settings.device
     if device == "auto":

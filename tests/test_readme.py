@@ -20,8 +20,9 @@ import yaml
 
 from qwen3bench import aa, compare, describe, load_run, report, verify
 from qwen3bench.analysis.cells import columns
-from qwen3bench.analysis.frames import block_matrix, is_peer
+from qwen3bench.analysis.frames import block_matrix
 from qwen3bench.analysis.run import EFFECT_COLUMNS
+from qwen3bench.bench.design import is_peer
 from qwen3bench.cli import main
 from qwen3bench.settings import Settings
 

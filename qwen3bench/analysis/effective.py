@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qwen3bench.bench.design import cell_of, label
+from qwen3bench.bench.design import cell_of, is_peer, label
 
 
 def compare_effective(evidence_by_cell: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -16,7 +16,7 @@ def compare_effective(evidence_by_cell: Mapping[str, Mapping[str, Any]]) -> dict
     """
     notes: dict[str, list[str]] = {}
     for name, evidence in evidence_by_cell.items():
-        if ":" in name or not evidence.get("kernels"):
+        if is_peer(name) or not evidence.get("kernels"):
             continue
         cell = cell_of(name)
         for factor in cell:

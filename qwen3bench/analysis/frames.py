@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from qwen3bench.analysis.variance import Estimates, clustered
+from qwen3bench.bench.design import is_peer
 from qwen3bench.bench.record import Record
 
 _USUAL = {"band": 0.01, "confidence": 0.95}
@@ -24,11 +25,6 @@ SAMPLE_COLUMNS = (
     *("cell", "workload", "runtime", "copy", "process", "block", "attempt", "position", "repeat", "time"),
     *("latency_s", "ttft_s", "tpot_s", "itl_s"),
 )
-
-
-def is_peer(label: str) -> bool:
-    """Whether a cell's label names another implementation (`transformers:sdpa`)."""
-    return ":" in label
 
 
 def analysis_setting(record: Record, name: str) -> float:

@@ -21,6 +21,11 @@ def cell_of(name: str) -> Cell:
     return () if name == BASELINE else tuple(name.split("+"))
 
 
+def is_peer(name: str) -> bool:
+    """Whether a cell's label names another implementation (`transformers:sdpa`)."""
+    return ":" in name
+
+
 def design_cells(design: str, factors: Sequence[str]) -> list[Cell]:
     """The cells of a design over `factors`, the baseline first, none twice.
 

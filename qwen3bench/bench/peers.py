@@ -27,11 +27,6 @@ ATTENTIONS = {"sdpa": "sdpa", "eager": "eager", "sdpa_is_causal": "sdpa"}  # by 
 FREQUENCY_ERROR = 1e-6  # relative, of the rotary frequencies, which transformers computes in float32
 
 
-def is_peer(cell: str) -> bool:
-    """Whether a cell's label names a peer (`transformers:sdpa`)."""
-    return ":" in cell
-
-
 def require_peer(cell: str) -> None:
     """Raise `UserError` where a peer of this label does not exist or cannot be imported."""
     name, _, attention = cell.partition(":")

@@ -22,11 +22,11 @@ from qwen3bench.bench import protocol
 from qwen3bench.bench.bank import Bank
 from qwen3bench.bench.ceilings import measure_ceilings
 from qwen3bench.bench.costs import cell_cost
-from qwen3bench.bench.design import BASELINE, Cell, cell_of
+from qwen3bench.bench.design import BASELINE, Cell, cell_of, is_peer
 from qwen3bench.bench.environment import environment, fingerprint
 from qwen3bench.bench.equivalence import SMALL_DIM, Gate
 from qwen3bench.bench.evidence import collect, compiled_graphs, forget_compilations
-from qwen3bench.bench.peers import build_peer, is_peer, judge_peer, require_peer
+from qwen3bench.bench.peers import build_peer, judge_peer, require_peer
 from qwen3bench.bench.runtimes import CompileRuntime, Runtime, make_runtime, uncompiled
 from qwen3bench.bench.timer import inner_repeats, time_device, time_host, visit_repeats
 from qwen3bench.bench.workloads import Step, Workload, WorkloadSize

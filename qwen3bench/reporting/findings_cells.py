@@ -19,8 +19,8 @@ from qwen3bench.reporting.lookup import (
     MEMORY,
     all_on,
     band,
-    is_peer,
     largest,
+    of_peers,
     rows,
     smallest,
     usable,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def recommended(run: Run, condition: Condition) -> Iterator[Finding]:
     """The cell to switch on, under the memory limit where one is set."""
     cells = usable(condition.select(run.cells))
-    cells = cells[~is_peer(cells)]
+    cells = cells[~of_peers(cells)]
     if len(cells) < 2:
         return
     if BASELINE not in set(cells["cell"]):
@@ -131,7 +131,7 @@ def peers(run: Run) -> Iterator[Finding]:
     """How other implementations of the model stand against the baseline, and all switches together against them."""
     for condition in conditions(run):
         cells = usable(condition.select(run.cells))
-        for row in rows(cells[is_peer(cells)]):
+        for row in rows(cells[of_peers(cells)]):
             verdict = controls.heard(run, condition, verdict_of(row.speedup_lo, row.speedup_hi, band(run)), row.speedup)
             said = worth(verdict, row.speedup, row.speedup_lo, row.speedup_hi, band(run))
             against = f"; against the baseline {said}" if verdict != "missing" else ""

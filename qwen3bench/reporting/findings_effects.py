@@ -16,6 +16,7 @@ from scipy import special
 from qwen3bench.analysis.design import others_of
 from qwen3bench.analysis.effects import effects as effects_of
 from qwen3bench.analysis.frames import analysis_setting
+from qwen3bench.bench.design import is_peer
 from qwen3bench.reporting import controls
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.finding import Finding, verdict_of, worth
@@ -81,7 +82,7 @@ def switches(run: Run) -> Iterator[Finding]:
     """What each switch is worth under every condition; where the cells tell it of none, that."""
     main = run.effects[(run.effects["metric"] == LATENCY) & (run.effects["kind"] == "main")]
     if len(main) and main["estimate"].isna().all():
-        planned = [name for name in run.record.run["cells"] if ":" not in name]
+        planned = [name for name in run.record.run["cells"] if not is_peer(name)]
         advice = "; design=full measures enough" if len(planned) < 2 ** len(factors(run)) else ""
         text = f"What a single switch is worth cannot be told from the cells measured{advice}."
         yield Finding(text, "undecided")

@@ -10,6 +10,7 @@ import pandas as pd
 
 from qwen3bench.analysis.design import others_of
 from qwen3bench.analysis.frames import analysis_setting
+from qwen3bench.bench.design import is_peer
 from qwen3bench.reporting.conditions import Condition
 from qwen3bench.reporting.units import count
 
@@ -57,9 +58,9 @@ def usable(cells: pd.DataFrame) -> pd.DataFrame:
     return good.astype({name: float for name, kind in good.dtypes.items() if str(kind) == "Int64"})
 
 
-def is_peer(cells: pd.DataFrame) -> pd.Series:
-    """Which cells are other implementations, labelled `transformers:…`."""
-    return cells["cell"].str.contains(":", regex=False).astype(bool)
+def of_peers(cells: pd.DataFrame) -> pd.Series:
+    """Which rows are other implementations."""
+    return cells["cell"].map(is_peer).astype(bool)
 
 
 def terms(run: Run, condition: Condition, metric: str, kind: str) -> pd.DataFrame:

@@ -30,8 +30,8 @@ from qwen3bench.reporting.lookup import (
     MEMORY,
     device,
     factors,
-    is_peer,
     level,
+    of_peers,
     rows,
     smallest,
     usable,
@@ -226,7 +226,7 @@ def roofline(run: Run) -> Plot | None:
 
 def _kinds(cells: pd.DataFrame) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Which rows are the baseline, and which another implementation."""
-    return (cells["cell"] == BASELINE).to_numpy(), is_peer(cells).to_numpy()
+    return (cells["cell"] == BASELINE).to_numpy(), of_peers(cells).to_numpy()
 
 
 def _scaled(cells: pd.DataFrame, column: str, unit: Unit) -> NDArray[np.float64]:
