@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,13 +88,14 @@ class CompileRuntime(Runtime):
     compiles a code object of its own: dynamo counts recompilations by code object, and past its limit it would
     silently run eager.
 
-    Inductor times variants of some kernels to choose one. Each process chooses for itself: with the choice kept on disk
+    `inductor` holds options of torch._inductor.config, nested as there. Inductor times variants of some kernels to
+    choose one, as far as its options let it. Each process chooses for itself: with the choice kept on disk
     all processes of a run would share one throw of the dice, which a second run does not confirm (Kalibera & Jones,
     ISMM 2013: replicate at the level where the variance lives).
     """
 
     name: str = "compile"
-    inductor: dict[str, Any] = field(default_factory=dict)  # its options (torch._inductor.config)
+    inductor: dict[str, Any] = field(default_factory=dict)
     warm_ups: int = 3  # the first compiles; in `generate` a second length makes lengths symbolic
 
     def __post_init__(self) -> None:
@@ -112,7 +113,9 @@ class CompileRuntime(Runtime):
                 "its blocks do not all run the same code, and runtime=compile compiles one for all: "
                 "give them one class, and that a forward"
             )
-        self.compile_options = {"autotune_local_cache": False} | (self.inductor if model.takes_compile_options else {})
+        self.compile_options = {"autotune_local_cache": False} | (
+            dict(_dotted(self.inductor)) if model.takes_compile_options else {}
+        )
         compiled = torch.compile(_own_copy(type(regions[0]).forward), fullgraph=True, options=self.compile_options)
         for region in regions:
             region.forward = types.MethodType(compiled, region)
@@ -164,6 +167,15 @@ def make_runtime(name: str, device: torch.device, **options: Any) -> Runtime:
     kinds: dict[str, type[Runtime]] = {"eager": Runtime, "graph": GraphRuntime}
     compiled = CompiledGraphRuntime if device.type == "cuda" else CompileRuntime
     return kinds.get(name, compiled)(device, **options)
+
+
+def _dotted(options: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """The options with the names that torch.compile knows them by: `triton.autotune_pointwise`."""
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{above}{name}.")
+        else:
+            yield above + name, value
 
 
 def _own_copy(function: Any) -> types.FunctionType:

@@ -19,6 +19,7 @@ COPIES, VISITS, LIMIT_S = 6, 12, 600.0
 SMALL = ("model=tiny", "workload=prefill", "prompt_tokens=64")
 OPTIONS = {
     "as configured": (),
+    "elementwise kernels by timing": ("runtime.compile.inductor.triton.autotune_pointwise=true",),
     "without deterministic": ("runtime.compile.inductor.deterministic=false",),
     "without combo_kernels": ("runtime.compile.inductor.combo_kernels=false",),
     "without both": ("runtime.compile.inductor.deterministic=false", "runtime.compile.inductor.combo_kernels=false"),

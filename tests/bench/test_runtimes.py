@@ -142,12 +142,15 @@ def test_a_peer_is_compiled_with_the_defaults(model: Qwen3Model, monkeypatch: py
 
     monkeypatch.setattr(torch, "compile", compile_)
     monkeypatch.setattr(model, "takes_compile_options", takes)
-    runtime = CompileRuntime(torch.device("meta"), inductor={"combo_kernels": True})
+    runtime = CompileRuntime(
+        torch.device("meta"), inductor={"combo_kernels": True, "triton": {"autotune_pointwise": False}}
+    )
     runtime.prepare_model(model)
     (options,) = given
     assert runtime.compile_options == options
     assert options["autotune_local_cache"] is False
     assert options.get("combo_kernels", False) is takes
+    assert options.get("triton.autotune_pointwise", True) is not takes
 
 
 def test_blocks_that_do_not_run_the_same_code_are_not_compiled_as_if_they_did(model: Qwen3Model) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,17 @@ from torch import Tensor, nn
 
 from qwen3bench import ModelConfig, build_model
 from qwen3bench.model.layers import FeedForward
-from qwen3bench.opt.mlp import FusedFeedForward, silu_mul, swiglu_row
+from qwen3bench.opt import mlp
+from qwen3bench.opt.mlp import (
+    TILES,
+    FusedFeedForward,
+    Tile,
+    best_tile,
+    multiprocessors_for_tiles,
+    silu_mul,
+    swiglu_row,
+    swiglu_tiles,
+)
 
 
 def is_one_stored_weight(ff: FusedFeedForward) -> bool:
@@ -171,3 +182,70 @@ def test_a_single_tokens_product_and_swiglu_are_one_kernel(
     expected = plain(x.double() @ weight.double().T)
     assert (swiglu_row(x, weight).double() - expected).abs().max() <= tolerance
     assert swiglu_row(x, weight).shape == (1, 1, width)
+
+
+needs_tiles = pytest.mark.skipif(
+    not (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9),
+    reason="needs a Hopper card or a later one",
+)
+
+
+@needs_tiles
+@pytest.mark.cuda
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+@pytest.mark.parametrize(("rows", "width", "dim"), [(512, 3072, 1024), (2049, 3072, 1024), (1, 77, 200), (300, 136, 8)])
+def test_tiles_are_swiglu(rows: int, width: int, dim: int, dtype: torch.dtype, tolerance: float, tile: Tile) -> None:
+    weight = torch.randn(2 * width, dim, device="cuda", dtype=dtype) * dim**-0.5
+    x = torch.randn(2, rows, dim, device="cuda", dtype=dtype)[1:]
+    assert multiprocessors_for_tiles(weight) == torch.cuda.get_device_properties().multi_processor_count
+    out = swiglu_tiles(x, weight, tile)
+    assert out.shape == (1, rows, width)
+    assert out.dtype is dtype
+    torch.testing.assert_close(out.double(), plain(x.double() @ weight.double().T), rtol=tolerance, atol=1e-3)
+
+
+@needs_tiles
+@pytest.mark.cuda
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_prompts_product_and_swiglu_are_one_kernel(
+    tiny: ModelConfig, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlp, "_FULL", 0)
+    ff = FusedFeedForward(replace(tiny, emb_dim=256, hidden_dim=512)).to("cuda", torch.bfloat16)
+    forward = torch.compile(ff.forward, fullgraph=True) if compiled else ff
+    with torch.inference_mode():
+        x = torch.randn(2, 300, 256, device="cuda", dtype=torch.bfloat16)
+        expected = F.linear(plain(x.double() @ ff.stacked_weight.double().T), ff.fc3.weight.double())
+        torch.testing.assert_close(forward(x).double(), expected, rtol=0, atol=0.02)
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            forward(x)
+            torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert names[0] == "_swiglu_tile_kernel"
+    assert not [name for name in names[1:] if "swiglu" in name or "silu" in name]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "expected"),
+    [
+        (8192, 3072, (128, 128)),
+        (2048, 3072, (128, 128)),
+        (1536, 3072, None),  # 288 tiles: two waves of 132, and a third with 24
+        (1024, 3072, None),  # the small ones would take two waves
+        (512, 3072, (64, 64)),
+        (256, 3072, (64, 32)),
+        (8, 12288, None),  # a tile would be empty for the most part
+        (512, 12288, (128, 128)),
+    ],
+)
+def test_tiles_where_the_last_wave_is_full(tokens: int, width: int, expected: tuple[int, int] | None) -> None:
+    tile = best_tile(tokens, width, multiprocessors=132)
+    assert (tile and tile[:2]) == expected
+
+
+def test_a_cpu_has_no_tiles() -> None:
+    weight = torch.zeros(16, 8, dtype=torch.bfloat16)
+    assert multiprocessors_for_tiles(weight) == 0
+    assert best_tile(8192, 3072, multiprocessors=0) is None
