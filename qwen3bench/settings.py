@@ -156,7 +156,7 @@ class Settings:
             return math.inf
         if not self.device.startswith("cuda"):
             return 3.0  # a choice: a tiny model's run ends in half a minute
-        return 20.0 if runtime == "compile" else 60.0  # there a process of 33 cells compiles 40 s before it measures 8
+        return 20.0 if runtime == "compile" else 30.0  # there a process of 33 cells compiles 40 s before it measures 8
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain data, for the record and config.yaml; `settings_from` takes it back."""

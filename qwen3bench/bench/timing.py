@@ -33,10 +33,13 @@ class Timings:
 
     @property
     def processes_needed(self) -> list[Where]:
-        """The workload and runtime of each process that is surely needed, as things stand, in turn."""
+        """The workload and runtime of each process that comes next, in turn: the least that a run takes.
+
+        Where these were not enough, as many again, as most of a process's time goes to getting ready.
+        """
         least = self._settings.measure.min_processes
         needed = {
-            where: max(1, least - len(timing.processes))
+            where: max(1, least - len(timing.processes), len(timing.processes))
             for where, timing in self._timings.items()
             if not timing.stopped
         }

@@ -1,4 +1,4 @@
-"""`mlp`: one gate-up product over one stored weight, and SiLU and product in one kernel: the same, where that pays.
+"""`mlp`: one gate-up product over one stored weight, then SiLU and product in one kernel, or all of it in one.
 
 The idea of Liger-Kernel's SwiGLU (arXiv:2410.10989) and of gpt-fast's stacked projections. The two halves of
 the product lie strided in memory, so chunk-then-multiply loses what the single product wins; a kernel reads

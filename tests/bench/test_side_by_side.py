@@ -184,6 +184,15 @@ def test_the_processes_that_time_get_ready_side_by_side(measure: Measure) -> Non
     assert not done.alive
 
 
+def test_where_the_least_were_not_enough_as_many_again_get_ready_together(measure: Measure) -> None:
+    done = measure(*TIMED, "measure.min_blocks=8", "measure.max_blocks=8")
+    assert done.status == 0
+    assert len(set(_timed_in(done).values())) == 2 * 8  # 2, 2 and 4 of each
+    assert done.err.count("preparing prefill graph, decode graph in 4 processes at a time") == 4
+    assert "in 2 processes at a time" not in done.err
+    assert not done.alive
+
+
 def test_all_that_live_while_one_is_timed_count_as_the_runs_own(measure: Measure, fake_monitor: Any) -> None:
     strangers = []
 
