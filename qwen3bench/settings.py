@@ -144,8 +144,8 @@ class Settings:
             return self.measure.target
         return 0.0025 if self.device.startswith("cuda") and runtime != "eager" else 0.01
 
-    def limit_s(self, runtime: str, blocks: int, processes: int) -> float:
-        """How many seconds of measuring in `runtime` are allowed, once so much is measured.
+    def limit_s(self, blocks: int, processes: int) -> float:
+        """How many seconds are allowed for measuring, and for getting processes ready beyond the least.
 
         Unless `measure.max_seconds` says how many, it takes as long as it takes until there are intervals.
         """
@@ -154,9 +154,7 @@ class Settings:
             return measure.max_seconds
         if blocks < measure.min_blocks or processes < measure.min_processes:
             return math.inf
-        if not self.device.startswith("cuda"):
-            return 3.0  # a choice: a tiny model's run ends in half a minute
-        return 20.0 if runtime == "compile" else 30.0  # there a process of 33 cells compiles 40 s before it measures 8
+        return 60.0 if self.device.startswith("cuda") else 10.0  # a choice: a tiny model's run ends within a minute
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain data, for the record and config.yaml; `settings_from` takes it back."""

@@ -21,6 +21,8 @@ class Timing:
     braked: int = 0  # of these, ended under a brake
     processes: set[int] = field(default_factory=set)
     measured_s: float = 0.0
+    setup_s: float = 0.0  # of its last process
+    more_s: float = 0.0  # spent on getting processes ready beyond the least that a run takes
     stopped: bool = False
 
 

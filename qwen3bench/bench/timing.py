@@ -56,11 +56,8 @@ class Timings:
         times variants of its kernels to choose among them, and each process chooses for itself.
         """
         self._workers.purpose = "time"
-        while True:
-            self._stop_what_is_known()
-            left = self.processes_needed
-            if not left:
-                return
+        self._stop_what_is_known()
+        while left := self.processes_needed:
             while left:
                 together, left = _company(left, at_once)
                 together = [where for where in together if not self._timings[where].stopped]
@@ -69,6 +66,7 @@ class Timings:
                     break
                 if len(together) == 1:
                     self._time_alone(together[0])
+                self._stop_what_is_known()
 
     def _stop_what_is_known(self) -> None:
         for where, timing in self._timings.items():
@@ -76,7 +74,7 @@ class Timings:
                 continue
             if not self._ledger.cells(where):
                 self._stop(where, "failed")
-            elif reason := self._reason_to_stop(where):  # the earlier start was ended before it could say so
+            elif reason := self._reason_to_stop(where, ahead_s=timing.setup_s if self._has_the_least(where) else 0.0):
                 self._stop(where, reason)
 
     def _time_alone(self, where: Where) -> None:
@@ -159,6 +157,9 @@ class Timings:
     def _blocks(self, where: Where, setup_s: float) -> bool:
         """Up to `blocks_per_process` blocks in the present worker, ready after `setup_s`; False where a cell failed."""
         measure, timing = self._settings.measure, self._timings[where]
+        timing.setup_s = setup_s
+        if self._has_the_least(where):
+            timing.more_s += setup_s
         before_s = timing.measured_s
         for blocks in itertools.count(1):
             if not self._block(where):
@@ -256,7 +257,12 @@ class Timings:
 
     # Stopping
 
-    def _reason_to_stop(self, where: Where) -> str | None:
+    def _has_the_least(self, where: Where) -> bool:
+        """Whether as many processes have measured as a run takes at least; what more of them cost is of its time."""
+        return len(self._timings[where].processes) >= self._settings.measure.min_processes
+
+    def _reason_to_stop(self, where: Where, ahead_s: float = 0.0) -> str | None:
+        """`ahead_s`: what comes before the next block."""
         timing, measure = self._timings[where], self._settings.measure
         if not timing.blocks:
             return None
@@ -264,9 +270,9 @@ class Timings:
             half_widths(timing.samples, self._settings.factors),
             timing.blocks,
             len(timing.processes),
-            timing.measured_s,
+            timing.measured_s + timing.more_s + ahead_s,
             target=self._settings.target(where[1]),
-            max_seconds=self._settings.limit_s(where[1], timing.blocks, len(timing.processes)),
+            max_seconds=self._settings.limit_s(timing.blocks, len(timing.processes)),
             min_blocks=measure.min_blocks,
             min_processes=measure.min_processes,
             max_blocks=measure.max_blocks,
@@ -301,12 +307,13 @@ class Timings:
         if not timing.blocks:
             return title
         a_block_s = timing.measured_s / timing.blocks
-        most = self._settings.limit_s(where[1], measure.min_blocks, measure.min_processes) - timing.measured_s
+        most = self._settings.limit_s(measure.min_blocks, measure.min_processes)
+        most -= timing.measured_s + timing.more_s
         least = max(0, measure.min_blocks - timing.blocks) * a_block_s
         if measure.max_seconds:
             least = min(least, most)
         most = max(least, most)
-        return f"{title} ({duration(max(0, least))} to {duration(max(0, most))} of measuring left)"
+        return f"{title} ({duration(max(0, least))} to {duration(max(0, most))} left)"
 
 
 def _company(left: list[Where], at_once: int) -> tuple[list[Where], list[Where]]:

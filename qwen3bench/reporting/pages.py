@@ -189,7 +189,7 @@ def _measured(run: Run) -> Table | None:
     ]
     reasons = {
         "target": "every effect is as tight as asked for",
-        "max_seconds": "the time allowed was up",
+        "max_seconds": "the time allowed for measuring and for more processes was up",
         "max_blocks": "the blocks allowed were used up",
         "failed": "measuring failed",
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +26,7 @@ from qwen3bench.bench.design import block_order
 from qwen3bench.bench.monitor import Telemetry
 from qwen3bench.bench.progress import Reporter
 from qwen3bench.bench.record import RecordWriter, read_record
+from qwen3bench.bench.timing import Timings
 from qwen3bench.choices import choices
 
 Measure = Callable[..., Any]
@@ -79,6 +81,24 @@ def test_it_says_why_it_stops(measure: Measure, overrides: list[str], reason: st
     if reason == "target":
         assert all(width <= 0.5 for width in stop["half_width"].values())
         assert stop["processes"] >= 2
+
+
+def test_getting_more_processes_ready_than_the_least_is_of_the_time_allowed(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = Timings._prepare
+
+    def slowly(timings: Timings, where: tuple[str, str]) -> bool:
+        time.sleep(0.5)
+        return prepare(timings, where)
+
+    monkeypatch.setattr(Timings, "_prepare", slowly)
+    limits = ("measure.max_seconds=2.4", "measure.target=1e-9", "measure.max_blocks=12")
+    done = measure(*FULL, *limits, "measure.min_processes=2", "measure.blocks_per_process=1")
+    (stop,) = done.record.of("stop")
+    assert stop["reason"] == "max_seconds"
+    assert 3 <= stop["processes"] <= 6  # the least, and as many as get ready within the time
+    assert stop["measured_s"] < 2.4
 
 
 def test_the_gate_and_the_evidence_come_before_the_first_timing(measure: Measure) -> None:
