@@ -169,13 +169,14 @@ def best_tile(rows: int, width: int, multiprocessors: int) -> Tile | None:
 def multiprocessors_for_tiles(gate_up_weight: Tensor) -> int:
     """How many multiprocessors `swiglu_tiles` finds for this weight; 0 where it cannot run.
 
-    It needs a 16-bit format, rows of whole 16 bytes, and a card that loads tiles by itself into enough shared memory
-    (the tensor memory accelerator, from compute capability 9.0 on).
+    It needs a 16-bit format, rows that begin at multiples of 16 bytes, and a card that loads tiles by itself into
+    enough shared memory (the tensor memory accelerator, from compute capability 9.0 on).
     """
     if not (_HAS_TRITON and gate_up_weight.is_cuda and gate_up_weight.dtype in (torch.bfloat16, torch.float16)):
         return 0
     card = torch.cuda.get_device_properties(gate_up_weight.device)
-    aligned = gate_up_weight.shape[1] * gate_up_weight.itemsize % 16 == 0
+    row_bytes = gate_up_weight.shape[1] * gate_up_weight.itemsize
+    aligned = row_bytes % 16 == 0 and gate_up_weight.data_ptr() % 16 == 0
     fits = card.major >= 9 and getattr(card, "shared_memory_per_block_optin", 0) >= _SHARED_MEMORY
     return card.multi_processor_count if aligned and fits else 0
 
