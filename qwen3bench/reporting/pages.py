@@ -7,12 +7,14 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from qwen3bench.analysis.stopping import half_widths
 from qwen3bench.bench.record import write_atomic
 from qwen3bench.optimizations import described
 from qwen3bench.reporting import controls, figures, plots, tables
@@ -177,7 +179,7 @@ def _compiled(run: Run) -> str:
 
 
 def _measured(run: Run) -> Table | None:
-    """Per condition how much was measured and why it stopped, from the `stop` lines."""
+    """Per condition how much was measured and why it stopped: from its `stop` line, else from what there is of it."""
     headings = [
         "workload",
         "runtime",
@@ -192,10 +194,33 @@ def _measured(run: Run) -> Table | None:
         "max_seconds": "the time allowed for measuring and for more processes was up",
         "max_blocks": "the blocks allowed were used up",
         "failed": "measuring failed",
+        "ended": "the run was ended before",
     }
+    stops = run.record.of("stop")
+    stopped = {(line.get("workload"), line.get("runtime")) for line in stops}
+    blocks = run.record.of("block")
+    for (workload, runtime), samples in run.samples.groupby(["workload", "runtime"], sort=False):
+        if (workload, runtime) not in stopped:
+            stops.append(
+                {
+                    "workload": workload,
+                    "runtime": runtime,
+                    "blocks": samples["block"].nunique(),
+                    "processes": samples["process"].nunique(),
+                    "measured_s": sum(
+                        line["elapsed_s"]
+                        for line in blocks
+                        if (line["workload"], line["runtime"]) == (workload, runtime)
+                        and is_number(line.get("elapsed_s"))
+                    ),
+                    "half_width": half_widths(samples, run.factors),
+                    "reason": "ended",
+                }
+            )
     rows = []
-    for line in run.record.of("stop"):
-        widest = max((w for w in (line.get("half_width") or {}).values() if is_number(w)), default=None)
+    for line in stops:
+        widths = [width for width in (line.get("half_width") or {}).values() if is_number(width) and isfinite(width)]
+        widest = max(widths, default=None)
         spent = line.get("measured_s")
         texts = (
             line.get("workload"),

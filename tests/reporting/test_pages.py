@@ -165,6 +165,17 @@ def test_a_run_with_nothing_measured_still_gives_a_page(
     assert not Tags(page).open
 
 
+def test_how_much_was_measured_is_told_of_what_was_ended_too(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    lines = [line for line in record_lines(factors=("flash", "tie", "norm")) if line["type"] not in ("stop", "end")]
+    run = run_of(lines)
+    blocks, processes = run.samples["block"].nunique(), run.samples["process"].nunique()
+    text = write_report(run).with_suffix(".md").read_text("utf-8")
+    (row,) = [line for line in text.splitlines() if "the run was ended before" in line]
+    assert re.match(rf"\| prefill \| graph \| {blocks} \| {processes} \| [\d.]+ \| ±[\d.]+ % \|", row)
+
+
 def test_writing_twice_gives_the_same_pages(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:
     run = run_of(record_lines(factors=("flash",)))
     first = write_report(run).read_bytes()
