@@ -70,6 +70,7 @@ class Done:
             timing.measured_s += line.get("elapsed_s") or 0.0
             if line["state"] != "repeat":
                 closed.add(_attempt(line))
+                timing.more_s += line.get("more_s") or 0.0
                 timing.blocks = max(timing.blocks, line["block"] + 1)
                 timing.processes.add(line["process"])
         for line in [*record.of("sample"), *record.of("block")]:

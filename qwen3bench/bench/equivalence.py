@@ -2,8 +2,8 @@
 
 A tolerance in bfloat16 is nearly blind: a decode position off by one or a norm's eps of 1e-5 hide in its
 rounding, and stand out of float32's by factors of 40 to 9000. So a cell is judged twice, over prompts of
-several odd lengths and one of the workload's own size, as a prefill, token by token and in chunks against a KV
-cache, all logits or the last alone:
+several odd lengths and a larger one, as a prefill, token by token and in chunks against a KV cache, all logits or the
+last alone, and on a GPU, where kernels are chosen by how many tokens there are, over one of the workload's own size:
 
 - in float32 against the baseline in float64: maximum and root-mean-square error at most 2 × those of the
   baseline in float32 (flash-attention, tests/test_flash_attn.py: at most twice the error of the plain
@@ -53,6 +53,7 @@ NewCache = Callable[[Any, int, int], Any]
 LENGTHS = (1, 7, 37, 130)  # one row, and multiples of no tile
 BATCH_SIZE = 3
 LARGEST = (5, 700)  # sequences and tokens that are judged of a workload's larger prompt
+WHOLE = 2048  # tokens in all that are judged of it as it is, on a GPU
 SMALL_DIM = 256  # of a model for which, on a CPU, more threads than one only wait for each other
 FATAL = (torch.cuda.OutOfMemoryError, torch.AcceleratorError)  # errors that are the caller's to handle
 _SPARE = 5  # positions of a cache that are never filled: what reads them is wrong
@@ -67,7 +68,7 @@ def cut(config: ModelConfig, device: torch.device) -> ModelConfig:
     wide = config.emb_dim > 2048
     layers = min(config.num_layers, 2 if wide or device.type == "cpu" else 4)
     vocabulary = min(config.vocab_size, 4096)
-    context = min(config.context_length, 2 * LARGEST[1])
+    context = min(config.context_length, max(2 * LARGEST[1], WHOLE))
     return replace(config, num_layers=layers, vocab_size=vocabulary, context_length=context)
 
 
@@ -125,10 +126,22 @@ class Case:
     keep: int = 0
 
 
-def cases(lengths: Sequence[int], large: int | None = None) -> list[Case]:
+def whole_size(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Sequences and tokens of the largest prompt among `sizes`, as many of either as `WHOLE` tokens in all allow."""
+    sequences, tokens = max(sizes, key=math.prod)
+    tokens = min(tokens, WHOLE)
+    return max(1, min(sequences, WHOLE // tokens)), tokens
+
+
+def _chooses_by_size(device: torch.device) -> bool:
+    """Whether a device may have other kernels for other numbers of tokens."""
+    return device.type != "cpu"
+
+
+def cases(lengths: Sequence[int], large: int | None = None, whole: tuple[int, int] | None = None) -> list[Case]:
     """Each prompt in one forward, the long ones in chunks too, the short ones token by token, also alone.
 
-    `large`: the length of one more prompt, the workload's, which comes last.
+    `large`: the length of one more prompt; `whole`: sequences and tokens of another, the last, in one forward alone.
     """
     found = [Case(f"a prefill of length {n}", i, usual=n > 1) for i, n in enumerate(lengths)]
     for i, n in enumerate(lengths):
@@ -146,6 +159,9 @@ def cases(lengths: Sequence[int], large: int | None = None) -> list[Case]:
     if large is not None:
         found.append(Case(f"a large prefill of length {large}", len(lengths), usual=True))
         found.append(Case(f"a decode after {large - 2} tokens", len(lengths), (large - 2, 1, 1), usual=large > 2))
+    if whole is not None:
+        index = len(lengths) + (large is not None)
+        found.append(Case(f"a prefill of {whole[0]} × {whole[1]}", index, usual=whole[1] > 1, sequences=whole[0]))
     return found
 
 
@@ -155,7 +171,7 @@ class Gate:
     `opts` holds the options of each optimization by name. `build` makes a cell's model from weights with
     Hugging Face's names. Judged is a shallower model of the run's shapes (see `cut`). `sizes` are the sequences and
     tokens of the workloads' prompts: where one is larger than the gate's own prompts, such a one is judged as well,
-    up to `LARGEST`.
+    up to `LARGEST`, and on a GPU the largest as it is, up to `WHOLE` tokens.
     """
 
     def __init__(
@@ -180,16 +196,21 @@ class Gate:
         generator = torch.Generator().manual_seed(seed)
         shapes = [(BATCH_SIZE, n) for n in lengths]
         sizes = [(1, 1), *sizes]
+        context = self.config.context_length
+        whole = whole_size([(n, min(t, context)) for n, t in sizes]) if _chooses_by_size(self.device) else None
         sequences, tokens = (
             min(most, max(given)) for most, given in zip(LARGEST, zip(*sizes, strict=True), strict=True)
         )
-        tokens = min(tokens, self.config.context_length)
-        if sequences > BATCH_SIZE or tokens > lengths[-1]:
+        tokens = min(tokens, context)
+        large = sequences > BATCH_SIZE or tokens > lengths[-1]
+        if large:
             shapes.append((sequences, tokens))
+        if whole is not None:
+            shapes.append(whole)
         self.prompts = [
             torch.randint(self.config.vocab_size, shape, generator=generator).to(self.device) for shape in shapes
         ]
-        self.cases = cases(lengths, *(shape[1] for shape in shapes[len(lengths) :]))
+        self.cases = cases(lengths, tokens if large else None, whole)
         self._weights: dict[torch.dtype, Weights] = {}
         self._references: dict[bool, list[Tensor]] = {}  # by whether the head is tied
         self._baseline: dict[tuple[torch.dtype, bool], Errors] = {}

@@ -158,11 +158,11 @@ class Timings:
         """Up to `blocks_per_process` blocks in the present worker, ready after `setup_s`; False where a cell failed."""
         measure, timing = self._settings.measure, self._timings[where]
         timing.setup_s = setup_s
-        if self._has_the_least(where):
-            timing.more_s += setup_s
+        more_s = setup_s if self._has_the_least(where) else 0.0
+        timing.more_s += more_s
         before_s = timing.measured_s
         for blocks in itertools.count(1):
-            if not self._block(where):
+            if not self._block(where, more_s if blocks == 1 else 0.0):
                 return False
             if reason := self._reason_to_stop(where):
                 self._stop(where, reason)
@@ -177,8 +177,11 @@ class Timings:
                 break
         return True
 
-    def _block(self, where: Where) -> bool:
-        """One block, measured again under a brake or beside a foreign process; False where a cell failed in it."""
+    def _block(self, where: Where, more_s: float) -> bool:
+        """One block, measured again under a brake or beside a foreign process; False where a cell failed in it.
+
+        `more_s`: what it took to get its process ready, where the time allowed covers it and this is its first block.
+        """
         timing = self._timings[where]
         most = self._settings.measure.max_attempts
         while True:
@@ -196,7 +199,7 @@ class Timings:
             state = "ok" if not brakes else "repeat" if timing.braked < most else "flagged"
             if brakes:
                 self._progress.note(f"block {timing.blocks}, attempt {attempt + 1}: {state} ({', '.join(brakes)})")
-            self._close_block(where, attempt, state, telemetry, elapsed_s)
+            self._close_block(where, attempt, state, telemetry, elapsed_s, more_s)
             if state != "repeat":
                 timing.samples += samples
                 timing.blocks += 1
@@ -238,7 +241,9 @@ class Timings:
                     return None
         return taken
 
-    def _close_block(self, where: Where, attempt: int, state: str, telemetry: Telemetry, elapsed_s: float) -> None:
+    def _close_block(
+        self, where: Where, attempt: int, state: str, telemetry: Telemetry, elapsed_s: float, more_s: float
+    ) -> None:
         self._ledger.writer.append(
             {
                 "type": "block",
@@ -251,6 +256,7 @@ class Timings:
                 "flags": flags(telemetry),
                 "time": time.time(),
                 "elapsed_s": elapsed_s,
+                "more_s": more_s,
                 **asdict(telemetry),
             }
         )
@@ -258,8 +264,9 @@ class Timings:
     # Stopping
 
     def _has_the_least(self, where: Where) -> bool:
-        """Whether as many processes have measured as a run takes at least; what more of them cost is of its time."""
-        return len(self._timings[where].processes) >= self._settings.measure.min_processes
+        """Whether as many processes and blocks are measured as a run takes; what more processes cost is of its time."""
+        timing, measure = self._timings[where], self._settings.measure
+        return len(timing.processes) >= measure.min_processes and timing.blocks >= measure.min_blocks
 
     def _reason_to_stop(self, where: Where, ahead_s: float = 0.0) -> str | None:
         """`ahead_s`: what comes before the next block."""
@@ -291,6 +298,7 @@ class Timings:
                 "blocks": timing.blocks,
                 "processes": len(timing.processes),
                 "measured_s": timing.measured_s,
+                "more_s": timing.more_s,
             }
         )
 

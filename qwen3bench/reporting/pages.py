@@ -186,12 +186,13 @@ def _measured(run: Run) -> Table | None:
         "blocks",
         "processes",
         "measured (s)",
+        "getting more processes ready (s)",
         "half-width reached",
         "stopped because",
     ]
     reasons = {
         "target": "every effect is as tight as asked for",
-        "max_seconds": "the time allowed for measuring and for more processes was up",
+        "max_seconds": "the time allowed was up",
         "max_blocks": "the blocks allowed were used up",
         "failed": "measuring failed",
         "ended": "the run was ended before",
@@ -221,13 +222,14 @@ def _measured(run: Run) -> Table | None:
     for line in stops:
         widths = [width for width in (line.get("half_width") or {}).values() if is_number(width) and isfinite(width)]
         widest = max(widths, default=None)
-        spent = line.get("measured_s")
+        spent, more = line.get("measured_s"), line.get("more_s")
         texts = (
             line.get("workload"),
             line.get("runtime"),
             line.get("blocks"),
             line.get("processes"),
             f"{spent:.1f}" if is_number(spent) else "",
+            f"{more:.1f}" if more and is_number(more) else "",
             f"±{100 * widest:.2g} %" if widest is not None else "",
             reasons.get(str(line.get("reason")), line.get("reason")),
         )

@@ -23,11 +23,13 @@ from qwen3bench.analysis.frames import SAMPLE_COLUMNS
 from qwen3bench.analysis.run import load_run, write_derived
 from qwen3bench.bench.campaign import Campaign
 from qwen3bench.bench.design import block_order
+from qwen3bench.bench.done import Done
 from qwen3bench.bench.monitor import Telemetry
 from qwen3bench.bench.progress import Reporter
 from qwen3bench.bench.record import RecordWriter, read_record
 from qwen3bench.bench.timing import Timings
 from qwen3bench.choices import choices
+from qwen3bench.settings import settings_from
 
 Measure = Callable[..., Any]
 FULL = ("design=full", "opt=flash,tie")
@@ -93,12 +95,16 @@ def test_getting_more_processes_ready_than_the_least_is_of_the_time_allowed(
         return prepare(timings, where)
 
     monkeypatch.setattr(Timings, "_prepare", slowly)
-    limits = ("measure.max_seconds=2.4", "measure.target=1e-9", "measure.max_blocks=12")
+    limits = ("measure.max_seconds=4", "measure.target=1e-9", "measure.max_blocks=14", "measure.min_blocks=2")
     done = measure(*FULL, *limits, "measure.min_processes=2", "measure.blocks_per_process=1")
     (stop,) = done.record.of("stop")
     assert stop["reason"] == "max_seconds"
-    assert 3 <= stop["processes"] <= 6  # the least, and as many as get ready within the time
-    assert stop["measured_s"] < 2.4
+    assert 3 <= stop["processes"] <= 10  # the least, and as many as get ready within the time
+    assert stop["more_s"] >= 0.5 * (stop["processes"] - 2)
+    begun = Done(settings_from(done.record.of("run")[0]["config"]), done.record).timings[
+        "prefill", "eager"
+    ]  # as a continued run would begin
+    assert begun.more_s == pytest.approx(stop["more_s"])
 
 
 def test_the_gate_and_the_evidence_come_before_the_first_timing(measure: Measure) -> None:

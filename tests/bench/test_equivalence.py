@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qwen3bench.bench import equivalence
 from qwen3bench.bench.design import design_cells, label
-from qwen3bench.bench.equivalence import Gate, exact_float32, kv_cache, sensitised
+from qwen3bench.bench.equivalence import LARGEST, Gate, exact_float32, kv_cache, sensitised, whole_size
 from qwen3bench.model.build import build_model
 from qwen3bench.model.config import ModelConfig
 from qwen3bench.model.layers import TransformerBlock
 from qwen3bench.model.parts import Parts
 from qwen3bench.opt import mask
+from qwen3bench.opt.mlp import FusedFeedForward
 
 TINY = ModelConfig(
     num_layers=2,
@@ -68,6 +70,46 @@ def test_the_baseline_is_its_own_measure(gate: Gate) -> None:
     assert checks["float32_max_ratio"] == checks["float32_rms_ratio"] == 1.0
     assert checks["layers"] == 2
     assert checks["vocabulary"] == 256
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([(1, 2048)], (1, 2048)),
+        ([(1, 512), (1, 2048)], (1, 2048)),
+        ([(8, 1024), (1, 1)], (2, 1024)),
+        ([(1, 8192)], (1, 2048)),
+        ([(4096, 1)], (2048, 1)),
+        ([(3, 1500)], (1, 1500)),
+    ],
+)
+def test_of_the_workloads_own_size_as_much_is_judged_as_is_allowed(
+    sizes: list[tuple[int, int]], expected: tuple[int, int]
+) -> None:
+    assert whole_size(sizes) == expected
+
+
+def test_a_fault_at_the_workloads_own_size_alone_is_found_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = FusedFeedForward.forward
+
+    def forward(self: FusedFeedForward, x: Tensor) -> Tensor:
+        out = right(self, x)
+        if x.shape[1] > LARGEST[1]:
+            out[:, -64:] *= 1.5
+        return out
+
+    monkeypatch.setattr(equivalence, "_chooses_by_size", lambda device: True)
+    longer, sizes = replace(TINY, context_length=1024), [(1, 1024)]
+    gate = gate_of(longer, sizes=sizes)
+    assert [case.name for case in gate.cases][-1] == "a prefill of 1 × 1024"
+    assert gate.prompts[-1].shape == (1, 1024)
+    rejected = {label(cell): verdict["reason"] for cell in CELLS if not (verdict := gate.check(cell))["equivalent"]}
+    assert rejected == {}
+    monkeypatch.setattr(FusedFeedForward, "forward", forward)
+    assert not gate.check(("mlp",))["equivalent"]
+    monkeypatch.undo()
+    monkeypatch.setattr(FusedFeedForward, "forward", forward)
+    assert gate_of(longer, sizes=sizes).check(("mlp",))["equivalent"]  # a CPU, where it takes too long
 
 
 def test_a_context_shorter_than_the_prompts_cuts_them() -> None:

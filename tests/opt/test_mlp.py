@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3bench import ModelConfig, build_model
+from qwen3bench.bench.equivalence import whole_size
+from qwen3bench.choices import options_of
 from qwen3bench.model.layers import FeedForward
 from qwen3bench.opt import mlp
 from qwen3bench.opt.mlp import (
@@ -243,6 +246,13 @@ def test_a_prompts_product_and_swiglu_are_one_kernel(
 def test_tiles_where_the_last_wave_is_full(tokens: int, width: int, expected: tuple[int, int] | None) -> None:
     tile = best_tile(tokens, width, multiprocessors=132)
     assert (tile and tile[:2]) == expected
+
+
+@pytest.mark.parametrize("size", [(1, 256), (1, 512), (1, 2048), (1, 8192), (8, 1024), (8, 2048)])
+@pytest.mark.parametrize("model", ["qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b"])
+def test_the_gate_judges_the_tiles_that_are_timed(model: str, size: tuple[int, int]) -> None:
+    width = options_of("model", model)["hidden_dim"]
+    assert best_tile(math.prod(whole_size([size])), width, 132) == best_tile(math.prod(size), width, 132)
 
 
 def test_a_cpu_has_no_tiles() -> None:
