@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import isfinite
@@ -197,29 +197,8 @@ def _measured(run: Run) -> Table | None:
         "failed": "measuring failed",
         "ended": "the run was ended before",
     }
-    stops = run.record.of("stop")
-    stopped = {(line.get("workload"), line.get("runtime")) for line in stops}
-    blocks = run.record.of("block")
-    for (workload, runtime), samples in run.samples.groupby(["workload", "runtime"], sort=False):
-        if (workload, runtime) not in stopped:
-            stops.append(
-                {
-                    "workload": workload,
-                    "runtime": runtime,
-                    "blocks": samples["block"].nunique(),
-                    "processes": samples["process"].nunique(),
-                    "measured_s": sum(
-                        line["elapsed_s"]
-                        for line in blocks
-                        if (line["workload"], line["runtime"]) == (workload, runtime)
-                        and is_number(line.get("elapsed_s"))
-                    ),
-                    "half_width": half_widths(samples, run.factors),
-                    "reason": "ended",
-                }
-            )
     rows = []
-    for line in stops:
+    for line in [*run.record.of("stop"), *_ended(run)]:
         widths = [width for width in (line.get("half_width") or {}).values() if is_number(width) and isfinite(width)]
         widest = max(widths, default=None)
         spent, more = line.get("measured_s"), line.get("more_s")
@@ -235,6 +214,24 @@ def _measured(run: Run) -> Table | None:
         )
         rows.append([tables.Entry("" if text is None else str(text)) for text in texts])
     return tables.drop_empty(tables.Table(headings, rows)) if rows else None
+
+
+def _ended(run: Run) -> Iterator[dict[str, Any]]:
+    """What a `stop` line would say of each condition that has none, as the run was ended before."""
+    stopped = {(line.get("workload"), line.get("runtime")) for line in run.record.of("stop")}
+    for where, samples in run.samples.groupby(["workload", "runtime"], sort=False):
+        if where not in stopped:
+            blocks = [line for line in run.record.of("block") if (line["workload"], line["runtime"]) == where]
+            yield {
+                "workload": where[0],
+                "runtime": where[1],
+                "blocks": samples["block"].nunique(),
+                "processes": samples["process"].nunique(),
+                "half_width": half_widths(samples, run.factors),
+                "reason": "ended",
+                "measured_s": sum(line.get("elapsed_s") or 0.0 for line in blocks),
+                "more_s": sum(line.get("more_s") or 0.0 for line in blocks if line["state"] != "repeat"),
+            }
 
 
 def _command(line: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen3bench.bench.runtimes import CompileRuntime, make_runtime, uncompiled
+from qwen3bench.bench.runtimes import CompileRuntime, _dotted, make_runtime, uncompiled
 from qwen3bench.bench.workloads import Workload, WorkloadSize
 from qwen3bench.choices import options_of
 from qwen3bench.errors import UserError
@@ -151,6 +151,13 @@ def test_a_peer_is_compiled_with_the_defaults(model: Qwen3Model, monkeypatch: py
     assert options["autotune_local_cache"] is False
     assert options.get("combo_kernels", False) is takes
     assert options.get("triton.autotune_pointwise", True) is not takes
+
+
+def test_nothing_of_ours_is_chosen_by_timing_and_inductor_knows_the_options() -> None:
+    options = dict(_dotted(options_of("runtime", "compile")["inductor"]))
+    assert set(options) <= set(torch._inductor.list_options())
+    assert options["deterministic"] is True
+    assert options["triton.autotune_pointwise"] is options["coordinate_descent_tuning"] is False
 
 
 def test_blocks_that_do_not_run_the_same_code_are_not_compiled_as_if_they_did(model: Qwen3Model) -> None:
