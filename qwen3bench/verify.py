@@ -34,6 +34,7 @@ def verify(settings: Settings) -> int:
 
     from qwen3bench.bench.equivalence import Gate
     from qwen3bench.bench.peers import judge_peer
+    from qwen3bench.bench.worker import is_out_of_memory
 
     device = settings.device
     if device == "auto":
@@ -68,7 +69,9 @@ def verify(settings: Settings) -> int:
         _progress(f"judging {cell} ({number} of {len(cells)})")
         try:
             verdict = judge_peer(gate, cell) if is_peer(cell) else gate.check(cell_of(cell))
-        except torch.cuda.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             verdict = {
                 "equivalent": False,
                 "ran": False,

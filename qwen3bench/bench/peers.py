@@ -1,8 +1,8 @@
 """Other implementations of Qwen3, called as ours is, on the same weights and the same cache.
 
 A peer is called as its users call it, with a static cache where there is one (transformers' documentation,
-"Optimizing LLM inference": the fastest of its caches, and the one that compiles), and compiled with PyTorch's defaults,
-whatever options `runtime=compile` is given. Its SDPA leaves the mask of a prompt
+"Optimizing LLM inference": the fastest of its caches, and the one that compiles), and compiled with PyTorch's defaults
+unless `runtime.compile.peers` says otherwise. Its SDPA leaves the mask of a prompt
 away by itself, but not in compiled code before PyTorch 2.14, which cannot tell that it may; `sdpa_is_causal` is told.
 """
 
@@ -83,7 +83,7 @@ def _their_rope(config: ModelConfig) -> tuple[Tensor, Tensor]:
 class TransformersModel(Decoder):
     """transformers' Qwen3ForCausalLM with our model's call."""
 
-    takes_compile_options = False
+    is_peer = True
 
     def __init__(
         self,

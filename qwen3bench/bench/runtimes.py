@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from qwen3bench.bench.workloads import Step
 from qwen3bench.errors import UserError
@@ -88,7 +89,8 @@ class CompileRuntime(Runtime):
     compiles a code object of its own: dynamo counts recompilations by code object, and past its limit it would
     silently run eager.
 
-    `inductor` holds options of torch._inductor.config, nested as there. Inductor times variants of some kernels to
+    `inductor` holds options of torch._inductor.config, nested as there; `single_token` those that code for a single
+    token takes besides; `peers` those of peers, in place of both. Inductor times variants of some kernels to
     choose one, as far as its options let it. Each process chooses for itself: with the choice kept on disk
     all processes of a run would share one throw of the dice, which a second run does not confirm (Kalibera & Jones,
     ISMM 2013: replicate at the level where the variance lives).
@@ -96,6 +98,8 @@ class CompileRuntime(Runtime):
 
     name: str = "compile"
     inductor: dict[str, Any] = field(default_factory=dict)
+    single_token: dict[str, Any] = field(default_factory=dict)
+    peers: dict[str, Any] = field(default_factory=dict)
     warm_ups: int = 3  # the first compiles; in `generate` a second length makes lengths symbolic
 
     def __post_init__(self) -> None:
@@ -113,10 +117,13 @@ class CompileRuntime(Runtime):
                 "its blocks do not all run the same code, and runtime=compile compiles one for all: "
                 "give them one class, and that a forward"
             )
-        self.compile_options = {"autotune_local_cache": False} | (
-            dict(_dotted(self.inductor)) if model.takes_compile_options else {}
-        )
-        compiled = torch.compile(_own_copy(type(regions[0]).forward), fullgraph=True, options=self.compile_options)
+        forward = type(regions[0]).forward
+        options = {"autotune_local_cache": False} | dict(_dotted(self.peers if model.is_peer else self.inductor))
+        self.compile_options = options
+        compiled = _compiled(forward, options)
+        if not model.is_peer and (more := dict(_dotted(self.single_token))):
+            self.compile_options = options | {"single_token": more}
+            compiled = _by_tokens(_compiled(forward, options | more), compiled)
         for region in regions:
             region.forward = types.MethodType(compiled, region)
         model.compiled = regions
@@ -176,6 +183,17 @@ def _dotted(options: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, 
             yield from _dotted(value, f"{above}{name}.")
         else:
             yield above + name, value
+
+
+def _compiled(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    return torch.compile(_own_copy(forward), fullgraph=True, options=options)
+
+
+def _by_tokens(single: Callable[..., Any], several: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(region: nn.Module, x: Tensor, *rest: Any) -> Any:
+        return (single if x.numel() == x.shape[-1] else several)(region, x, *rest)
+
+    return forward
 
 
 def _own_copy(function: Any) -> types.FunctionType:

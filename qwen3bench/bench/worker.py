@@ -388,6 +388,12 @@ def _kept(step: Step, outputs: list[torch.Tensor]) -> Step:
     return run
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: PyTorch's allocator says so by a type of its own, CUDA and the CPU in words."""
+    words = ("DefaultCPUAllocator", "CUDA error: out of memory")
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or any(each in str(error) for each in words)
+
+
 def failure(error: BaseException) -> dict[str, Any]:
     """The reply's `error` for an exception: the cell's status, and the reason in one line."""
     line = " ".join(str(error).split())[:500] or type(error).__name__
@@ -395,8 +401,7 @@ def failure(error: BaseException) -> dict[str, Any]:
         return {"status": "refused", "reason": str(error)}
     if isinstance(error, InvalidCell):
         return {"status": "invalid", "reason": line}
-    out_of_memory = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
-    if out_of_memory or "DefaultCPUAllocator" in line:
+    if is_out_of_memory(error):
         peak = None
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             peak = torch.cuda.max_memory_allocated()

@@ -19,7 +19,7 @@ class Decoder(nn.Module):
     out_head: nn.Linear
     regions: Sequence[nn.Module] = ()  # what its forward runs in place of its blocks, after `split`
     compiled: Sequence[nn.Module] = ()  # the modules whose forward is compiled
-    takes_compile_options = True  # those of runtime=compile; else it is compiled with PyTorch's defaults
+    is_peer = False  # and compiled with the options for peers
 
     @abstractmethod
     def forward(self, tokens: Tensor, cache: KVCache | None = None, start: int = 0, logits_to_keep: int = 0) -> Tensor:

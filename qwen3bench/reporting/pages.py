@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import isfinite
@@ -167,7 +167,9 @@ def _compiled(run: Run) -> str:
     with_options: dict[str, list[str]] = {}
     for line in run.record.of("compile"):
         if isinstance(options := line.get("options"), dict):
-            said = ", ".join(f"{key}={value}".lower() for key, value in options.items())
+            more = options.get("single_token", {})
+            said = _assigned({key: value for key, value in options.items() if value is not more})
+            said += f", for a single token {_assigned(more)}" if more else ""
             with_options.setdefault(said, []).append(line["cell"])
     if not with_options:
         return ""
@@ -176,6 +178,10 @@ def _compiled(run: Run) -> str:
         for said, cells in with_options.items()
     ]
     return f"Each process compiled for itself, Inductor's options: {'; '.join(each)}."
+
+
+def _assigned(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}".lower() for key, value in options.items())
 
 
 def _measured(run: Run) -> Table | None:

@@ -132,32 +132,63 @@ def test_what_a_process_chose_by_timing_is_not_kept_for_the_next(
     assert not list(tmp_path.rglob("*.best_config"))
 
 
-@pytest.mark.parametrize("takes", [True, False])
-def test_a_peer_is_compiled_with_the_defaults(model: Qwen3Model, monkeypatch: pytest.MonkeyPatch, takes: bool) -> None:
-    given = []
+@pytest.fixture
+def compiled_with(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The options that each compiled function is called with, call by call."""
+    called: list[dict[str, Any]] = []
 
-    def compile_(function: Callable[..., Tensor], **arguments: Any) -> Callable[..., Tensor]:
-        given.append(arguments["options"])
-        return function
+    def compile_(function: Callable[..., Any], *, options: dict[str, Any], **_: Any) -> Callable[..., Any]:
+        def compiled(*arguments: Any) -> Any:
+            called.append(options)
+            return function(*arguments)
+
+        return compiled
 
     monkeypatch.setattr(torch, "compile", compile_)
-    monkeypatch.setattr(model, "takes_compile_options", takes)
-    runtime = CompileRuntime(
-        torch.device("meta"), inductor={"combo_kernels": True, "triton": {"autotune_pointwise": False}}
-    )
+    return called
+
+
+OPTIONS = {
+    "inductor": {"combo_kernels": True, "triton": {"autotune_pointwise": False}},
+    "single_token": {"coordinate_descent_tuning": True},
+    "peers": {"freezing": True},
+}
+
+
+@pytest.mark.parametrize(("tokens", "single"), [((1, 1), True), ((1, 3), False), ((2, 1), False)])
+def test_code_for_a_single_token_has_options_of_its_own(
+    model: Qwen3Model, compiled_with: list[dict[str, Any]], tokens: tuple[int, int], single: bool
+) -> None:
+    runtime = CompileRuntime(torch.device("meta"), **OPTIONS)
     runtime.prepare_model(model)
-    (options,) = given
-    assert runtime.compile_options == options
-    assert options["autotune_local_cache"] is False
-    assert options.get("combo_kernels", False) is takes
-    assert options.get("triton.autotune_pointwise", True) is not takes
+    model(torch.zeros(tokens, dtype=torch.long))
+    ours = {"autotune_local_cache": False, "combo_kernels": True, "triton.autotune_pointwise": False}
+    more = {"coordinate_descent_tuning": True}
+    assert compiled_with == [ours | more if single else ours] * model.config.num_layers
+    assert runtime.compile_options == ours | {"single_token": more}
+
+
+def test_a_peer_is_compiled_with_options_of_its_own(
+    model: Qwen3Model, compiled_with: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "is_peer", True)
+    runtime = CompileRuntime(torch.device("meta"), **OPTIONS)
+    runtime.prepare_model(model)
+    model(torch.zeros((1, 1), dtype=torch.long))
+    theirs = {"autotune_local_cache": False, "freezing": True}
+    assert compiled_with == [theirs] * model.config.num_layers
+    assert runtime.compile_options == theirs
 
 
 def test_nothing_of_ours_is_chosen_by_timing_and_inductor_knows_the_options() -> None:
-    options = dict(_dotted(options_of("runtime", "compile")["inductor"]))
-    assert set(options) <= set(torch._inductor.list_options())
-    assert options["deterministic"] is True
-    assert options["triton.autotune_pointwise"] is options["coordinate_descent_tuning"] is False
+    configured = options_of("runtime", "compile")
+    ours, single, peers = (dict(_dotted(configured[name])) for name in ("inductor", "single_token", "peers"))
+    assert set(ours) | set(single) | set(peers) <= set(torch._inductor.list_options())
+    assert ours["deterministic"] is True
+    assert ours["triton.autotune_pointwise"] is False
+    assert set(single) == {"coordinate_descent_tuning"}  # which leaves reductions alone where `deterministic` is on
+    defaults = torch._inductor.config.get_config_copy()
+    assert all(value == defaults[name] for name, value in peers.items())
 
 
 def test_blocks_that_do_not_run_the_same_code_are_not_compiled_as_if_they_did(model: Qwen3Model) -> None:

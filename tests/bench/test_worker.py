@@ -283,6 +283,8 @@ def test_errors_become_a_status_and_one_line() -> None:
     assert failure(MemoryError())["status"] == "oom"
     assert failure(torch.cuda.OutOfMemoryError("CUDA out of memory"))["status"] == "oom"
     assert failure(RuntimeError("DefaultCPUAllocator: can't allocate"))["status"] == "oom"
+    assert failure(torch.AcceleratorError("CUDA error: out of memory\nSearch for it"))["status"] == "oom"
+    assert failure(torch.AcceleratorError("CUDA error: device-side assert triggered"))["status"] == "crashed"
     assert len(failure(RuntimeError("x" * 10_000))["reason"]) < 600
 
 

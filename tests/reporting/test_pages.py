@@ -138,11 +138,14 @@ def test_the_pages_tell_with_which_options_each_cell_was_compiled(
 ) -> None:
     lines = record_lines(factors=("flash",), blocks=2)
     where = {"type": "compile", "workload": "prefill", "runtime": "graph", "process": 0, "seconds": 1.0}
-    ours = {**where, "options": {"combo_kernels": True}}
+    ours = {**where, "options": {"combo_kernels": True, "single_token": {"freezing": True}}}
     theirs = {**where, "cell": "transformers:sdpa", "options": {}}
     run = run_of([*lines, {**ours, "cell": "flash"}, {**ours, "cell": "baseline"}, theirs])
     write_report(run)
-    said = "Inductor's options: combo_kernels=true (baseline and flash); its defaults (transformers:sdpa)."
+    said = (
+        "Inductor's options: combo_kernels=true, for a single token freezing=true (baseline and flash); "
+        "its defaults (transformers:sdpa)."
+    )
     for page in ("report.html", "report.md"):
         assert said in html.unescape((run.path / page).read_text(encoding="utf-8")).replace("\\", "")
 
