@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from qwen3bench.reporting.conditions import Condition, conditions
-from qwen3bench.reporting.lookup import BASELINE, all_on, rows
+from qwen3bench.reporting.lookup import BASELINE, all_on, band, rows
 from qwen3bench.reporting.units import count, is_number, listing, percent, ratio, size
 
 if TYPE_CHECKING:
@@ -96,6 +96,13 @@ def _drift(run: Run, condition: Condition) -> Iterator[Control]:
             moved = f"{100 * row.total:+.2g} %".replace("-", "−")
             text = f"Drift: latency moved by {moved} over {count(int(row.blocks), 'block')} ({condition})"
             yield Control(f"{text}; effects are taken within blocks.", False, judged=False)
+    if (apart := processes_apart(run, condition)) > band(run):
+        text = f"Processes: the slowest is {percent(apart)} slower than the fastest ({condition})"
+        yield Control(
+            f"{text}; effects are taken within blocks, and intervals count what processes do to them.",
+            False,
+            judged=False,
+        )
 
 
 def _processes(run: Run) -> Iterator[Control]:
@@ -171,6 +178,12 @@ def _host(run: Run) -> Iterator[Control]:
         if min(shares[name] for name in named) < _BUSY_ENOUGH:
             text += " The rest is the host launching kernels: eager effects are not kernel time."
         yield Control(text, False, judged=False)
+
+
+def processes_apart(run: Run, condition: Condition) -> float:
+    """By how much the blocks of the slowest process are slower than those of the fastest, relative."""
+    of_processes = condition.select(run.controls.drift_series).groupby("process")["relative_latency"].mean()
+    return float(of_processes.max() / of_processes.min() - 1) if len(of_processes) else 0.0
 
 
 def aa_series(run: Run, condition: Condition) -> pd.DataFrame:

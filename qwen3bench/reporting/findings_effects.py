@@ -74,7 +74,7 @@ def _times(run: Run, baseline_s: float, row: Any) -> str:
     """From the baseline's median to a cell's, and a word where that is not the speed-up beside it."""
     times = f", {seconds(baseline_s)} → {seconds(row.latency_s)}"
     if is_number(row.speedup) and skewed(run, row.speedup, baseline_s, row.latency_s):
-        return f"{times} by medians, {ratio(baseline_s / row.latency_s)}, as single values lie far from the rest"
+        return f"{times} by medians, {ratio(baseline_s / row.latency_s)}, as latencies are spread unevenly"
     return times
 
 

@@ -8,10 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from qwen3bench.reporting.conditions import Condition
-from qwen3bench.reporting.controls import aa_series
+from qwen3bench.reporting.controls import aa_series, processes_apart
 from qwen3bench.reporting.figures import BLUE, MUTED, ORANGE, PAPER, RULE, SERIES, Plot, new_figure
-from qwen3bench.reporting.lookup import device, level, rows
-from qwen3bench.reporting.units import count, is_number, ratio
+from qwen3bench.reporting.lookup import band, device, level, rows
+from qwen3bench.reporting.units import count, is_number, percent, ratio
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -77,6 +77,8 @@ def _aa_title(run: Run, condition: Condition) -> list[str]:
 
 
 def _drift_title(run: Run, condition: Condition) -> list[str]:
+    if (apart := processes_apart(run, condition)) > band(run):
+        return [f"processes are up to {percent(apart)} apart"]
     return [
         f"latency moved by {100 * row.total:+.2g} % over the run".replace("-", "−")
         for row in rows(condition.select(run.controls.drift))

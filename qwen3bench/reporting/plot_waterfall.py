@@ -49,7 +49,7 @@ def waterfall(run: Run, condition: Condition, metric: str) -> Plot | None:
     title = f"Noisy: {title}" if latency and controls.noise(run, condition) else title
     about = f"{condition}; {device(run)}; n = {blocks_of(run, condition)}"
     if latency and skewed(run, start / levels[-1], start, end):
-        about += "; bars are medians, steps are mean ratios within blocks: single values lie far from the rest"
+        about += "; bars are medians, steps are mean ratios within blocks: latencies are spread unevenly"
     figure = new_figure(title, about, 3.6)
     axes = figure.subplots()
     _steps(axes, shares, levels, latency, unit)

@@ -8,6 +8,7 @@ from qwen3bench.analysis.run import Run
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.controls import aa_series, heard, noise, sentences
 from qwen3bench.reporting.findings import findings
+from qwen3bench.reporting.plot_controls import controls as controls_plot
 
 Lines = list[dict[str, Any]]
 
@@ -21,6 +22,20 @@ def test_a_quiet_run_passes_every_control(full_run: Run) -> None:
     assert not said(full_run, "Timed in one process")
     for start in ("A/A", "Negative control", "Positive control", "Drift", "Equivalence", "Under eager"):
         assert said(full_run, start)
+
+
+@pytest.mark.parametrize(("slower", "told"), [(1.051, True), (1.004, False)])
+def test_processes_that_are_apart_are_told(full_run: Run, slower: float, told: bool) -> None:
+    series = full_run.controls.drift_series.copy()
+    series["relative_latency"] = 1.0
+    series.loc[series["process"] == series["process"].max(), "relative_latency"] = slower
+    run = replace(full_run, controls=replace(full_run.controls, drift_series=series))
+    found = said(run, "Processes: the slowest is 5.1 % slower than the fastest")
+    assert bool(found) == told
+    assert not any(failed for _, failed in found)
+    plot = controls_plot(run, conditions(run)[0])
+    assert plot is not None
+    assert ("processes are up to 5.1 % apart" in plot.title) == told
 
 
 def test_copies_that_agree_by_their_mean_alone_are_said_to(full_run: Run) -> None:

@@ -101,7 +101,7 @@ def test_medians_that_are_not_the_speedup_are_told_apart(small_run: Run, factor:
     slow = float(small_run.cells.set_index("cell")["latency_s"]["flash+tie"]) * factor
     run = with_cell(small_run, "flash+tie", latency_s=slow)
     (text,) = texts(run, "together")
-    assert ("single values lie far from the rest" in text) == said
+    assert ("latencies are spread unevenly" in text) == said
     plot = waterfall(run, conditions(run)[0], "latency_s")
     assert plot is not None
     shown = " ".join(part.get_text() for part in plot.figure.findobj(Text))
