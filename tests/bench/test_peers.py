@@ -141,9 +141,10 @@ def test_compiles_whole_without_breaks(size: WorkloadSize) -> None:
     peer = build_peer(PEERS[0], config, load_weights("random", config))
     workload = Workload(size, peer)
     expected = workload.steps(peer)[-1]()
-    runtime = make_runtime("compile", CPU)
+    runtime = make_runtime("compile", CPU, **options_of("runtime", "compile"))
     forget_compilations()
     runtime.prepare_model(peer)
+    assert runtime.compile_options == {"autotune_local_cache": False, "coordinate_descent_tuning": False}
     launches = [runtime.prepare(step) for step in workload.steps(peer)]
     evidence = collect(peer, workload, "compile", launches)
     assert (evidence["graph_breaks"], evidence["recompiles"]) == (0, 0)
