@@ -22,103 +22,45 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qwen3bench.kernels import matvec
 from qwen3bench.model.config import ModelConfig
 from qwen3bench.model.layers import FeedForward, GroupedQueryAttention, RMSNorm, TransformerBlock
 from qwen3bench.model.parts import Parts
 
-_HAS_TRITON = find_spec("triton") is not None
-_NUMBERS = 8192  # of the weights that a program loads at once: 16 KiB in flight in bfloat16
-_NUMBERS_A_WARP = 2048
 _MOST_SPLITS = 64  # of the positions, before a program takes more of them
 _MOST_POSITIONS = 128  # that a program takes: its registers hold their keys and values
-if _HAS_TRITON:
+if matvec.HAS_TRITON:
     import triton
     import triton.language as tl
 
-    # What a kernel before this one may have written is read past the first-level cache (.cg): a program that was
-    # launched early can lie on a multiprocessor that still holds what was there before.
-
-    @triton.jit
-    def _wait_for_kernel_before(DEPENDENT: tl.constexpr):  # type: ignore[no-untyped-def]
-        if DEPENDENT:
-            tl.extra.cuda.gdc_wait()
-
-    @triton.jit
-    def _let_next_kernel_start(DEPENDENT: tl.constexpr):  # type: ignore[no-untyped-def]
-        if DEPENDENT:
-            tl.extra.cuda.gdc_launch_dependents()
-
-    @triton.jit
-    def _weight_tile(weight, row, DIM: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        column = tl.arange(0, BLOCK)
-        start = weight + row[:, None].to(tl.int64) * DIM
-        return tl.load(start + column[None, :], mask=(column < DIM)[None, :], other=0.0)
-
-    @triton.jit
-    def _activations(x, DIM: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        column = tl.arange(0, BLOCK)
-        return tl.load(x + column, mask=column < DIM, other=0.0, cache_modifier=".cg").to(tl.float32)
-
-    @triton.jit
-    def _inverse_rms(mean_square, eps):  # type: ignore[no-untyped-def]
-        return tl.rsqrt(mean_square + eps)
-
-    @triton.jit
-    def _normed(x, gain, eps, DIM: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        column = tl.arange(0, BLOCK)
-        values = _activations(x, DIM, BLOCK)
-        gains = tl.load(gain + column, mask=column < DIM, other=0.0).to(tl.float32)
-        return values * _inverse_rms(tl.sum(values * values) / DIM, eps) * gains
+    from qwen3bench.kernels.matvec import (
+        activations,
+        inverse_rms,
+        let_next_kernel_start,
+        wait_for_kernel_before,
+        weight_tile,
+    )
 
     @triton.jit
     def _project_kernel(  # type: ignore[no-untyped-def]
         x, gain, query, key, value, out, q_rows, kv_rows, eps,
         DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, DEPENDENT: tl.constexpr,
     ):  # fmt: skip
-        _let_next_kernel_start(DEPENDENT)
+        let_next_kernel_start(DEPENDENT)
         first = tl.program_id(0) * ROWS
         in_query, in_key = first < q_rows, first < q_rows + kv_rows
         weight = tl.where(in_query, query, tl.where(in_key, key, value))
         skipped = tl.where(in_query, 0, tl.where(in_key, q_rows, q_rows + kv_rows))
-        tile = _weight_tile(weight, first - skipped + tl.arange(0, ROWS), DIM, BLOCK)
-        _wait_for_kernel_before(DEPENDENT)
-        normed = _normed(x, gain, eps, DIM, BLOCK)
+        tile = weight_tile(weight, first - skipped + tl.arange(0, ROWS), DIM, BLOCK)
+        wait_for_kernel_before(DEPENDENT)
+        normed = activations(x, gain, eps, DIM, BLOCK)
         product = tl.sum(tile.to(tl.float32) * normed[None, :], axis=1)
         tl.store(out + first + tl.arange(0, ROWS), product.to(out.dtype.element_ty))
-
-    @triton.jit
-    def _swiglu_kernel(  # type: ignore[no-untyped-def]
-        x, gain, gate_weight, up_weight, out, eps,
-        DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, DEPENDENT: tl.constexpr,
-    ):  # fmt: skip
-        _let_next_kernel_start(DEPENDENT)
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        gate_tile = _weight_tile(gate_weight, row, DIM, BLOCK)
-        up_tile = _weight_tile(up_weight, row, DIM, BLOCK)
-        _wait_for_kernel_before(DEPENDENT)
-        normed = _normed(x, gain, eps, DIM, BLOCK)
-        gate = tl.sum(gate_tile.to(tl.float32) * normed[None, :], axis=1)
-        up = tl.sum(up_tile.to(tl.float32) * normed[None, :], axis=1)
-        tl.store(out + row, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty))
-
-    @triton.jit
-    def _add_product_kernel(  # type: ignore[no-untyped-def]
-        x, weight, residual, out,
-        DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, DEPENDENT: tl.constexpr,
-    ):  # fmt: skip
-        _let_next_kernel_start(DEPENDENT)
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        tile = _weight_tile(weight, row, DIM, BLOCK)
-        _wait_for_kernel_before(DEPENDENT)
-        product = tl.sum(tile.to(tl.float32) * _activations(x, DIM, BLOCK)[None, :], axis=1)
-        total = tl.load(residual + row, cache_modifier=".cg").to(tl.float32) + product
-        tl.store(out + row, total.to(out.dtype.element_ty))
 
     @triton.jit
     def _half_heads(x, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -132,7 +74,7 @@ if _HAS_TRITON:
         gain1, gain2 = _half_heads(gain, HALF)
         cos1, cos2 = _half_heads(cos, HALF)
         sin1, sin2 = _half_heads(sin, HALF)
-        scale = _inverse_rms(tl.sum(first * first + second * second) / (2 * HALF), eps)
+        scale = inverse_rms(tl.sum(first * first + second * second) / (2 * HALF), eps)
         first, second = first * scale * gain1, second * scale * gain2
         return first * cos1 - second * sin1, second * cos2 + first * sin2
 
@@ -143,7 +85,7 @@ if _HAS_TRITON:
         POSITIONS: tl.constexpr, DEPENDENT: tl.constexpr,
     ):  # fmt: skip
         """Programs (splits, heads). parts (heads, SPLITS, DIM), tops and sums (heads, SPLITS): of each split."""
-        _let_next_kernel_start(DEPENDENT)
+        let_next_kernel_start(DEPENDENT)
         split, head, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
         kv_head = head // (HEADS // KV_HEADS)
         HALF: tl.constexpr = DIM // 2
@@ -156,7 +98,7 @@ if _HAS_TRITON:
         k2 = tl.load(keys + place + HALF, mask=stored, other=0.0)
         v1 = tl.load(values + place, mask=stored, other=0.0)
         v2 = tl.load(values + place + HALF, mask=stored, other=0.0)
-        _wait_for_kernel_before(DEPENDENT)
+        wait_for_kernel_before(DEPENDENT)
 
         new_k1, new_k2 = _norm_rope(qkv + (HEADS + kv_head) * DIM, k_gain, cos, sin, eps, HALF)
         new_v1, new_v2 = _half_heads(qkv + (HEADS + KV_HEADS + kv_head) * DIM, HALF)
@@ -223,11 +165,11 @@ def token_block(
     (1, g, capacity, d). `arrivals` (h): zeros, before and after.
     """
     norm1, query, key, value, q_norm, k_norm, output, norm2, gate, up, down = weights
-    dependent = dependent_launch and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    dependent = dependent_launch and matvec.dependent_launch_on(x.device)
     qkv = _project(x, norm1, query, key, value, q_norm.shape[0], eps, dependent)
     context = _attend(qkv, q_norm, k_norm, cos, sin, keys, values, arrivals, start, eps, dependent)
-    x = _add_product(context, output, x, dependent)
-    return _add_product(_swiglu(x, norm2, gate, up, eps, dependent), down, x, dependent)
+    x = matvec.product(context, output, dependent, residual=x)
+    return matvec.product(matvec.swiglu(x, gate, up, dependent, norm2, eps), down, dependent, residual=x)
 
 
 # To torch.compile the block is one operation: of kernels that it launches itself none is launched early.
@@ -282,9 +224,8 @@ class FusedTokenBlock(TransformerBlock):
         return block(x, weights, cos, sin, *cache, self.arrivals, start, self.norm1.eps, self.dependent_launch)
 
     def _takes(self, x: Tensor) -> bool:
-        one_token = x.numel() == x.shape[-1] and x.is_cuda and x.dtype is not torch.float64
         head_dim = self.config.head_dim
-        return _HAS_TRITON and one_token and head_dim & (head_dim - 1) == 0
+        return matvec.takes(x) and head_dim & (head_dim - 1) == 0
 
     def _get_name(self) -> str:
         return "TransformerBlock"
@@ -296,10 +237,10 @@ def _project(
     """Queries, keys and values of one token, (h + 2g)·d numbers."""
     q_rows, kv_rows = query.shape[0], key.shape[0]
     out = x.new_empty(q_rows + 2 * kv_rows)
-    block, rows = _tile(x.shape[-1], head_dim)
+    block, rows = matvec.tile(x.shape[-1], head_dim)
     _project_kernel[(out.numel() // rows,)](
         x, norm, query, key, value, out, q_rows, kv_rows, eps,
-        DIM=x.shape[-1], BLOCK=block, ROWS=rows, **_launch(block * rows, dependent),
+        DIM=x.shape[-1], BLOCK=block, ROWS=rows, **matvec.launch(block * rows, dependent),
     )  # fmt: skip
     return out
 
@@ -319,42 +260,9 @@ def _attend(
     _attention_kernel[(count, heads)](
         qkv, q_norm, k_norm, cos, sin, keys, values, parts, tops, sums, arrivals, out, keys.shape[2], start, eps,
         HEADS=heads, KV_HEADS=keys.shape[1], DIM=dim, SPLITS=splits, CHUNK=min(splits, _MOST_SPLITS),
-        POSITIONS=each, **_launch(each * dim, dependent),
+        POSITIONS=each, **matvec.launch(each * dim, dependent),
     )  # fmt: skip
     return out
-
-
-def _swiglu(x: Tensor, norm: Tensor, gate: Tensor, up: Tensor, eps: float, dependent: bool) -> Tensor:
-    """SiLU(gate) · up of one token, (hidden_dim)."""
-    out = x.new_empty(gate.shape[0])
-    block, rows = _tile(x.shape[-1], gate.shape[0], 2)
-    _swiglu_kernel[(out.numel() // rows,)](
-        x, norm, gate, up, out, eps,
-        DIM=x.shape[-1], BLOCK=block, ROWS=rows, **_launch(2 * block * rows, dependent),
-    )  # fmt: skip
-    return out
-
-
-def _add_product(x: Tensor, weight: Tensor, residual: Tensor, dependent: bool) -> Tensor:
-    """residual + weight x of one token, shaped like the residual."""
-    out = torch.empty_like(residual)
-    block, rows = _tile(weight.shape[1], weight.shape[0])
-    _add_product_kernel[(weight.shape[0] // rows,)](
-        x, weight, residual, out, DIM=weight.shape[1], BLOCK=block, ROWS=rows, **_launch(block * rows, dependent)
-    )
-    return out
-
-
-def _launch(numbers: int, dependent: bool) -> dict[str, Any]:
-    """How a program that loads that many numbers is launched."""
-    early = {"launch_pdl": True} if dependent else {}
-    return {"num_warps": max(2, min(8, numbers // _NUMBERS_A_WARP)), "DEPENDENT": dependent, **early}
-
-
-def _tile(dim: int, rows: int, weights: int = 1) -> tuple[int, int]:
-    """Columns, a power of two that covers `dim`, and rows, a divisor of `rows`, of a program's tile of each weight."""
-    block = triton.next_power_of_2(dim)
-    return block, min(rows & -rows, max(1, _NUMBERS // weights // block))
 
 
 def apply(parts: Parts, dependent_launch: bool = True) -> Parts:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,20 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3bench import ModelConfig, build_model
-from qwen3bench.bench.equivalence import whole_size
-from qwen3bench.choices import options_of
+from qwen3bench.kernels import swiglu
 from qwen3bench.model.layers import FeedForward
 from qwen3bench.opt import mlp
-from qwen3bench.opt.mlp import (
-    TILES,
-    FusedFeedForward,
-    Tile,
-    best_tile,
-    multiprocessors_for_tiles,
-    silu_mul,
-    swiglu_row,
-    swiglu_tiles,
-)
+from qwen3bench.opt.mlp import FusedFeedForward, token_feed_forward
 
 
 def is_one_stored_weight(ff: FusedFeedForward) -> bool:
@@ -45,6 +34,11 @@ def computes_swiglu(ff: FusedFeedForward) -> bool:
     x = torch.randn(2, 3, ff.fc1.in_features, dtype=ff.fc1.weight.dtype)
     expected = F.linear(F.silu(F.linear(x, ff.fc1.weight)) * F.linear(x, ff.fc2.weight), ff.fc3.weight)
     return torch.allclose(ff(x), expected, rtol=0, atol=2e-2 if x.dtype is torch.bfloat16 else 1e-5)
+
+
+def in_float64(ff: FusedFeedForward, x: Tensor) -> Tensor:
+    gate, up = (x.double() @ ff.stacked_weight.double().T).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, ff.fc3.weight.double())
 
 
 def blocks(model: nn.Module) -> list[FusedFeedForward]:
@@ -132,26 +126,6 @@ def test_one_gate_up_product(
         assert shapes == expected
 
 
-def plain(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.double().chunk(2, dim=-1)
-    return gate / (1 + torch.exp(-gate)) * up
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 14), (1, 256), (5, 1, 2)])
-def test_silu_mul(shape: tuple[int, ...]) -> None:
-    for dtype, rtol in ((torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 2**-7)):
-        gate_up = (4 * torch.randn(shape)).to(dtype)
-        out = silu_mul(gate_up)
-        assert out.shape == (*shape[:-1], shape[-1] // 2)
-        assert out.dtype is dtype
-        torch.testing.assert_close(out.double(), plain(gate_up), rtol=rtol, atol=0)
-
-
-def test_silu_is_of_the_gate_and_not_of_the_up_half() -> None:
-    assert silu_mul(torch.tensor([-30.0, 5.0])).abs() < 1e-10
-    assert silu_mul(torch.tensor([5.0, -30.0])) == pytest.approx(-149.0, abs=0.1)
-
-
 def test_feed_forward_is_the_baselines(tiny: ModelConfig) -> None:
     baseline, fused = FeedForward(tiny).double(), FusedFeedForward(tiny).double()
     fused.load_state_dict(baseline.state_dict())
@@ -160,31 +134,29 @@ def test_feed_forward_is_the_baselines(tiny: ModelConfig) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-8), (torch.float16, 2**-10)])
-@pytest.mark.parametrize("shape", [(1, 1, 6144), (2, 511, 51200), (3, 7, 2 * 77), (1, 2048, 6144)])
-def test_silu_mul_on_cuda_is_one_kernel_and_right(shape: tuple[int, ...], dtype: torch.dtype, rtol: float) -> None:
-    gate_up = 4 * torch.randn(shape, device="cuda", dtype=dtype)
-    expected = plain(gate_up)
-    torch.testing.assert_close(silu_mul(gate_up).double(), expected, rtol=rtol, atol=1e-7)
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        silu_mul(gate_up)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_single_token_takes_two_kernels(tiny: ModelConfig, compiled: bool) -> None:
+    ff = FusedFeedForward(replace(tiny, emb_dim=256, hidden_dim=512)).to("cuda", torch.bfloat16)
+    forward = torch.compile(ff.forward, fullgraph=True) if compiled else ff
+    with torch.inference_mode():
+        x = torch.randn(1, 3, 256, device="cuda", dtype=torch.bfloat16)[:, 1:2]  # a slice, as of a longer sequence
+        expected = in_float64(ff, x)
+        torch.testing.assert_close(forward(x).double(), expected, rtol=0, atol=0.02)
         torch.cuda.synchronize()
-    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert [kernel.name for kernel in kernels] == ["_silu_mul_kernel"]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            forward(x)
+            torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert kernels == ["_swiglu_kernel", "_product_kernel"]
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
-@pytest.mark.parametrize(("width", "dim"), [(3072, 1024), (77, 130), (5, 2049)])
-def test_a_single_tokens_product_and_swiglu_are_one_kernel(
-    width: int, dim: int, dtype: torch.dtype, tolerance: float
-) -> None:
-    weight = torch.randn(2 * width, dim, device="cuda", dtype=dtype) * dim**-0.5
-    x = torch.randn(1, 3, dim, device="cuda", dtype=dtype)[:, 1:2]  # a slice, as of a longer sequence
-    expected = plain(x.double() @ weight.double().T)
-    assert (swiglu_row(x, weight).double() - expected).abs().max() <= tolerance
-    assert swiglu_row(x, weight).shape == (1, 1, width)
+def test_the_compiler_is_told_what_comes_of_a_single_token() -> None:
+    gate_up, down = torch.randn(2 * 24, 16, device="cuda"), torch.randn(16, 24, device="cuda")
+    operation = mlp._compiled_token_feed_forward
+    given = (torch.randn(1, 1, 16, device="cuda"), gate_up, down)
+    torch.library.opcheck(operation, given, test_utils=("test_schema", "test_faketensor"))
+    torch.testing.assert_close(operation(*given), token_feed_forward(*given))
 
 
 needs_tiles = pytest.mark.skipif(
@@ -195,31 +167,16 @@ needs_tiles = pytest.mark.skipif(
 
 @needs_tiles
 @pytest.mark.cuda
-@pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
-@pytest.mark.parametrize(("rows", "width", "dim"), [(512, 3072, 1024), (2049, 3072, 1024), (1, 77, 200), (300, 136, 8)])
-def test_tiles_are_swiglu(rows: int, width: int, dim: int, dtype: torch.dtype, tolerance: float, tile: Tile) -> None:
-    weight = torch.randn(2 * width, dim, device="cuda", dtype=dtype) * dim**-0.5
-    x = torch.randn(2, rows, dim, device="cuda", dtype=dtype)[1:]
-    assert multiprocessors_for_tiles(weight) == torch.cuda.get_device_properties().multi_processor_count
-    out = swiglu_tiles(x, weight, tile)
-    assert out.shape == (1, rows, width)
-    assert out.dtype is dtype
-    torch.testing.assert_close(out.double(), plain(x.double() @ weight.double().T), rtol=tolerance, atol=1e-3)
-
-
-@needs_tiles
-@pytest.mark.cuda
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_prompts_product_and_swiglu_are_one_kernel(
     tiny: ModelConfig, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlp, "_FULL", 0)
+    monkeypatch.setattr(swiglu, "_FULL", 0)
     ff = FusedFeedForward(replace(tiny, emb_dim=256, hidden_dim=512)).to("cuda", torch.bfloat16)
     forward = torch.compile(ff.forward, fullgraph=True) if compiled else ff
     with torch.inference_mode():
         x = torch.randn(2, 300, 256, device="cuda", dtype=torch.bfloat16)
-        expected = F.linear(plain(x.double() @ ff.stacked_weight.double().T), ff.fc3.weight.double())
+        expected = in_float64(ff, x)
         torch.testing.assert_close(forward(x).double(), expected, rtol=0, atol=0.02)
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -228,34 +185,3 @@ def test_a_prompts_product_and_swiglu_are_one_kernel(
     names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     assert names[0] == "_swiglu_tile_kernel"
     assert not [name for name in names[1:] if "swiglu" in name or "silu" in name]
-
-
-@pytest.mark.parametrize(
-    ("tokens", "width", "expected"),
-    [
-        (8192, 3072, (128, 128)),
-        (2048, 3072, (128, 128)),
-        (1536, 3072, None),  # 288 tiles: two waves of 132, and a third with 24
-        (1024, 3072, None),  # the small ones would take two waves
-        (512, 3072, (64, 64)),
-        (256, 3072, (64, 32)),
-        (8, 12288, None),  # a tile would be empty for the most part
-        (512, 12288, (128, 128)),
-    ],
-)
-def test_tiles_where_the_last_wave_is_full(tokens: int, width: int, expected: tuple[int, int] | None) -> None:
-    tile = best_tile(tokens, width, multiprocessors=132)
-    assert (tile and tile[:2]) == expected
-
-
-@pytest.mark.parametrize("size", [(1, 256), (1, 512), (1, 2048), (1, 8192), (8, 1024), (8, 2048)])
-@pytest.mark.parametrize("model", ["qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b"])
-def test_the_gate_judges_the_tiles_that_are_timed(model: str, size: tuple[int, int]) -> None:
-    width = options_of("model", model)["hidden_dim"]
-    assert best_tile(math.prod(whole_size([size])), width, 132) == best_tile(math.prod(size), width, 132)
-
-
-def test_a_cpu_has_no_tiles() -> None:
-    weight = torch.zeros(16, 8, dtype=torch.bfloat16)
-    assert multiprocessors_for_tiles(weight) == 0
-    assert best_tile(8192, 3072, multiprocessors=0) is None
