@@ -85,14 +85,17 @@ class Workers:
             self._ahead.append(self._launched())
 
     def await_ahead(self) -> None:
-        """Wait until these are up and have imported what they need, so that they take nothing from what is timed."""
-        for ask in (self._send_opening, lambda worker: worker.receive("open", QUIET_S)):
-            for worker in list(self._ahead):
-                try:
-                    ask(worker)
-                except (CellFailure, UserError):  # the next start tells why
-                    worker.end()
-                    self._ahead.remove(worker)
+        """Wait until these are up and have imported what they need, so that they take nothing from what is timed.
+
+        They also touch the device, after the workers that are ready to time: see `Worker.op_touch`.
+        """
+        queues: dict[WorkerProcess, Sequence[Request]] = {
+            worker: [self._opening, ("touch", {})] for worker in self._ahead
+        }
+        for worker, _, answer in answers(queues, QUIET_S):
+            if answer is None:  # the next start tells why
+                worker.end()
+                self._ahead.remove(worker)
 
     # Several side by side
 
@@ -156,10 +159,6 @@ class Workers:
     @property
     def _opening(self) -> Request:
         return ("open", {"config": self._settings.to_dict()})
-
-    def _send_opening(self, worker: WorkerProcess) -> None:
-        op, arguments = self._opening
-        worker.send(op, **arguments)
 
     def _at_work(self) -> WorkerProcess:
         if self._worker is None:

@@ -72,6 +72,31 @@ def test_no_process_but_the_one_at_work_has_touched_the_card_when_memory_is_meas
     assert living == [(1, 1 + 4)] * 2 * 16
 
 
+@pytest.mark.parametrize("at_once", ["alone", "side by side"])
+def test_the_card_has_turned_to_another_process_before_one_is_timed(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch, at_once: str
+) -> None:
+    """Since it was ready. Else some processes would start kernels later than others."""
+    asked: list[tuple[int, str]] = []
+    send = WorkerProcess.send
+
+    def noted(self: WorkerProcess, op: str, **arguments: Any) -> None:
+        asked.append((self.pid, op))
+        send(self, op, **arguments)
+
+    monkeypatch.setattr(WorkerProcess, "send", noted)
+    if at_once == "alone":
+        monkeypatch.setattr(campaign, "_cores", lambda: 1)
+    done = measure(*TIMED)
+    timed = {line["pid"] for line in done.record.of("process") if line["purpose"] == "time"}
+    assert len(timed) >= 4
+    for pid in timed:
+        mine = [(i, op) for i, (each, op) in enumerate(asked) if each == pid]
+        ready = max(i for i, op in mine if op == "prepare")
+        first_visit = min(i for i, op in mine if op == "visit")
+        assert any(op == "touch" and each != pid for each, op in asked[ready:first_visit])
+
+
 def test_cells_with_the_same_kernels_go_to_the_same_process(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
     shared: list[list[str]] = []
     monkeypatch.setattr(Workers, "side_by_side", lambda self, op, shares: shared.extend(shares) or iter(()))

@@ -88,6 +88,18 @@ def test_it_finds_the_device(ask: Ask) -> None:
         ask("probe", device="cuda:99")
 
 
+def test_on_a_cpu_there_is_nothing_to_touch(opened: Ask) -> None:
+    assert opened("touch") == {}
+
+
+@pytest.mark.cuda
+def test_it_touches_a_card_with_a_kernel(ask: Ask, settings: Settings) -> None:
+    ask("open", config=replace(settings, device="cuda").to_dict())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        ask("touch")
+    assert [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+
+
 def test_it_tells_what_must_not_change(opened: Ask) -> None:
     identity = opened("identify")
     assert set(identity["fingerprint"]) == {"config", "weights", "code", "torch", "device"}
