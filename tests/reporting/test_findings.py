@@ -621,11 +621,11 @@ def test_a_peer_is_measured_against_the_baseline_and_never_recommended(small_run
     assert not [text for text in texts(run, "recommended") if "transformers" in text]
 
 
-def with_peer(lines: Lines, slower: float) -> Lines:
-    """The lines with those of a peer that takes so many times what all on takes."""
+def with_peer(lines: Lines, slower: float, ours: str = "flash+tie") -> Lines:
+    """The lines with those of a peer that takes so many times what a cell of ours takes."""
     lines[0]["cells"].append("transformers:sdpa")
     for line in list(lines):
-        if line.get("cell") == "flash+tie":
+        if line.get("cell") == ours:
             theirs = line | {"cell": "transformers:sdpa"}
             if line["type"] == "sample":
                 theirs |= {"latency_s": line["latency_s"] * slower * 1.0001 ** line["block"], "position": 9}
@@ -656,6 +656,47 @@ def test_all_on_is_measured_against_a_peer(
     lines = with_peer(record_lines(factors=TWO), slower)
     (text,) = texts(run_of(lines), "peer")
     assert re.search(rf"; flash\+tie against it {said}\d*× \[.*\](| faster) \(prefill", text), text
+
+
+def against(text: str) -> dict[str, float]:
+    """The cells that a sentence sets against a peer, with their ratios."""
+    found = re.findall(r"; (\S+?(?:, the fastest,)?) against it (?:[^;]*?, )?([\d.]+)×", text)
+    return {cell: float(gain) for cell, gain in found}
+
+
+def test_where_more_than_the_five_is_on_they_are_set_against_a_peer_too(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    lines = record_lines(factors=("flash", "tie", "mlp", "mask", "norm", "gemv"))
+    kept = (None, "baseline", "flash+tie+mlp+mask+norm", "flash+tie+mlp+mask+norm+gemv")
+    lines = [line for line in lines if line.get("cell") in kept]
+    lines[0]["cells"] = list(kept[1:])
+    for line in lines:
+        if line["type"] == "sample" and "gemv" in line["cell"]:
+            line["latency_s"] /= 1.3
+    (text,) = texts(run_of(with_peer(lines, 1.2, kept[2])), "peer")
+    assert against(text) == pytest.approx({kept[2]: 1.2, kept[3]: 1.56}, abs=0.01)
+
+
+@pytest.mark.parametrize(("faster", "told"), [(1.1, True), (1.005, False)])
+def test_the_fastest_cell_is_set_against_a_peer_where_it_is_not_all_on(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run], faster: float, told: bool
+) -> None:
+    lines = record_lines(factors=TWO)
+    for line in lines:
+        if line["type"] == "sample" and line["cell"] == "flash":
+            line["latency_s"] /= faster
+    (text,) = texts(run_of(with_peer(lines, 1.2)), "peer")
+    expected = {"flash+tie": 1.2} | ({"flash, the fastest,": 1.2 * faster} if told else {})
+    assert against(text) == pytest.approx(expected, abs=0.01)
+
+
+def test_a_failed_all_on_leaves_the_fastest_against_a_peer(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    run = with_cell(run_of(with_peer(record_lines(factors=TWO), 1.2)), "flash+tie", status="not_equivalent")
+    (text,) = texts(run, "peer")
+    assert list(against(text)) == ["flash, the fastest,"]
 
 
 @pytest.mark.parametrize(
