@@ -39,6 +39,13 @@ def choices(group: str) -> tuple[str, ...]:
     return tuple(sorted(orders, key=lambda name: (orders[name], _natural(name))))
 
 
+@cache
+def five() -> tuple[str, ...]:
+    """The optimizations that `make ablate` measures, as five.yaml names them."""
+    (override,) = OmegaConf.load(config_dir() / "five.yaml").defaults
+    return tuple(override["override /opt"])
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """`; did you mean …?` with the likeliest of `names`, or nothing where none is like it."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)

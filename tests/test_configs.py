@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from qwen3bench.bench.design import label
-from qwen3bench.choices import choices, config_dir
+from qwen3bench.choices import choices, config_dir, five
 from qwen3bench.cli import compose
 from qwen3bench.errors import UserError
 from qwen3bench.settings import Settings, settings_from
@@ -46,6 +46,10 @@ def test_every_yaml_is_in_a_tested_group_and_fits_on_a_screen() -> None:
         relative = path.relative_to(config_dir())
         assert relative.parts[0] in (*GROUPS, "hydra", "config.yaml", "_hydra.yaml", "five.yaml"), relative
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 60, relative
+
+
+def test_the_five_are_those_that_a_whole_design_brings() -> None:
+    assert five() == tuple(compose(["design=full"]).factors)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
+from scipy import special
 
 from qwen3bench.analysis.frames import BASELINE, COPY, analysis_setting, block_matrix
+from qwen3bench.analysis.variance import Array
 from qwen3bench.bench.record import Record
 
 # Two copies of one model may differ by this much before the run counts as noisy: device time, host time.
@@ -24,7 +27,8 @@ class Controls:
     - `tie_latency`: workload, runtime, estimate, lo, hi, ok (the interval holds 1); tying cannot change
       latency
     - `tie_memory`: cell (without tie), saved_bytes, head_bytes, ok (equal); tying saves the head exactly
-    - `drift`: workload, runtime, per_hour and total (relative change of latency), blocks
+    - `drift`: workload, runtime, per_hour (slope of log latency within processes), total, lo, hi (relative
+      change of latency from a process's first block to its last), blocks
     - `drift_series`: workload, runtime, block, process, time, relative_latency (block mean / run mean)
     - `host`: workload, cell, eager_s, graph_s, busy_share (graph / eager: the share of time that the GPU
       works)
@@ -46,7 +50,7 @@ class Controls:
 def controls(record: Record, samples: pd.DataFrame, cells: pd.DataFrame, effects: pd.DataFrame) -> Controls:
     """The controls of a run from its record and its tables of samples, cells and effects."""
     confidence = analysis_setting(record, "confidence")
-    drift, series = _drift(samples)
+    drift, series = _drift(samples, confidence)
     return Controls(
         aa=_aa(samples, cells, confidence),
         tie_latency=_tie_latency(effects),
@@ -109,7 +113,7 @@ def _tie_memory(record: Record) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def _drift(samples: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _drift(samples: pd.DataFrame, confidence: float) -> tuple[pd.DataFrame, pd.DataFrame]:
     slopes: list[dict[str, Any]] = []
     series = []
     for (workload, runtime), here in samples.groupby(["workload", "runtime"], sort=False):
@@ -119,17 +123,8 @@ def _drift(samples: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
         blocks = here.groupby("block")["time"].median().loc[matrix.log_s.index]
         level = matrix.log_s.mean(axis=1)
         level = level - level.mean()
-        hours = (blocks - blocks.min()) / 3600
-        slope = np.polyfit(hours, level, 1)[0] if hours.notna().all() and hours.nunique() > 1 else np.nan
-        slopes.append(
-            {
-                "workload": workload,
-                "runtime": runtime,
-                "per_hour": slope,
-                "total": np.expm1(slope * hours.max()),
-                "blocks": len(blocks),
-            }
-        )
+        trend = _trend((blocks / 3600).to_numpy(float), level.to_numpy(), matrix.process, confidence)
+        slopes.append({"workload": workload, "runtime": runtime, **trend, "blocks": len(blocks)})
         series.append(
             pd.DataFrame(
                 {
@@ -144,9 +139,28 @@ def _drift(samples: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
         )
     empty = pd.DataFrame(columns=["workload", "runtime", "block", "process", "time", "relative_latency"])
     return (
-        pd.DataFrame(slopes, columns=["workload", "runtime", "per_hour", "total", "blocks"]),
+        pd.DataFrame(slopes, columns=["workload", "runtime", "per_hour", "total", "lo", "hi", "blocks"]),
         pd.concat(series, ignore_index=True) if series else empty,
     )
+
+
+def _trend(hours: Array, level: Array, process: NDArray[Any], confidence: float) -> dict[str, float]:
+    """The slope that all processes share, and what it makes of a process's time: `per_hour`, `total`, `lo`, `hi`.
+
+    Each process has a level of its own (analysis of covariance; Montgomery, section 15.3): one that is slow and late in
+    the run is no trend. Over the whole run the slope would be an extrapolation, as processes start anew. NaN where no
+    block is left to tell the slope's error from.
+    """
+    _, group, size = np.unique(process, return_inverse=True, return_counts=True)
+    x, y = (values - (np.bincount(group, values) / size)[group] for values in (hours, level))
+    df, spread = len(x) - len(size) - 1, float(x @ x)
+    if df < 1 or not spread > 0:
+        return dict.fromkeys(("per_hour", "total", "lo", "hi"), np.nan)
+    slope = float(x @ y) / spread
+    half = special.stdtrit(df, (1 + confidence) / 2) * np.sqrt(((y - slope * x) ** 2).sum() / df / spread)
+    spans = np.array([np.ptp(hours[group == each]) for each in np.flatnonzero(size > 1)])
+    total, lo, hi = np.expm1(np.array([slope, slope - half, slope + half]) * spans.mean())
+    return {"per_hour": slope, "total": total, "lo": lo, "hi": hi}
 
 
 def _host(cells: pd.DataFrame, record: Record) -> pd.DataFrame:

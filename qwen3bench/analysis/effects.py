@@ -98,6 +98,20 @@ def effects(
     return frame[COLUMNS]
 
 
+def process_shares(samples: pd.DataFrame, factors: Sequence[str]) -> dict[str, float]:
+    """For each main effect and interaction on latency the share of its error's variance that processes make.
+
+    Of `effects` with the column `process` within `block`; see `variance.Estimates`.
+    """
+    factors = tuple(factors)
+    rows = _checked(samples, factors, "latency_s", "block", log=True)
+    table = _by_cell(rows, factors, "latency_s", "block", "process", log=True)
+    plan = contrasts(factors, table.cells)
+    known = np.flatnonzero(~np.isnan(plan.matrix).any(axis=1))
+    shares = table.estimates(plan.matrix[known], None).process_share
+    return {term_name(plan.terms[i], factors): float(share) for i, share in zip(known, shares, strict=True)}
+
+
 @dataclass(frozen=True)
 class _Table:
     """Values by cell: `y` (blocks, cells) with each block's `process`, or without blocks each cell's replicates."""
@@ -124,7 +138,8 @@ class _Table:
         if decimals is None:
             return found
         estimate = np.round(found.estimate, decimals) + 0.0  # no −0; weights such as 1/5 leave crumbs
-        return Estimates(estimate, np.zeros_like(found.estimate), np.zeros_like(found.df))
+        nothing = np.zeros_like(found.estimate)
+        return Estimates(estimate, nothing, nothing, nothing)
 
 
 def _checked(samples: pd.DataFrame, factors: tuple[str, ...], value: str, block: str | None, log: bool) -> pd.DataFrame:

@@ -96,7 +96,7 @@ class BlockMatrix:
                 values |= dict(zip(rest, getattr(together, name), strict=True))
             return np.array([values[cell] for cell in under], dtype=float)
 
-        return Estimates(gather("estimate"), gather("se"), gather("df"))
+        return Estimates(gather("estimate"), gather("se"), gather("df"), gather("process_share"))
 
     def _contrasts(self, columns: list[str], over: str, under: list[str]) -> Estimates:
         matrix = np.zeros((len(under), len(columns)))

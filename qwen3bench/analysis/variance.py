@@ -19,12 +19,15 @@ _PRIOR_DF = 2
 class Estimates:
     """Contrasts, their standard errors and degrees of freedom, each (…, contrasts).
 
-    Without an error estimate `se` is NaN and `df` 0; where nothing varies `se` is 0.
+    Without an error estimate `se` is NaN and `df` 0; where nothing varies `se` is 0. `process_share` is the part of se²
+    that differences between processes make, and that more blocks in the same ones leave as it is; 0 where no processes
+    are compared, NaN where that is not told apart.
     """
 
     estimate: Array
     se: Array
     df: Array
+    process_share: Array
 
     def half_width(self, confidence: float) -> Array:
         """Half of each Student-t interval."""
@@ -62,24 +65,27 @@ def clustered(y: Array, process: NDArray[Any], contrasts: Array) -> Estimates:
     blocks, cells = y.shape[-2:]
     y = y - y.mean(axis=-1, keepdims=True)
     estimate = y.mean(axis=-2) @ contrasts.T
+    nothing = np.zeros_like(estimate)
     _, group, size = np.unique(process, return_inverse=True, return_counts=True)
-    if len(size) < 2:
+    single = len(size) < 2
+    if single:
         group, size = np.arange(blocks), np.ones(blocks, dtype=int)
     clusters = len(size)
     if clusters < 2 or cells < 2:
-        return Estimates(estimate, np.full_like(estimate, np.nan), np.zeros_like(estimate))
+        return Estimates(estimate, np.full_like(estimate, np.nan), nothing, nothing)
     means = ((group == np.arange(clusters)[:, None]) / size[:, None]) @ y
     between = _MeanSquares((means - y.mean(axis=-2, keepdims=True)) * np.sqrt(size)[:, None], clusters - 1, contrasts)
     within = _MeanSquares(y - means[..., group, :], blocks - clusters, contrasts) if blocks > clusters else None
+    weight = np.abs(contrasts)
+    equal = np.isclose(weight, weight.max(axis=1, keepdims=True)).all(axis=1)
     if cells == 2:  # its own is all there is
         usual, usual_df = _own(between, within)
     else:
-        weight = np.abs(contrasts)
-        equal = np.isclose(weight, weight.max(axis=1, keepdims=True)).all(axis=1)
         (shared, shared_df), (alone, alone_df) = _shared(between, cells), _alone(between, within)
         usual, usual_df = np.where(equal, shared, alone), np.where(equal, shared_df, alone_df)
     norm = (contrasts**2).sum(axis=1)
-    return Estimates(estimate, np.sqrt(usual * norm * _inflation(size)) / blocks, usual_df)
+    share = nothing if single else _process_share(usual, within, equal)
+    return Estimates(estimate, np.sqrt(usual * norm * _inflation(size)) / blocks, usual_df, share)
 
 
 def replicated(y: list[Array], contrasts: Array) -> Estimates:
@@ -90,10 +96,12 @@ def replicated(y: list[Array], contrasts: Array) -> Estimates:
     count = np.array([len(values) for values in y])
     estimate = contrasts @ np.array([values.mean() for values in y])
     df = int(count.sum()) - len(y)
+    nothing = np.zeros_like(estimate)
     if not df:
-        return Estimates(estimate, np.full_like(estimate, np.nan), np.zeros_like(estimate))
+        return Estimates(estimate, np.full_like(estimate, np.nan), nothing, nothing)
     within = sum(float(((values - values.mean()) ** 2).sum()) for values in y) / df
-    return Estimates(estimate, np.sqrt(within * (contrasts**2 / count).sum(axis=1)), np.full_like(estimate, df))
+    se = np.sqrt(within * (contrasts**2 / count).sum(axis=1))
+    return Estimates(estimate, se, np.full_like(estimate, df), nothing)
 
 
 def clustered_mean(y: Array, process: NDArray[Any]) -> Estimates:
@@ -106,10 +114,10 @@ def clustered_mean(y: Array, process: NDArray[Any]) -> Estimates:
         group, size = np.arange(len(y)), np.ones(len(y), dtype=int)
     mean, blocks, df = y.mean(), len(y), len(size) - 1
     if not df:
-        return Estimates(mean, np.array(np.nan), np.array(0))
+        return Estimates(mean, np.array(np.nan), np.array(0), np.array(np.nan))
     deviation = np.bincount(group, y - mean) / size
     ms = (size * deviation**2).sum() / df
-    return Estimates(mean, np.sqrt(ms * _inflation(size)) / blocks, np.array(df))
+    return Estimates(mean, np.sqrt(ms * _inflation(size)) / blocks, np.array(df), np.array(np.nan))
 
 
 def _shared(between: _MeanSquares, cells: int) -> tuple[Array, Array]:
@@ -158,6 +166,18 @@ def _alone(between: _MeanSquares, within: _MeanSquares | None) -> tuple[Array, A
     df = between.df + prior_df
     moderated = (between.own * between.df + ratio * within.own * prior_df) / df
     return moderated, np.broadcast_to(df, moderated.shape)
+
+
+def _process_share(usual: Array, within: _MeanSquares | None, equal: NDArray[np.bool_]) -> Array:
+    """What of each contrast's mean square is more than that within processes, pooled over the cells where `equal`.
+
+    All of it where no process has two blocks: then nothing tells the two apart.
+    """
+    if within is None:
+        return np.ones_like(usual)
+    of_blocks = np.where(equal, within.pooled()[0][..., None], within.own)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(usual > 0, np.clip(1 - of_blocks / usual, 0, 1), 0.0)
 
 
 class _MeanSquares:

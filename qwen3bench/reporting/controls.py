@@ -11,7 +11,7 @@ import pandas as pd
 
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.lookup import BASELINE, all_on, band, rows
-from qwen3bench.reporting.units import count, is_number, listing, percent, ratio, size
+from qwen3bench.reporting.units import count, interval_decimals, is_number, listing, percent, ratio, size
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -91,11 +91,8 @@ def _tie_latency(run: Run, condition: Condition) -> Iterator[Control]:
 
 
 def _drift(run: Run, condition: Condition) -> Iterator[Control]:
-    for row in rows(condition.select(run.controls.drift)):
-        if is_number(row.total):
-            moved = f"{100 * row.total:+.2g} %".replace("-", "−")
-            text = f"Drift: latency moved by {moved} over {count(int(row.blocks), 'block')} ({condition})"
-            yield Control(f"{text}; effects are taken within blocks.", False, judged=False)
+    for text in drifts(run, condition):
+        yield Control(f"Drift: {text} ({condition}); effects are taken within blocks.", False, judged=False)
     if (apart := processes_apart(run, condition)) > band(run):
         text = f"Processes: the slowest is {percent(apart)} slower than the fastest ({condition})"
         yield Control(
@@ -178,6 +175,16 @@ def _host(run: Run) -> Iterator[Control]:
         if min(shares[name] for name in named) < _BUSY_ENOUGH:
             text += " The rest is the host launching kernels: eager effects are not kernel time."
         yield Control(text, False, judged=False)
+
+
+def drifts(run: Run, condition: Condition) -> Iterator[str]:
+    """By how much latency moves while a process is timed, with its interval."""
+    for row in rows(condition.select(run.controls.drift)):
+        if is_number(row.total):
+            decimals = interval_decimals(100 * row.lo, 100 * row.hi)
+            said = (f"{100 * value:+.{decimals}f}" for value in (row.total, row.lo, row.hi))
+            total, lo, hi = (text.replace("-", "−") for text in said)
+            yield f"from a process's first block to its last, latency moved by {total} % [{lo}, {hi}]"
 
 
 def processes_apart(run: Run, condition: Condition) -> float:

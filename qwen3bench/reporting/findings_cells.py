@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import pandas as pd
 from scipy import special
 
 from qwen3bench.analysis.frames import analysis_setting, block_matrix
+from qwen3bench.choices import five
 from qwen3bench.reporting import controls
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.finding import Finding, verdict_of, worth
@@ -128,28 +130,47 @@ def _as_fast(cells: pd.DataFrame, samples: pd.DataFrame, confidence: float, widt
 
 
 def peers(run: Run) -> Iterator[Finding]:
-    """How other implementations of the model stand against the baseline, and all switches together against them."""
+    """How other implementations of the model stand against the baseline, and cells with switches on against them."""
     for condition in conditions(run):
         cells = usable(condition.select(run.cells))
         for row in rows(cells[of_peers(cells)]):
             verdict = controls.heard(run, condition, verdict_of(row.speedup_lo, row.speedup_hi, band(run)), row.speedup)
             said = worth(verdict, row.speedup, row.speedup_lo, row.speedup_hi, band(run))
             against = f"; against the baseline {said}" if verdict != "missing" else ""
-            ours = _all_on_against(run, condition, row.cell)
+            ours = _ours_against(run, condition, row.cell)
             yield Finding(f"{row.cell} takes {seconds(row.latency_s)}{against}{ours} ({condition}).", "peer")
 
 
-def _all_on_against(run: Run, condition: Condition, peer: str) -> str:
-    """What all switches together give over a peer, by ratios within blocks."""
-    cells = usable(condition.select(run.cells))["cell"].tolist()
-    blocks = block_matrix(condition.select(run.samples), cells)
-    if not {all_on(run), peer} <= set(blocks.log_s) or all_on(run) == BASELINE:
+def _ours_against(run: Run, condition: Condition, peer: str) -> str:
+    """What cells of ours give over a peer, by ratios within blocks."""
+    cells = usable(condition.select(run.cells))
+    blocks = block_matrix(condition.select(run.samples), cells["cell"].tolist())
+    ours = _telling(run, cells[~of_peers(cells)])
+    names = [name for name in ours if name in blocks.log_s and peer in blocks.log_s]
+    if not names:
         return ""
-    found = blocks.log_ratios(peer, [all_on(run)])
-    (estimate,), (half,) = found.estimate, found.half_width(analysis_setting(run.record, "confidence"))
-    gain, lo, hi = (float(np.exp(value)) for value in (estimate, estimate - half, estimate + half))
-    verdict = controls.heard(run, condition, verdict_of(lo, hi, band(run)), gain)
-    return f"; {all_on(run)} against it {worth(verdict, gain, lo, hi, band(run))}"
+    found = blocks.log_ratios(peer, names)
+    half = found.half_width(analysis_setting(run.record, "confidence"))
+    said = ""
+    for name, *logs in zip(names, found.estimate, found.estimate - half, found.estimate + half, strict=True):
+        gain, lo, hi = (float(np.exp(value)) for value in logs)
+        verdict = controls.heard(run, condition, verdict_of(lo, hi, band(run)), gain)
+        said += f"; {ours[name]} against it {worth(verdict, gain, lo, hi, band(run))}"
+    return said
+
+
+def _telling(run: Run, cells: pd.DataFrame) -> dict[str, str]:
+    """Of our cells, in words: all on, the five of `make ablate` where these are fewer, and the fastest.
+
+    The latter where it is another, by more than the band: among many cells alike one has to come out first.
+    """
+    names = [all_on(run), "+".join(five())]
+    latency = cells.set_index("cell")[LATENCY]
+    told = {name: name for name in names if name in latency and name != BASELINE}
+    fastest = str(latency.idxmin()) if len(latency) else BASELINE
+    if fastest != BASELINE and latency[fastest] * (1 + band(run)) < latency.get(all_on(run), math.inf):
+        told[fastest] = f"{fastest}, the fastest,"
+    return told
 
 
 def failures(run: Run) -> Iterator[Finding]:

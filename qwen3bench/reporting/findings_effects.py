@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ from scipy import special
 
 from qwen3bench.analysis.design import others_of
 from qwen3bench.analysis.effects import effects as effects_of
-from qwen3bench.analysis.frames import analysis_setting
+from qwen3bench.analysis.effects import process_shares
+from qwen3bench.analysis.frames import analysis_setting, block_matrix
 from qwen3bench.bench.design import is_peer
 from qwen3bench.reporting import controls
 from qwen3bench.reporting.conditions import Condition, conditions
@@ -174,8 +176,7 @@ def _halves(run: Run, condition: Condition, a: str, b: str) -> _Halves | None:
     if len(factors(run)) > _MOST_FACTORS or not {a, b} <= set(main):
         return None
     small, large = sorted((a, b), key=lambda name: abs(math.log(main[name])))
-    samples = condition.select(run.samples)
-    samples = samples[samples["cell"].isin(usable(condition.select(run.cells))["cell"])]
+    samples = _samples(run, condition)
     others = [name for name in factors(run) if name != large]
     found = []
     for level in (1, 0):
@@ -257,9 +258,9 @@ def memory(run: Run) -> Iterator[Finding]:
 
 def undecided(run: Run, condition: Condition) -> Iterator[Finding]:
     """What has no verdict, and what would give one: switches, or all together where none can be told, and pairs."""
-    main = rows(terms(run, condition, LATENCY, "main")) or _together_alone(run, condition)
+    main = _with_shares(run, condition, terms(run, condition, LATENCY, "main")) or _together_alone(run, condition)
     joint_effects = terms(run, condition, LATENCY, "interaction")
-    pairs = rows(joint_effects[joint_effects["term"].str.count(":") == 1])
+    pairs = _with_shares(run, condition, joint_effects[joint_effects["term"].str.count(":") == 1])
     yield from _undecided(run, condition, main)
     yield from _undecided(run, condition, pairs, "Interactions: ")
 
@@ -271,9 +272,8 @@ def _undecided(run: Run, condition: Condition, effects: list[Any], what: str = "
     blind = [row for row in unknown if not is_number(row.lo)]
     beside = [row for row in unknown if row not in around and row not in blind]
     if around:
-        needed = max(_blocks_needed(run, condition, row) for row in around)
-        advice = f"If the estimates stay, about {needed:,} blocks instead of {blocks} would decide."
-        yield Finding(f"{what}{_listed(around)} ({condition}). {advice}", "undecided")
+        advice = _would_decide(run, condition, around)
+        yield Finding(f"{what}{_listed(around)} ({condition}). If the estimates stay, {advice}.", "undecided")
     if blind:
         text = f"{what}{_listed(blind)} ({condition}): {count(blocks, 'block')} gives no interval; more would."
         yield Finding(text, "undecided")
@@ -295,22 +295,60 @@ def _together_alone(run: Run, condition: Condition) -> list[Any]:
         return []
     verdict = verdict_of(row.speedup_lo, row.speedup_hi, band(run)).replace("missing", "undecided")
     found = {"estimate": row.speedup, "lo": row.speedup_lo, "hi": row.speedup_hi, "verdict": verdict}
+    error = block_matrix(condition.select(run.samples), list(good)).log_ratios(BASELINE, [row.cell])
+    found |= {"df": float(error.df[0]), "process_share": float(error.process_share[0])}
     return [SimpleNamespace(term=row.cell, **found)]
 
 
-def _blocks_needed(run: Run, condition: Condition, row: Any) -> int:
-    """Blocks after which an interval that shrinks with their root lies inside the band, or leaves 1 by Holm's p too.
+def _with_shares(run: Run, condition: Condition, effects: pd.DataFrame) -> list[Any]:
+    """The effects as rows, each with `process_share` where one of them is undecided."""
+    if not (effects["verdict"] == "undecided").any():
+        return rows(effects)
+    shares = process_shares(_samples(run, condition), factors(run))
+    return rows(effects.assign(process_share=effects["term"].map(shares)))
 
-    The latter takes Holm's hardest case, 5 % over the number of terms.
+
+def _would_decide(run: Run, condition: Condition, effects: list[Any]) -> str:
+    """How many blocks give each of these effects a verdict, or processes where these limit any of the intervals.
+
+    Processes limit where what they make of the variance is more than half of what a verdict allows.
+    """
+    samples = condition.select(run.samples)
+    blocks, processes = samples["block"].nunique(), samples["process"].nunique()
+    allowed = [(_allowed(run, condition, row, row.df), row.process_share) for row in effects]
+    if any(share > part / 2 for part, share in allowed):
+        needed = max(_processes_needed(run, condition, row, processes) for row in effects)
+        said = f"about {needed:,} processes instead of {processes} would decide"
+        return f"{said}; more blocks in the same ones do not lessen what differs between processes"
+    needed = max(math.ceil(blocks * (1 - share) / (part - share)) + 1 for part, share in allowed)
+    return f"about {needed:,} blocks instead of {blocks} would decide"
+
+
+def _allowed(run: Run, condition: Condition, row: Any, df: float) -> float:
+    """The error's variance with which an effect has a verdict at these degrees of freedom, over the present one.
+
+    Its interval then lies inside the band, or leaves 1 by Holm's p too, in the hardest case: 5 % over the number of
+    terms.
     """
     tested = condition.select(run.effects)
     tested = tested[(tested["metric"] == LATENCY) & (tested["kind"] != "shapley") & tested["p"].notna()]
-    usual = float(special.ndtri((1 + analysis_setting(run.record, "confidence")) / 2))
-    distance, half_width = abs(math.log(row.estimate)) or 1e-9, math.log(row.hi / row.lo) / 2
-    ways = [float(special.ndtri(1 - 0.025 / max(1, len(tested)))) / usual * half_width / distance]
-    if distance < band(run):
-        ways.append(half_width / (band(run) - distance))
-    return math.ceil(condition.select(run.samples)["block"].nunique() * min(ways) ** 2) + 1
+    level = (1 + analysis_setting(run.record, "confidence")) / 2
+    usual, strict = special.stdtrit(df, [level, max(level, 1 - 0.025 / max(1, len(tested)))])
+    distance, se = abs(math.log(row.estimate)), math.log(row.hi / row.lo) / 2 / special.stdtrit(row.df, level)
+    return float((max(distance / strict, (band(run) - distance) / usual) / se) ** 2)
+
+
+def _processes_needed(run: Run, condition: Condition, row: Any, processes: int) -> int:
+    """Processes of as many blocks each with which an effect has a verdict; each gives a degree of freedom more."""
+    least = processes / _allowed(run, condition, row, math.inf)
+    more = itertools.count(max(processes + 1, math.floor(least)))
+    return next(n for n in more if processes / n <= _allowed(run, condition, row, row.df + n - processes))
+
+
+def _samples(run: Run, condition: Condition) -> pd.DataFrame:
+    """Of the cells that count."""
+    samples = condition.select(run.samples)
+    return samples[samples["cell"].isin(usable(condition.select(run.cells))["cell"])]
 
 
 def _worth(run: Run, condition: Condition, row: Any) -> str:

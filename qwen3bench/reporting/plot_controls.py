@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from qwen3bench.reporting.conditions import Condition
-from qwen3bench.reporting.controls import aa_series, processes_apart
+from qwen3bench.reporting.controls import aa_series, drifts, processes_apart
 from qwen3bench.reporting.figures import BLUE, MUTED, ORANGE, PAPER, RULE, SERIES, Plot, new_figure
 from qwen3bench.reporting.lookup import band, device, level, rows
 from qwen3bench.reporting.units import count, is_number, percent, ratio
@@ -79,8 +79,4 @@ def _aa_title(run: Run, condition: Condition) -> list[str]:
 def _drift_title(run: Run, condition: Condition) -> list[str]:
     if (apart := processes_apart(run, condition)) > band(run):
         return [f"processes are up to {percent(apart)} apart"]
-    return [
-        f"latency moved by {100 * row.total:+.2g} % over the run".replace("-", "−")
-        for row in rows(condition.select(run.controls.drift))
-        if is_number(row.total)
-    ]
+    return list(drifts(run, condition))

@@ -257,6 +257,20 @@ def test_intervals_cover_when_their_width_ends_the_campaign(target: float) -> No
     assert false.mean() <= 0.06
 
 
+@pytest.mark.parametrize("contrasts", [PLAN, speedup_contrasts(32)], ids=["effects", "speed-ups"])
+def test_the_share_of_processes_is_what_more_blocks_leave(contrasts: np.ndarray) -> None:
+    """Process means with 1 % and three blocks with 1 % each: three of four parts of the variance of their mean."""
+    y = simulate(RNG(12), 6, process_noise=0.01)
+    process = process_of(y.shape[1])
+    assert float(np.median(clustered(y, process, contrasts).process_share)) == pytest.approx(0.75, abs=0.05)
+    quiet = simulate(RNG(12), 6)
+    assert float(np.median(clustered(quiet, process, contrasts).process_share)) < 0.1
+    assert not np.any(clustered(y, np.zeros_like(process), contrasts).process_share)  # one process tells nothing of it
+    assert np.all(
+        clustered(y, np.arange(len(process)), contrasts).process_share == 1
+    )  # a block each: all may be theirs
+
+
 def test_grid_order_reads_the_drift_as_effects() -> None:
     """Why there are blocks in random order: the same drift, measured cell after cell, invents effects."""
     drift = 0.01

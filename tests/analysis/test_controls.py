@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen3bench.analysis.controls import controls
 from qwen3bench.analysis.run import load_run
 
 Write = Callable[..., Path]
@@ -41,13 +42,33 @@ def test_tie_is_the_positive_control_of_memory(write_run: Write) -> None:
     assert bad.loc["flash", "ok"]
 
 
-def test_drift_is_measured_over_time(write_run: Write) -> None:
-    controls = load_run(write_run(drift_per_block=0.01, blocks=12)).controls
-    (row,) = controls.drift.itertuples()
-    assert row.total == pytest.approx(0.116, abs=0.002)  # eleven steps of 1 %
+def test_drift_is_measured_over_the_time_of_a_process(write_run: Write) -> None:
+    held = load_run(write_run(drift_per_block=0.01, blocks=12)).controls
+    (row,) = held.drift.itertuples()
+    assert row.total == pytest.approx(0.0202, abs=0.0005)  # two steps of 1 % in three blocks
+    assert row.lo < row.total < row.hi < 0.022
     assert row.per_hour == pytest.approx(0.01 * 3600, rel=0.02)
-    assert len(controls.drift_series) == 12
-    assert controls.drift_series["relative_latency"].is_monotonic_increasing
+    assert row.blocks == len(held.drift_series) == 12
+    assert held.drift_series["relative_latency"].is_monotonic_increasing
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.01])
+@pytest.mark.parametrize("slow", [1, 2])
+def test_a_slow_process_is_no_drift(write_run: Write, slow: int, drift: float) -> None:
+    run = load_run(write_run(factors=["flash"], drift_per_block=drift, blocks=9))
+    by_process = run.samples["process"].map({slow: 1.08}).fillna(1)
+    samples = run.samples.assign(latency_s=run.samples["latency_s"] * by_process)
+    (row,) = controls(run.record, samples, run.cells, run.effects).drift.itertuples()
+    assert row.total == pytest.approx(2 * drift, abs=0.002)  # over three blocks, whatever lies between processes
+    assert (row.lo <= 0 <= row.hi) == (not drift)
+
+
+@pytest.mark.parametrize(("blocks", "known"), [(2, False), (3, False), (4, True)])
+def test_drift_is_not_told_from_too_few_blocks_of_each_process(write_run: Write, blocks: int, known: bool) -> None:
+    """Of two blocks a process: one slope beside one level leaves none for the error, nor do two levels and three."""
+    held = load_run(write_run(drift_per_block=0.01, blocks=blocks, blocks_per_process=2)).controls
+    assert held.drift[["total", "lo", "hi"]].notna().all(axis=None) == known
+    assert len(held.drift_series) == blocks
 
 
 def test_the_gpus_busy_share_is_graph_over_eager(write_run: Write) -> None:
@@ -58,8 +79,8 @@ def test_the_gpus_busy_share_is_graph_over_eager(write_run: Write) -> None:
 
 
 def test_controls_of_an_empty_run_are_empty(write_run: Write) -> None:
-    controls = load_run(write_run(blocks=0, cells=["baseline"], factors=[])).controls
-    assert controls.aa.empty
-    assert controls.tie_latency.empty
-    assert controls.drift.empty
-    assert not controls.noisy
+    held = load_run(write_run(blocks=0, cells=["baseline"], factors=[])).controls
+    assert held.aa.empty
+    assert held.tie_latency.empty
+    assert held.drift.empty
+    assert not held.noisy

@@ -38,6 +38,18 @@ def test_processes_that_are_apart_are_told(full_run: Run, slower: float, told: b
     assert ("processes are up to 5.1 % apart" in plot.title) == told
 
 
+def test_drift_is_told_with_its_interval_and_as_that_of_a_process(full_run: Run) -> None:
+    drift = full_run.controls.drift.assign(total=-0.0123, lo=-0.0301, hi=0.0049)
+    run = replace(full_run, controls=replace(full_run.controls, drift=drift))
+    told = "rom a process's first block to its last, latency moved by −1.23 % [−3.01, +0.49]"
+    condition = conditions(run)[0]
+    text = f"Drift: f{told} ({condition}); effects are taken within blocks."
+    assert (text, False) in said(run, "Drift")
+    plot = controls_plot(run, condition)
+    assert plot is not None
+    assert f"; f{told}" in plot.title
+
+
 def test_copies_that_agree_by_their_mean_alone_are_said_to(full_run: Run) -> None:
     further = "The interval reaches further: more processes would tell."
     assert not [text for text, _ in said(full_run, "A/A") if text.endswith(further)]

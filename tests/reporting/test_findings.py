@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from matplotlib.text import Text
 from scipy import special
 
 from qwen3bench.analysis.run import Run
-from qwen3bench.reporting import figures, findings_cells
+from qwen3bench.reporting import figures, findings_cells, findings_effects
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.finding import Finding, verdict_of, worth
 from qwen3bench.reporting.findings import findings, grouped
@@ -166,9 +167,43 @@ def test_an_undecided_effect_says_what_would_decide(small_run: Run) -> None:
     run = with_effect(small_run, "flash", verdict="undecided", estimate=1.002, lo=0.982, hi=1.0224)
     (text,) = texts(run, "undecided")
     assert text.startswith("flash 1.00× [0.98, 1.02] (prefill 1×512 graph).")
-    needed = int(text.split("about ")[1].split(" blocks")[0])
+    needed = int(text.split("about ")[1].split(" blocks instead of 6 would decide.")[0])
     half_width = math.log(1.0224 / 0.982) / 2
     assert needed == math.ceil(6 * (half_width / (0.01 - math.log(1.002))) ** 2) + 1
+
+
+@pytest.mark.parametrize(("in_process", "limit"), [(0.0, "blocks"), (0.02, "processes")])
+def test_processes_are_asked_for_where_they_limit(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run], in_process: float, limit: str
+) -> None:
+    """Cells that scatter by 1 % from block to block, and by 2 % from process to process or not at all."""
+    lines = record_lines(factors=TWO, noise=0.01)
+    shift = np.random.default_rng(5)
+    levels = {(cell, process): shift.normal(0, in_process) for cell in lines[0]["cells"] for process in (0, 1)}
+    for line in lines:
+        if line["type"] == "sample":
+            line["latency_s"] *= math.exp(levels[line["cell"], line["process"]])
+    run = with_effect(run_of(lines), "tie", verdict="undecided", estimate=1.002, lo=0.982, hi=1.0224)
+    text = next(text for text in texts(run, "undecided") if text.startswith("tie 1.00× [0.98, 1.02]"))
+    assert re.search(rf" about \d+ {limit} instead of {6 if limit == 'blocks' else 2} would decide", text), text
+    assert ("more blocks in the same ones do not lessen" in text) == (limit == "processes")
+
+
+@pytest.mark.parametrize("estimate", [1.0, 1.002, 1.03])
+def test_as_many_processes_as_are_asked_for_decide(full_run: Run, estimate: float) -> None:
+    """By the interval that so many would give: its degrees of freedom grow with them, so it shrinks by more than √n."""
+    condition, se = conditions(full_run)[0], 0.02
+    half = se * special.stdtrit(2, 0.975)
+    known = {"estimate": estimate, "lo": estimate * math.exp(-half), "hi": estimate * math.exp(half), "df": 2}
+    needed = findings_effects._processes_needed(full_run, condition, SimpleNamespace(**known), 3)
+
+    def decided(processes: int) -> bool:
+        df, error = processes - 1, se * math.sqrt(3 / processes)
+        inside = math.log(estimate) + error * special.stdtrit(df, 0.975) <= 0.01
+        return inside or 31 * 2 * special.stdtr(df, -math.log(estimate) / error) <= 0.05
+
+    assert decided(needed)
+    assert not decided(needed - 1)
 
 
 def test_an_undecided_pair_says_what_would_decide(small_run: Run) -> None:
@@ -586,11 +621,11 @@ def test_a_peer_is_measured_against_the_baseline_and_never_recommended(small_run
     assert not [text for text in texts(run, "recommended") if "transformers" in text]
 
 
-def with_peer(lines: Lines, slower: float) -> Lines:
-    """The lines with those of a peer that takes so many times what all on takes."""
+def with_peer(lines: Lines, slower: float, ours: str = "flash+tie") -> Lines:
+    """The lines with those of a peer that takes so many times what a cell of ours takes."""
     lines[0]["cells"].append("transformers:sdpa")
     for line in list(lines):
-        if line.get("cell") == "flash+tie":
+        if line.get("cell") == ours:
             theirs = line | {"cell": "transformers:sdpa"}
             if line["type"] == "sample":
                 theirs |= {"latency_s": line["latency_s"] * slower * 1.0001 ** line["block"], "position": 9}
@@ -621,6 +656,47 @@ def test_all_on_is_measured_against_a_peer(
     lines = with_peer(record_lines(factors=TWO), slower)
     (text,) = texts(run_of(lines), "peer")
     assert re.search(rf"; flash\+tie against it {said}\d*× \[.*\](| faster) \(prefill", text), text
+
+
+def against(text: str) -> dict[str, float]:
+    """The cells that a sentence sets against a peer, with their ratios."""
+    found = re.findall(r"; (\S+?(?:, the fastest,)?) against it (?:[^;]*?, )?([\d.]+)×", text)
+    return {cell: float(gain) for cell, gain in found}
+
+
+def test_where_more_than_the_five_is_on_they_are_set_against_a_peer_too(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    lines = record_lines(factors=("flash", "tie", "mlp", "mask", "norm", "gemv"))
+    kept = (None, "baseline", "flash+tie+mlp+mask+norm", "flash+tie+mlp+mask+norm+gemv")
+    lines = [line for line in lines if line.get("cell") in kept]
+    lines[0]["cells"] = list(kept[1:])
+    for line in lines:
+        if line["type"] == "sample" and "gemv" in line["cell"]:
+            line["latency_s"] /= 1.3
+    (text,) = texts(run_of(with_peer(lines, 1.2, kept[2])), "peer")
+    assert against(text) == pytest.approx({kept[2]: 1.2, kept[3]: 1.56}, abs=0.01)
+
+
+@pytest.mark.parametrize(("faster", "told"), [(1.1, True), (1.005, False)])
+def test_the_fastest_cell_is_set_against_a_peer_where_it_is_not_all_on(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run], faster: float, told: bool
+) -> None:
+    lines = record_lines(factors=TWO)
+    for line in lines:
+        if line["type"] == "sample" and line["cell"] == "flash":
+            line["latency_s"] /= faster
+    (text,) = texts(run_of(with_peer(lines, 1.2)), "peer")
+    expected = {"flash+tie": 1.2} | ({"flash, the fastest,": 1.2 * faster} if told else {})
+    assert against(text) == pytest.approx(expected, abs=0.01)
+
+
+def test_a_failed_all_on_leaves_the_fastest_against_a_peer(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    run = with_cell(run_of(with_peer(record_lines(factors=TWO), 1.2)), "flash+tie", status="not_equivalent")
+    (text,) = texts(run, "peer")
+    assert list(against(text)) == ["flash, the fastest,"]
 
 
 @pytest.mark.parametrize(
