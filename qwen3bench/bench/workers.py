@@ -89,11 +89,11 @@ class Workers:
 
         They also touch the device, after the workers that are ready to time: see `Worker.op_touch`.
         """
-        queues: dict[WorkerProcess, Sequence[Request]] = {
-            worker: [self._opening, ("touch", {})] for worker in self._ahead
-        }
-        for worker, _, answer in answers(queues, QUIET_S):
-            if answer is None:  # the next start tells why
+        for worker in list(self._ahead):
+            try:
+                for op, arguments in (self._opening, ("touch", {})):
+                    worker.ask(op, QUIET_S, **arguments)
+            except (CellFailure, UserError):  # the next start tells why
                 worker.end()
                 self._ahead.remove(worker)
 
