@@ -113,10 +113,10 @@ class Worker:
         return {}
 
     def op_touch(self) -> dict[str, Any]:
-        """Run a kernel, for which the device leaves what it is at: another process that is ready to be timed.
+        """Run a kernel, so that the device turns once from the processes that are ready to this one.
 
-        cuBLAS's first product of one row, among others, makes a process start the kernels of a graph 0.2 to 0.4 µs
-        later, until the device has once turned to another process (docs/log.md, H100).
+        Until then a process may start the kernels of a graph 0.2 to 0.4 µs later, as was seen on an H100 after cuBLAS's
+        first product of one row (docs/log.md, "How soon kernels start").
         """
         if self.device.type == "cuda":
             torch.zeros(1, device=self.device).add_(1)
