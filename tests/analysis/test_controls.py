@@ -52,6 +52,14 @@ def test_drift_is_measured_over_the_time_of_a_process(write_run: Write) -> None:
     assert held.drift_series["relative_latency"].is_monotonic_increasing
 
 
+@pytest.mark.parametrize(("blocks", "steps"), [(7, 2.0), (8, 5 / 3)])
+def test_drift_is_that_of_a_process_of_mean_length(write_run: Write, blocks: int, steps: float) -> None:
+    """Of three blocks, and the last of one, which has no length, or two."""
+    held = load_run(write_run(drift_per_block=0.01, blocks=blocks)).controls
+    (row,) = held.drift.itertuples()
+    assert row.total == pytest.approx(1.01**steps - 1, abs=0.0005)
+
+
 @pytest.mark.parametrize("drift", [0.0, 0.01])
 @pytest.mark.parametrize("slow", [1, 2])
 def test_a_slow_process_is_no_drift(write_run: Write, slow: int, drift: float) -> None:

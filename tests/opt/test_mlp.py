@@ -126,10 +126,11 @@ def test_one_gate_up_product(
         assert shapes == expected
 
 
-def test_feed_forward_is_the_baselines(tiny: ModelConfig) -> None:
+@pytest.mark.parametrize("tokens", [(2, 5), (1, 1)])
+def test_feed_forward_is_the_baselines(tiny: ModelConfig, tokens: tuple[int, int]) -> None:
     baseline, fused = FeedForward(tiny).double(), FusedFeedForward(tiny).double()
     fused.load_state_dict(baseline.state_dict())
-    x = torch.randn(2, 5, tiny.emb_dim, dtype=torch.float64)
+    x = torch.randn(*tokens, tiny.emb_dim, dtype=torch.float64)
     torch.testing.assert_close(fused(x), baseline(x), rtol=0, atol=1e-14)
 
 

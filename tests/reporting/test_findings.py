@@ -206,6 +206,23 @@ def test_as_many_processes_as_are_asked_for_decide(full_run: Run, estimate: floa
     assert not decided(needed - 1)
 
 
+@pytest.mark.parametrize(("of_allowed", "limit"), [(0.0, "blocks"), (0.4, "blocks"), (0.6, "processes")])
+def test_processes_limit_where_they_make_half_of_what_a_verdict_allows(
+    small_run: Run, of_allowed: float, limit: str
+) -> None:
+    """Blocks lessen only what processes do not make of the error's variance."""
+    condition = conditions(small_run)[0]
+    row = SimpleNamespace(estimate=1.002, lo=1.002 * math.exp(-0.02), hi=1.002 * math.exp(0.02), df=5)
+    allowed = findings_effects._allowed(small_run, condition, row, row.df)
+    row.process_share = share = of_allowed * allowed
+    said = findings_effects._would_decide(small_run, condition, [row])
+    assert f" {limit} instead of " in said
+    if limit == "blocks":
+        needed = int(said.split()[1])
+        assert (1 - share) * 6 / needed + share <= allowed
+        assert (1 - share) * 6 / (needed - 2) + share > allowed
+
+
 def test_an_undecided_pair_says_what_would_decide(small_run: Run) -> None:
     run = with_effect(small_run, "flash:tie", verdict="undecided", estimate=1.002, lo=0.982, hi=1.0224)
     (text,) = texts(run, "undecided")
