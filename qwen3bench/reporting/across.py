@@ -14,7 +14,7 @@ from qwen3bench.reporting import figures
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.lookup import band, device, directory, factors, level
 from qwen3bench.reporting.over_runs import dependent, effects_over, limits, over_findings, over_table
-from qwen3bench.reporting.pages import about, render, switches
+from qwen3bench.reporting.pages import about, moment, render, switches
 from qwen3bench.reporting.plot_across import regimes, trends
 from qwen3bench.reporting.units import count, listing
 
@@ -82,7 +82,8 @@ def write_overview(runs: Sequence[Run], home: Path) -> Path:
 def _described(run: Run) -> str:
     where = listing([str(condition) for condition in conditions(run)], 12)
     state = "" if run.finished else ", unfinished"
-    return f"{run.record.run.get('model')}, {device(run)}: {where or 'nothing measured'}{state}"
+    measured = f", {moment(created)}" if (created := run.record.run.get("created")) else ""
+    return f"{run.record.run.get('model')}, {device(run)}: {where or 'nothing measured'}{measured}{state}"
 
 
 def _by_number(path: Path) -> list[tuple[int, str]]:

@@ -21,17 +21,22 @@ _BUSY_ENOUGH = 0.9  # below this share of GPU work, eager latency is to a good p
 
 @dataclass(frozen=True)
 class Control:
-    """One control's outcome in words; `judged`: there is a limit to pass; `absent`: the run does not hold it."""
+    """One control's outcome in words.
+
+    `judged`: there is a limit to pass; `absent`: the run does not hold it; `unsure`: passed, but the interval reaches
+    beyond the limit.
+    """
 
     text: str
     failed: bool
     absent: bool = False
     judged: bool = True
+    unsure: bool = False
 
     @property
     def mark(self) -> str:
         """For a list: passed, failed, or neither."""
-        return "–" if self.absent or not self.judged else "✗" if self.failed else "✓"
+        return "–" if self.absent or not self.judged or self.unsure else "✗" if self.failed else "✓"
 
 
 def sentences(run: Run) -> list[Control]:
@@ -69,6 +74,7 @@ def _equivalence(run: Run) -> Iterator[Control]:
 def _aa(run: Run, condition: Condition) -> Iterator[Control]:
     for row in rows(condition.select(run.controls.aa)):
         said, limit = ratio(row.ratio, row.lo, row.hi), f"{100 * row.limit:g} %"
+        further = not row.noisy and (row.lo < 1 - row.limit or row.hi > 1 + row.limit)
         if row.noisy:
             compiled = "each compiled model chose its kernels for itself, so measure it in more processes"
             mend = compiled if condition.runtime == "compile" else "measure again on a quiet machine"
@@ -77,10 +83,9 @@ def _aa(run: Run, condition: Condition) -> Iterator[Control]:
                 f"Differences of that size and less mean nothing; {mend}."
             )
         else:
-            further = row.lo < 1 - row.limit or row.hi > 1 + row.limit
             unsure = " The interval reaches further: more processes would tell." if further else ""
             text = f"A/A: two copies of the baseline read {said}, allowed are ±{limit} ({condition}).{unsure}"
-        yield Control(text, bool(row.noisy))
+        yield Control(text, bool(row.noisy), unsure=bool(further))
 
 
 def _tie_latency(run: Run, condition: Condition) -> Iterator[Control]:

@@ -88,10 +88,16 @@ def style() -> Iterator[None]:
 def new_figure(title: str, note: str, height_in: float, width_in: float = _WIDTH_IN) -> Figure:
     """An empty figure whose title states what is seen, with a note underneath on what it holds for."""
     figure = Figure(figsize=(width_in, height_in), layout=ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.07, wspace=0.04))
-    lines = textwrap.wrap(title, int(width_in * 11))
+    lines = textwrap.wrap(_whole_values(title), int(width_in * 11))
     figure.suptitle("\n".join(lines), x=0.012, ha="left", fontsize=10.5, fontweight="bold")
     figure.supxlabel("\n".join(textwrap.wrap(note, int(width_in * 14))), x=0.012, ha="left", fontsize=8.5, color=MUTED)
     return figure
+
+
+def _whole_values(text: str) -> str:
+    """The text, to be broken into lines, with no break between a number, its unit and its interval."""
+    text = re.sub(r"\[[^]]*\]", lambda interval: interval[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
+    return re.sub(r"(?<=[\d×]) (?=\[|[nµm]?s\b|[KMGT]?i?B\b|%)", "\N{NO-BREAK SPACE}", text)
 
 
 def mark(axes: Axes, x: float, y: float, lo: float, hi: float, verdict: str) -> None:

@@ -48,8 +48,10 @@ def findings(run: Run) -> list[Finding]:
     found += [*switches(run), *joint(run), *memory(run), *peers(run)]
     found += [finding for condition in conditions(run) for finding in undecided(run, condition)]
     if held := [control for control in outcome if control.judged and not control.absent]:
-        passed = sum(not control.failed for control in held)
-        found.append(Finding(f"{passed} of {count(len(held), 'control')} show nothing wrong.", "control"))
+        passed = sum(not (control.failed or control.unsure) for control in held)
+        unsure = sum(control.unsure for control in held)
+        reach = f"; the interval of {unsure} reaches too far to tell" if unsure else ""
+        found.append(Finding(f"{passed} of {count(len(held), 'control')} show nothing wrong{reach}.", "control"))
     return found
 
 

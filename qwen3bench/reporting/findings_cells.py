@@ -70,7 +70,8 @@ def recommended(run: Run, condition: Condition) -> Iterator[Finding]:
     memory = f", peak memory {size(pick.peak_allocated_bytes)}" if is_number(pick.peak_allocated_bytes) else ""
     text = f"{pick.cell}{within}: {gain} faster than the baseline{memory} ({condition})."
     if len(alike) > 1:
-        text += f" {len(alike)} cells are as fast within ±{100 * band(run):g} %, as far as can be told"
+        more = count(len(alike) - 1, "other cell")
+        text += f" It and {more} are as fast within ±{100 * band(run):g} %, as far as can be told"
         text += f"; of these it has {'the least memory, then ' if memory else ''}the fewest switches."
     if unsure:
         text += f" Of {count(unsure, 'more cell')} it is not shown that they are slower; more processes would tell."
@@ -138,7 +139,8 @@ def peers(run: Run) -> Iterator[Finding]:
             said = worth(verdict, row.speedup, row.speedup_lo, row.speedup_hi, band(run))
             against = f"; against the baseline {said}" if verdict != "missing" else ""
             ours = _ours_against(run, condition, row.cell)
-            yield Finding(f"{row.cell} takes {seconds(row.latency_s)}{against}{ours} ({condition}).", "peer")
+            noisy = " Noisy." if controls.noise(run, condition) else ""
+            yield Finding(f"{row.cell} takes {seconds(row.latency_s)}{against}{ours} ({condition}).{noisy}", "peer")
 
 
 def _ours_against(run: Run, condition: Condition, peer: str) -> str:

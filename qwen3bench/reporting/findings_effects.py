@@ -44,7 +44,7 @@ from qwen3bench.reporting.units import count, is_number, listing, ratio, seconds
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
-_MOST_PAIRS = 3  # interactions named per condition
+_MOST_PAIRS = 3  # interactions told of per condition; of more, the size alone
 _MOST_FACTORS = 6  # up to here each half of a design is analysed by itself in no time
 
 
@@ -132,27 +132,30 @@ def joint(run: Run) -> Iterator[Finding]:
             ran = f" What ran: as in {before}." if ran and before != condition else ran
             noisy = " Noisy." if controls.noise(run, condition) else ""
             yield Finding(f"{text}{ran}{noisy}", "interaction")
+        if more := list(itertools.islice(_pairs(run, condition), _MOST_PAIRS, None)):
+            said = listing([f"{row.term} {ratio(row.estimate, row.lo, row.hi)}" for row in more], len(more))
+            yield Finding(f"Smaller joint effects: {said} ({condition}).", "interaction")
 
 
 def pays_only_with(run: Run, condition: Condition) -> Iterator[tuple[str, str]]:
     """Switches that are faster with another on, and the same or slower with it off: `(mask, flash)`."""
-    for row in _pairs(run, condition):
+    for row in itertools.islice(_pairs(run, condition), _MOST_PAIRS):
         if (halves := _halves(run, condition, *row.term.split(":"))) and _only_with(run, condition, halves):
             yield halves.small, halves.large
 
 
 def _pairs(run: Run, condition: Condition) -> Iterator[Any]:
-    """The largest interactions of two switches that are no noise."""
+    """Interactions of two switches that are no noise, the largest first."""
     effects = terms(run, condition, LATENCY, "interaction")
     pairs = effects[(effects["term"].str.count(":") == 1) & effects["verdict"].isin(("faster", "slower"))]
     order = np.log(pairs["estimate"]).abs().sort_values(ascending=False, kind="stable").index
-    for row in rows(pairs.loc[order[:_MOST_PAIRS]]):
+    for row in rows(pairs.loc[order]):
         if controls.heard(run, condition, row.verdict, row.estimate) == row.verdict:
             yield row
 
 
 def _joint(run: Run, condition: Condition) -> Iterator[tuple[str, str]]:
-    for row in _pairs(run, condition):
+    for row in itertools.islice(_pairs(run, condition), _MOST_PAIRS):
         a, b = row.term.split(":")
         much = "more" if row.verdict == "faster" else "less"
         joint_effect = f"joint effect {ratio(row.estimate, row.lo, row.hi)}"

@@ -1,4 +1,4 @@
-"""Effects of several runs side by side: where a switch pays, where its effect vanishes or turns around."""
+"""Effects of several runs side by side: where a switch pays, where it does not, where its effect turns around."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _WHERE = ("model", "device", "dtype")  # part of a condition's name only where t
 def effects_over(runs: Sequence[Run]) -> pd.DataFrame:
     """Main effects on latency of all runs, one row per run, workload, runtime and switch.
 
-    Columns: run (from 1), model, device, dtype, workload, runtime, batch_size, prompt_tokens, noisy, condition, others
-    (what the other switches do, see `lookup.beside`), term, estimate, lo, hi, verdict.
+    Columns: run (from 1), model, device, dtype, workload, runtime, batch_size, prompt_tokens, blocks, processes, noisy,
+    condition, others (what the other switches do, see `lookup.beside`), term, estimate, lo, hi, verdict.
     """
     lines: list[dict[str, Any]] = []
     for number, run in enumerate(runs, start=1):
@@ -37,6 +37,8 @@ def effects_over(runs: Sequence[Run]) -> pd.DataFrame:
             cell = rows(condition.select(run.cells))[0]
             same = {key: getattr(cell, key) for key in (*_WHERE, "batch_size", "prompt_tokens")}
             where = {"run": number, **same, "workload": condition.workload, "runtime": condition.runtime}
+            timed = condition.select(run.samples)
+            where |= {key: timed[of].nunique() for key, of in (("blocks", "block"), ("processes", "process"))}
             where |= {"noisy": controls.noise(run, condition) > 0}
             for effect in rows(terms(run, condition, LATENCY, "main")):
                 others = others_of(effect.reason) or AVERAGE
@@ -101,7 +103,7 @@ def over_findings(effects: pd.DataFrame, names: Sequence[str], width: float) -> 
         if {"faster", "slower"} <= set(found):
             text += f" Its effect changes sign: slower at {_places(found['slower'])}."
         if "same" in found and {"faster", "slower"} & set(found):
-            text += f" It vanishes at {_places(found['same'])}."
+            text += f" On average the same at {_places(found['same'])}."
         if "undecided" in found:
             text += f" Undecided at {_places(found['undecided'])}; more blocks and processes there would tell."
         yield Finding(text, "switch")
@@ -126,7 +128,8 @@ def over_table(effects: pd.DataFrame, names: Sequence[str]) -> Table:
             row.term: Entry(f"{ratio(row.estimate, row.lo, row.hi)} {row.verdict}", float(row.estimate))
             for row in rows(group)
         }
-        ends = Entry("noisy" if first.noisy else "")
         opening = [Entry(str(first.run), float(first.run)), Entry(first.condition, first.condition)]
-        lines.append([*opening, *(found.get(name, Entry("")) for name in names), ends])
-    return drop_empty(Table(["run", "condition", *names, "control"], lines))
+        opening += [Entry(f"{n:,}", float(n)) for n in (first.blocks, first.processes)]
+        opening += [Entry("noisy" if first.noisy else "")]
+        lines.append([*opening, *(found.get(name, Entry("")) for name in names)])
+    return drop_empty(Table(["run", "condition", "blocks", "processes", "control", *names], lines))

@@ -127,7 +127,7 @@ def about(run: Run) -> list[tuple[str, str]]:
         ("dtype", first.get("dtype")),
         ("switches", ", ".join(factors(run)) or "none"),
         ("cells", len(first.get("cells", []))),
-        ("measured", _moment(first.get("created"))),
+        ("measured", moment(first.get("created"))),
     ]
     return [(name, str(value)) for name, value in facts if value not in (None, "")]
 
@@ -140,7 +140,8 @@ def switches(runs: Iterable[Run]) -> list[tuple[str, str]]:
     return [(name, told) for name, content in declared.items() if (told := described(content))]
 
 
-def _moment(text: object) -> str:
+def moment(text: object) -> str:
+    """A time of the record, to the minute."""
     try:
         return f"{datetime.fromisoformat(str(text)).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
     except ValueError:

@@ -56,8 +56,8 @@ def _regimes_title(effects: pd.DataFrame, names: Sequence[str]) -> str:
     parts = [
         f"{words}: {listing(found)}"
         for words, found in (
-            ("faster everywhere" if len(quiet) == len(effects) else "faster where it is quiet", steady),
-            ("vanishes in places", fading),
+            ("faster everywhere" if len(quiet) == len(effects) else "faster wherever it is not noisy", steady),
+            ("the same in places", fading),
             ("changes sign", turning),
         )
         if found

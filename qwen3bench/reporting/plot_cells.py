@@ -28,6 +28,7 @@ from qwen3bench.reporting.lookup import (
     BASELINE,
     LATENCY,
     MEMORY,
+    band,
     device,
     factors,
     level,
@@ -122,12 +123,8 @@ def memory_latency(run: Run, condition: Condition) -> Plot | None:
     if len(cells) < 2:
         return None
     x_unit, y_unit = unit_for(cells[LATENCY], SECONDS), unit_for(cells[MEMORY], BYTES)
-    front = pareto_front(cells)
-    least = smallest(cells, MEMORY)
-    title = (
-        f"{len(front)} of {count(len(cells), 'cell')}: no other has both less latency and less memory; "
-        f"the smallest peak is {size(least.peak_allocated_bytes)}"
-    )
+    front = pareto_front(cells, band(run))
+    title = _front_title(front, cells, band(run))
     figure = new_figure(title, f"{condition}; {device(run)}", 4.6)
     axes = figure.subplots()
     x, y = _scaled(cells, LATENCY, x_unit), _scaled(cells, MEMORY, y_unit)
@@ -158,12 +155,31 @@ def memory_latency(run: Run, condition: Condition) -> Plot | None:
     return Plot(f"memory-{condition.slug}", figure, title, alt)
 
 
-def pareto_front(cells: pd.DataFrame) -> pd.DataFrame:
-    """Cells that no other cell equals or beats in both latency and peak memory, by rising latency."""
+def pareto_front(cells: pd.DataFrame, width: float) -> pd.DataFrame:
+    """Cells that no other cell equals or beats in both latency and peak memory, by rising latency.
+
+    What lies within 1 ± width in one of the two is no reason to take the cell that is worse in the other.
+    """
     ordered = cells.sort_values([LATENCY, MEMORY], kind="stable")
     memory = ordered[MEMORY].to_numpy(dtype=float)
     best_before = np.concatenate([[np.inf], np.minimum.accumulate(memory)[:-1]])
-    return ordered[memory < best_before]
+    front = ordered[memory < best_before]
+    latency, memory = (front[name].to_numpy(dtype=float) for name in (LATENCY, MEMORY))
+    beaten = [
+        ((latency <= a * (1 + width)) & (memory < b / (1 + width))).any()
+        or ((memory <= b * (1 + width)) & (latency < a / (1 + width))).any()
+        for a, b in zip(latency, memory, strict=True)
+    ]
+    return front[~np.array(beaten)]
+
+
+def _front_title(front: pd.DataFrame, cells: pd.DataFrame, width: float) -> str:
+    first = rows(front)[0]
+    if len(front) == 1:
+        least = f"{seconds(first.latency_s)}, and the least peak memory, {size(first.peak_allocated_bytes)}"
+        return f"{first.cell} has the lowest latency, {least}, within ±{100 * width:g} %"
+    least = size(smallest(cells, MEMORY).peak_allocated_bytes)
+    return f"{len(front)} of {count(len(cells), 'cell')} lie on the Pareto front; the smallest peak is {least}"
 
 
 class _WrittenOut(LogFormatter):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from qwen3bench.reporting.conditions import Condition
@@ -26,7 +27,7 @@ def controls(run: Run, condition: Condition) -> Plot | None:
     figure = new_figure("; ".join(parts) or "Controls", f"{condition}; {device(run)}", 3.4)
     left, right = figure.subplots(1, 2)
     _draw_aa(left, run, condition)
-    _draw_drift(right, run, condition)
+    _draw_drift(figure, right, run, condition)
     return Plot(f"controls-{condition.slug}", figure, "; ".join(parts), f"Controls. {'; '.join(parts)}.")
 
 
@@ -46,12 +47,12 @@ def _draw_aa(axes: Axes, run: Run, condition: Condition) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _draw_drift(axes: Axes, run: Run, condition: Condition) -> None:
+def _draw_drift(figure: Figure, axes: Axes, run: Run, condition: Condition) -> None:
     series = condition.select(run.controls.drift_series)
     if series.empty:
         return
     start = series["time"].min()
-    for place, (process, blocks) in enumerate(series.groupby("process", sort=False)):
+    for place, (_, blocks) in enumerate(series.groupby("process", sort=False)):
         shape, colour = SERIES[place % len(SERIES)]
         axes.plot(
             blocks["time"] - start,
@@ -61,13 +62,13 @@ def _draw_drift(axes: Axes, run: Run, condition: Condition) -> None:
             marker=shape,
             markersize=4,
             markerfacecolor=colour if place % 2 == 0 else PAPER,
-            label=f"process {process}",
+            label=f"process {place + 1}",
         )
     axes.axhline(0, color=MUTED, linewidth=0.9)
     axes.set_xlabel(f"time into the run (s); n = {count(len(series), 'block')}")
     axes.set_ylabel("latency over its mean (%)")
     if series["process"].nunique() <= 8:
-        axes.legend(fontsize=8)
+        figure.legend(loc="outside right center", fontsize=8)
 
 
 def _aa_title(run: Run, condition: Condition) -> list[str]:

@@ -215,7 +215,7 @@ def _by_condition_title(frames: list[tuple[Condition, pd.DataFrame]], names: lis
     parts = [
         f"{words}: {listing(found)}"
         for words, found in (
-            ("Faster everywhere" if every else "Faster where it is quiet", everywhere),
+            ("Faster everywhere" if every else "Faster wherever it is not noisy", everywhere),
             ("faster only in places", turns),
         )
         if found

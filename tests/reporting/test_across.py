@@ -59,18 +59,18 @@ def test_a_change_of_sign_is_told_with_its_place() -> None:
     text = said(effects(flash=["faster", "slower", "same"]), "flash")
     assert "faster in 1 (1.20× [1.19, 1.21] at prefill 1×1 graph), slower in 1 (0.90× [0.89, 0.91] at" in text
     assert "Its effect changes sign: slower at prefill 1×2 graph." in text
-    assert text.endswith("It vanishes at prefill 1×4 graph.")
+    assert text.endswith("On average the same at prefill 1×4 graph.")
 
 
-def test_an_effect_that_vanishes_is_told_with_its_place() -> None:
-    assert said(effects(flash=["faster", "same"]), "flash").endswith("It vanishes at prefill 1×2 graph.")
+def test_where_an_effect_is_the_same_is_told_with_its_place() -> None:
+    assert said(effects(flash=["faster", "same"]), "flash").endswith("On average the same at prefill 1×2 graph.")
 
 
 @pytest.mark.parametrize("other", ["undecided", "faster"])
 def test_undecided_is_neither_a_change_nor_a_loss(other: str) -> None:
     text = said(effects(flash=["faster", other]), "flash")
     assert "changes sign" not in text
-    assert "vanishes" not in text
+    assert "On average the same" not in text
 
 
 def test_noisy_conditions_do_not_count() -> None:
@@ -92,8 +92,10 @@ def test_effects_of_runs_stand_side_by_side(runs: list[Run]) -> None:
     assert frame["noisy"].tolist() == [False] * 4 + [True] * 2
     assert frame["condition"].unique().tolist() == [f"prefill 1×{n} graph" for n in (128, 512, 2048)]
     table = over_table(frame, NAMES)
-    assert table.headings == ["run", "condition", "flash", "tie", "control"]
+    assert table.headings == ["run", "condition", "blocks", "processes", "control", "flash", "tie"]
     assert [row[0].text for row in table.rows] == ["1", "2", "3"]
+    counts = [(run.samples["block"].nunique(), run.samples["process"].nunique()) for run in runs]
+    assert [(row[2].text, row[3].text) for row in table.rows] == [tuple(map(str, each)) for each in counts]
 
 
 def test_what_differs_between_runs_becomes_part_of_the_condition(runs: list[Run]) -> None:
@@ -113,7 +115,7 @@ def test_trends_need_three_lengths(runs: list[Run]) -> None:
         assert trends(frame[frame["run"] < 3], NAMES, 0.01) is None
         plot = regimes(frame, NAMES, 0.01)
         assert plot is not None
-        assert plot.title == "Faster where it is quiet: flash"
+        assert plot.title == "Faster wherever it is not noisy: flash"
         plot = regimes(frame[~frame["noisy"]], NAMES, 0.01)
         assert plot is not None
         assert plot.title == "Faster everywhere: flash"

@@ -85,6 +85,19 @@ def test_noise_is_told_with_what_would_mend_it(
     assert text.endswith(mend)
 
 
+def test_a_control_whose_interval_reaches_beyond_its_limit_is_not_counted_as_passed(full_run: Run) -> None:
+    aa = full_run.controls.aa.copy()
+    aa.loc[aa.index[0], ["ratio", "lo", "hi"]] = 1.001, 0.99, 1.012
+    run = replace(full_run, controls=replace(full_run.controls, aa=aa))
+    marks = {control.text: control.mark for control in sentences(run) if control.text.startswith("A/A")}
+    assert [mark for text, mark in marks.items() if "more processes would tell" in text] == ["–"]
+    assert set(marks.values()) == {"–", "✓"}
+    (text,) = [finding.text for finding in findings(run) if finding.kind == "control" and finding.level == "plain"]
+    (whole,) = [f.text for f in findings(full_run) if f.kind == "control" and f.level == "plain"]
+    passed, held = int(whole.split()[0]), int(whole.split()[2])
+    assert text == f"{passed - 1} of {held} controls show nothing wrong; the interval of 1 reaches too far to tell."
+
+
 def test_a_single_process_is_warned_of(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:
     lines = record_lines(workloads=("prefill", "decode"))
     run = run_of(

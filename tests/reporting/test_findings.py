@@ -252,6 +252,18 @@ def test_an_undecided_interaction_is_not_told(full_run: Run) -> None:
     assert not [text for text in texts(run, "interaction") if "flash and mask" in text]
 
 
+def test_of_more_than_three_pairs_the_smaller_ones_are_told_by_their_size(full_run: Run) -> None:
+    run = full_run
+    for n, term in enumerate(("flash:mask", "flash:norm", "mlp:mask", "tie:norm", "mlp:norm")):
+        run = with_effect(run, term, verdict="faster", estimate=1.5 - n / 10, lo=1.49 - n / 10, hi=1.51 - n / 10)
+    told = [text for text in texts(run, "interaction") if "(prefill 1×512 graph)" in text]
+    assert [text.partition(":")[0] for text in told] == [
+        "flash and mask", "flash and norm", "mlp and mask", "Smaller joint effects"
+    ]  # fmt: skip
+    assert "tie:norm 1.20× [1.19, 1.21]" in told[-1]
+    assert "mlp:norm 1.10× [1.09, 1.11]" in told[-1]
+
+
 def test_an_effect_that_cannot_be_estimated_gives_its_reason(small_run: Run) -> None:
     gone = {"verdict": "", "estimate": np.nan, "lo": np.nan, "hi": np.nan, "reason": "aliased with tie"}
     text = of_switch(with_effect(small_run, "flash", **gone), "flash")
@@ -469,7 +481,7 @@ def test_a_memory_limit_without_measured_memory_is_said_to_be_unknown(small_run:
 
 def test_equal_cells_are_settled_by_memory(small_run: Run) -> None:
     (text,) = texts(small_run, "recommended")
-    assert "2 cells are as fast within ±1 %, as far as can be told" in text
+    assert "It and 1 other cell are as fast within ±1 %, as far as can be told" in text
 
 
 def test_a_baseline_that_scatters_hides_no_difference_between_cells(
@@ -654,6 +666,7 @@ def test_against_a_peer_noise_is_noise(record_lines: Callable[..., Lines], run_o
     run = run_of(with_peer(record_lines(factors=TWO, copy_shift=0.1), 1.03))
     (text,) = texts(run, "peer")
     assert "flash+tie against it no more than the noise, 1.0" in text
+    assert text.endswith(" Noisy.")
 
 
 def test_against_a_peer_one_block_gives_a_number(

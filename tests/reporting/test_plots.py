@@ -126,7 +126,7 @@ def test_a_noisy_condition_tells_nothing_in_the_title_over_conditions(full_run: 
     with figures.style():
         plot = by_condition(run)
         assert plot is not None
-        assert plot.title == "Faster where it is quiet: flash and norm"  # mlp is faster under graph alone
+        assert plot.title == "Faster wherever it is not noisy: flash and norm"  # mlp is faster under graph alone
         labels = [text.get_text() for text in plot.figure.axes[0].get_legend().get_texts()]
         assert [label.startswith("Noisy: ") for label in labels] == [True, False, True, False]
         aa["ratio"], aa["noisy"] = 1.02, True
@@ -138,12 +138,36 @@ def test_a_noisy_condition_tells_nothing_in_the_title_over_conditions(full_run: 
 def test_the_pareto_front_holds_what_nothing_equals_or_beats() -> None:
     rng = np.random.default_rng(0)
     cells = pd.DataFrame(rng.integers(1, 20, (200, 2)), columns=["latency_s", "peak_allocated_bytes"])
-    front = pareto_front(cells)
+    front = pareto_front(cells, 0.0)
     for row in cells.itertuples():
         beaten = (front["latency_s"] <= row.latency_s) & (front["peak_allocated_bytes"] <= row.peak_allocated_bytes)
         assert beaten.any()
     assert front["latency_s"].is_monotonic_increasing
     assert (front["peak_allocated_bytes"].diff().dropna() < 0).all()
+
+
+def test_what_is_within_the_band_puts_no_cell_on_the_pareto_front() -> None:
+    """The first is faster by less, and the last smaller by less; the third gives memory for latency."""
+    cells = pd.DataFrame({"latency_s": [0.995, 1.0, 1.5, 2.0], "peak_allocated_bytes": [120.0, 100.0, 80.0, 79.5]})
+    assert list(pareto_front(cells, 0.0)["latency_s"]) == [0.995, 1.0, 1.5, 2.0]
+    assert list(pareto_front(cells, 0.01)["latency_s"]) == [1.0, 1.5]
+
+
+def test_no_line_of_a_title_ends_within_a_value() -> None:
+    for words in range(12):
+        title = f"{'word ' * words}takes 13.45 ms, 3.451× [3.443, 3.459], in 8 MiB and 9 of 10 blocks by 5 %"
+        (text,) = [text.get_text() for text in [figures.new_figure(title, "", 2, 4)._suptitle]]  # type: ignore[union-attr]
+        lines = text.split("\n")
+        assert len(lines) > 1
+        assert not [line for line in lines if re.search(r"(13\.45|3\.451×|3\.443,|8|5)$", line)]
+
+
+def test_the_legend_of_processes_covers_none_of_them(full_run: Run) -> None:
+    figure = drawn(full_run)["controls-prefill-graph"].figure
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["process 1", "process 2"]
+    assert not [axes for axes in figure.axes if axes.get_window_extent().overlaps(legend.get_window_extent())]
 
 
 def test_another_implementation_is_named_and_each_cell_drawn_once(full_run: Run) -> None:
@@ -152,7 +176,7 @@ def test_another_implementation_is_named_and_each_cell_drawn_once(full_run: Run)
     off = dict.fromkeys(("flash", "tie", "mlp", "mask", "norm"), pd.NA)
     peer = ours.tail(1).assign(cell="transformers:sdpa", latency_s=1.0, **off)
     run = replace(full_run, cells=pd.concat([ours, peer], ignore_index=True))
-    front = pareto_front(condition.select(run.cells))
+    front = pareto_front(condition.select(run.cells), 0.01)
     assert "transformers:sdpa" not in list(front["cell"])  # as slow as none
     with figures.style():
         cloud, rows = memory_latency(run, condition), ranked(run, condition)
