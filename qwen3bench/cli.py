@@ -10,7 +10,9 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
+from types import MethodType
 from typing import NoReturn
 
 import hydra
@@ -25,6 +27,7 @@ from qwen3bench.errors import UserError
 from qwen3bench.settings import Settings, settings_from, with_checkpoint_shape
 
 SEVERAL = ("opt", "workload", "runtime", "peer")  # groups that take several options
+SINGLE = ("model", "design", "measure")  # and those that take one
 _NAMES = re.compile(
     r"[\w.,\- ]*|\[[\w.,\- ]*\]"
 )  # flash,tie or [flash, tie]; anything else is Hydra's to read or refuse
@@ -80,13 +83,15 @@ def normalise(argv: Sequence[str]) -> list[str]:
 
     In groups that take several options `+opt=tie,flash`, `opt=[flash,tie,tie]`, … become `opt=[flash,tie]`;
     with multirun a comma keeps Hydra's meaning, and `+opt=tie` becomes `opt=tie`. `flash.backend=math` is short for
-    `opt.flash.backend=math`, `model=8b` for `model=qwen3-8b`. Raises `UserError` on an option that does not exist.
+    `opt.flash.backend=math`, `model=8b` for `model=qwen3-8b`. Raises `UserError` on an option that does not exist, and
+    on `+opt=flash +opt=tie`, which asks for both; of `opt=flash opt=tie` the last is taken, as Hydra does.
     """
     args = _parser().parse_intermixed_args(list(argv))
     if args.experimental_rerun is not None:
         raise UserError("--experimental-rerun reads a pickle, which can run anything; give the overrides again")
     overrides = [_lengthened(override) for override in args.overrides]
     multirun = args.multirun or any(override.lower() == "hydra.mode=multirun" for override in overrides)
+    _refuse_repeats(overrides)
     overrides = [_chosen(override) if multirun else _as_list(override) for override in overrides]
     options = [
         f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
@@ -152,14 +157,21 @@ def _printable(text: str) -> str:
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser of a command line, with mistakes as `UserError` instead of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{_printable(message)}; `{self.prog} --help` shows what there is")
+
+
 def _parser() -> argparse.ArgumentParser:
-    """Hydra's parser, with mistakes as `UserError` instead of a page of usage."""
-
-    def refuse(message: str) -> NoReturn:
-        raise UserError(f"{_printable(message)}; `python -m qwen3bench --help` shows what there is")
-
+    """Hydra's parser, which says so likewise, and whose --version is ours."""
     parser = get_args_parser()
-    parser.error = refuse  # type: ignore[method-assign]
+    parser.prog = "python -m qwen3bench"
+    parser.error = MethodType(Parser.error, parser)  # type: ignore[method-assign]
+    for action in parser._actions:
+        if isinstance(action, argparse._VersionAction):
+            action.version, action.help = f"qwen3bench {version('qwen3bench')}", "Show the version and exit"
     return parser
 
 
@@ -170,7 +182,7 @@ def _lengthened(override: str) -> str:
     if first[1] and first[0].lstrip("+~") in choices("opt"):
         name = key.lstrip("+~")
         return f"{key[: len(key) - len(name)]}opt.{name}{equals}{value}"
-    if key == "model":
+    if key.lstrip("+") == "model":
         known = choices("model")
         names = [f"qwen3-{n}" if n not in known and f"qwen3-{n}" in known else n for n in value.lower().split(",")]
         return f"model={','.join(names)}" if set(names) <= set(known) else override
@@ -180,13 +192,23 @@ def _lengthened(override: str) -> str:
 def _chosen(override: str) -> str:
     """`opt=tie` for `+opt=tie`: to Hydra the plus would add it to those that a design brings."""
     bare = override.lstrip("+")
-    return bare if bare.partition("=")[0] in SEVERAL else override
+    return bare if bare.partition("=")[0] in (*SEVERAL, *SINGLE) else override
+
+
+def _refuse_repeats(overrides: list[str]) -> None:
+    for group in SEVERAL:
+        given = [override.partition("=") for override in overrides if override.lstrip("+").startswith(f"{group}=")]
+        if len(given) > 1 and any(key.startswith("+") for key, _, _ in given):
+            names = ",".join(value.strip("[]") for _, _, value in given)
+            raise UserError(f"{group} is given more than once; name all together, as in {group}={names}")
 
 
 def _as_list(override: str) -> str:
     """`opt=[flash,tie]` for `+opt=tie,flash,tie`: the options once each, in the order of labels."""
     key, equals, value = override.partition("=")
     group = key.lstrip("+")
+    if equals and group in SINGLE:
+        return f"{group}={value}"
     if not equals or group not in SEVERAL or not _NAMES.fullmatch(value.strip()):
         return override
     names = dict.fromkeys(name.strip() for name in value.strip().strip("[]").split(",") if name.strip())

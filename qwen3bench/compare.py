@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pandas as pd
 from qwen3bench.analysis.comparison import Comparison, compare
 from qwen3bench.analysis.run import load_run
 from qwen3bench.bench.record import write_atomic
+from qwen3bench.cli import Parser, guarded
 from qwen3bench.errors import UserError
 
 _MOST_NAMED = 12  # of what got slower, in the verdict
@@ -40,19 +41,17 @@ h1 { font-size: 1.6rem; overflow-wrap: anywhere; }
 """
 
 
-def _say(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # whoever reads has seen enough (`… | head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints what changed between two runs as markdown.
 
-    Returns 0; 3 with `--fail-on slower` where something got slower; 1 where a run cannot be read.
+    Returns 0; 3 with `--fail-on slower` where something got slower or is no longer measured; 1 where a run cannot be
+    read, or such a gate is given runs of different sizes.
     """
-    parser = argparse.ArgumentParser(
+    return guarded(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = Parser(
         prog="python -m qwen3bench.compare",
         description="What changed between two runs: settings, cells and effects. Measures nothing.",
     )
@@ -61,18 +60,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fail-on", choices=["slower"], help="exit 3 where a cell or an effect got slower")
     parser.add_argument("--html", metavar="FILE", type=Path, help="write the comparison as one HTML file too")
     options = parser.parse_args(argv)
-    try:
-        comparison = compare(load_run(options.a), load_run(options.b))
-        title = f"{options.a} → {options.b}"
-        sections = _sections(comparison)
-        _say(_markdown(title, sections))
-        if options.html:
-            page = jinja2.Environment(autoescape=True).from_string(_PAGE)
-            write_atomic(options.html, page.render(title=title, sections=sections))
-    except UserError as error:
-        print(f"qwen3bench: error: {error}", file=sys.stderr)
-        return 1
-    return 3 if options.fail_on == "slower" and comparison.slower else 0
+    comparison = compare(load_run(options.a), load_run(options.b))
+    if options.fail_on and comparison.unlike:
+        raise UserError(f"{options.a} and {options.b} measure different things: {'; '.join(comparison.unlike)}")
+    title = f"{options.a} → {options.b}"
+    sections = _sections(comparison)
+    if options.html:
+        page = jinja2.Environment(autoescape=True).from_string(_PAGE)
+        write_atomic(options.html, page.render(title=title, sections=sections))
+    status = 3 if options.fail_on == "slower" and (comparison.slower or comparison.lost) else 0
+    with suppress(BrokenPipeError):  # whoever reads has seen enough (`… | head`); the verdict stands
+        print(_markdown(title, sections), flush=True)
+        return status
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
 
 
 def _sections(comparison: Comparison) -> list[dict[str, Any]]:
@@ -85,7 +86,11 @@ def _sections(comparison: Comparison) -> list[dict[str, Any]]:
     slower = comparison.slower
     more = f"; and {len(slower) - _MOST_NAMED} more, below" if len(slower) > _MOST_NAMED else ""
     text = f"Slower: {'; '.join(slower[:_MOST_NAMED])}{more}." if slower else "Nothing is shown to have got slower."
-    found.append({"title": "Verdict", "text": " ".join([*(f"Warning: {w}." for w in comparison.warnings), text])})
+    warnings = [f"A and B measure different things: {unlike}" for unlike in comparison.unlike]
+    if comparison.lost:
+        warnings.append(f"no longer measured: {'; '.join(comparison.lost[:_MOST_NAMED])}")
+    said = [f"Warning: {warning}." for warning in (*warnings, *comparison.warnings)]
+    found.append({"title": "Verdict", "text": " ".join([*said, text])})
     if comparison.only:
         found.append({"title": "Not in both", "text": "; ".join(comparison.only) + "."})
     if len(comparison.status):

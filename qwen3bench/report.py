@@ -8,22 +8,23 @@ from pathlib import Path
 
 from rich.console import Console
 
+from qwen3bench.cli import Parser, guarded
 from qwen3bench.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Rebuild cells.csv, effects.csv and the report of each run, and of several together; the exit status."""
+    return guarded(lambda: _main(arguments))
+
+
+def _main(arguments: list[str] | None) -> int:
     options = _parser().parse_args(arguments)
-    try:
-        _rebuild([Path(name) for name in options.runs], options.out)
-    except UserError as error:
-        print(f"qwen3bench.report: {error}", file=sys.stderr)
-        return 1
+    _rebuild([Path(name) for name in options.runs], options.out)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m qwen3bench.report",
         description="Rebuild the report of finished or partial runs from their records. Measures nothing.",
         epilog="Several runs, or a multirun's directory, give one page over all of them as well.",
@@ -43,6 +44,8 @@ def _rebuild(paths: list[Path], out: Path | None) -> None:
 
     console = Console()
     directories = find_runs(paths)
+    if out and len(directories) == 1:
+        raise UserError(f"--out is for the page over several runs; {directories[0]} is one, and keeps its report")
     runs = []
     for directory in directories:
         clean_stale(directory)

@@ -29,9 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def verify(settings: Settings) -> int:
-    """Judge the cells of `settings`, print one line for each, and return the exit status."""
+    """Judge the cells of `settings`, print one line for each, and return the exit status.
+
+    Judged on random weights of the gate's own, whatever `weights` says: what is compared are functions. Raises
+    `UserError` where these weights cannot be loaded, or a cell cannot be built on them.
+    """
     import torch  # late: mistakes on the command line need no torch
 
+    from qwen3bench.bench.bank import Bank
     from qwen3bench.bench.equivalence import Gate
     from qwen3bench.bench.peers import judge_peer
     from qwen3bench.bench.worker import is_out_of_memory
@@ -44,6 +49,12 @@ def verify(settings: Settings) -> int:
     settings = settings.resolved(device)
     began = time.monotonic()
     dtype = getattr(torch, settings.dtype)
+    if settings.weights != "random":  # what a run of these weights would refuse
+        bank = Bank(settings.model, settings.weights, torch.device(device), dtype, settings.seed, settings.opts)
+        for cell in settings.labels:
+            if not is_peer(cell):
+                bank.build(cell_of(cell))
+        del bank
     gate = Gate(
         settings.model,
         device=device,

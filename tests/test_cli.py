@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,8 @@ def test_the_forms_of_the_contract_mean_the_same(form: str) -> None:
     [
         (["+opt=tie,flash,tie"], ["opt=[flash,tie]"]),
         (["opt=[ norm , mask ]"], ["opt=[mask,norm]"]),
+        (["opt=flash", "opt=tie"], ["opt=[flash]", "opt=[tie]"]),  # a script's, and what overrides it
+        (["+model=8b", "+design=full"], ["model=qwen3-8b", "design=full"]),
         (["opt=flash,"], ["opt=[flash]"]),
         (["opt="], ["opt=[]"]),
         (["opt=[]"], ["opt=[]"]),
@@ -188,6 +191,8 @@ def test_no_argument_gives_a_traceback(
         (["opt.falsh.backend=math"], "there is no optimization 'falsh'; did you mean flash?"),
         (["opt=flash", "flash.bakend=math"], "there is no setting 'opt.flash.bakend'"),
         (["sed=1"], "there is no setting 'sed'"),
+        (["+opt=flash", "+opt=tie"], "opt is given more than once; name all together, as in opt=flash,tie"),
+        (["opt=[flash]", "+opt=tie"], "opt is given more than once"),
         (["seed=1,2"], "seed takes one value; for one run per value add -m"),
         (["seed"], "'seed' is no override; give KEY=VALUE"),
         (["seed=[1"], "'seed=[1' is no override"),
@@ -361,3 +366,8 @@ def test_mistakes_and_cfg_need_no_torch() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_its_version_is_the_packages_own() -> None:
+    told = _python("--version")
+    assert (told.returncode, told.stdout) == (0, f"qwen3bench {version('qwen3bench')}\n")

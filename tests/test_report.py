@@ -90,6 +90,33 @@ def test_what_is_no_run_is_one_line_on_stderr(tmp_path: Path, capsys: pytest.Cap
     assert "nowhere" in err
 
 
+@pytest.mark.parametrize("arguments", [[], ["--out"], ["--nonsense", "a"]])
+def test_a_mistake_is_told_in_a_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("qwen3bench: error: ")
+    assert err.endswith("`python -m qwen3bench.report --help` shows what there is\n")
+
+
+def test_a_place_for_the_page_over_runs_is_refused_for_a_single_one(
+    make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(make_run("run")), "--out", str(tmp_path / "page")]) == 1
+    assert "--out is for the page over several runs" in capsys.readouterr().err
+    assert not (tmp_path / "page").exists()
+
+
+def test_an_interruption_is_no_traceback(
+    make_run: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qwen3bench.reporting.pages.write_report", interrupted)
+    assert main([str(make_run("run"))]) == 130
+    assert capsys.readouterr().err == ""
+
+
 def test_help_is_quick_and_needs_no_torch() -> None:
     code = "import sys; from qwen3bench.report import main; main(['--help'])"
     done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, check=True)

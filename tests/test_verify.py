@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from qwen3bench import verify
+from qwen3bench import ModelConfig, verify
 from qwen3bench.bench import equivalence
+from qwen3bench.choices import options_of
+from qwen3bench.model.weights import load_weights
 from qwen3bench.opt import norm
 
 TINY = ["model=tiny", "device=cpu"]
+HF_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "emb_dim": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "hidden_dim": "intermediate_size",
+    "context_length": "max_position_embeddings",
+    "rope_base": "rope_theta",
+}
 
 
 def test_all_cells_of_the_five_are_judged(capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,7 +69,6 @@ def test_a_cell_that_differs_gives_3_and_its_reason(
 def test_a_cell_for_which_memory_does_not_suffice_does_not_end_the_others(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
 
     check = equivalence.Gate.check
 
@@ -78,8 +92,22 @@ def test_mistakes_are_told_in_a_line_or_two(arguments: list[str], capsys: pytest
     assert "Traceback" not in err
 
 
+def test_weights_that_a_run_would_refuse_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify.main([*TINY, "+opt=flash", f"weights={tmp_path / 'none'}"]) == 1
+    capsys.readouterr()
+    tiny = options_of("model", "tiny")
+    weights = {name: tensor.clone() for name, tensor in load_weights("random", ModelConfig(**tiny)).items()}
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, tmp_path / "model.safetensors")
+    theirs = {HF_NAMES.get(name, name): value for name, value in tiny.items()}
+    told = {**theirs, "tie_word_embeddings": False, "model_type": "qwen3"}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    assert verify.main(["+opt=flash,tie", f"weights={tmp_path}"]) == 1
+    assert "tie: this checkpoint's head differs" in capsys.readouterr().err
+    assert verify.main(["+opt=flash", f"weights={tmp_path}"]) == 0
+
+
 def test_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert verify.main(["model=tiny", "device=cuda"]) == 1

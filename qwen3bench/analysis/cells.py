@@ -197,7 +197,8 @@ def _speedups(samples: pd.DataFrame, table: pd.DataFrame, confidence: float) -> 
 def _rates(record: Record, table: pd.DataFrame) -> None:
     """Adds tokens/s, TTFT, TPOT, MFU and MBU as the field uses them, from latency and the recorded cost."""
     latency, workload = table["latency_s"].astype(float), table["workload"]
-    table["ttft_s"] = table["ttft_s"].where(workload != "prefill", latency)
+    only_first = (workload == "prefill") | ((workload == "generate") & (table["new_tokens"] == 1))
+    table["ttft_s"] = table["ttft_s"].where(~only_first.fillna(False).astype(bool), latency)
     table["tpot_s"] = table["tpot_s"].where(workload != "decode", latency)
     tokens = table["batch_size"].astype(float)
     tokens = tokens * table["prompt_tokens"].astype(float).where(workload == "prefill", 1.0)

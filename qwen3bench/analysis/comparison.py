@@ -35,6 +35,8 @@ class Comparison:
     - `effects`: workload, runtime, metric, term, kind, a, b, ratio (B's effect / A's), lo, hi, p_holm,
       verdict
     - `only`: what one run alone holds, in words
+    - `lost`: cells that are ok in A and not in B, though B measures their workload and runtime, in words
+    - `unlike`: sizes, model and dtype in which what is compared differs, in words
     - `warnings`: what makes a run less than it should be, in words: unfinished, noisy
     """
 
@@ -44,6 +46,8 @@ class Comparison:
     cells: pd.DataFrame
     effects: pd.DataFrame
     only: list[str]
+    lost: list[str]
+    unlike: list[str]
     warnings: list[str]
 
     @property
@@ -84,6 +88,8 @@ def compare(a: Run, b: Run) -> Comparison:
         cells=_cells(a, b, band, confidence),
         effects=_effects(a, b, band, confidence),
         only=_only(a, b),
+        lost=_lost(a, b),
+        unlike=_unlike(a, b),
         warnings=[*_warnings("A", a), *_warnings("B", b)],
     )
 
@@ -207,6 +213,22 @@ def _only(a: Run, b: Run) -> list[str]:
         terms = dict.fromkeys(key[-1] for key, others in unlike.items() if others == where)
         in_a, in_b = (text or "as an average over the others" for text in where)
         said.append(f"not compared: {', '.join(terms)}, told {in_a} in A and {in_b} in B")
+    return said
+
+
+def _lost(a: Run, b: Run) -> list[str]:
+    there = b.cells[_KEYS[1:]].drop_duplicates()
+    ok = a.cells.loc[a.cells["status"] == "ok", _KEYS].merge(there, on=_KEYS[1:])
+    left = ok.merge(b.cells[_KEYS], on=_KEYS, how="left", indicator="found")
+    return [f"{r.cell} ({r.workload}, {r.runtime})" for r in left[left["found"] == "left_only"].itertuples()]
+
+
+def _unlike(a: Run, b: Run) -> list[str]:
+    both = a.cells.merge(b.cells, on=_KEYS, suffixes=("_a", "_b"))
+    said = []
+    for name in ("model", "dtype", "batch_size", "prompt_tokens", "new_tokens"):
+        pairs = both[[f"{name}_a", f"{name}_b"]].dropna().drop_duplicates().itertuples(index=False, name=None)
+        said += [f"{name} {old} and {new}" for old, new in pairs if old != new]
     return said
 
 

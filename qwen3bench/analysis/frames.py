@@ -83,9 +83,12 @@ class BlockMatrix:
         """log(latency of `over` / latency of each cell in `under`), compared within blocks.
 
         A ratio to or of another implementation stands on these two cells alone: how much it scatters between processes
-        tells nothing of our cells, nor they of it.
+        tells nothing of our cells, nor they of it. Beside two cells of ours the A/A copy is left out, as in the one
+        effect that they have.
         """
         ours = [cell for cell in self.log_s.columns if not is_peer(cell)]
+        if len(ours) == 3 and COPY not in (over, *under):
+            ours = [cell for cell in ours if cell != COPY]
         found = {cell: self._contrasts([over, cell], over, [cell]) for cell in under if is_peer(over) or is_peer(cell)}
         rest = [cell for cell in under if cell not in found]
         together = self._contrasts(ours, over, rest) if rest else None

@@ -61,7 +61,10 @@ def run(
     try:
         with _signals(), writer, reporter.running():
             with _interruption_recorded(writer), ExitStack() as workers:
-                _campaign(settings, writer, reporter, workers, start_worker, monitor).run()
+                campaign = _campaign(settings, writer, reporter, workers, start_worker, monitor)
+                if directory.resolve().parent == RESULTS.resolve():
+                    point_latest(directory)
+                campaign.run()
                 writer.append({"type": "end", "status": "finished", "time": time.time()})
             with reporter.stage("analysing and writing the report", 1):
                 finished = load_run(directory)
@@ -85,14 +88,12 @@ def run(
                 file=sys.stderr,
             )
         return 128 + stop.args[0]
-    if directory.resolve().parent == RESULTS.resolve():
-        point_latest(directory)
     terminal_summary(finished, found, Console())
     print(f"took {duration(time.monotonic() - started)}", file=sys.stderr)
-    status = _status(finished.cells)
-    if status == 1:
+    ok = finished.cells["status"] == "ok"
+    if not ok.any():
         print(f"qwen3bench: error: no cell could be measured; {directory / 'report.html'} says why", file=sys.stderr)
-    return status
+    return 0 if ok.all() else 3
 
 
 def _refuse_column_names(settings: Settings) -> None:
@@ -205,8 +206,7 @@ def _refuse_changed(done: Record, settings: Settings, identity: dict[str, Any], 
         return
     keys = config_differences(done.run["config"], settings.to_dict())
     words = [f"the configuration ({'; '.join(keys)})" if keys and w == "the configuration" else w for w in changed]
-    only_keys = keys and len(changed) == 1
-    advice = f"or continue it as it was with {_override('resume', directory)} alone" if only_keys else ""
+    advice = f"or continue it as it was with {_override('resume', directory)} alone" if keys else ""
     raise UserError(
         f"{directory}: cannot be continued, as {', '.join(words)} changed since it began\n"
         f"start a new run with another run.dir {advice}".rstrip()
@@ -259,11 +259,6 @@ def _override(key: str, path: Path) -> str:
         text = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + ('\\"' if m[2] else ""), text).replace("${", "\\${")
         text = f'"{text}"'
     return shlex.quote(f"{key}={text}")
-
-
-def _status(cells: Any) -> int:
-    ok = cells["status"] == "ok"
-    return 0 if ok.all() else 3 if ok.any() else 1
 
 
 @contextmanager

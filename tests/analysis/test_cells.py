@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from qwen3bench.analysis.cells import cells_table, columns
+from qwen3bench.analysis.run import load_run
 from qwen3bench.bench.record import read_record
 
 Write = Callable[..., Path]
@@ -94,6 +95,21 @@ def test_latency_and_speedup(write_run: Write) -> None:
     assert base["latency_lo_s"] < base["latency_s"] < base["latency_hi_s"]
     assert base["samples"] == 18  # six blocks of three repeats; the copy is not among them
     assert flash[["flash", "tie"]].tolist() == [1, 0]
+
+
+def test_of_one_generated_token_all_is_the_time_to_the_first(write_run: Write) -> None:
+    where = {("decode", "graph"): 0.001, ("generate", "graph"): 0.1}
+    cells = table(write_run(factors=("flash",), baseline_s=where, noise=0.0, config={"new_tokens": 1}))
+    base = cells[cells["cell"] == "baseline"].set_index("workload")
+    assert base["ttft_s"].tolist() == pytest.approx([np.nan, base.loc["generate", "latency_s"]], nan_ok=True)
+
+
+def test_the_speed_up_of_one_switch_is_its_effect_with_the_same_interval(write_run: Write) -> None:
+    run = load_run(write_run(factors=("flash",), process_noise=0.01, blocks=9))
+    cell = run.cells[run.cells["cell"] == "flash"].iloc[0]
+    effect = run.effects[(run.effects["metric"] == "latency_s") & (run.effects["kind"] == "main")].iloc[0]
+    speedup = [cell[name] for name in ("speedup", "speedup_lo", "speedup_hi")]
+    assert speedup == pytest.approx([effect[name] for name in ("estimate", "lo", "hi")])
 
 
 def test_tokens_times_and_utilisation(write_run: Write) -> None:

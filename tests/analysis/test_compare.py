@@ -67,6 +67,24 @@ def test_a_cell_that_broke_fails(write_run: Write, capsys: pytest.CaptureFixture
     assert "| mlp | prefill | graph | ok | oom |" in section(text, "Status")
 
 
+def test_a_cell_that_is_no_longer_measured_fails(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = write_run("a", factors=("flash",)), write_run("b", factors=("flash",), cells=["baseline"])
+    status, text = output(capsys, a, b, "--fail-on", "slower")
+    assert status == 3
+    assert "Warning: no longer measured: flash (prefill, graph)." in section(text, "Verdict")
+    assert output(capsys, b, a, "--fail-on", "slower")[0] == 0
+    assert output(capsys, a, b)[0] == 0
+
+
+def test_runs_of_different_sizes_pass_no_gate(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = write_run("a"), write_run("b", config={"prompt_tokens": 512})
+    assert main([str(a), str(b), "--fail-on", "slower"]) == 1
+    assert "measure different things: prompt_tokens 128 and 512" in capsys.readouterr().err
+    status, text = output(capsys, a, b)
+    assert status == 0
+    assert "Warning: A and B measure different things: prompt_tokens 128 and 512." in section(text, "Verdict")
+
+
 def test_differences_of_settings_come_first(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
     a = write_run("a", config={"batch_size": 1, "run": {"dir": "a"}})
     b = write_run("b", config={"batch_size": 8, "run": {"dir": "b"}})

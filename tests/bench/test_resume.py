@@ -9,8 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import pytest
@@ -126,6 +127,28 @@ def test_a_signal_while_the_report_is_written_asks_for_no_continuation(
     assert "Continue" not in done.err
     assert f"python -m qwen3bench.report {tmp_path / 'run'}" in done.err
     assert [line["status"] for line in done.record.of("end")] == ["finished"]
+
+
+def test_the_newest_run_is_the_latest_though_it_was_interrupted(
+    measure: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = measure(*FULL, dir=None)
+    assert older.status == 0
+    finished = (tmp_path / "results" / "latest").resolve()
+    monkeypatch.setattr(run_module, "datetime", Later)
+    monkeypatch.setattr(run_module.Campaign, "run", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    assert measure(*FULL, dir=None).status == 130
+    latest = (tmp_path / "results" / "latest").resolve()
+    assert latest != finished
+    assert read_record(latest).of("end")[-1]["status"] == "interrupted"
+
+
+class Later(datetime):
+    """A clock that is ahead, as a directory's name holds seconds."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> Self:
+        return super().now(tz) + timedelta(hours=1)
 
 
 def test_a_signal_before_anything_is_recorded_asks_for_the_command_again(
