@@ -110,6 +110,9 @@ def _launch(argv: Sequence[str], run: Callable[[Settings], int]) -> int:
         settings = _job_settings(config)
         if settings.dir and HydraConfig.get().mode == RunMode.MULTIRUN:
             points.append(settings.dir)
+            if (status := _finished(settings)) is not None:
+                print(f"{settings.dir} holds this point, finished")
+                return status
         return run(settings)
 
     def task(config: DictConfig) -> None:
@@ -128,6 +131,16 @@ def _launch(argv: Sequence[str], run: Callable[[Settings], int]) -> int:
     if len(points) > 1:
         print(f"One page over these runs: python -m qwen3bench.report {shlex.quote(str(points[0].parent))}")
     return max(statuses, key=(0, 3, 1).index)
+
+
+def _finished(settings: Settings) -> int | None:
+    """Exit status of the finished run of these settings in their directory, so that a multirun can be given again."""
+    record = settings.dir / "samples.jsonl" if settings.dir else None
+    if not (record and record.is_file() and record.stat().st_size):
+        return None
+    from qwen3bench.bench.run import finished_status
+
+    return finished_status(settings)
 
 
 def _run(settings: Settings) -> int:

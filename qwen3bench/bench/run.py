@@ -20,7 +20,7 @@ from rich.console import Console
 
 from qwen3bench.analysis.cells import columns
 from qwen3bench.analysis.frames import SAMPLE_COLUMNS
-from qwen3bench.analysis.run import load_run, write_derived
+from qwen3bench.analysis.run import Run, load_run, write_derived
 from qwen3bench.bench.campaign import Campaign
 from qwen3bench.bench.environment import CHANGES_NO_NUMBER, differences
 from qwen3bench.bench.monitor import Monitor
@@ -90,10 +90,26 @@ def run(
         return 128 + stop.args[0]
     terminal_summary(finished, found, Console())
     print(f"took {duration(time.monotonic() - started)}", file=sys.stderr)
-    ok = finished.cells["status"] == "ok"
-    if not ok.any():
+    if not (finished.cells["status"] == "ok").any():
         print(f"qwen3bench: error: no cell could be measured; {directory / 'report.html'} says why", file=sys.stderr)
-    return 0 if ok.all() else 3
+    return _status(finished)
+
+
+def finished_status(settings: Settings) -> int | None:
+    """Exit status of the run of these settings that their directory holds; None where it is another, or not finished.
+
+    Raises `UserError` where the record cannot be read.
+    """
+    assert settings.dir is not None
+    done = load_run(settings.dir)
+    recorded = done.record.run["config"]
+    same = settings.device in ("auto", recorded["device"])
+    same = same and not config_differences(recorded, settings.resolved(recorded["device"]).to_dict())
+    return _status(done) if done.finished and same else None
+
+
+def _status(run: Run) -> int:
+    return 0 if (run.cells["status"] == "ok").all() else 3
 
 
 def _refuse_column_names(settings: Settings) -> None:

@@ -21,6 +21,7 @@ from qwen3bench.bench import run as run_module
 from qwen3bench.bench.record import RecordWriter, read_record
 from qwen3bench.cli import compose, main
 from qwen3bench.errors import UserError
+from qwen3bench.settings import Settings
 
 Measure = Callable[..., Any]
 SOURCE = Path(__file__).parents[2]
@@ -116,6 +117,27 @@ def test_a_signal_ends_the_children_keeps_the_record_and_tells_how_to_continue(
     monkeypatch.setattr(run_module, "write_report", lambda run, found: None)
     assert main(arguments, lambda settings: run_module.run(settings, start_fake())) == 0
     assert set(load_run(directory).cells["status"]) == {"ok"}
+
+
+def test_a_multirun_given_again_measures_the_points_that_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start_fake: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_module, "write_report", lambda run, found: None)
+    measured: list[int] = []
+
+    def run(settings: Settings) -> int:
+        measured.append(settings.seed)
+        return run_module.run(settings, start_fake())
+
+    quick = ["measure.min_blocks=3", "measure.max_blocks=3"]
+    command = ["-m", "model=tiny", "design=full", "opt=[flash,tie]", *quick, "run.dir=points"]
+    assert main([*command, "seed=1"], run) == 0
+    assert main([*command, "seed=1,2"], run) == 0
+    assert measured == [1, 2]
+    assert "points/0 holds this point, finished" in capsys.readouterr().out
+    for other in ("prompt_tokens=9", "device=cuda"):
+        assert main([*command, "seed=1,2", other], run) == 1  # another run's directory
 
 
 def test_a_signal_while_the_report_is_written_asks_for_no_continuation(
