@@ -128,7 +128,7 @@ def measure(settings: Settings, count: int) -> int:
     write_atomic(directory / "aa.csv", to_csv(pd.DataFrame([asdict(each) for each in outcomes])))
     write_atomic(directory / "aa.md", page(outcomes, settings, identity))
     print(f"{summary(outcomes)}\n{directory / 'aa.md'}")
-    return 3 if false_alarms(outcomes) > allowed(count) else 0
+    return 3 if false_alarms(outcomes) > allowed(count, _conditions(outcomes)) else 0
 
 
 def outcomes_of(run: Run, number: int) -> list[Outcome]:
@@ -163,13 +163,22 @@ def outcomes_of(run: Run, number: int) -> list[Outcome]:
     return outcomes
 
 
-def allowed(campaigns: int) -> int:
+def allowed(campaigns: int, conditions: int = 1) -> int:
     """How many of `campaigns` may show a significant effect: 2 of 20.
 
-    The 90 % quantile of a binomial with the family-wise error that Holm's method promises; honest p exceed it in less
-    than one trial in ten.
+    The 90 % quantile of a binomial with the family-wise error that Holm's method promises, which each workload and
+    runtime of a campaign has for itself; honest p exceed it in less than one trial in ten.
     """
-    return int(binom.ppf(0.9, campaigns, ALPHA))
+    return int(binom.ppf(0.9, campaigns, _rate(conditions)))
+
+
+def _rate(conditions: int) -> float:
+    """How often a campaign of so many families of effects has a false alarm."""
+    return 1 - (1 - ALPHA) ** conditions
+
+
+def _conditions(outcomes: Sequence[Outcome]) -> int:
+    return len({(each.workload, each.runtime) for each in outcomes})
 
 
 def false_alarms(outcomes: Sequence[Outcome]) -> int:
@@ -179,10 +188,12 @@ def false_alarms(outcomes: Sequence[Outcome]) -> int:
 
 def summary(outcomes: Sequence[Outcome]) -> str:
     """What came out, in one line."""
-    campaigns = len({each.campaign for each in outcomes})
+    campaigns, conditions = len({each.campaign for each in outcomes}), _conditions(outcomes)
+    each_of = f" for each of {conditions} workloads and runtimes" if conditions > 1 else ""
     return (
         f"{false_alarms(outcomes)} of {campaigns} campaigns with any Holm-significant effect "
-        f"({ALPHA:.0%} family-wise expected: {ALPHA * campaigns:.2g}; at most {allowed(campaigns)} allowed)"
+        f"({ALPHA:.0%} family-wise expected{each_of}: {_rate(conditions) * campaigns:.2g}; "
+        f"at most {allowed(campaigns, conditions)} allowed)"
     )
 
 

@@ -272,7 +272,7 @@ def _workloads(root: Section) -> dict[str, Sizes]:
         workloads[name] = Sizes(
             batch_size=section.whole("batch_size", least=1),
             prompt_tokens=section.optional_whole("prompt_tokens"),
-            new_tokens=section.whole("new_tokens", least=0),
+            new_tokens=section.whole("new_tokens", least=1 if name == "generate" else 0),
         )
         section.refuse_the_rest()
     return workloads

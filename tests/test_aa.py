@@ -106,6 +106,7 @@ def test_campaigns_count_once_however_many_conditions_they_have() -> None:
 
 def test_two_false_alarms_in_twenty_are_allowed() -> None:
     assert [allowed(campaigns) for campaigns in (1, 2, 3, 20, 100)] == [0, 0, 1, 2, 8]
+    assert allowed(20, 4) == 6  # each of four conditions has its own 5 %
 
 
 def test_campaigns_are_measured_written_and_not_measured_twice(

@@ -95,6 +95,11 @@ def test_designs_make_these_cells(argv: list[str], cells: list[str]) -> None:
     assert [label(cell) for cell in compose(argv).cells] == cells
 
 
+def test_generating_nothing_is_refused() -> None:
+    with pytest.raises(UserError, match=r"workload\.generate\.new_tokens must be a whole number"):
+        compose(["workload=generate", "workload.generate.new_tokens=0"])
+
+
 def test_a_sixth_optimization_needs_one_yaml_file_and_comes_last(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     import shutil
 

@@ -41,6 +41,12 @@ def test_a_named_cell_is_judged_beside_the_baseline(capsys: pytest.CaptureFixtur
     assert re.findall(r"^(\S+) +ok ", capsys.readouterr().out, re.MULTILINE) == ["baseline", "flash+mask"]
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_many_short_prompts_are_judged(tokens: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify.main([*TINY, "+opt=tie", "batch_size=4", f"prompt_tokens={tokens}"]) == 0
+    assert "2 of 2 cells" in capsys.readouterr().out
+
+
 def test_a_design_over_named_optimizations(capsys: pytest.CaptureFixture[str]) -> None:
     assert verify.main([*TINY, "design=each", "+opt=norm,mlp"]) == 0
     assert re.findall(r"^(\S+) +ok ", capsys.readouterr().out, re.MULTILINE) == ["baseline", "mlp", "norm"]

@@ -59,9 +59,16 @@ class Run:
         idle = {
             where: compare_effective({x["cell"]: x for x in lines if (x["workload"], x["runtime"]) == where})
             for where in wheres
+            if where[0] != "generate"  # whose last step alone was looked at
         }
         return [
-            {**line, "notes": [*line.get("notes", []), *idle[line["workload"], line["runtime"]].get(line["cell"], [])]}
+            {
+                **line,
+                "notes": [
+                    *line.get("notes", []),
+                    *idle.get((line["workload"], line["runtime"]), {}).get(line["cell"], []),
+                ],
+            }
             for line in lines
             if line["cell"] in self.record.run["cells"]
         ]

@@ -1,4 +1,4 @@
-"""What the device can do at best, measured and as its vendor states it: the denominators of MBU and MFU."""
+"""What the device can do at best: measured, the denominators of MBU and MFU, and as its vendor states it."""
 
 from __future__ import annotations
 
@@ -45,6 +45,8 @@ _LOOKALIKES = (
     "D v2",
     " D",
     "MIG",
+    "NVL",
+    "GH200",
 )  # slower or faster chips whose names hold one of those above
 
 
@@ -53,7 +55,7 @@ def vendor_figures(device_name: str, dtype: torch.dtype) -> dict[str, Any] | Non
     if any(f"{word} " in f"{device_name} " for word in _LOOKALIKES):
         return None
     for name, vendor in _VENDOR.items():
-        if f"{name} " in f"{device_name} ":
+        if f" {name} " in f" {device_name} ":
             flops = vendor.flops_per_s if dtype in (torch.bfloat16, torch.float16) else None
             return {"bytes_per_s": vendor.bytes_per_s, "flops_per_s": flops, "source": vendor.source}
     return None

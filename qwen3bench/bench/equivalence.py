@@ -158,7 +158,8 @@ def cases(lengths: Sequence[int], large: int | None = None, whole: tuple[int, in
     found.append(Case(f"the last logits of length {lengths[-1]}", len(lengths) - 1, usual=True, keep=1))
     if large is not None:
         found.append(Case(f"a large prefill of length {large}", len(lengths), usual=True))
-        found.append(Case(f"a decode after {large - 2} tokens", len(lengths), (large - 2, 1, 1), usual=large > 2))
+        if large > 2:
+            found.append(Case(f"a decode after {large - 2} tokens", len(lengths), (large - 2, 1, 1), usual=True))
     if whole is not None:
         index = len(lengths) + (large is not None)
         found.append(Case(f"a prefill of {whole[0]} × {whole[1]}", index, usual=whole[1] > 1, sequences=whole[0]))

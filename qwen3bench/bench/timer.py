@@ -1,10 +1,11 @@
 """The clock: timed values of one cell, in seconds.
 
 Rules and their sources. Warm up before timing and time steady state only (Georges et al., OOPSLA 2007; one untimed
-launch opens each visit). A value must be far above the clock's resolution (Hoefler & Belli, SC 2015, rule 10: short
-work is repeated inside one value). Work on a CUDA device is asynchronous: its own events time it (NVIDIA, CUDA C++
-Best Practices Guide, 9.1.2), or the host clock around a synchronize where the host's launches are part of what is
-measured.
+launch opens each visit). All cells of a process have as many values in a visit and launches in a value: a median of
+three leaves out a late value that a single one holds. A value must be far above the clock's resolution (Hoefler &
+Belli, SC 2015, rule 10: short work is repeated inside one value). Work on a CUDA device is asynchronous: its own
+events time it (NVIDIA, CUDA C++ Best Practices Guide, 9.1.2), or the host clock around a synchronize where the host's
+launches are part of what is measured.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def inner_repeats(estimate_s: float, min_value_s: float = MIN_VALUE_S) -> int:
 
 
 def visit_repeats(value_s: float) -> int:
-    """How many timed values of `value_s` seconds one visit takes; a slow cell has one, as more blocks tell more."""
+    """How many timed values of `value_s` seconds one visit takes; of slow work one, as more blocks tell more."""
     return max(1, min(MOST_REPEATS, int(VISIT_S / max(value_s, 1e-9))))
 
 
@@ -49,10 +50,12 @@ def time_host(
     synchronize: Callable[[], object] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[TimedValue]:
-    """`repeats` timed values by a monotonic host clock around a synchronize.
+    """`repeats` timed values by a monotonic host clock around a synchronize, behind an untimed launch.
 
     With several launches each is synchronized, as a program that reads each token does.
     """
+    for launch in launches:
+        launch()
     values = []
     for _ in range(repeats):
         synchronize()
@@ -72,7 +75,13 @@ def time_host(
 
 
 def time_device(launches: Sequence[Callable[[], object]], repeats: int, inner: int = 1) -> list[TimedValue]:
-    """`repeats` timed values by CUDA events in the stream; nothing waits for the host in between."""
+    """`repeats` timed values by CUDA events in the stream, behind an untimed launch.
+
+    Nothing waits for the host: the first event is recorded behind work that keeps the device busy while the host
+    launches what is timed. On an idle device the first value would hold that launch, 10 to 50 µs of the host's.
+    """
+    for launch in launches:
+        launch()
     marks: list[list[torch.cuda.Event]] = []
     for _ in range(repeats):
         events = [torch.cuda.Event(enable_timing=True) for _ in range(len(launches) + 1)]

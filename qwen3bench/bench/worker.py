@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
 import signal
 import statistics
@@ -50,12 +51,18 @@ class InvalidCell(Exception):
 
 @dataclass
 class Prepared:
-    """A cell ready to be timed. How much a visit takes in is found at the first, as others may still get ready now."""
+    """A cell ready to be timed."""
 
     model: Decoder
     launches: list[Callable[[], object]]
-    inner: int = 0  # launches inside one timed value; 0: not known yet
-    repeats: int = 0  # timed values of a visit, unless the settings say how many
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How much a visit takes in, the same for all cells that are compared."""
+
+    inner: int  # launches inside one timed value
+    repeats: int  # timed values, unless the settings say how many
 
 
 @dataclass
@@ -80,6 +87,7 @@ class Worker:
         self._runtime: Runtime | None = None
         self._workload: Workload | None = None
         self._prepared: dict[tuple[str, int], Prepared] = {}
+        self._pace: Pace | None = None
         self._gate: Gate | None = None
         self._warm: Warm | None = None
 
@@ -246,21 +254,17 @@ class Worker:
             raise InvalidCell("its logits are not finite (NaN or infinity), so its latency would mean nothing")
         del logits
         self._prepared[cell, copy] = Prepared(model, launches)
+        self._pace = None
         return {"compile_s": self._runtime.compile_s, "compile_options": self._runtime.compile_options}
 
     def op_visit(self, cell: str, copy: int, repeats: int | None) -> dict[str, Any]:
-        """One visit: an untimed launch, then `repeats` timed values (None: as the cell's latency asks), in seconds."""
-        prepared = self._prepared[cell, copy]
+        """One visit: an untimed launch, then `repeats` timed values (None: as the slowest cell asks), in seconds."""
+        launches = self._prepared[cell, copy].launches
         compiled = self._compiled_graphs()
-        if not prepared.inner:
-            estimate_s = self._estimate(prepared.launches)
-            prepared.inner = inner_repeats(estimate_s) if len(prepared.launches) == 1 else 1
-            prepared.repeats = visit_repeats(estimate_s * prepared.inner)
-        for launch in prepared.launches:
-            launch()
-        self._synchronize()
+        if self._pace is None:  # found at the first visit, as others may get ready before
+            self._pace = self._found_pace()
         started = time.time()
-        values = self._time(prepared.launches, repeats or prepared.repeats, prepared.inner)
+        values = self._time(launches, repeats or self._pace.repeats, self._pace.inner)
         if self._compiled_graphs() != compiled:
             raise InvalidCell("it was compiled again while it was timed, so its latency may hold a compilation")
         samples = []
@@ -363,11 +367,25 @@ class Worker:
     def _compiled_graphs(self) -> int:
         return compiled_graphs() if isinstance(self._runtime, CompileRuntime) else 0
 
+    def _found_pace(self) -> Pace:
+        """Of the cells that are ready: values of the fastest are long enough, and the slowest fills a visit."""
+        ready = [prepared.launches for prepared in self._prepared.values()]
+        estimates_s = [self._estimate(launches) for launches in ready]
+        inner = inner_repeats(min(estimates_s)) if all(len(launches) == 1 for launches in ready) else 1
+        return Pace(inner, visit_repeats(max(estimates_s) * inner))
+
     def _estimate(self, launches: Sequence[Callable[[], object]]) -> float:
-        """About how long one timed value takes, in seconds."""
-        estimate_s = self._time(launches, repeats=1, inner=1)[0].latency_s
-        if estimate_s < FAST_S:  # the first launch of a graph also uploads it
-            estimate_s = min(estimate_s, self._time(launches, repeats=1, inner=1)[0].latency_s)
+        """About how long all launches take, in seconds."""
+        estimate_s = math.inf
+        for _ in range(2):
+            self._synchronize()
+            started = time.perf_counter()
+            for launch in launches:
+                launch()
+            self._synchronize()
+            estimate_s = min(estimate_s, time.perf_counter() - started)
+            if estimate_s >= FAST_S:  # else once more, as the first launch of a graph also uploads it
+                break
         return estimate_s
 
     def _synchronize(self) -> None:
@@ -376,6 +394,7 @@ class Worker:
 
     def _forget_graphs(self) -> None:
         self._prepared.clear()
+        self._pace = None
         self._runtime = self._warm = None
         gc.collect()
         gc.freeze()  # what lives now are imports and the bank: looking at them again would take 0.2 s a cell

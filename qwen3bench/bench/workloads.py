@@ -27,11 +27,6 @@ class WorkloadSize:
     prompt_tokens: int
     new_tokens: int
 
-    def tokens_timed(self) -> int:
-        """Tokens that tokens/s counts: prompt tokens of a prefill, generated ones otherwise."""
-        per_sequence = {"prefill": self.prompt_tokens, "decode": 1, "generate": self.new_tokens}
-        return self.batch_size * per_sequence[self.name]
-
     @property
     def cache_capacity(self) -> int:
         """Positions that the KV cache holds; 0 where the workload has no cache."""

@@ -125,6 +125,12 @@ def test_what_a_switch_changed_is_told_by_cells_that_are_not_measured(measure: M
     assert set(done.run.cells["cell"]) == {"baseline", "flash+tie"}
 
 
+def test_of_generate_whose_last_step_alone_is_looked_at_nothing_is_said_to_be_the_same(measure: Measure) -> None:
+    done = measure(*FULL, "workload=[generate,decode]")
+    said = {line["workload"] for line in done.run.evidence if "changed nothing" in " ".join(line["notes"])}
+    assert said == {"decode"}
+
+
 # Taken up again
 
 

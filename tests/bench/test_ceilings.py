@@ -57,6 +57,8 @@ def test_known_devices(name: str, bytes_per_s: float, flops_per_s: float) -> Non
         "NVIDIA GeForce RTX 3090 Ti",
         "NVIDIA GeForce RTX 4090 Laptop GPU",
         "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GH200 480GB",
+        "NVIDIA H200 NVL",
         "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
         "NVIDIA L40",
         "NVIDIA H100 NVL",

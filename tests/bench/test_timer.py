@@ -36,20 +36,20 @@ def test_a_value_is_the_time_of_its_launch() -> None:
     values = time_host([clock.work(0.25)], repeats=3, clock=clock)
     assert [value.latency_s for value in values] == pytest.approx([0.25] * 3)
     assert all(value.steps_s == () for value in values)
-    assert len(clock.log) == 3
+    assert len(clock.log) == 1 + 3  # one untimed
 
 
 def test_short_work_is_repeated_inside_a_value_and_divided() -> None:
     clock = FakeClock()
     (value,) = time_host([clock.work(1e-5)], repeats=1, inner=100, clock=clock)
     assert value.latency_s == pytest.approx(1e-5)
-    assert len(clock.log) == 100
+    assert len(clock.log) == 1 + 100
 
 
 def test_waiting_for_the_device_counts_and_the_wait_before_does_not() -> None:
     clock = FakeClock()
     (value,) = time_host([clock.work(0.1)], 1, inner=2, synchronize=clock.work(0.5, "wait"), clock=clock)
-    assert clock.log == ["wait", "work", "work", "wait"]
+    assert clock.log == ["work", "wait", "work", "work", "wait"]
     assert value.latency_s == pytest.approx((0.1 + 0.1 + 0.5) / 2)
 
 
@@ -76,6 +76,65 @@ def test_the_clock_is_monotonic_whatever_the_wall_clock_does(monkeypatch: pytest
     monkeypatch.setattr(time, "time", lambda: 1e9 - 1e6 * next(jumps))
     values = time_host([lambda: time.time()], repeats=5)
     assert all(0 <= value.latency_s < 1 for value in values)
+
+
+class FakeStream:
+    """A device that works off what the host gives it: launching takes the host time, the work the device."""
+
+    def __init__(self) -> None:
+        self.host_s = self.device_s = 0.0
+
+    def work(self, launch_s: float, work_s: float) -> Callable[[], None]:
+        def launch() -> None:
+            self.host_s += launch_s
+            self.device_s = max(self.device_s, self.host_s) + work_s
+
+        return launch
+
+    def event(self, **_: object) -> FakeEvent:
+        return FakeEvent(self)
+
+
+class FakeEvent:
+    """Its time is when the stream gets to it: at once where nothing is left to do."""
+
+    def __init__(self, stream: FakeStream) -> None:
+        self.stream, self.at_s = stream, 0.0
+
+    def record(self) -> None:
+        self.at_s = max(self.stream.device_s, self.stream.host_s)
+
+    def elapsed_time(self, later: FakeEvent) -> float:
+        return 1e3 * (later.at_s - self.at_s)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_no_value_holds_the_hosts_launch(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    stream = FakeStream()
+    monkeypatch.setattr(torch.cuda, "Event", stream.event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    launches = [stream.work(5e-5, 1e-3)] * steps
+    for _ in range(2):
+        stream.host_s = stream.device_s + 1.0  # the device is idle
+        values = time_device(launches, repeats=3)
+        assert [value.latency_s for value in values] == pytest.approx([steps * 1e-3] * 3)
+
+
+@pytest.mark.cuda
+def test_the_first_value_is_as_fast_as_the_others() -> None:
+    a = torch.randn(2048, 2048, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    _products(a, 1)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        _products(a, 40)
+    first, second = [], []
+    for _ in range(25):
+        torch.cuda.synchronize()
+        values = time_device([graph.replay], repeats=3)
+        first.append(values[0].latency_s)
+        second.append(values[1].latency_s)
+    assert statistics.median(first) == pytest.approx(statistics.median(second), rel=2e-3)
 
 
 def _products(a: torch.Tensor, count: int) -> None:

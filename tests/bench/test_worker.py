@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,31 @@ def test_what_a_graph_writes_is_looked_at_too(
     else:
         with pytest.raises(CellFailure, match="logits are not finite"):
             opened("prepare", cell="baseline", copy=0)
+
+
+def test_cells_have_as_many_values_however_fast_they_are(opened: Ask, worker: Worker) -> None:
+    """And as many launches in a value: enough for the fastest of them."""
+    opened("enter", workload="prefill", runtime="eager")
+    opened("prepare", cell="baseline", copy=0)
+    model = worker._prepared["baseline", 0].model
+    asleep_s = {"baseline": 0.008, "flash": 0.0004}
+    launched = dict.fromkeys(asleep_s, 0)
+
+    def launch(cell: str) -> None:
+        launched[cell] += 1
+        time.sleep(asleep_s[cell])
+
+    for cell in asleep_s:
+        worker._prepared[cell, 0] = worker_module.Prepared(model, [partial(launch, cell)])
+    worker._pace = None
+    values = {cell: len(opened("visit", cell=cell, copy=0, repeats=None)["samples"]) for cell in asleep_s}
+    assert worker._pace is not None
+    assert 2 <= worker._pace.inner <= 3
+    assert values == dict.fromkeys(asleep_s, 1)
+    before = dict(launched)
+    for cell in asleep_s:
+        opened("visit", cell=cell, copy=0, repeats=None)
+        assert launched[cell] - before[cell] == 1 + worker._pace.inner
 
 
 def test_one_generated_token_has_no_time_between_tokens(ask: Ask, small_settings: Callable[..., Settings]) -> None:
