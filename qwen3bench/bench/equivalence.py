@@ -3,7 +3,8 @@
 A tolerance in bfloat16 is nearly blind: a decode position off by one or a norm's eps of 1e-5 hide in its
 rounding, and stand out of float32's by factors of 40 to 9000. So a cell is judged twice, over prompts of
 several odd lengths and a larger one, as a prefill, token by token and in chunks against a KV cache, all logits or the
-last alone, and on a GPU, where kernels are chosen by how many tokens there are, over one of the workload's own size:
+last alone, and on a GPU, where kernels are chosen by how many tokens there are, over one of the workload's own size,
+up to `WHOLE` tokens in all (what is chosen for more of them alone, as a tile of `mlp` may be, is not judged):
 
 - in float32 against the baseline in float64: maximum and root-mean-square error at most 2 × those of the
   baseline in float32 (flash-attention, tests/test_flash_attn.py: at most twice the error of the plain
