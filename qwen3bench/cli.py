@@ -189,13 +189,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _lengthened(override: str) -> str:
-    """`opt.flash.backend=…` for `flash.backend=…`, and `model=qwen3-8b` for `model=8b`."""
+    """`opt.flash.backend=…` for `flash.backend=…`, `model=qwen3-8b` for `model=8b`, `design=…` for `+design=…`."""
     key, equals, value = override.partition("=")
     first = key.partition(".")
     if first[1] and first[0].lstrip("+~") in choices("opt"):
         name = key.lstrip("+~")
         return f"{key[: len(key) - len(name)]}opt.{name}{equals}{value}"
-    if key.lstrip("+") == "model":
+    if (group := key.lstrip("+")) in SINGLE:  # to Hydra the plus would add it to the one that there is
+        key, override = group, f"{group}{equals}{value}"
+    if key == "model":
         known = choices("model")
         names = [f"qwen3-{n}" if n not in known and f"qwen3-{n}" in known else n for n in value.lower().split(",")]
         return f"model={','.join(names)}" if set(names) <= set(known) else override
@@ -205,7 +207,7 @@ def _lengthened(override: str) -> str:
 def _chosen(override: str) -> str:
     """`opt=tie` for `+opt=tie`: to Hydra the plus would add it to those that a design brings."""
     bare = override.lstrip("+")
-    return bare if bare.partition("=")[0] in (*SEVERAL, *SINGLE) else override
+    return bare if bare.partition("=")[0] in SEVERAL else override
 
 
 def _refuse_repeats(overrides: list[str]) -> None:
@@ -220,8 +222,6 @@ def _as_list(override: str) -> str:
     """`opt=[flash,tie]` for `+opt=tie,flash,tie`: the options once each, in the order of labels."""
     key, equals, value = override.partition("=")
     group = key.lstrip("+")
-    if equals and group in SINGLE:
-        return f"{group}={value}"
     if not equals or group not in SEVERAL or not _NAMES.fullmatch(value.strip()):
         return override
     names = dict.fromkeys(name.strip() for name in value.strip().strip("[]").split(",") if name.strip())

@@ -96,6 +96,10 @@ def test_normalise(typed: list[str], meant: list[str]) -> None:
     assert normalise(typed) == meant
 
 
+def test_with_multirun_a_plus_adds_no_second_model_or_design() -> None:
+    assert normalise(["-m", "+model=8b,tiny", "+design=full"])[-2:] == ["model=qwen3-8b,tiny", "design=full"]
+
+
 @pytest.mark.parametrize("flag", ["-m", "--multirun", "hydra.mode=MULTIRUN"])
 def test_multirun_keeps_the_commas_of_hydra(flag: str) -> None:
     typed = ["opt=tie,flash", "workload=decode,prefill", "opt=[tie,flash],[mlp]", "seed=1,2"]

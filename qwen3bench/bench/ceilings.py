@@ -46,7 +46,6 @@ _LOOKALIKES = (
     " D",
     "MIG",
     "NVL",
-    "GH200",
 )  # slower or faster chips whose names hold one of those above
 
 
