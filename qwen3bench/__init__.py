@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qwen3bench.model.config import ModelConfig
     from qwen3bench.model.weights import load_weights
 
+__version__ = "0.1.0"
 __all__ = ["ModelConfig", "build_model", "effects", "load_run", "load_weights"]
 
 _HOMES = {

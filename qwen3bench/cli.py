@@ -10,7 +10,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from types import MethodType
 from typing import NoReturn
@@ -22,6 +21,7 @@ from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from qwen3bench import __version__
 from qwen3bench.choices import choices, config_dir, nearest
 from qwen3bench.errors import UserError
 from qwen3bench.settings import Settings, settings_from, with_checkpoint_shape
@@ -184,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.error = MethodType(Parser.error, parser)  # type: ignore[method-assign]
     for action in parser._actions:
         if isinstance(action, argparse._VersionAction):
-            action.version, action.help = f"qwen3bench {version('qwen3bench')}", "Show the version and exit"
+            action.version, action.help = f"qwen3bench {__version__}", "Show the version and exit"
     return parser
 
 

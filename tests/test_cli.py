@@ -375,3 +375,19 @@ def test_mistakes_and_cfg_need_no_torch() -> None:
 def test_its_version_is_the_packages_own() -> None:
     told = _python("--version")
     assert (told.returncode, told.stdout) == (0, f"qwen3bench {version('qwen3bench')}\n")
+
+
+def test_a_checkout_works_uninstalled() -> None:
+    code = "\n".join(
+        [
+            "from importlib import metadata",
+            "def missing(name): raise metadata.PackageNotFoundError(name)",
+            "metadata.version = missing",
+            "from qwen3bench.cli import compose",
+            "compose(['+opt=flash'])",
+        ]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(SOURCE)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
