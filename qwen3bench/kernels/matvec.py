@@ -73,10 +73,10 @@ if HAS_TRITON:
         x, weight, residual, out,
         DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, DEPENDENT: tl.constexpr,
     ):  # fmt: skip
-        let_next_kernel_start(DEPENDENT)
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         tile = weight_tile(weight, row, DIM, BLOCK)
         wait_for_kernel_before(DEPENDENT)
+        let_next_kernel_start(DEPENDENT)  # not sooner: that kernel may read what one before these two wrote
         product = tl.sum(tile.to(tl.float32) * activations(x, None, 0.0, DIM, BLOCK)[None, :], axis=1)
         if residual is not None:
             product += tl.load(residual + row, cache_modifier=".cg").to(tl.float32)

@@ -1,7 +1,8 @@
 """`flash`: fused attention, which never writes the scores to memory.
 
 FlashAttention (arXiv:2205.14135, 2307.08691) through `torch.nn.functional.scaled_dot_product_attention`, with
-grouped heads served natively. Which kernel runs is PyTorch's choice unless `backend` forces one.
+grouped heads served natively. Which kernel runs is PyTorch's choice unless `backend` forces one. With `decode` a
+single token's query takes a kernel of ours, made for it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwen3bench.errors import UserError
+from qwen3bench.kernels import attention
 from qwen3bench.model.attention import Mask, MaskScores
 from qwen3bench.model.parts import Parts
 
+# To torch.compile it is one operation: a kernel that it launches itself is not launched early.
+_compiled_split_attention = torch.library.custom_op(
+    "qwen3bench::split_attention", attention.split_attention, mutates_args=()
+)
+_compiled_split_attention.register_fake(lambda q, k, v: q.new_empty(q.shape))
+
+SDPA, SPLIT = "sdpa", "split"
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -36,6 +45,7 @@ class FlashAttention:
     """
 
     backend: SDPBackend | None = None
+    split: bool = False  # a single query without a mask is for `kernels.attention`, where that takes it
 
     def mask(self, mask: Mask, queries: int, start: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
         if mask.implicit and (queries == 1 or start == 0):
@@ -44,6 +54,9 @@ class FlashAttention:
         return ~dense if dense.dtype is torch.bool else dense
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, mask_scores: MaskScores) -> Tensor:
+        if self.split and mask is None and attention.takes(q):
+            split = _compiled_split_attention if torch.compiler.is_compiling() else attention.split_attention
+            return split(q, k, v)
         is_causal = False
         if mask is None and q.shape[-2] > 1:  # a branch, as torch.compile may see a symbol, which SDPA does not take
             is_causal = True
@@ -61,11 +74,14 @@ class FlashAttention:
         return nullcontext() if self.backend is None else sdpa_kernel(self.backend)
 
 
-def apply(parts: Parts, backend: str = "auto") -> Parts:
-    """The parts with fused attention; `backend` is auto, flash, cudnn, efficient or math.
+def apply(parts: Parts, backend: str = "auto", decode: str = SDPA) -> Parts:
+    """The parts with fused attention.
 
-    A forced backend that PyTorch cannot use for a cell raises RuntimeError when the cell runs.
+    `backend` is auto, flash, cudnn, efficient or math; one that PyTorch cannot use for a cell raises RuntimeError when
+    the cell runs. `decode` is sdpa or split: a single token on CUDA, with `mask` on, takes `kernels.attention`.
     """
     if backend != "auto" and backend not in BACKENDS:
         raise UserError(f"flash.backend={backend!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")
-    return replace(parts, attend=FlashAttention(BACKENDS.get(backend)))
+    if decode not in (SDPA, SPLIT):
+        raise UserError(f"flash.decode={decode!r} is unknown; choose {SDPA} or {SPLIT}")
+    return replace(parts, attend=FlashAttention(BACKENDS.get(backend), decode == SPLIT))

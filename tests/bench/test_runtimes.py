@@ -18,6 +18,7 @@ from qwen3bench.bench.workloads import Workload, WorkloadSize
 from qwen3bench.choices import options_of
 from qwen3bench.errors import UserError
 from qwen3bench.model.build import build_model
+from qwen3bench.model.cache import KVCache
 from qwen3bench.model.config import ModelConfig
 from qwen3bench.model.layers import TransformerBlock
 from qwen3bench.model.qwen3 import Qwen3Model
@@ -117,6 +118,40 @@ def test_replayed_graphs_match_eager(
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("opts", [(), ("flash", "tie", "mlp", "mask", "norm")])
+def test_kernels_that_start_early_read_what_those_before_them_wrote(
+    tiny: ModelConfig, tiny_weights: dict[str, Tensor], opts: tuple[str, ...]
+) -> None:
+    device, count = torch.device("cuda"), 64
+    weights = {key: tensor.to(device) for key, tensor in tiny_weights.items()}
+    options: dict[str, Any] = {name: {"decode": "split"} if name == "flash" else {} for name in opts}
+    model = build_model(tiny, options, weights).requires_grad_(False)
+    tokens = torch.randint(tiny.vocab_size, (1, 33), device=device)
+    caches = [KVCache(tiny, 1, 33, device, torch.float32) for _ in range(2)]
+    token = tokens[:, -1:].clone()
+    outputs: list[Tensor] = []
+
+    def step() -> Tensor:
+        outputs[:] = [model(token, caches[1], start=32)]
+        return outputs[0]
+
+    with torch.no_grad():
+        for cache in caches:
+            model(tokens[:, :32], cache)
+        others = torch.randint(tiny.vocab_size, (count, 1, 1), device=device)
+        expected = [model(other, caches[0], start=32).clone() for other in others]
+        runtime = make_runtime("compile", device, **options_of("runtime", "compile"))
+        runtime.prepare_model(model)
+        step()
+        launch = runtime.prepare(step)
+        for other, logits in zip(others, expected, strict=True):
+            token.copy_(other)
+            for _ in range(5):
+                launch()
+            torch.testing.assert_close(outputs[0], logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.cuda
 def test_what_a_process_chose_by_timing_is_not_kept_for_the_next(
     model: Qwen3Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,7 +221,10 @@ def test_nothing_of_ours_is_chosen_by_timing_and_inductor_knows_the_options() ->
     assert set(ours) | set(single) | set(peers) <= set(torch._inductor.list_options())
     assert ours["deterministic"] is True
     assert ours["triton.autotune_pointwise"] is False
-    assert set(single) == {"coordinate_descent_tuning"}  # which leaves reductions alone where `deterministic` is on
+    assert set(single) == {
+        "coordinate_descent_tuning",
+        "triton.enable_pdl",
+    }  # the first leaves reductions alone where `deterministic` is on
     defaults = torch._inductor.config.get_config_copy()
     assert all(value == defaults[name] for name, value in peers.items())
 

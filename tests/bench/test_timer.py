@@ -127,14 +127,14 @@ def test_the_first_value_is_as_fast_as_the_others() -> None:
     _products(a, 1)
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        _products(a, 40)
+        _products(a, 4)
     first, second = [], []
-    for _ in range(25):
+    for _ in range(200):  # whoever else uses the card makes values later, never sooner
         torch.cuda.synchronize()
         values = time_device([graph.replay], repeats=3)
         first.append(values[0].latency_s)
         second.append(values[1].latency_s)
-    assert statistics.median(first) == pytest.approx(statistics.median(second), rel=2e-3)
+    assert min(first) == pytest.approx(min(second), rel=2e-3)
 
 
 def _products(a: torch.Tensor, count: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qwen3bench import ModelConfig, build_model
 from qwen3bench.errors import UserError
+from qwen3bench.kernels import attention
 from qwen3bench.model.attention import AdditiveMask, EagerAttention, Mask
 from qwen3bench.model.cache import KVCache
 from qwen3bench.model.parts import Parts
@@ -139,6 +140,50 @@ def test_the_backend_comes_from_the_options(
 ) -> None:
     run(tiny, tiny_weights, {"flash": {"backend": "math"}, "mask": {}}, 4)
     assert all(call["allowed"]["math"] and not call["allowed"]["flash"] for call in calls)
+
+
+@pytest.mark.parametrize(
+    ("decode", "opts", "queries", "split"),
+    [
+        ("split", ("flash", "mask"), 1, True),
+        ("split", ("flash",), 1, False),  # a mask tensor is for PyTorch's kernels
+        ("split", ("flash", "mask"), 3, False),
+        ("sdpa", ("flash", "mask"), 1, False),
+    ],
+)
+def test_a_single_query_takes_a_kernel_of_ours_where_it_is_asked_for(
+    tiny: ModelConfig,
+    tiny_weights: dict[str, Tensor],
+    calls: list[Call],
+    monkeypatch: pytest.MonkeyPatch,
+    decode: str,
+    opts: tuple[str, ...],
+    queries: int,
+    split: bool,
+) -> None:
+    given: list[Tensor] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        given.append(k)
+        return q
+
+    monkeypatch.setattr(attention, "takes", lambda q: q.shape[-2] == 1)
+    monkeypatch.setattr(attention, "split_attention", attend)
+    run(tiny, tiny_weights, {name: {"decode": decode} if name == "flash" else {} for name in opts}, 5, queries)
+    assert [k.shape[2] for k in given] == [6] * tiny.num_layers * split
+    assert len(calls) == tiny.num_layers * (1 if split else 2)
+
+
+def test_where_the_kernel_is_not_for_it_it_is_pytorchs(
+    tiny: ModelConfig, tiny_weights: dict[str, Tensor], calls: list[Call]
+) -> None:
+    run(tiny, tiny_weights, {"flash": {"decode": "split"}, "mask": {}}, 5, 1)
+    assert len(calls) == 2 * tiny.num_layers
+
+
+def test_an_unknown_way_to_decode_is_named_with_those_that_exist() -> None:
+    with pytest.raises(UserError, match=r"flash.decode='own' is unknown; choose sdpa or split"):
+        apply(Parts(), decode="own")
 
 
 def test_an_unknown_backend_is_named_with_those_that_exist() -> None:

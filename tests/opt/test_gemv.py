@@ -16,7 +16,7 @@ from qwen3bench.model.qwen3 import Qwen3Model
 from qwen3bench.opt import gemv
 from qwen3bench.opt.gemv import FusedTokenBlock
 
-FIVE_KERNELS = ["_project_kernel", "_attention_kernel", "_product_kernel", "_swiglu_kernel", "_product_kernel"]
+FIVE_KERNELS = ["_project_kernel", "_token_attention_kernel", "_product_kernel", "_swiglu_kernel", "_product_kernel"]
 
 
 def decode(model: Qwen3Model, tokens: Tensor, filled: KVCache, spare: int = 3) -> tuple[Tensor, KVCache]:
