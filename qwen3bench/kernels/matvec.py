@@ -71,12 +71,13 @@ if HAS_TRITON:
     @triton.jit
     def _product_kernel(  # type: ignore[no-untyped-def]
         x, weight, residual, out,
-        DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, DEPENDENT: tl.constexpr,
+        DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, IN_CHAIN: tl.constexpr, DEPENDENT: tl.constexpr,
     ):  # fmt: skip
+        let_next_kernel_start(DEPENDENT and IN_CHAIN)
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         tile = weight_tile(weight, row, DIM, BLOCK)
         wait_for_kernel_before(DEPENDENT)
-        let_next_kernel_start(DEPENDENT)  # not sooner: that kernel may read what one before these two wrote
+        let_next_kernel_start(DEPENDENT and not IN_CHAIN)
         product = tl.sum(tile.to(tl.float32) * activations(x, None, 0.0, DIM, BLOCK)[None, :], axis=1)
         if residual is not None:
             product += tl.load(residual + row, cache_modifier=".cg").to(tl.float32)
@@ -109,17 +110,22 @@ def swiglu(
     return out
 
 
-def product(x: Tensor, weight: Tensor, dependent: bool, residual: Tensor | None = None) -> Tensor:
+def product(
+    x: Tensor, weight: Tensor, dependent: bool, residual: Tensor | None = None, in_chain: bool = False
+) -> Tensor:
     """weight x of a single token x (…, dim), plus the residual where there is one, in float32. One kernel.
 
-    `weight` (width, dim); the result is shaped like `residual`, or (…, width).
+    `weight` (width, dim); the result is shaped like `residual`, or (…, width). `in_chain`: the next kernel is one of
+    these, so it may start at once. The compiler's own kernels read what came two kernels earlier without waiting
+    again; those may start when this one's input is complete.
     """
     width, dim = weight.shape
     out = x.new_empty((*x.shape[:-1], width)) if residual is None else torch.empty_like(residual)
     block, rows = tile(dim, width)
     _product_kernel[(width // rows,)](
-        x.contiguous(), weight, residual, out, DIM=dim, BLOCK=block, ROWS=rows, **launch(block * rows, dependent)
-    )
+        x.contiguous(), weight, residual, out,
+        DIM=dim, BLOCK=block, ROWS=rows, IN_CHAIN=in_chain, **launch(block * rows, dependent),
+    )  # fmt: skip
     return out
 
 

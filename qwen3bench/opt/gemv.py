@@ -82,8 +82,9 @@ def token_block(
     dependent = dependent_launch and matvec.dependent_launch_on(x.device)
     qkv = _project(x, norm1, query, key, value, q_norm.shape[0], eps, dependent)
     context = token_attention(qkv, q_norm, k_norm, cos, sin, keys, values, arrivals, start, eps, dependent)
-    x = matvec.product(context, output, dependent, residual=x)
-    return matvec.product(matvec.swiglu(x, gate, up, dependent, norm2, eps), down, dependent, residual=x)
+    x = matvec.product(context, output, dependent, residual=x, in_chain=True)
+    activated = matvec.swiglu(x, gate, up, dependent, norm2, eps)
+    return matvec.product(activated, down, dependent, residual=x, in_chain=True)
 
 
 # To torch.compile the block is one operation: of kernels that it launches itself none is launched early.

@@ -101,6 +101,21 @@ def _attention(at: Place, off: Any, on: Any, on_mask: Any) -> Pair:
     )
 
 
+def attention_of_one_query(at: Place) -> Pair:
+    """PyTorch's kernel against `flash.decode=split` (on CUDA), without a mask tensor, over as many keys as tokens."""
+    c = at.config
+    q = at.random(1, c.num_heads, 1, c.head_dim) * c.head_dim
+    k, v = (at.random(1, c.num_kv_heads, at.tokens, c.head_dim) for _ in range(2))
+    off, on = FlashAttention(), FlashAttention(split=True)
+    mask_scores = BooleanMask().apply
+    return Pair(
+        lambda: off(q, k, v, None, mask_scores),
+        lambda: on(q, k, v, None, mask_scores),
+        4 * c.head_dim * c.num_heads * at.tokens,
+        2 * q.nbytes + k.nbytes + v.nbytes,
+    )
+
+
 def mask_on_scores(at: Place) -> Pair:
     """A sum against `masked_fill`, over the scores of all heads."""
     t = at.tokens
@@ -177,6 +192,7 @@ def embedding_and_head(at: Place) -> Pair:
 OPERATIONS = (
     attention,
     mask_beside_flash,
+    attention_of_one_query,
     mask_on_scores,
     norm_wide,
     norm_heads,

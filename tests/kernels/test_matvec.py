@@ -58,7 +58,8 @@ def test_swiglu(width: int, dim: int, dtype: torch.dtype, tolerance: float, depe
 
 
 @pytest.mark.cuda
-def test_a_kernel_that_starts_early_reads_what_the_one_before_it_wrote() -> None:
+@pytest.mark.parametrize("in_chain", [True, False])
+def test_a_kernel_that_starts_early_reads_what_the_one_before_it_wrote(in_chain: bool) -> None:
     """A chain of them, each of which must wait for the one before: replayed, many times over."""
     if not matvec.dependent_launch_on(torch.device("cuda")):
         pytest.skip("needs a Hopper card or a later one")
@@ -67,7 +68,7 @@ def test_a_kernel_that_starts_early_reads_what_the_one_before_it_wrote() -> None
     def chain(dependent: bool) -> Tensor:
         x = start
         for weight in weights:
-            x = matvec.product(x, weight, dependent, residual=x)
+            x = matvec.product(x, weight, dependent, residual=x, in_chain=in_chain)
         return x
 
     start = vector(1024, torch.float32).contiguous()
