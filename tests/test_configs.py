@@ -130,9 +130,9 @@ def test_cuda_and_cpu_settle_what_auto_leaves_open() -> None:
     assert (cuda.target("graph"), cuda.target("compile"), cuda.target("eager")) == (0.0025, 0.0025, 0.01)
     assert cpu.target("compile") == 0.01
     assert compose(["measure.target=0.02"]).resolved("cuda").target("graph") == 0.02
-    assert (cuda.limit_s(6, 2), cpu.limit_s(6, 2)) == (60, 10)
-    assert cuda.limit_s(5, 2) == cuda.limit_s(6, 1) == math.inf
-    assert compose(["measure.max_seconds=7"]).resolved("cuda").limit_s(0, 0) == 7
+    assert (cuda.limit_s("graph", 6, 5), cpu.limit_s("eager", 6, 2)) == (60, 10)
+    assert cuda.limit_s("graph", 5, 5) == cuda.limit_s("graph", 6, 4) == math.inf
+    assert compose(["measure.max_seconds=7"]).resolved("cuda").limit_s("graph", 0, 0) == 7
 
 
 def test_what_the_command_line_settles_stays() -> None:
@@ -230,14 +230,22 @@ def test_settings_without_a_mapping_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "processes"),
+    ("overrides", "device", "runtime", "processes"),
     [
-        ([], 2),
-        (["+peer=transformers"], 5),
-        (["+peer=transformers", "measure=quick"], 5),
-        (["+peer=transformers", "measure.min_processes=3"], 3),
-        (["measure=thorough"], 5),
+        ([], "cpu", "eager", 2),
+        ([], "cuda", "eager", 2),
+        ([], "cuda", "graph", 5),
+        ([], "cuda", "compile", 5),
+        (["measure=quick"], "cuda", "graph", 2),
+        (["measure.target=0.005"], "cpu", "eager", 5),
+        (["measure.min_processes=3"], "cuda", "graph", 3),
+        (["+peer=transformers"], "cpu", "eager", 5),
+        (["+peer=transformers", "measure=quick"], "cpu", "eager", 5),
+        (["+peer=transformers", "measure.min_processes=3"], "cpu", "eager", 3),
+        (["measure=thorough"], "cpu", "eager", 5),
     ],
 )
-def test_beside_another_implementation_there_are_more_processes(overrides: list[str], processes: int) -> None:
-    assert compose(overrides).measure.min_processes == processes
+def test_narrow_intervals_and_ratios_to_others_take_more_processes(
+    overrides: list[str], device: str, runtime: str, processes: int
+) -> None:
+    assert replace(compose(overrides), device=device).min_processes(runtime) == processes

@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from qwen3bench import aa, compare, describe, load_run, report, verify
+from qwen3bench import __version__, aa, compare, describe, load_run, report, verify
 from qwen3bench.analysis.cells import columns
 from qwen3bench.analysis.frames import block_matrix
 from qwen3bench.analysis.run import EFFECT_COLUMNS
@@ -213,8 +213,8 @@ def test_version_and_license_are_the_same_everywhere() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
-    assert citation["version"] == project["version"]
-    assert f"## [{project['version']}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert citation["version"] == __version__
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert citation["license"] == project["license"] == "MIT"
     assert (ROOT / "LICENSE").read_text(encoding="utf-8").startswith("MIT License\n")
 

@@ -37,9 +37,8 @@ class Timings:
 
         Where these were not enough, as many again, as most of a process's time goes to getting ready.
         """
-        least = self._settings.measure.min_processes
         needed = {
-            where: max(1, least - len(timing.processes), len(timing.processes))
+            where: max(1, self._min_processes(where) - len(timing.processes), len(timing.processes))
             for where, timing in self._timings.items()
             if not timing.stopped
         }
@@ -171,9 +170,9 @@ class Timings:
             # Kalibera & Jones, sec. 6: the dearer a process is to set up, the more is measured in each.
             enough = blocks >= measure.blocks_per_process and spent_s >= MEASURED_PER_SETUP * setup_s
             # A share of the time and of the blocks for each process, or there might never be a second one.
-            if enough or blocks >= measure.max_blocks / measure.min_processes:
+            if enough or blocks >= measure.max_blocks / self._min_processes(where):
                 break
-            if measure.max_seconds and spent_s >= measure.max_seconds / measure.min_processes:
+            if measure.max_seconds and spent_s >= measure.max_seconds / self._min_processes(where):
                 break
         return True
 
@@ -263,10 +262,13 @@ class Timings:
 
     # Stopping
 
+    def _min_processes(self, where: Where) -> int:
+        return self._settings.min_processes(where[1])
+
     def _has_the_least(self, where: Where) -> bool:
         """Whether as many processes and blocks are measured as a run takes; what more processes cost is of its time."""
         timing, measure = self._timings[where], self._settings.measure
-        return len(timing.processes) >= measure.min_processes and timing.blocks >= measure.min_blocks
+        return len(timing.processes) >= self._min_processes(where) and timing.blocks >= measure.min_blocks
 
     def _reason_to_stop(self, where: Where, ahead_s: float = 0.0) -> str | None:
         """`ahead_s`: what comes before the next block."""
@@ -279,9 +281,9 @@ class Timings:
             len(timing.processes),
             timing.measured_s + timing.more_s + ahead_s,
             target=self._settings.target(where[1]),
-            max_seconds=self._settings.limit_s(timing.blocks, len(timing.processes)),
+            max_seconds=self._settings.limit_s(where[1], timing.blocks, len(timing.processes)),
             min_blocks=measure.min_blocks,
-            min_processes=measure.min_processes,
+            min_processes=self._min_processes(where),
             max_blocks=measure.max_blocks,
         )
 
@@ -315,7 +317,7 @@ class Timings:
         if not timing.blocks:
             return title
         a_block_s = timing.measured_s / timing.blocks
-        most = self._settings.limit_s(measure.min_blocks, measure.min_processes)
+        most = self._settings.limit_s(where[1], measure.min_blocks, self._min_processes(where))
         most -= timing.measured_s + timing.more_s
         least = max(0, measure.min_blocks - timing.blocks) * a_block_s
         if measure.max_seconds:
