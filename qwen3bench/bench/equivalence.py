@@ -160,7 +160,11 @@ def cases(lengths: Sequence[int], large: int | None = None, whole: tuple[int, in
     if large is not None:
         found.append(Case(f"a large prefill of length {large}", len(lengths), usual=True))
         if large > 2:
-            found.append(Case(f"a decode after {large - 2} tokens", len(lengths), (large - 2, 1, 1), usual=True))
+            chunks = (large - 2, 1, 1)
+            found.append(Case(f"a decode after {large - 2} tokens", len(lengths), chunks, usual=True))
+            if large > 64:  # whose kernel may split so many keys
+                name = f"a decode of one sequence after {large - 2} tokens"
+                found.append(Case(name, len(lengths), chunks, usual=True, sequences=1))
     if whole is not None:
         index = len(lengths) + (large is not None)
         found.append(Case(f"a prefill of {whole[0]} × {whole[1]}", index, usual=whole[1] > 1, sequences=whole[0]))

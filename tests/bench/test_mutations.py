@@ -219,6 +219,15 @@ class LoneNoSilu(FusedFeedForward):
         return super().forward(x)
 
 
+class LoneWindow(FlashAttention):
+    """Right but for a single sequence's query over many keys, which a kernel may split."""
+
+    def __call__(self, q, k, v, mask, mask_scores):
+        if q.shape[0] == q.shape[-2] == 1:
+            k, v = k[..., -256:, :], v[..., -256:, :]
+        return super().__call__(q, k, v, mask, mask_scores)
+
+
 class Swapped(FeedForward):
     def forward(self, x):
         return self.fc3(F.silu(self.fc2(x)) * self.fc1(x))
@@ -372,6 +381,7 @@ MUTANTS: dict[str, tuple[str, Build]] = {
     "is_causal top left in decode": ("flash+mask", part(attend=TopLeftCausal(lone=True, chunks=False))),
     "is_causal top left in chunks": ("flash+mask", part(attend=TopLeftCausal(lone=False, chunks=True))),
     "SiLU left out for a lone token": ("mlp", part(mlp=LoneNoSilu)),
+    "a lone query sees the last 256 keys": ("flash+mask", part(attend=LoneWindow())),
     "missing mask": ("baseline", part(mask=NoMask())),
     "missing mask, flash": ("flash+mask", part(attend=NoFlashMask())),
     "heads grouped in the wrong order": ("baseline", part(attend=WrongGroups())),
