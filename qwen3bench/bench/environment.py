@@ -89,7 +89,7 @@ def code_hash() -> str:
 
 
 def fingerprint(config: dict[str, Any], weights_fingerprint: str) -> dict[str, str]:
-    """What must not change between a run's sessions: config, weights, code, torch, device.
+    """What must not change between a run's sessions: config, weights, code, what compiles and runs kernels, device.
 
     config: the resolved configuration; where the run is written and how it is reported are not part of it.
     """
@@ -99,11 +99,13 @@ def fingerprint(config: dict[str, Any], weights_fingerprint: str) -> dict[str, s
     name = device_name(device)
     measured = {key: value for key, value in config.items() if key not in CHANGES_NO_NUMBER}
     text = json.dumps(measured, sort_keys=True, default=str)
+    packages = ["triton"] * device.startswith("cuda") + sorted(config.get("peer") or ())
     return {
         "config": hashlib.sha256(text.encode()).hexdigest(),
         "weights": weights_fingerprint,
         "code": code_hash(),
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda}" if torch.version.cuda else torch.__version__,
+        **{package: version for package in packages if (version := _version(package))},
         "device": name if device.startswith("cuda") else f"{name}, {torch.get_num_threads()} threads",
     }
 

@@ -115,6 +115,15 @@ def test_fingerprint_ignores_where_a_run_is_written_and_reported() -> None:
     assert differences(old, old) == []
 
 
+def test_the_version_of_another_implementation_counts_where_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    beside = {**CONFIG, "peer": {"transformers": {"attention": ["sdpa"]}}}
+    monkeypatch.setattr(module, "_version", lambda package: "5.0")
+    old = fingerprint(beside, "w")
+    monkeypatch.setattr(module, "_version", lambda package: "5.1")
+    assert differences(old, fingerprint(beside, "w")) == ["transformers (5.0 then, 5.1 now)"]
+    assert "transformers" not in fingerprint(CONFIG, "w")
+
+
 @pytest.mark.parametrize("change", [{"batch_size": 2}, {"opt": {}}, {"measure": {"target": 0.02}}])
 def test_another_config_differs(change: dict[str, Any]) -> None:
     assert differences(fingerprint(CONFIG, "w"), fingerprint({**CONFIG, **change}, "w")) == ["the configuration"]
