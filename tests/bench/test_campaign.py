@@ -107,6 +107,15 @@ def test_getting_more_processes_ready_than_the_least_is_of_the_time_allowed(
     assert begun.more_s == pytest.approx(stop["more_s"])
 
 
+@pytest.mark.parametrize(("runtime", "processes"), [("graph", {5}), ("eager", {2, 3})])
+def test_narrow_intervals_take_more_processes(measure: Measure, runtime: str, processes: set[int]) -> None:
+    limits = ("measure.target=null", "measure.min_processes=null", "measure.min_blocks=3", "measure.max_blocks=200")
+    done = measure(*FULL, "device=cuda", f"runtime={runtime}", *limits, "measure.blocks_per_process=2")
+    (stop,) = done.record.of("stop")
+    assert stop["reason"] == "target"
+    assert stop["processes"] in processes
+
+
 def test_the_gate_and_the_evidence_come_before_the_first_timing(measure: Measure) -> None:
     done = measure(*FULL)
     types = [json.loads(line)["type"] for line in (done.directory / "samples.jsonl").open()]

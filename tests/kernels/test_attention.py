@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,16 +55,20 @@ def test_heads_may_lie_in_any_order() -> None:
     assert torch.equal(attention.split_attention(q, *by_dim), expected)
 
 
-@pytest.mark.cuda
-def test_what_it_does_not_take() -> None:
-    q = torch.zeros(1, 4, 1, 16, device="cuda")
-    assert attention.takes(q)
-    for other in (q.double(), q.cpu(), q[..., :12], q.expand(2, -1, -1, -1), q.expand(-1, -1, 2, -1)):
-        assert not attention.takes(other)
+def query(*shape: int, dtype: torch.dtype = torch.bfloat16, is_cuda: bool = True) -> Any:
+    return SimpleNamespace(shape=shape, dtype=dtype, is_cuda=is_cuda)
 
 
-def test_a_cpu_takes_none() -> None:
-    assert not attention.takes(torch.zeros(1, 4, 1, 16))
+def test_it_takes_one_tokens_query_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention.matvec, "HAS_TRITON", True)
+    assert attention.takes(query(1, 4, 1, 16))
+    assert not attention.takes(query(2, 4, 1, 16))
+    assert not attention.takes(query(1, 4, 2, 16))
+    assert not attention.takes(query(1, 4, 1, 12))
+    assert not attention.takes(query(1, 4, 1, 16, dtype=torch.float64))
+    assert not attention.takes(query(1, 4, 1, 16, is_cuda=False))
+    monkeypatch.setattr(attention.matvec, "HAS_TRITON", False)
+    assert not attention.takes(query(1, 4, 1, 16))
 
 
 @pytest.mark.cuda

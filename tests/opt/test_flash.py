@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3bench import ModelConfig, build_model
+from qwen3bench.choices import options_of
 from qwen3bench.errors import UserError
 from qwen3bench.kernels import attention
 from qwen3bench.model.attention import AdditiveMask, EagerAttention, Mask
@@ -179,6 +180,14 @@ def test_where_the_kernel_is_not_for_it_it_is_pytorchs(
 ) -> None:
     run(tiny, tiny_weights, {"flash": {"decode": "split"}, "mask": {}}, 5, 1)
     assert len(calls) == 2 * tiny.num_layers
+
+
+def test_pytorchs_kernel_is_the_default_and_either_keeps_the_backend() -> None:
+    assert options_of("opt", "flash").items() >= {"backend": "auto", "decode": "sdpa"}.items()
+    assert apply(Parts()).attend == FlashAttention(None, split=False)
+    for decode, split in (("sdpa", False), ("split", True)):
+        attend = apply(Parts(), backend="math", decode=decode).attend
+        assert attend == FlashAttention(BACKENDS["math"], split=split)
 
 
 def test_an_unknown_way_to_decode_is_named_with_those_that_exist() -> None:
