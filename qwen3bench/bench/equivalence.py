@@ -153,6 +153,9 @@ def cases(lengths: Sequence[int], large: int | None = None, whole: tuple[int, in
         if 7 <= n <= 64:  # a lone token may have a kernel of its own
             chunks = (n - 5, *[1] * 5)
             found.append(Case(f"a decode of one sequence of length {n}", i, chunks, usual=True, sequences=1))
+        if n > 64:  # whose kernel may split so many keys
+            name = f"a decode of one sequence of length {n}"
+            found.append(Case(name, i, (n - 2, 1, 1), usual=True, sequences=1))
         if n > 7:
             first = n // 2
             found.append(Case(f"chunks of length {n}", i, (first, 1, 3, n - first - 4)))

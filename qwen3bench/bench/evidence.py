@@ -108,8 +108,8 @@ def collect(
         last = ran if not on_cpu else Counter() if compiled else operations
     notes = [f"attention by an unknown kernel: {name}" for name in _unknown_attention(kernels)]
     if isinstance(model, Qwen3Model):
-        notes += _asked_note(model, backends, compiled)
-        if SEPARATE not in backends and backends[-1] != OWN:
+        notes += _asked_note(model, backends, compiled) + _split_note(model, workload, backends[-1])
+        if SEPARATE not in backends and (backends[-1] != OWN or _splits(model)):
             notes.append(_mask_note(model, workload))
     if on_cpu and compiled:
         notes.append("compiled code on a CPU shows no kernels in a profile")
@@ -238,13 +238,26 @@ def _asked_note(model: Qwen3Model, backends: Iterable[str], compiled: bool) -> l
     attend: Any = model.parts.attend
     if not hasattr(attend, "backend"):  # it is not fused
         return []
+    own = {OWN} if _splits(model) else set()
     if attend.backend is None:
         return (
             [f"{SEPARATE} ran where fused attention was asked for"] if any(SEPARATE in ran for ran in backends) else []
         )
     asked = _FORCED[attend.backend]
     fits = {asked, SEPARATE} if asked == "math" and compiled else {asked}  # which the compiler takes apart
-    return [f"{asked} was asked for, {ran} ran" for ran in dict.fromkeys(backends) if ran not in fits]
+    return [f"{asked} was asked for, {ran} ran" for ran in dict.fromkeys(backends) if ran not in fits | own]
+
+
+def _split_note(model: Qwen3Model, workload: Workload, backend: str) -> list[str]:
+    """Whether a single token's query took our kernel, where the model asks for it."""
+    queries, _, _ = forwards(workload.size)[-1]
+    if not _splits(model) or queries > 1 or backend == OWN:
+        return []
+    return [f"flash.decode=split was asked for, {backend} ran: it takes one sequence's token on CUDA, beside mask"]
+
+
+def _splits(model: Qwen3Model) -> bool:
+    return getattr(model.parts.attend, "split", False)
 
 
 def _mask_note(model: Qwen3Model, workload: Workload) -> str:

@@ -152,16 +152,17 @@ if matvec.HAS_TRITON:
 
 
 def takes(q: Tensor) -> bool:
-    """Whether `split_attention` can be given the queries q (b, h, t, d): one token's, on CUDA, d a power of two."""
+    """Whether `split_attention` can be given q (b, h, t, d): one sequence's token, on CUDA, d a power of two."""
     batch, _, queries, dim = q.shape
-    single = batch == queries == 1 and dim & (dim - 1) == 0
+    single = batch == queries == 1 and dim > 1 and dim & (dim - 1) == 0
     return matvec.HAS_TRITON and q.is_cuda and single and q.dtype is not torch.float64
 
 
 def split_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) v of a single query q (1, h, 1, d) over k and v (1, g, s, d), in float32: to (1, h, 1, d).
 
-    One kernel. The calls on a device share counters: two of them must not run at once, in two streams.
+    One kernel. The calls on a device share counters, which the first of them makes: that one must not be captured in a
+    graph, and two must not run at once, in two streams.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     _, heads, _, dim = q.shape

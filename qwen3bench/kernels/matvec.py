@@ -115,9 +115,9 @@ def product(
 ) -> Tensor:
     """weight x of a single token x (…, dim), plus the residual where there is one, in float32. One kernel.
 
-    `weight` (width, dim); the result is shaped like `residual`, or (…, width). `in_chain`: the next kernel is one of
-    these, so it may start at once. The compiler's own kernels read what came two kernels earlier without waiting
-    again; those may start when this one's input is complete.
+    `weight` (width, dim); the result is shaped like `residual`, or (…, width). `in_chain`: the next kernel is
+    none of the compiler's, and may start at once. Those read what came two kernels earlier without waiting again, so
+    they may start when this one's input is complete.
     """
     width, dim = weight.shape
     out = x.new_empty((*x.shape[:-1], width)) if residual is None else torch.empty_like(residual)

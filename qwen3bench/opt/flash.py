@@ -1,8 +1,8 @@
 """`flash`: fused attention, which never writes the scores to memory.
 
 FlashAttention (arXiv:2205.14135, 2307.08691) through `torch.nn.functional.scaled_dot_product_attention`, with
-grouped heads served natively. Which kernel runs is PyTorch's choice unless `backend` forces one. With `decode` a
-single token's query takes a kernel of ours, made for it.
+grouped heads served natively. Which kernel runs is PyTorch's choice unless `backend` forces one. With
+`decode=split` a single sequence's token takes a kernel of ours, made for it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qwen3bench.kernels import attention
 from qwen3bench.model.attention import Mask, MaskScores
 from qwen3bench.model.parts import Parts
 
-# To torch.compile it is one operation: a kernel that it launches itself is not launched early.
+# To torch.compile it is one operation: a Triton kernel of ours that it launches itself is not launched early.
 _compiled_split_attention = torch.library.custom_op(
     "qwen3bench::split_attention", attention.split_attention, mutates_args=()
 )
@@ -45,7 +45,7 @@ class FlashAttention:
     """
 
     backend: SDPBackend | None = None
-    split: bool = False  # a single query without a mask is for `kernels.attention`, where that takes it
+    split: bool = False  # one sequence's query without a mask is for `kernels.attention`, where that takes it
 
     def mask(self, mask: Mask, queries: int, start: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
         if mask.implicit and (queries == 1 or start == 0):
@@ -78,7 +78,7 @@ def apply(parts: Parts, backend: str = "auto", decode: str = SDPA) -> Parts:
     """The parts with fused attention.
 
     `backend` is auto, flash, cudnn, efficient or math; one that PyTorch cannot use for a cell raises RuntimeError when
-    the cell runs. `decode` is sdpa or split: a single token on CUDA, with `mask` on, takes `kernels.attention`.
+    the cell runs. `decode` is sdpa, or split: one sequence's token on CUDA, with `mask` on, takes `kernels.attention`.
     """
     if backend != "auto" and backend not in BACKENDS:
         raise UserError(f"flash.backend={backend!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")

@@ -87,7 +87,7 @@ def token_block(
     return matvec.product(activated, down, dependent, residual=x, in_chain=True)
 
 
-# To torch.compile the block is one operation: of kernels that it launches itself none is launched early.
+# To torch.compile the block is one operation: of Triton kernels of ours that it launches itself none is launched early.
 _compiled_token_block = torch.library.custom_op(
     "qwen3bench::token_block", token_block, mutates_args=("keys", "values", "arrivals")
 )

@@ -30,7 +30,7 @@ def token_feed_forward(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return matvec.product(matvec.swiglu(x, gate, up, dependent), down, dependent)
 
 
-# To torch.compile it is one operation: of kernels that it launches itself none is launched early.
+# To torch.compile it is one operation: of Triton kernels of ours that it launches itself none is launched early.
 _compiled_token_feed_forward = torch.library.custom_op(
     "qwen3bench::token_feed_forward", token_feed_forward, mutates_args=()
 )

@@ -116,6 +116,13 @@ def test_narrow_intervals_take_more_processes(measure: Measure, runtime: str, pr
     assert stop["processes"] in processes
 
 
+def test_the_blocks_are_shared_among_as_many_processes_as_it_takes(measure: Measure) -> None:
+    limits = ("measure.target=null", "measure.min_processes=null", "measure.min_blocks=20", "measure.max_blocks=20")
+    done = measure(*FULL, "device=cuda", "runtime=graph", *limits, "measure.blocks_per_process=50")
+    blocks = [line["process"] for line in done.record.of("block")]
+    assert [blocks.count(process) for process in dict.fromkeys(blocks)] == [4] * 5
+
+
 def test_the_gate_and_the_evidence_come_before_the_first_timing(measure: Measure) -> None:
     done = measure(*FULL)
     types = [json.loads(line)["type"] for line in (done.directory / "samples.jsonl").open()]

@@ -16,11 +16,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from qwen3bench.analysis.effective import compare_effective
 from qwen3bench.bench.design import design_cells, label
 from qwen3bench.bench.evidence import (
+    OWN,
     SEPARATE,
     UNKNOWN,
     _asked_note,
     _first_block_alone,
     _operations,
+    _split_note,
     attention_backend,
     collect,
     forget_compilations,
@@ -208,7 +210,8 @@ def test_graph_breaks_are_counted() -> None:
             "fmha_cutlassF_f32_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel<float>::Params)",
             "memory-efficient",
         ),
-        ("_attention_kernel", "Triton"),
+        ("_split_attention_kernel", "Triton"),
+        ("_token_attention_kernel", "Triton"),
         ("nvjet_sm90_tst_64x80_64x11_4x2_h_bz_TNT", UNKNOWN),
         ("cudnn_infer_ampere_scudnn_128x64_relu_small_nn_v1", UNKNOWN),
     ],
@@ -247,6 +250,30 @@ def test_another_backend_than_the_one_asked_for_is_named(asked: str, ran: str, c
     model = build_model(SMALL, {"flash": {"backend": asked}})
     assert " ".join(_asked_note(model, [ran], compiled)) == note
     assert not _asked_note(build_model(SMALL), [SEPARATE], compiled)
+
+
+@pytest.mark.parametrize(
+    ("opts", "size", "ran", "note"),
+    [
+        ({"flash": {"decode": "split"}, "mask": {}}, DECODE, OWN, []),
+        ({"flash": {"decode": "split"}, "mask": {}}, DECODE, "cuDNN", ["flash.decode=split was asked for, cuDNN ran"]),
+        ({"flash": {"decode": "split"}, "mask": {}}, PREFILL, "cuDNN", []),
+        ({"flash": {}, "mask": {}}, DECODE, "cuDNN", []),
+        ({}, DECODE, SEPARATE, []),
+    ],
+)
+def test_it_says_whether_our_kernel_ran_where_it_was_asked_for(
+    opts: Any, size: WorkloadSize, ran: str, note: list[str]
+) -> None:
+    model = build_model(SMALL, opts)
+    notes = _split_note(model, Workload(size, model), ran)
+    assert [said.partition(":")[0] for said in notes] == note
+
+
+def test_our_kernel_beside_a_forced_backend_was_asked_for_too() -> None:
+    model = build_model(SMALL, {"flash": {"backend": "cudnn", "decode": "split"}, "mask": {}})
+    assert not _asked_note(model, ["cuDNN", OWN], False)
+    assert _asked_note(model, ["FlashAttention", OWN], False) == ["cuDNN was asked for, FlashAttention ran"]
 
 
 # Requested against effective

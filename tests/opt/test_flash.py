@@ -43,14 +43,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     return recorded
 
 
-def run(config: ModelConfig, weights: dict[str, Tensor], opts: Any, *chunks: int) -> None:
-    """Feed the model chunks of so many tokens, one after the other, through a cache."""
+def run(config: ModelConfig, weights: dict[str, Tensor], opts: Any, *chunks: int) -> Tensor:
+    """Feed the model chunks of so many tokens, one after the other, through a cache: the last logits."""
+    tokens = torch.randint(0, config.vocab_size, (2, sum(chunks)), generator=torch.Generator().manual_seed(0))
     model = build_model(config, opts, weights)
     cache = KVCache(config, 2, sum(chunks), "cpu", torch.float32)
     start = 0
     for length in chunks:
-        model(torch.randint(0, config.vocab_size, (2, length)), cache, start=start)
+        logits = model(tokens[:, start : start + length], cache, start=start)
         start += length
+    return logits
 
 
 def test_baseline_makes_no_call(tiny: ModelConfig, tiny_weights: dict[str, Tensor], calls: list[Call]) -> None:
@@ -166,11 +168,13 @@ def test_a_single_query_takes_a_kernel_of_ours_where_it_is_asked_for(
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         given.append(k)
-        return q
+        return EagerAttention()(q, k, v, torch.zeros(1, k.shape[-2]), AdditiveMask().apply)
 
     monkeypatch.setattr(attention, "takes", lambda q: q.shape[-2] == 1)
     monkeypatch.setattr(attention, "split_attention", attend)
-    run(tiny, tiny_weights, {name: {"decode": decode} if name == "flash" else {} for name in opts}, 5, queries)
+    options = {name: {"decode": decode} if name == "flash" else {} for name in opts}
+    logits, expected = (run(tiny, tiny_weights, of, 5, queries) for of in (options, ()))
+    torch.testing.assert_close(logits, expected)
     assert [k.shape[2] for k in given] == [6] * tiny.num_layers * split
     assert len(calls) == tiny.num_layers * (1 if split else 2)
 
