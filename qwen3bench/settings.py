@@ -18,7 +18,7 @@ from qwen3bench.model.config import ModelConfig
 from qwen3bench.section import Section
 
 DTYPES = ("bfloat16", "float16", "float32")
-_PROMPT_TOKENS = {"cuda": 2048, "cpu": 32}  # 2048 on two CPU cores would take minutes a block
+_PROMPT_TOKENS = {"cuda": 2048, "cpu": 16}  # 2048 on two CPU cores would take minutes a block
 _DTYPE = {"cuda": "bfloat16", "cpu": "float32"}  # bfloat16 is slow on a CPU without native support
 
 

@@ -125,7 +125,7 @@ def test_cuda_and_cpu_settle_what_auto_leaves_open() -> None:
     settings = compose(["workload=prefill,generate"])
     cuda, cpu = settings.resolved("cuda:1"), settings.resolved("cpu")
     assert (list(cuda.runtimes), cuda.dtype, cuda.prompt_tokens) == (["graph"], "bfloat16", 2048)
-    assert (list(cpu.runtimes), cpu.dtype, cpu.prompt_tokens) == (["eager"], "float32", 32)
+    assert (list(cpu.runtimes), cpu.dtype, cpu.prompt_tokens) == (["eager"], "float32", 16)
     assert cuda.workloads["generate"].prompt_tokens == 2048
     assert (cuda.target("graph"), cuda.target("compile"), cuda.target("eager")) == (0.0025, 0.0025, 0.01)
     assert cpu.target("compile") == 0.01
