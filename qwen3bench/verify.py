@@ -46,6 +46,8 @@ def verify(settings: Settings) -> int:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device != "cpu" and not torch.cuda.is_available():
         raise UserError(f"device={device}: PyTorch finds no CUDA device here; use device=cpu")
+    if device != "cpu":
+        torch.cuda.set_device(device)
     settings = settings.resolved(device)
     began = time.monotonic()
     dtype = getattr(torch, settings.dtype)

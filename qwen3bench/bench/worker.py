@@ -32,6 +32,7 @@ from qwen3bench.bench.runtimes import CompileRuntime, Runtime, make_runtime, unc
 from qwen3bench.bench.timer import inner_repeats, time_device, time_host, visit_repeats
 from qwen3bench.bench.workloads import Step, Workload, WorkloadSize
 from qwen3bench.errors import UserError
+from qwen3bench.kernels.attention import forget_counters
 from qwen3bench.model.build import build_model, forget_rope_tables
 from qwen3bench.model.decoder import Decoder
 from qwen3bench.model.weights import load_weights, weights_fingerprint
@@ -335,8 +336,17 @@ class Worker:
         """How far the last tokens' logits of the last launch are from those of eager, relative (L2).
 
         The last step alone, on the same tokens: in `generate` one token chosen otherwise would change all that follow.
+        Launched on other tokens first: what read a value before it was written would else find the same one there.
         """
         *before, last = warm.launches
+        given = warm.workload.prompt, warm.workload.token
+        kept = [tokens.clone() for tokens in given]
+        for tokens in given:
+            tokens.add_(1).remainder_(warm.model.config.vocab_size)
+        for launch in warm.launches:
+            launch()
+        for tokens, ids in zip(given, kept, strict=True):
+            tokens.copy_(ids)
         for launch in before:
             launch()
         token = warm.workload.token.clone() if before else None
@@ -405,6 +415,7 @@ class Worker:
         self._bank = self._gate = self._workload = None
         forget_rope_tables()
         self._forget_graphs()
+        forget_counters()
 
 
 def _kept(step: Step, outputs: list[torch.Tensor]) -> Step:

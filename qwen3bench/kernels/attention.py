@@ -11,12 +11,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from qwen3bench.kernels import matvec
+from qwen3bench.kernels import HAS_TRITON, matvec
 
 _MOST_SPLITS = 64  # of the positions, before a program takes more of them
 _LEAST_POSITIONS, _MOST_POSITIONS = 32, 128  # that a program takes: its registers hold their keys and values
 _NUMBERS_A_WARP = 4096  # of the keys that a program without norms takes
-if matvec.HAS_TRITON:
+if HAS_TRITON:
     import triton
     import triton.language as tl
 
@@ -155,7 +155,7 @@ def takes(q: Tensor) -> bool:
     """Whether `split_attention` can be given q (b, h, t, d): one sequence's token, on CUDA, d a power of two."""
     batch, _, queries, dim = q.shape
     single = batch == queries == 1 and dim > 1 and dim & (dim - 1) == 0
-    return matvec.HAS_TRITON and q.is_cuda and single and q.dtype is not torch.float64
+    return HAS_TRITON and q.is_cuda and single and q.dtype is not torch.float64
 
 
 def split_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -166,15 +166,13 @@ def split_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     _, heads, _, dim = q.shape
-    dependent = matvec.dependent_launch_on(q.device)
     positions, count, splits = _splits(k.shape[2])
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _split_attention_kernel[(count, heads)](
         q, k, v, *_scratch(q, heads, splits, dim), _arrivals(q.device, heads), out, k.shape[2],
         q.stride(1), k.stride(1), k.stride(2), v.stride(1), v.stride(2),
         GROUP=heads // k.shape[1], DIM=dim, SPLITS=splits, CHUNK=min(splits, _MOST_SPLITS), POSITIONS=positions,
-        DEPENDENT=dependent, num_warps=max(1, positions * dim // _NUMBERS_A_WARP),
-        **({"launch_pdl": True} if dependent else {}),
+        num_warps=max(1, positions * dim // _NUMBERS_A_WARP), **matvec.early(matvec.dependent_launch_on(q.device)),
     )  # fmt: skip
     return out
 
@@ -213,6 +211,11 @@ def _scratch(like: Tensor, heads: int, splits: int, dim: int) -> tuple[Tensor, T
     parts = like.new_empty((heads, splits, dim), dtype=torch.float32)
     tops, sums = like.new_empty((2, heads, splits), dtype=torch.float32)
     return parts, tops, sums
+
+
+def forget_counters() -> None:
+    """Free the counters that calls on a device share; the next call makes them anew, and must not be captured."""
+    _arrivals.cache_clear()
 
 
 @cache

@@ -7,13 +7,13 @@ not be written by that one: in a model it is a norm, or one of these.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-HAS_TRITON = find_spec("triton") is not None
+from qwen3bench.kernels import HAS_TRITON
+
 _NUMBERS = 8192  # of the weights that a program loads at once: 16 KiB in flight in bfloat16
 _NUMBERS_A_WARP = 2048
 if HAS_TRITON:
@@ -131,8 +131,12 @@ def product(
 
 def launch(numbers: int, dependent: bool) -> dict[str, Any]:
     """How a program that loads that many numbers is launched."""
-    early = {"launch_pdl": True} if dependent else {}
-    return {"num_warps": max(2, min(8, numbers // _NUMBERS_A_WARP)), "DEPENDENT": dependent, **early}
+    return {"num_warps": max(2, min(8, numbers // _NUMBERS_A_WARP)), **early(dependent)}
+
+
+def early(dependent: bool) -> dict[str, Any]:
+    """What launches a kernel before the one ahead of it has ended; `launch_pdl` is no option of every device's."""
+    return {"DEPENDENT": dependent, **({"launch_pdl": True} if dependent else {})}
 
 
 def tile(dim: int, rows: int, weights: int = 1) -> tuple[int, int]:

@@ -8,14 +8,14 @@ epilogue. The tiles were chosen on an H100.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_HAS_TRITON = find_spec("triton") is not None
+from qwen3bench.kernels import HAS_TRITON
+
 _DEPTH = 64  # of the inner dimension, what is loaded at once
 _SHARED_MEMORY = 160 << 10  # bytes that the largest tile takes
 _FULL = 0.9  # of the last wave
@@ -36,7 +36,7 @@ class Tile(NamedTuple):
 
 
 TILES = (Tile(128, 128, 8, 3, 1), Tile(64, 64, 4, 3, 3), Tile(64, 32, 4, 4, 3))  # the largest first
-if _HAS_TRITON:
+if HAS_TRITON:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -80,7 +80,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
     One Triton kernel on CUDA; plain operations elsewhere.
     """
-    if not (_HAS_TRITON and gate_up.is_cuda) or gate_up.dtype is torch.float64:
+    if not (HAS_TRITON and gate_up.is_cuda) or gate_up.dtype is torch.float64:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
     gate_up = gate_up.contiguous()
@@ -136,7 +136,7 @@ def multiprocessors_for_tiles(gate_up_weight: Tensor) -> int:
     It needs a 16-bit format, rows that begin at multiples of 16 bytes, and a card that loads tiles by itself into
     enough shared memory (the tensor memory accelerator, from compute capability 9.0 on).
     """
-    if not (_HAS_TRITON and gate_up_weight.is_cuda and gate_up_weight.dtype in (torch.bfloat16, torch.float16)):
+    if not (HAS_TRITON and gate_up_weight.is_cuda and gate_up_weight.dtype in (torch.bfloat16, torch.float16)):
         return 0
     card = torch.cuda.get_device_properties(gate_up_weight.device)
     row_bytes = gate_up_weight.shape[1] * gate_up_weight.itemsize

@@ -7,19 +7,18 @@ leaves most threads idle on the 128 numbers of a head; this one takes several sh
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen3bench.kernels import HAS_TRITON
 from qwen3bench.model.layers import RMSNorm
 from qwen3bench.model.parts import Parts
 
-_HAS_TRITON = find_spec("triton") is not None
 _NUMBERS = 4096  # of one program: enough loads in flight to fill the memory's bandwidth
 _MULTIPROCESSORS = 132  # of an H100; with fewer rows than would fill it, each program takes fewer
-if _HAS_TRITON:
+if HAS_TRITON:
     import triton
     import triton.language as tl
 
@@ -42,7 +41,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     One Triton kernel on CUDA; `torch.nn.functional.rms_norm` elsewhere and under torch.compile, which fuses it
     itself. On a CPU PyTorch makes that of elementary operations.
     """
-    if not (_HAS_TRITON and x.is_cuda) or torch.compiler.is_compiling() or x.dtype is torch.float64:
+    if not (HAS_TRITON and x.is_cuda) or torch.compiler.is_compiling() or x.dtype is torch.float64:
         return F.rms_norm(x, weight.shape, weight, eps)
     heads, stride = _layout(x)
     if stride is None:

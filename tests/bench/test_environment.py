@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import qwen3bench
 from qwen3bench.bench import environment as module
 from qwen3bench.bench.environment import code_hash, device_name, differences, environment, fingerprint
 from qwen3bench.errors import UserError
@@ -35,6 +36,7 @@ def test_says_what_it_is_measured_on() -> None:
     assert found["cpu_threads"] >= 1
     assert found["power_limit_w"] is found["compute_capability"] is None
     assert found["code"] == code_hash()
+    assert found["qwen3bench"] == qwen3bench.__version__
     assert 0 not in [value for value in found.values() if not isinstance(value, bool)]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from qwen3bench.bench import protocol
 from qwen3bench.bench import worker as worker_module
@@ -28,6 +29,7 @@ from qwen3bench.bench.timer import TimedValue
 from qwen3bench.bench.worker import Warm, Worker, _kept, failure, serve
 from qwen3bench.bench.workloads import Workload, WorkloadSize
 from qwen3bench.errors import UserError
+from qwen3bench.kernels import attention
 from qwen3bench.model.qwen3 import Qwen3Model
 from qwen3bench.model.region import Region
 from qwen3bench.model.weights import load_weights
@@ -358,6 +360,31 @@ def test_one_token_chosen_otherwise_on_the_way_is_no_other_function(
     assert worker._against_eager(warm) > 0.005
 
 
+def test_a_launch_that_reads_what_the_one_before_it_left_is_another_function(
+    ask: Ask, worker: Worker, settings: Settings
+) -> None:
+    ask("open", config=replace(settings, device="cpu").to_dict())
+    model = worker._on_bank("baseline")
+    for name in ("prefill", "decode", "generate"):
+        outputs: list[Tensor] = []
+        workload = Workload(WorkloadSize(name, 2, 8, 3), model)
+        tokens = workload.prompt.clone(), workload.token.clone()
+        *first, step = workload.steps(model)
+        warm = Warm(("baseline", name, "graph"), model, workload, [*first, _kept(step, outputs)], outputs)
+        assert worker._against_eager(warm) < 1e-6
+        if name != "generate":  # which writes the token itself
+            assert torch.equal(workload.prompt, tokens[0])
+            assert torch.equal(workload.token, tokens[1])
+        stale = [step()]
+
+        def late(step: Callable[[], Tensor] = step, stale: list[Tensor] = stale) -> Tensor:
+            stale.append(step())
+            return stale.pop(0)
+
+        warm.launches[-1] = _kept(late, outputs)
+        assert worker._against_eager(warm) > 0.1
+
+
 def test_comparing_with_eager_compiles_nothing(
     ask: Ask, worker: Worker, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -435,6 +462,21 @@ def test_memory_is_the_cells_own(ask: Ask, settings: Settings) -> None:
     assert plain["peak_allocated_bytes"] - tied["peak_allocated_bytes"] == 4 * 512 * 64
     assert plain["peak_reserved_bytes"] >= plain["peak_allocated_bytes"] > 0
     assert plain["cache_bytes"] == tied["cache_bytes"] > 0
+
+
+@pytest.mark.cuda
+def test_what_a_cell_leaves_for_its_next_token_counts_for_no_other(
+    ask: Ask, small_settings: Callable[..., Settings]
+) -> None:
+    overrides = "opt=flash,mask", "flash.decode=split", "workload=decode", "batch_size=1", "prompt_tokens=8"
+    settings = replace(small_settings(*overrides).resolved("cpu"), device="cuda", runtimes={"graph": {}})
+    ask("open", config=settings.to_dict())
+    where = {"workload": "decode", "runtime": "graph"}
+    first = ask("memory", cell="baseline", **where)
+    ask("memory", cell="flash+mask", **where)
+    assert attention._arrivals.cache_info().currsize == 1
+    assert ask("memory", cell="baseline", **where) == first
+    assert attention._arrivals.cache_info().currsize == 0
 
 
 @pytest.mark.cuda

@@ -60,14 +60,14 @@ def query(*shape: int, dtype: torch.dtype = torch.bfloat16, is_cuda: bool = True
 
 
 def test_it_takes_one_tokens_query_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention.matvec, "HAS_TRITON", True)
+    monkeypatch.setattr(attention, "HAS_TRITON", True)
     assert attention.takes(query(1, 4, 1, 16))
     assert not attention.takes(query(2, 4, 1, 16))
     assert not attention.takes(query(1, 4, 2, 16))
     assert not attention.takes(query(1, 4, 1, 12))
     assert not attention.takes(query(1, 4, 1, 16, dtype=torch.float64))
     assert not attention.takes(query(1, 4, 1, 16, is_cuda=False))
-    monkeypatch.setattr(attention.matvec, "HAS_TRITON", False)
+    monkeypatch.setattr(attention, "HAS_TRITON", False)
     assert not attention.takes(query(1, 4, 1, 16))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -177,6 +178,20 @@ def test_a_single_query_takes_a_kernel_of_ours_where_it_is_asked_for(
     torch.testing.assert_close(logits, expected)
     assert [k.shape[2] for k in given] == [6] * tiny.num_layers * split
     assert len(calls) == tiny.num_layers * (1 if split else 2)
+
+
+def test_to_the_compiler_the_kernel_is_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "takes", lambda q: True)
+    called: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, given: list[Tensor]) -> Callable[..., Any]:
+        called.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return lambda *arguments: (torch.zeros(1, 4, 1, 8),)
+
+    attend = torch.compile(FlashAttention(split=True), backend=backend, fullgraph=True)
+    k = torch.randn(1, 2, 3, 8)
+    attend(torch.randn(1, 4, 1, 8), k, k, None, BooleanMask().apply)
+    assert called == [torch.ops.qwen3bench.split_attention.default]
 
 
 def test_where_the_kernel_is_not_for_it_it_is_pytorchs(
