@@ -52,7 +52,7 @@ def compose(argv: Sequence[str] | None = None) -> Settings:
         raise UserError(f"{overrides[0]} is not an option here; give KEY=VALUE, as in `model=tiny`")
     with _plain_errors(), hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
         config = hydra.compose("config", overrides)
-    return with_checkpoint_shape(settings_from(config))
+    return with_checkpoint_shape(settings_from(config), overrides)
 
 
 def guarded(action: Callable[[], int]) -> int:
@@ -156,7 +156,7 @@ def _job_settings(config: DictConfig) -> Settings:
         print(f"#{job.job.num}: {' '.join(job.overrides.task)}", flush=True)
         directory = config.get("run", {}).get("dir")
         config.run.dir = str(Path(directory) / str(job.job.num)) if directory else _from_here(job.runtime.output_dir)
-    return with_checkpoint_shape(settings_from(config))
+    return with_checkpoint_shape(settings_from(config), job.overrides.task)
 
 
 def _from_here(path: str) -> str:

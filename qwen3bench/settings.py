@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -191,15 +191,23 @@ class Settings:
         }
 
 
-def with_checkpoint_shape(settings: Settings) -> Settings:
+def with_checkpoint_shape(settings: Settings, overrides: Iterable[str]) -> Settings:
     """These settings with the model's shape from config.json where the weights are a local directory.
 
-    Raises `UserError` where that file is missing or no Qwen3's.
+    Raises `UserError` where that file is missing or no Qwen3's, or `overrides` ask for a model of another shape.
     """
     directory = Path(settings.weights).expanduser()
     if settings.weights == "random" or not directory.is_dir():
         return settings
-    return replace(settings, model=ModelConfig.from_pretrained(directory))
+    model = ModelConfig.from_pretrained(directory)
+    if any(override.lstrip("+").startswith(("model=", "model.")) for override in overrides):
+        asked, found = ({**asdict(each), "name": None} for each in (settings.model, model))
+        if differing := [f"{key}={asked[key]} (there {found[key]})" for key in asked if asked[key] != found[key]]:
+            raise UserError(
+                f"weights={settings.weights} decides the model's shape; leave the model out, which asks for "
+                f"{', '.join(differing)}"
+            )
+    return replace(settings, model=model)
 
 
 def settings_from(config: DictConfig | Mapping[str, Any]) -> Settings:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
+from uuid import UUID
 
 import psutil
 
@@ -139,15 +141,38 @@ class Monitor:
 
 
 def _find_card(nvml: Any, device_index: int) -> Any:
-    """NVML's handle of the whole card: NVML, unlike CUDA, does not heed CUDA_VISIBLE_DEVICES."""
+    """NVML's handle of the whole card: NVML, unlike CUDA, does not heed CUDA_VISIBLE_DEVICES.
+
+    Nor does it number unlike cards as CUDA does, the fastest first (CUDA's documentation, CUDA_DEVICE_ORDER).
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     name = str(device_index) if visible is None else visible.split(",")[device_index].strip()
     if name.isdecimal():
-        return nvml.nvmlDeviceGetHandleByIndex(int(name))
+        if os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or _alike(nvml):
+            return nvml.nvmlDeviceGetHandleByIndex(int(name))
+        name = _uuid(device_index)
     handle = nvml.nvmlDeviceGetHandleByUUID(name)
     if name.startswith("MIG-"):
         handle = nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
     return handle
+
+
+def _alike(nvml: Any) -> bool:
+    count = nvml.nvmlDeviceGetCount()
+    return len({nvml.nvmlDeviceGetName(nvml.nvmlDeviceGetHandleByIndex(index)) for index in range(count)}) == 1
+
+
+def _uuid(device_index: int) -> str:
+    """The UUID of CUDA's device, from the driver, which opens no context for that. Raises OSError where it cannot."""
+    cuda = ctypes.CDLL("libcuda.so.1")
+    device, uuid = ctypes.c_int(), (ctypes.c_ubyte * 16)()
+    if (
+        cuda.cuInit(0)
+        or cuda.cuDeviceGet(ctypes.byref(device), device_index)
+        or cuda.cuDeviceGetUuid(ctypes.byref(uuid), device)
+    ):
+        raise OSError(f"the CUDA driver tells nothing of device {device_index}")
+    return f"GPU-{UUID(bytes=bytes(uuid))}"
 
 
 def _watts(milliwatts: int | None) -> float | None:

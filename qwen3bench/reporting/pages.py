@@ -198,7 +198,7 @@ def _measured(run: Run) -> Table | None:
         "stopped because",
     ]
     reasons = {
-        "target": "every effect is as tight as asked for",
+        "target": "every main effect is as tight as asked for",
         "max_seconds": "the time allowed was up",
         "max_blocks": "the blocks allowed were used up",
         "failed": "measuring failed",

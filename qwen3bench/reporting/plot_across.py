@@ -21,7 +21,8 @@ _SIGNS = {"faster": "*", "slower": "*", "same": "="}
 
 def regimes(effects: pd.DataFrame, names: Sequence[str], width: float) -> Plot | None:
     """Heat map of main effects, one row per run and condition, one column per switch."""
-    groups = list(effects.groupby(["run", "condition"], sort=False))[:_ROWS_NAMED]
+    every = list(effects.groupby(["run", "condition"], sort=False))
+    groups = every[:_ROWS_NAMED]
     grid = np.full((len(groups), len(names)), np.nan)
     signs: dict[tuple[int, int], str] = {}
     conditions = [_row_label(rows(group)[0]) for _, group in groups]
@@ -31,6 +32,8 @@ def regimes(effects: pd.DataFrame, names: Sequence[str], width: float) -> Plot |
             grid[y, x], signs[y, x] = np.log(effect.estimate), _SIGNS.get(effect.verdict, "?")
     title = _regimes_title(effects, names)
     legend = f"* verdict faster or slower, = same within ±{100 * width:g} %, ? undecided"
+    if len(every) > len(groups):
+        legend += f"; the first {len(groups)} of {len(every)} conditions"
     note = f"n = {count(effects['run'].nunique(), 'run')}; {legend}"
     longest = max(map(len, conditions))
     figure = new_figure(title, note, 1.7 + 0.3 * len(groups), 8.0 + 0.07 * max(0, longest - 24))

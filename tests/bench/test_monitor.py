@@ -10,7 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from qwen3bench.bench import monitor
 from qwen3bench.bench.monitor import Monitor, Telemetry, braked, flags
 
 
@@ -33,6 +35,9 @@ class FakeNvml:
 
     def nvmlShutdown(self) -> None:  # noqa: N802
         self.shut += 1
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return 2
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> str:  # noqa: N802
         return ["first", "second"][index]
@@ -91,6 +96,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
     fake = FakeNvml()
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     return fake
 
 
@@ -226,6 +232,30 @@ def test_finds_the_card_that_cuda_sees(
     assert Monitor(index).describe()["device"] == name
 
 
+def test_unlike_cards_are_told_apart_as_cuda_numbers_them(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_ORDER")
+    monkeypatch.setattr(monitor, "_uuid", {0: "GPU-b"}.get)
+    assert Monitor(0).describe()["device"] == "NVIDIA second"
+    monkeypatch.setattr(nvml, "nvmlDeviceGetName", lambda card: "both", raising=False)
+    assert Monitor(0)._card == "first"
+
+
+def test_where_the_driver_does_not_tell_unlike_cards_apart_all_is_empty(
+    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(index: int) -> str:
+        raise OSError
+
+    monkeypatch.delenv("CUDA_DEVICE_ORDER")
+    monkeypatch.setattr(monitor, "_uuid", unknown)
+    assert set(Monitor(0).describe().values()) == {None}
+
+
+@pytest.mark.cuda
+def test_the_driver_and_pytorch_mean_the_same_card() -> None:
+    assert monitor._uuid(0) == f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+
+
 def test_each_unsupported_query_is_empty_and_spoils_no_other(nvml: FakeNvml) -> None:
     nvml.pids = [(os.getpid(), 0)]
     whole, described = Monitor(0).sample(), Monitor(0).describe()
@@ -236,7 +266,7 @@ def test_each_unsupported_query_is_empty_and_spoils_no_other(nvml: FakeNvml) -> 
         sample, description = Monitor(0).sample(), Monitor(0).describe()
         assert all(new in (old, None) for new, old in zip(astuple(sample), astuple(whole), strict=True))
         assert all(description[key] in (described[key], None) for key in described)
-        if "Handle" not in query:
+        if "Handle" not in query and "Count" not in query:
             lost = [*astuple(sample), *description.values()].count(None)
             assert lost == (4 if query == "nvmlDeviceGetClockInfo" else 2 if "MaxClock" in query else 1), query
 

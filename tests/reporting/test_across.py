@@ -8,7 +8,7 @@ import pytest
 from qwen3bench.analysis.run import Run, load_run
 from qwen3bench.bench.record import RecordWriter
 from qwen3bench.errors import UserError
-from qwen3bench.reporting import figures
+from qwen3bench.reporting import figures, plot_across
 from qwen3bench.reporting.across import find_runs, write_overview
 from qwen3bench.reporting.over_runs import dependent, effects_over, over_findings, over_table
 from qwen3bench.reporting.plot_across import regimes, trends
@@ -119,6 +119,18 @@ def test_trends_need_three_lengths(runs: list[Run]) -> None:
         plot = regimes(frame[~frame["noisy"]], NAMES, 0.01)
         assert plot is not None
         assert plot.title == "Faster everywhere: flash"
+
+
+def test_a_map_of_too_many_rows_says_so(runs: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = effects_over(runs)
+    conditions = len(frame[["run", "condition"]].drop_duplicates())
+    said = f"the first {conditions - 1} of {conditions} conditions"
+    for most in (conditions, conditions - 1):
+        monkeypatch.setattr(plot_across, "_ROWS_NAMED", most)
+        with figures.style():
+            plot = regimes(frame, NAMES, 0.01)
+        assert plot is not None
+        assert any(said in text.get_text() for text in plot.figure.texts) is (most < conditions)
 
 
 def test_a_trend_is_told_along_one_line_and_not_across_them(runs: list[Run]) -> None:

@@ -122,7 +122,7 @@ def test_command_configuration_and_method_are_told(page: str, text: str) -> None
         assert "python -m qwen3bench design=full" in content
         assert "random order" in content
         assert "measure.max_seconds" in content
-        assert "every effect is as tight as asked for" in content
+        assert "every main effect is as tight as asked for" in content
         assert "2025-01-02 03:04 UTC" in content
 
 
