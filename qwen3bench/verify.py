@@ -9,7 +9,6 @@ from typing import Any
 
 from qwen3bench.bench.design import cell_of, is_peer
 from qwen3bench.cli import compose, guarded
-from qwen3bench.errors import UserError
 from qwen3bench.settings import Settings
 
 
@@ -39,13 +38,9 @@ def verify(settings: Settings) -> int:
     from qwen3bench.bench.bank import Bank
     from qwen3bench.bench.equivalence import Gate
     from qwen3bench.bench.peers import judge_peer
-    from qwen3bench.bench.worker import is_out_of_memory
+    from qwen3bench.bench.worker import device_here, is_out_of_memory
 
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device != "cpu" and not torch.cuda.is_available():
-        raise UserError(f"device={device}: PyTorch finds no CUDA device here; use device=cpu")
+    device = device_here(settings.device)
     if device != "cpu":
         torch.cuda.set_device(device)
     settings = settings.resolved(device)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from qwen3bench import ModelConfig, verify
 from qwen3bench.bench import equivalence
 from qwen3bench.choices import options_of
+from qwen3bench.errors import UserError
 from qwen3bench.model.weights import load_weights
 from qwen3bench.opt import norm
 
@@ -118,6 +119,21 @@ def test_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert verify.main(["model=tiny", "device=cuda"]) == 1
     assert "use device=cpu" in capsys.readouterr().err
+
+
+def test_the_card_that_is_named_is_made_pytorchs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chosen(device: str) -> None:
+        raise UserError(f"{device} is chosen")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen)
+    assert verify.main(["model=tiny", "device=cuda:1"]) == 1
+    assert "cuda:1 is chosen" in capsys.readouterr().err
+    assert verify.main(["model=tiny", "device=cuda:2"]) == 1
+    assert "device=cuda:2: PyTorch sees 2 CUDA device(s)" in capsys.readouterr().err
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

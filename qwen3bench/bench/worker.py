@@ -96,15 +96,7 @@ class Worker:
 
     def op_probe(self, device: str) -> dict[str, Any]:
         """The device that `device` (auto, cpu, cuda, cuda:1) means here; refused where it does not exist."""
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if device == "auto":
-            device = "cuda" if count else "cpu"
-        kind, _, index = device.partition(":")
-        if kind == "cuda" and int(index or 0) >= count:
-            raise UserError(
-                f"device={device}: PyTorch sees {count or 'no'} CUDA device(s); use device=cpu or device=auto"
-            )
-        return {"device": device}
+        return {"device": device_here(device)}
 
     def op_open(self, config: dict[str, Any]) -> dict[str, Any]:
         """Take the resolved settings; nothing is loaded yet."""
@@ -416,6 +408,17 @@ class Worker:
         forget_rope_tables()
         self._forget_graphs()
         forget_counters()
+
+
+def device_here(device: str) -> str:
+    """The device that `device` (auto, cpu, cuda, cuda:1) means here. Raises `UserError` where it does not exist."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        device = "cuda" if count else "cpu"
+    kind, _, index = device.partition(":")
+    if kind == "cuda" and int(index or 0) >= count:
+        raise UserError(f"device={device}: PyTorch sees {count or 'no'} CUDA device(s); use device=cpu or device=auto")
+    return device
 
 
 def _kept(step: Step, outputs: list[torch.Tensor]) -> Step:

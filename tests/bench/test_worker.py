@@ -385,6 +385,12 @@ def test_a_launch_that_reads_what_the_one_before_it_left_is_another_function(
         assert worker._against_eager(warm) > 0.1
 
 
+def test_what_a_cell_leaves_for_its_next_token_is_freed_with_the_rest(opened: Ask) -> None:
+    attention._arrivals(torch.device("cpu"), 4)
+    opened("ceilings")
+    assert attention._arrivals.cache_info().currsize == 0
+
+
 def test_comparing_with_eager_compiles_nothing(
     ask: Ask, worker: Worker, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
