@@ -19,6 +19,8 @@ from qwen3bench.section import Section
 
 DTYPES = ("bfloat16", "float16", "float32")
 _PROMPT_TOKENS = {"cuda": 2048, "cpu": 16}  # 2048 on two CPU cores would take minutes a block
+_NO_SHAPE = ("name", "context_length", "tie_word_embeddings")  # of a model, what a checkpoint's may differ in
+_SHAPE = [field.name for field in fields(ModelConfig) if field.name not in _NO_SHAPE]
 _DTYPE = {"cuda": "bfloat16", "cpu": "float32"}  # bfloat16 is slow on a CPU without native support
 
 
@@ -200,13 +202,17 @@ def with_checkpoint_shape(settings: Settings, overrides: Iterable[str]) -> Setti
     if settings.weights == "random" or not directory.is_dir():
         return settings
     model = ModelConfig.from_pretrained(directory)
-    if any(override.lstrip("+").startswith(("model=", "model.")) for override in overrides):
-        asked, found = ({**asdict(each), "name": None} for each in (settings.model, model))
-        if differing := [f"{key}={asked[key]} (there {found[key]})" for key in asked if asked[key] != found[key]]:
-            raise UserError(
-                f"weights={settings.weights} decides the model's shape; leave the model out, which asks for "
-                f"{', '.join(differing)}"
-            )
+    for override in overrides:
+        group, _, name = override.lstrip("+").partition("=")[0].partition(".")
+        if group == "model":
+            asked, found = asdict(settings.model), asdict(model)
+            differing = [key for key in ([name] if name else _SHAPE) if asked[key] != found[key]]
+            if differing:
+                key = differing[0]
+                raise UserError(
+                    f"weights={settings.weights} decides the model's shape, and its {key} is {found[key]}, not "
+                    f"{asked[key]}; leave {override} out"
+                )
     return replace(settings, model=model)
 
 

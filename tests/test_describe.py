@@ -135,10 +135,15 @@ def test_a_checkpoints_directory_gives_the_shape(tmp_path: Path, capsys: pytest.
     out = capsys.readouterr().out
     assert "(tok_emb): Embedding(999, 24)" in out
     assert "(W_key): Linear(in_features=24, out_features=10, bias=False)" in out
-    assert main([f"weights={tmp_path}", "model=8b"]) == 1
-    captured = capsys.readouterr()
-    assert "leave the model out, which asks for num_layers=36 (there 3), emb_dim=4096 (there 24)" in captured.err
-    assert captured.out == ""
+    assert main([f"weights={tmp_path}", "model.num_layers=3"]) == 0
+    assert capsys.readouterr().out == out
+    for override, said in (("model=8b", "num_layers is 3, not 36"), ("model.head_dim=12", "head_dim is 10, not 12")):
+        assert main([f"weights={tmp_path}", override]) == 1
+        captured = capsys.readouterr()
+        assert (
+            f"decides the model's shape, and its {said}; leave {override.replace('8b', 'qwen3-8b')} out" in captured.err
+        )
+        assert captured.out == ""
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
