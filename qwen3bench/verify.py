@@ -38,16 +38,14 @@ def verify(settings: Settings) -> int:
     from qwen3bench.bench.bank import Bank
     from qwen3bench.bench.equivalence import Gate
     from qwen3bench.bench.peers import judge_peer
-    from qwen3bench.bench.worker import device_here, is_out_of_memory
+    from qwen3bench.bench.worker import device_here, is_out_of_memory, use_device
 
-    device = device_here(settings.device)
-    if device != "cpu":
-        torch.cuda.set_device(device)
-    settings = settings.resolved(device)
+    settings = settings.resolved(device_here(settings.device))
+    device = use_device(settings.device)
     began = time.monotonic()
     dtype = getattr(torch, settings.dtype)
     if settings.weights != "random":  # what a run of these weights would refuse
-        bank = Bank(settings.model, settings.weights, torch.device(device), dtype, settings.seed, settings.opts)
+        bank = Bank(settings.model, settings.weights, device, dtype, settings.seed, settings.opts)
         for cell in settings.labels:
             if not is_peer(cell):
                 bank.build(cell_of(cell))
@@ -62,7 +60,7 @@ def verify(settings: Settings) -> int:
     )
     model, judged = settings.model, gate.config
     print(
-        f"{model.name} on {device}: {judged.num_layers} of {model.num_layers} layers, "
+        f"{model.name} on {settings.device}: {judged.num_layers} of {model.num_layers} layers, "
         f"{judged.vocab_size} of {model.vocab_size} tokens; errors as multiples of the baseline's"
     )
     cells = settings.labels

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.cuda._utils import _get_device_index
 
 from qwen3bench import ModelConfig, verify
 from qwen3bench.bench import equivalence
@@ -121,19 +123,31 @@ def test_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypatch
     assert "use device=cpu" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("named", "index"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
 def test_the_card_that_is_named_is_made_pytorchs(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, named: str, index: int
 ) -> None:
-    def chosen(device: str) -> None:
-        raise UserError(f"{device} is chosen")
+    def chosen(device: Any) -> None:
+        raise UserError(f"card {_get_device_index(device)} is chosen")  # as PyTorch reads it
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen)
-    assert verify.main(["model=tiny", "device=cuda:1"]) == 1
-    assert "cuda:1 is chosen" in capsys.readouterr().err
+    assert verify.main(["model=tiny", f"device={named}"]) == 1
+    assert f"card {index} is chosen" in capsys.readouterr().err
+
+
+def test_a_card_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert verify.main(["model=tiny", "device=cuda:2"]) == 1
     assert "device=cuda:2: PyTorch sees 2 CUDA device(s)" in capsys.readouterr().err
+
+
+@pytest.mark.cuda
+def test_cells_are_judged_on_a_card(capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify.main(["+opt=flash,tie", "model=tiny"]) == 0
+    assert "tiny on cuda" in capsys.readouterr().out
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

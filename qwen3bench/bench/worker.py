@@ -103,12 +103,9 @@ class Worker:
         self.settings = settings_from(config)
         for cell in filter(is_peer, self.settings.labels):
             require_peer(cell)
-        kind, _, index = self.settings.device.partition(":")
-        self.device = torch.device(kind, int(index or 0))
+        self.device = use_device(self.settings.device)
         self.dtype = getattr(torch, self.settings.dtype)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        elif self.settings.model.emb_dim <= SMALL_DIM:
+        if self.device.type == "cpu" and self.settings.model.emb_dim <= SMALL_DIM:
             torch.set_num_threads(1)
         torch.set_grad_enabled(False)
         return {}
@@ -419,6 +416,15 @@ def device_here(device: str) -> str:
     if kind == "cuda" and int(index or 0) >= count:
         raise UserError(f"device={device}: PyTorch sees {count or 'no'} CUDA device(s); use device=cpu or device=auto")
     return device
+
+
+def use_device(device: str) -> torch.device:
+    """The device of that name (cpu, cuda, cuda:1), PyTorch's current one where it is a card."""
+    kind, _, index = device.partition(":")
+    found = torch.device(kind, int(index or 0))
+    if kind == "cuda":
+        torch.cuda.set_device(found)
+    return found
 
 
 def _kept(step: Step, outputs: list[torch.Tensor]) -> Step:
