@@ -47,7 +47,7 @@ format: $(VENV)/.dev ## format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.dev ## micro-benchmarks of the operations, on against off
-	$(BIN)/python -m pytest -n0 -q -rN tests/bench --benchmark-enable --benchmark-only --benchmark-columns=median,iqr,rounds \
+	$(BIN)/python -m pytest -n0 -q -rN tests/kernels --benchmark-enable --benchmark-only --benchmark-columns=median,iqr,rounds \
 	  --benchmark-sort=name $(ARGS)
 
 aa: $(VENV)/.run ## twenty campaigns on 32 copies of one model: how often is noise called an effect?

@@ -6,7 +6,7 @@ import sys
 def main() -> int:
     """The exit status of the command line."""
     try:
-        from qwen3bench.cli import main as run
+        from qwen3bench.config.cli import main as run
 
         return run()
     except KeyboardInterrupt:  # while it imports

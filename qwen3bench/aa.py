@@ -20,18 +20,18 @@ import pandas as pd
 from scipy.stats import binom
 
 from qwen3bench.analysis.run import Run, load_run, to_csv, write_derived
-from qwen3bench.analysis.verdicts import ALPHA
-from qwen3bench.bench.campaign import Campaign
-from qwen3bench.bench.design import BASELINE, label
-from qwen3bench.bench.environment import differences
-from qwen3bench.bench.progress import Reporter
-from qwen3bench.bench.protocol import CellFailure
-from qwen3bench.bench.record import RecordWriter, read_record, write_atomic
-from qwen3bench.bench.supervisor import WorkerProcess
-from qwen3bench.bench.workers import QUIET_S
-from qwen3bench.cli import compose, guarded
+from qwen3bench.analysis.significance import ALPHA
+from qwen3bench.campaign.passes import Campaign
+from qwen3bench.campaign.progress import Reporter
+from qwen3bench.campaign.worker_pool import QUIET_S
+from qwen3bench.campaign.worker_process import WorkerProcess
+from qwen3bench.config.cli import compose, guarded
+from qwen3bench.config.settings import Settings
 from qwen3bench.errors import UserError
-from qwen3bench.settings import Settings
+from qwen3bench.record.design import BASELINE, label
+from qwen3bench.record.environment import differences
+from qwen3bench.record.messages import CellFailure
+from qwen3bench.record.reader import RecordWriter, read_record, write_atomic
 
 # On a noisy machine more than sixteen blocks take time and tell nothing more about false alarms.
 DEFAULTS = (

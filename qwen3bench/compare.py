@@ -14,9 +14,9 @@ import pandas as pd
 
 from qwen3bench.analysis.comparison import Comparison, compare
 from qwen3bench.analysis.run import load_run
-from qwen3bench.bench.record import write_atomic
-from qwen3bench.cli import Parser, guarded
+from qwen3bench.config.cli import Parser, guarded
 from qwen3bench.errors import UserError
+from qwen3bench.record.reader import write_atomic
 
 _MOST_NAMED = 12  # of what got slower, in the verdict
 _PAGE = """<!doctype html>

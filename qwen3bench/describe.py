@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen3bench.cli import compose, guarded
+from qwen3bench.config.cli import compose, guarded
+from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.errors import UserError
-from qwen3bench.model.config import ModelConfig
 
 _RULE = "=" * 50
 _GIB = 2**30

@@ -7,9 +7,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from qwen3bench.bench.design import cell_of, is_peer
-from qwen3bench.cli import compose, guarded
-from qwen3bench.settings import Settings
+from qwen3bench.config.cli import compose, guarded
+from qwen3bench.config.settings import Settings
+from qwen3bench.record.design import cell_of, is_peer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,10 +35,10 @@ def verify(settings: Settings) -> int:
     """
     import torch  # late: mistakes on the command line need no torch
 
-    from qwen3bench.bench.bank import Bank
-    from qwen3bench.bench.equivalence import Gate
-    from qwen3bench.bench.peers import judge_peer
-    from qwen3bench.bench.worker import device_here, is_out_of_memory, use_device
+    from qwen3bench.worker.bank import Bank
+    from qwen3bench.worker.equivalence.gate import Gate
+    from qwen3bench.worker.peers import judge_peer
+    from qwen3bench.worker.session import device_here, is_out_of_memory, use_device
 
     settings = settings.resolved(device_here(settings.device))
     device = use_device(settings.device)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from qwen3bench.choices import choices, options_of
-from qwen3bench.cli import compose
+from qwen3bench.config.choices import choices, options_of
+from qwen3bench.config.cli import compose
+from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.errors import UserError
-from qwen3bench.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,8 +35,8 @@ def subsets() -> list[tuple[str, ...]]:
 
 def fit_together(names: tuple[str, ...]) -> bool:
     """Whether no two of them replace the same part."""
+    from qwen3bench.config.catalogue import resolve
     from qwen3bench.model.parts import assemble
-    from qwen3bench.optimizations import resolve
 
     with suppress(UserError):
         assemble(resolve(names))

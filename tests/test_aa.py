@@ -14,8 +14,8 @@ import pytest
 
 from qwen3bench.aa import CopiesProcess, Outcome, allowed, false_alarms, main, outcomes_of, summary
 from qwen3bench.analysis.run import load_run
-from qwen3bench.bench.record import RecordWriter, read_record
 from qwen3bench.errors import UserError
+from qwen3bench.record.reader import RecordWriter, read_record
 
 ECHO = """
 import json, sys

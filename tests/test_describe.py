@@ -13,8 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.describe import describe, main
-from qwen3bench.model.config import ModelConfig
 
 BLOCK = """\
 ==================================================

@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from qwen3bench.analysis.run import load_run, write_derived
-from qwen3bench.bench.record import RecordWriter
+from qwen3bench.record.reader import RecordWriter
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "ablation.ipynb"

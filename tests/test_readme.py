@@ -22,9 +22,9 @@ from qwen3bench import __version__, aa, compare, describe, load_run, report, ver
 from qwen3bench.analysis.cells import columns
 from qwen3bench.analysis.frames import block_matrix
 from qwen3bench.analysis.run import EFFECT_COLUMNS
-from qwen3bench.bench.design import is_peer
-from qwen3bench.cli import main
-from qwen3bench.settings import Settings
+from qwen3bench.config.cli import main
+from qwen3bench.config.settings import Settings
+from qwen3bench.record.design import is_peer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3bench import ModelConfig, build_model
-from qwen3bench.choices import options_of
+from qwen3bench.config.choices import options_of
 from qwen3bench.model.layers import RMSNorm
 from qwen3bench.opt.norm import FusedRMSNorm
 

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch.cuda._utils import _get_device_index
 
 from qwen3bench import ModelConfig, verify
-from qwen3bench.bench import equivalence
-from qwen3bench.choices import options_of
+from qwen3bench.config.choices import options_of
 from qwen3bench.errors import UserError
 from qwen3bench.model.weights import load_weights
 from qwen3bench.opt import norm
+from qwen3bench.worker.equivalence import gate as equivalence
 
 TINY = ["model=tiny", "device=cpu"]
 HF_NAMES = {

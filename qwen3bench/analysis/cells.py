@@ -17,7 +17,7 @@ from qwen3bench.analysis.frames import (
     used_samples,
 )
 from qwen3bench.analysis.variance import clustered_mean
-from qwen3bench.bench.record import Record
+from qwen3bench.record.reader import Record
 
 _KEYS = ["cell", "workload", "runtime"]
 _PARAMETERS = ["parameter_bytes", "num_parameters", "num_unique_parameters", "num_non_embedding_parameters"]

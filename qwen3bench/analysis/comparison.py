@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from qwen3bench.analysis.design import OTHERS_OFF, others_of
+from qwen3bench.analysis.contrasts import OTHERS_OFF, others_of
 from qwen3bench.analysis.frames import analysis_setting
 from qwen3bench.analysis.run import Run
+from qwen3bench.analysis.significance import holm, verdicts
 from qwen3bench.analysis.variance import clustered_mean
-from qwen3bench.analysis.verdicts import holm, verdicts
 from qwen3bench.errors import UserError
 
 _KEYS = ["cell", "workload", "runtime"]

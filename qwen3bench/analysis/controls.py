@@ -12,7 +12,7 @@ from scipy import special
 
 from qwen3bench.analysis.frames import BASELINE, COPY, analysis_setting, block_matrix
 from qwen3bench.analysis.variance import Array
-from qwen3bench.bench.record import Record
+from qwen3bench.record.reader import Record
 
 # Two copies of one model may differ by this much before the run counts as noisy: device time, host time.
 _NOISY = {"graph": 0.005, "compile": 0.005, "eager": 0.02}

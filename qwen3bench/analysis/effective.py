@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qwen3bench.bench.design import cell_of, is_peer, label
+from qwen3bench.record.design import cell_of, is_peer, label
 
 
 def compare_effective(evidence_by_cell: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from qwen3bench.analysis.design import contrasts, every_cell, shapley_contrasts, term_name
+from qwen3bench.analysis.contrasts import contrasts, every_cell, shapley_contrasts, term_name
+from qwen3bench.analysis.significance import holm, verdicts
 from qwen3bench.analysis.variance import Estimates, clustered, replicated
-from qwen3bench.analysis.verdicts import holm, verdicts
 from qwen3bench.errors import UserError
 
 _MOST_FACTORS = 12  # 4,095 terms

@@ -11,8 +11,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from qwen3bench.analysis.variance import Estimates, clustered
-from qwen3bench.bench.design import is_peer
-from qwen3bench.bench.record import Record
+from qwen3bench.record.design import is_peer
+from qwen3bench.record.reader import Record
 
 _USUAL = {"band": 0.01, "confidence": 0.95}
 _KEYS = ["workload", "runtime", "block"]

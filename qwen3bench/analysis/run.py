@@ -14,7 +14,7 @@ from qwen3bench.analysis.controls import Controls, controls
 from qwen3bench.analysis.effective import compare_effective
 from qwen3bench.analysis.effects import COLUMNS, effects
 from qwen3bench.analysis.frames import analysis_setting, used_samples
-from qwen3bench.bench.record import Record, read_record, write_atomic
+from qwen3bench.record.reader import Record, read_record, write_atomic
 
 EFFECT_COLUMNS = ["workload", "runtime", "metric", *COLUMNS]
 _TIMES = ("latency_s", "ttft_s", "tpot_s")

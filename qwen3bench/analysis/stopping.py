@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from qwen3bench.analysis.design import contrasts, term_name
+from qwen3bench.analysis.contrasts import contrasts, term_name
 from qwen3bench.analysis.frames import BASELINE, block_matrix, factor_columns
 from qwen3bench.analysis.variance import clustered, clustered_mean
 

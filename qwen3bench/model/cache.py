@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwen3bench.model.config import ModelConfig
+from qwen3bench.config.model_config import ModelConfig
 
 
 class KVCache:

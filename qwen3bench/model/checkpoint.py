@@ -6,22 +6,20 @@ library accepts duplicate keys and knows no config; the checks here are stricter
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from qwen3bench.config.model_config import ModelConfig
+from qwen3bench.config.strict_json import JSON_LIMIT_BYTES, json_object, parse_json, read_json_object, shortened
 from qwen3bench.errors import UserError
-from qwen3bench.model.config import ModelConfig
 
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-# A parsed header takes some 30 times its bytes; Qwen3-32B's, with 707 tensors, has under 0.1 MiB.
-_JSON_LIMIT_BYTES = 2**20
 # Rotary frequencies that older transformers stored; they follow from the config.
 _IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -78,7 +76,7 @@ def locate_tensors(directory: Path, config: ModelConfig, *, tied: bool) -> dict[
         stored = headers[found[name]][name]
         if stored != shape:
             raise UserError(
-                f"{found[name]}: {name} has shape {_short(stored)}, config.json asks for {shape}; "
+                f"{found[name]}: {name} has shape {shortened(stored)}, config.json asks for {shape}; "
                 "use the config.json that belongs to this checkpoint"
             )
     return {name: found[name] for name in shapes}
@@ -132,14 +130,14 @@ def _indexed(directory: Path) -> dict[Path, set[str] | None]:
     names: dict[str, set[str]] = {}
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str):
-            raise UserError(f"{path}: maps {_short(tensor)} to {_short(shard)}, no file name; get the file again")
+            raise UserError(f"{path}: maps {shortened(tensor)} to {shortened(shard)}, no file name; get the file again")
         names.setdefault(shard, set()).add(tensor)
     return {_shard(directory, shard): tensors for shard, tensors in names.items()}
 
 
 def _shard(directory: Path, name: str) -> Path:
     path = directory / name
-    what = f"{index_path(directory)}: {_short(name)}"
+    what = f"{index_path(directory)}: {shortened(name)}"
     try:
         target, there = path.resolve(), path.is_file()
     except (
@@ -192,28 +190,28 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
         with path.open("rb") as file:
             start = file.read(8)
             header_bytes = int.from_bytes(start, "little")
-            if len(start) < 8 or 8 + header_bytes > file_bytes or header_bytes > _JSON_LIMIT_BYTES:
+            if len(start) < 8 or 8 + header_bytes > file_bytes or header_bytes > JSON_LIMIT_BYTES:
                 raise UserError(f"{path}: {_bad_length(start, header_bytes, file_bytes)}")
             text = file.read(header_bytes)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {again}") from error
     if not text.startswith(b"{"):
         raise UserError(f"{path}: its header is no JSON object; {again}")
-    header = _object(parse_json(text, f"{path} (header)"), f"{path} (header)")
+    header = json_object(parse_json(text, f"{path} (header)"), f"{path} (header)")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{path}: __metadata__ in its header holds more than strings; {again}")
 
     shapes, spans = {}, []
     for name, entry in header.items():
-        shape, begin, end = _entry(entry, f"{path}: {_short(name)}")
+        shape, begin, end = _entry(entry, f"{path}: {shortened(name)}")
         shapes[name] = shape
         spans.append((begin, end, name))
     position = 0
     for begin, end, name in sorted(spans):
         if begin != position:
             what = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
-            raise UserError(f"{path}: {_short(name)} at byte {begin} of the data {what}; {again}")
+            raise UserError(f"{path}: {shortened(name)} at byte {begin} of the data {what}; {again}")
         position = end
     data_bytes = file_bytes - 8 - header_bytes
     if position > data_bytes:
@@ -228,8 +226,8 @@ def _bad_length(start: bytes, header_bytes: int, file_bytes: int) -> str:
         return "is a pickle under a safetensors name and is never opened; save the checkpoint as safetensors"
     if len(start) < 8:
         return f"truncated, {file_bytes} bytes are too few for a safetensors file; get the file again"
-    if header_bytes > _JSON_LIMIT_BYTES:
-        return f"announces an oversized header ({header_bytes} of {_JSON_LIMIT_BYTES} bytes); get the file again"
+    if header_bytes > JSON_LIMIT_BYTES:
+        return f"announces an oversized header ({header_bytes} of {JSON_LIMIT_BYTES} bytes); get the file again"
     return f"truncated, {file_bytes} bytes where its header alone takes {8 + header_bytes}; get the file again"
 
 
@@ -239,12 +237,14 @@ def _entry(entry: Any, what: str) -> tuple[tuple[int, ...], int, int]:
         raise UserError(f"{what} is not described by dtype, shape and data_offsets; get the file again")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
-        raise UserError(f"{what} has dtype {_short(dtype)}; only {', '.join(_ITEM_BYTES)} are read, convert it")
+        raise UserError(f"{what} has dtype {shortened(dtype)}; only {', '.join(_ITEM_BYTES)} are read, convert it")
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
-        raise UserError(f"{what} has shape {_short(shape)} and data_offsets {_short(offsets)}; get the file again")
+        raise UserError(
+            f"{what} has shape {shortened(shape)} and data_offsets {shortened(offsets)}; get the file again"
+        )
     begin, end = offsets
     if len(shape) > 8 or end - begin != math.prod(shape) * _ITEM_BYTES[dtype]:
-        raise UserError(f"{what} has {end - begin} bytes, not those of {dtype} {_short(shape)}; get the file again")
+        raise UserError(f"{what} has {end - begin} bytes, not those of {dtype} {shortened(shape)}; get the file again")
     return tuple(shape), begin, end
 
 
@@ -252,71 +252,7 @@ def _sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a small file. Raises `UserError` where it is missing, oversized or malformed."""
-    try:
-        if not path.is_file():
-            raise UserError(f"{path}: there is no such file; is {path.parent} a checkpoint's directory?")
-        with path.open("rb") as file:
-            text = file.read(_JSON_LIMIT_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); is {path.parent} a checkpoint's directory?") from error
-    if len(text) > _JSON_LIMIT_BYTES:
-        raise UserError(f"{path}: is larger than {_JSON_LIMIT_BYTES} bytes; is it a checkpoint's?")
-    return _object(parse_json(text, str(path)), str(path))
-
-
-def parse_json(text: bytes, source: str) -> Any:
-    """The value of a strict JSON text: UTF-8, each key once, finite numbers, 64-bit integers.
-
-    Raises `UserError` naming `source`.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        value: dict[str, Any] = {}
-        for key, item in pairs:
-            if key in value:
-                raise UserError(f"{source}: the key {_short(key)} occurs twice; which one counts? Get the file again")
-            value[key] = item
-        return value
-
-    def finite(text: str) -> float:
-        value = float(text)
-        if not math.isfinite(value):
-            raise ValueError(f"{text[:20]} is no finite number")
-        return value
-
-    def whole(text: str) -> int:
-        value = int(text)
-        if abs(value) >= 2**63:
-            raise ValueError(f"{text[:20]} takes more than 64 bits")
-        return value
-
-    try:
-        return json.loads(
-            text.decode("utf-8"),
-            object_pairs_hook=unique,
-            parse_constant=finite,
-            parse_float=finite,
-            parse_int=whole,
-        )
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{source}: is no valid JSON ({error}); get the file again") from error
-
-
-def _object(value: Any, source: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"{source}: holds no JSON object; get the file again")
-    return value
-
-
-def _short(value: Any) -> str:
-    """`repr` in a line's length: a hostile file chooses its names."""
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:120]}…"
-
-
 def _some(names: list[str]) -> str:
     """The first of `names`, how many more there are, and the verb."""
-    first = _short(names[0])
+    first = shortened(names[0])
     return f"{first} is" if len(names) == 1 else f"{first} and {len(names) - 1} more are"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.model.cache import KVCache
-from qwen3bench.model.config import ModelConfig
 
 
 class Decoder(nn.Module):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from qwen3bench.model.config import ModelConfig
+    from qwen3bench.config.model_config import ModelConfig
     from qwen3bench.model.parts import Parts
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields, replace
 
 from torch import nn
 
+from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.errors import UserError
 from qwen3bench.model.attention import AdditiveMask, Attend, EagerAttention, Mask
-from qwen3bench.model.config import ModelConfig
 from qwen3bench.model.layers import FeedForward, GroupedQueryAttention, Linear, RMSNorm, TransformerBlock
 
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.model.cache import KVCache
-from qwen3bench.model.config import ModelConfig
+from qwen3bench.model.compiled import Region, regions_of
 from qwen3bench.model.decoder import Decoder
 from qwen3bench.model.layers import Embedding
 from qwen3bench.model.parts import Parts
-from qwen3bench.model.region import Region, regions_of
 
 
 def rope_tables(config: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.errors import UserError
 from qwen3bench.model.checkpoint import (
     EMBEDDING,
@@ -22,7 +23,6 @@ from qwen3bench.model.checkpoint import (
     tensor_shapes,
     weight_files,
 )
-from qwen3bench.model.config import ModelConfig
 
 # Projections of the same input, stored as row slices of one tensor so that a fused layout is a view.
 _STACKS = (

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.kernels import HAS_TRITON, matvec
-from qwen3bench.kernels.attention import token_attention
-from qwen3bench.model.config import ModelConfig
+from qwen3bench.kernels.token_attention import token_attention
 from qwen3bench.model.layers import FeedForward, GroupedQueryAttention, RMSNorm, TransformerBlock
 from qwen3bench.model.parts import Parts
 

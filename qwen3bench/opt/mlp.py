@@ -12,9 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.kernels import matvec
 from qwen3bench.kernels.swiglu import best_tile, multiprocessors_for_tiles, silu_mul, swiglu_tiles
-from qwen3bench.model.config import ModelConfig
 from qwen3bench.model.layers import FeedForward
 from qwen3bench.model.parts import Parts
 from qwen3bench.model.stack import StackedLinears

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from qwen3bench.model.config import ModelConfig
+from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.model.layers import GroupedQueryAttention
 from qwen3bench.model.parts import Parts
 from qwen3bench.model.stack import StackedLinears

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen3bench.bench.record import write_atomic
 from qwen3bench.errors import UserError
+from qwen3bench.record.reader import write_atomic
 from qwen3bench.reporting import figures
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.lookup import band, device, directory, factors, level

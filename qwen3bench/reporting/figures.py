@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import ArrayLike, NDArray
 
-from qwen3bench.bench.record import write_atomic
+from qwen3bench.record.reader import write_atomic
 
 INK, MUTED, RULE, PAPER = "#1f1f1f", "#6b6b6b", "#dedede", "#ffffff"
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#8a8a8a"

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qwen3bench.analysis.design import OTHERS_OFF, OTHERS_ON
-from qwen3bench.reporting import controls
+from qwen3bench.analysis.contrasts import OTHERS_OFF, OTHERS_ON
+from qwen3bench.reporting import control_findings
 from qwen3bench.reporting.conditions import conditions
-from qwen3bench.reporting.finding import Finding
 from qwen3bench.reporting.findings_cells import failures, missing, peers, recommended
 from qwen3bench.reporting.findings_effects import joint, memory, switches, together, undecided
 from qwen3bench.reporting.lookup import AVERAGE, UNLIKE
 from qwen3bench.reporting.units import count
+from qwen3bench.reporting.wording import Finding
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -37,7 +37,7 @@ _HEADINGS = {
 
 def findings(run: Run) -> list[Finding]:
     """All findings of a run; those that limit what the others are worth have the level `warning`."""
-    outcome = controls.sentences(run)
+    outcome = control_findings.sentences(run)
     found = [
         *missing(run),
         *(Finding(c.text, "control", "warning") for c in outcome if c.failed),

@@ -11,10 +11,9 @@ import pandas as pd
 from scipy import special
 
 from qwen3bench.analysis.frames import analysis_setting, block_matrix
-from qwen3bench.choices import five
-from qwen3bench.reporting import controls
+from qwen3bench.config.choices import five
+from qwen3bench.reporting import control_findings
 from qwen3bench.reporting.conditions import Condition, conditions
-from qwen3bench.reporting.finding import Finding, verdict_of, worth
 from qwen3bench.reporting.lookup import (
     BASELINE,
     LATENCY,
@@ -28,6 +27,7 @@ from qwen3bench.reporting.lookup import (
     usable,
 )
 from qwen3bench.reporting.units import count, is_number, listing, ratio, seconds, size
+from qwen3bench.reporting.wording import Finding, verdict_of, worth
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -42,7 +42,7 @@ def recommended(run: Run, condition: Condition) -> Iterator[Finding]:
     if BASELINE not in set(cells["cell"]):
         yield Finding(f"No recommendation for {condition}: the baseline has no latency to compare with.", "recommended")
         return
-    if controls.noise(run, condition):
+    if control_findings.noise(run, condition):
         yield Finding(f"No recommendation for {condition}: it is noisy.", "recommended")
         return
     limit_gib = (run.config.get("report") or {}).get("memory_limit_gib")
@@ -135,11 +135,13 @@ def peers(run: Run) -> Iterator[Finding]:
     for condition in conditions(run):
         cells = usable(condition.select(run.cells))
         for row in rows(cells[of_peers(cells)]):
-            verdict = controls.heard(run, condition, verdict_of(row.speedup_lo, row.speedup_hi, band(run)), row.speedup)
+            verdict = control_findings.heard(
+                run, condition, verdict_of(row.speedup_lo, row.speedup_hi, band(run)), row.speedup
+            )
             said = worth(verdict, row.speedup, row.speedup_lo, row.speedup_hi, band(run))
             against = f"; against the baseline {said}" if verdict != "missing" else ""
             ours = _ours_against(run, condition, row.cell)
-            noisy = " Noisy." if controls.noise(run, condition) else ""
+            noisy = " Noisy." if control_findings.noise(run, condition) else ""
             yield Finding(f"{row.cell} takes {seconds(row.latency_s)}{against}{ours} ({condition}).{noisy}", "peer")
 
 
@@ -156,7 +158,7 @@ def _ours_against(run: Run, condition: Condition, peer: str) -> str:
     said = ""
     for name, *logs in zip(names, found.estimate, found.estimate - half, found.estimate + half, strict=True):
         gain, lo, hi = (float(np.exp(value)) for value in logs)
-        verdict = controls.heard(run, condition, verdict_of(lo, hi, band(run)), gain)
+        verdict = control_findings.heard(run, condition, verdict_of(lo, hi, band(run)), gain)
         said += f"; {ours[name]} against it {worth(verdict, gain, lo, hi, band(run))}"
     return said
 

@@ -14,14 +14,13 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from qwen3bench.analysis.design import others_of
+from qwen3bench.analysis.contrasts import others_of
 from qwen3bench.analysis.effects import effects as effects_of
 from qwen3bench.analysis.effects import process_shares
 from qwen3bench.analysis.frames import analysis_setting, block_matrix
-from qwen3bench.bench.design import is_peer
-from qwen3bench.reporting import controls
+from qwen3bench.record.design import is_peer
+from qwen3bench.reporting import control_findings
 from qwen3bench.reporting.conditions import Condition, conditions
-from qwen3bench.reporting.finding import Finding, verdict_of, worth
 from qwen3bench.reporting.lookup import (
     AVERAGE,
     BASELINE,
@@ -40,6 +39,7 @@ from qwen3bench.reporting.lookup import (
 )
 from qwen3bench.reporting.tables import signed_bytes
 from qwen3bench.reporting.units import count, is_number, listing, ratio, seconds, significant
+from qwen3bench.reporting.wording import Finding, verdict_of, worth
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -65,10 +65,10 @@ def together(run: Run, condition: Condition) -> Iterator[Finding]:
         without = f"{seconds(row.latency_s)}, and the baseline has no latency to compare with"
         yield Finding(f"{subject}: {without} ({where}).", "together")
         return
-    verdict = controls.heard(run, condition, verdict_of(row.speedup_lo, row.speedup_hi, band(run)), row.speedup)
+    verdict = control_findings.heard(run, condition, verdict_of(row.speedup_lo, row.speedup_hi, band(run)), row.speedup)
     said = worth(verdict, row.speedup, row.speedup_lo, row.speedup_hi, band(run))
     times = _times(run, good[BASELINE].latency_s, row)
-    noisy = " Noisy." if controls.noise(run, condition) else ""
+    noisy = " Noisy." if control_findings.noise(run, condition) else ""
     yield Finding(f"{subject}: {said}{times} ({where}).{noisy}", "together")
 
 
@@ -97,7 +97,7 @@ def switches(run: Run) -> Iterator[Finding]:
 def _switch(run: Run, name: str, effects: pd.DataFrame, others: str) -> Iterator[Finding]:
     parts = []
     for condition in conditions(run):
-        noisy = ", noisy" if controls.noise(run, condition) else ""
+        noisy = ", noisy" if control_findings.noise(run, condition) else ""
         for row in rows(condition.select(effects)):
             because = _because(row, others)
             if is_number(row.estimate):
@@ -130,7 +130,7 @@ def joint(run: Run) -> Iterator[Finding]:
             ran = _evidence(run, condition, *term.split(":"))
             before = told.setdefault((term, ran), condition)
             ran = f" What ran: as in {before}." if ran and before != condition else ran
-            noisy = " Noisy." if controls.noise(run, condition) else ""
+            noisy = " Noisy." if control_findings.noise(run, condition) else ""
             yield Finding(f"{text}{ran}{noisy}", "interaction")
         if more := list(itertools.islice(_pairs(run, condition), _MOST_PAIRS, None)):
             said = listing([f"{row.term} {ratio(row.estimate, row.lo, row.hi)}" for row in more], len(more))
@@ -150,7 +150,7 @@ def _pairs(run: Run, condition: Condition) -> Iterator[Any]:
     pairs = effects[(effects["term"].str.count(":") == 1) & effects["verdict"].isin(("faster", "slower"))]
     order = np.log(pairs["estimate"]).abs().sort_values(ascending=False, kind="stable").index
     for row in rows(pairs.loc[order]):
-        if controls.heard(run, condition, row.verdict, row.estimate) == row.verdict:
+        if control_findings.heard(run, condition, row.verdict, row.estimate) == row.verdict:
             yield row
 
 
@@ -198,7 +198,7 @@ def _halves(run: Run, condition: Condition, a: str, b: str) -> _Halves | None:
 
 def _only_with(run: Run, condition: Condition, halves: _Halves) -> bool:
     both = (halves.with_it, halves.without)
-    verdicts = [controls.heard(run, condition, row.verdict, row.estimate) for row in both]
+    verdicts = [control_findings.heard(run, condition, row.verdict, row.estimate) for row in both]
     return verdicts[0] == "faster" and verdicts[1] in ("same", "slower")
 
 
@@ -248,7 +248,7 @@ def memory(run: Run) -> Iterator[Finding]:
                 because = _because(less[0], others)
                 saved.setdefault((signed_bytes(less[0].estimate), because), []).append(str(condition))
                 latency = [row for row in rows(terms(run, condition, LATENCY, "main")) if row.term == name]
-                if [controls.heard(run, condition, r.verdict, r.estimate) for r in latency] == ["same"]:
+                if [control_findings.heard(run, condition, r.verdict, r.estimate) for r in latency] == ["same"]:
                     free.append(str(condition))
         if saved:
             everywhere = len(free) == sum(map(len, saved.values()))
@@ -270,7 +270,9 @@ def undecided(run: Run, condition: Condition) -> Iterator[Finding]:
 
 def _undecided(run: Run, condition: Condition, effects: list[Any], what: str = "") -> Iterator[Finding]:
     blocks = condition.select(run.samples)["block"].nunique()
-    unknown = [row for row in effects if controls.heard(run, condition, row.verdict, row.estimate) == "undecided"]
+    unknown = [
+        row for row in effects if control_findings.heard(run, condition, row.verdict, row.estimate) == "undecided"
+    ]
     around = [row for row in unknown if is_number(row.lo) and row.lo <= 1 <= row.hi]
     blind = [row for row in unknown if not is_number(row.lo)]
     beside = [row for row in unknown if row not in around and row not in blind]
@@ -355,5 +357,5 @@ def _samples(run: Run, condition: Condition) -> pd.DataFrame:
 
 
 def _worth(run: Run, condition: Condition, row: Any) -> str:
-    verdict = controls.heard(run, condition, row.verdict, row.estimate)
+    verdict = control_findings.heard(run, condition, row.verdict, row.estimate)
     return worth(verdict, row.estimate, row.lo, row.hi, band(run))

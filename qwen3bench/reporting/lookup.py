@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from qwen3bench.analysis.design import others_of
+from qwen3bench.analysis.contrasts import others_of
 from qwen3bench.analysis.frames import analysis_setting
-from qwen3bench.bench.design import is_peer
+from qwen3bench.record.design import is_peer
 from qwen3bench.reporting.conditions import Condition
 from qwen3bench.reporting.units import count
 

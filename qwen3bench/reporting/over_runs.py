@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from qwen3bench.analysis.design import others_of
-from qwen3bench.reporting import controls
+from qwen3bench.analysis.contrasts import others_of
+from qwen3bench.reporting import control_findings
 from qwen3bench.reporting.conditions import conditions
-from qwen3bench.reporting.finding import Finding
 from qwen3bench.reporting.findings_cells import failures, missing
 from qwen3bench.reporting.findings_effects import pays_only_with
 from qwen3bench.reporting.lookup import AVERAGE, LATENCY, band, largest, level, rows, smallest, terms
 from qwen3bench.reporting.tables import Entry, Table, drop_empty
 from qwen3bench.reporting.units import count, listing, ratio
+from qwen3bench.reporting.wording import Finding
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -39,7 +39,7 @@ def effects_over(runs: Sequence[Run]) -> pd.DataFrame:
             where = {"run": number, **same, "workload": condition.workload, "runtime": condition.runtime}
             timed = condition.select(run.samples)
             where |= {key: timed[of].nunique() for key, of in (("blocks", "block"), ("processes", "process"))}
-            where |= {"noisy": controls.noise(run, condition) > 0}
+            where |= {"noisy": control_findings.noise(run, condition) > 0}
             for effect in rows(terms(run, condition, LATENCY, "main")):
                 others = others_of(effect.reason) or AVERAGE
                 named = str(condition) if others == AVERAGE else f"{condition}, {others}"

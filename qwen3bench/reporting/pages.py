@@ -15,15 +15,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from qwen3bench.analysis.stopping import half_widths
-from qwen3bench.bench.record import write_atomic
-from qwen3bench.optimizations import described
-from qwen3bench.reporting import controls, figures, plots, tables
+from qwen3bench.config.catalogue import described
+from qwen3bench.record.reader import write_atomic
+from qwen3bench.reporting import control_findings, figures, plots, tables
 from qwen3bench.reporting.conditions import Condition, conditions
-from qwen3bench.reporting.finding import Finding
 from qwen3bench.reporting.findings import findings, grouped
 from qwen3bench.reporting.lookup import LATENCY, MEMORY, device, directory, factors, level
 from qwen3bench.reporting.tables import Table
 from qwen3bench.reporting.units import is_number, listing
+from qwen3bench.reporting.wording import Finding
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -68,7 +68,7 @@ def page_content(run: Run, found: list[Finding]) -> dict[str, Any]:
         "switches": switches([run]),
         "findings": grouped([finding for finding in found if finding.level == "plain"]),
         "warnings": [finding for finding in found if finding.level == "warning"],
-        "controls": controls.sentences(run),
+        "controls": control_findings.sentences(run),
         "sections": sections,
         "opening": opening,
         "closing": closing,

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from qwen3bench.reporting.conditions import Condition
-from qwen3bench.reporting.controls import aa_series, drifts, processes_apart
+from qwen3bench.reporting.control_findings import aa_series, drifts, processes_apart
 from qwen3bench.reporting.figures import BLUE, MUTED, ORANGE, PAPER, RULE, SERIES, Plot, new_figure
 from qwen3bench.reporting.lookup import band, device, level, rows
 from qwen3bench.reporting.units import count, is_number, percent, ratio

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
 
-from qwen3bench.reporting import controls
+from qwen3bench.reporting import control_findings
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.figures import (
     MUTED,
@@ -135,7 +135,7 @@ def interactions(run: Run, condition: Condition) -> Plot | None:
 
 
 def _noisy(run: Run, condition: Condition, title: str) -> str:
-    return f"Noisy: {title}" if controls.noise(run, condition) else title
+    return f"Noisy: {title}" if control_findings.noise(run, condition) else title
 
 
 def _interactions_title(pairs: pd.DataFrame) -> str:
@@ -155,7 +155,7 @@ def by_condition(run: Run) -> Plot | None:
     names = factors(run)
     if len(frames) < 2:
         return None
-    quiet = [(condition, effects) for condition, effects in frames if not controls.noise(run, condition)]
+    quiet = [(condition, effects) for condition, effects in frames if not control_findings.noise(run, condition)]
     title = (
         _by_condition_title(quiet, names, len(quiet) == len(frames))
         if quiet
@@ -165,7 +165,7 @@ def by_condition(run: Run) -> Plot | None:
     if others == UNLIKE:
         title = "What the other switches do differs from condition to condition"
     note = device(run) + f"; each switch {others}" * (others not in (AVERAGE, UNLIKE))
-    if any(controls.noise(run, condition) > 0 for condition, _ in frames):
+    if any(control_findings.noise(run, condition) > 0 for condition, _ in frames):
         note += "; noisy conditions do not count in the title"
     figure = new_figure(title, note, 2.1 + len(names) * (0.25 + 0.17 * len(frames)))
     axes = figure.subplots()

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from qwen3bench.reporting import controls
+from qwen3bench.reporting import control_findings
 from qwen3bench.reporting.conditions import Condition
 from qwen3bench.reporting.figures import BLUE, GREY, MUTED, ORANGE, Plot, new_figure
 from qwen3bench.reporting.lookup import (
@@ -46,7 +46,7 @@ def waterfall(run: Run, condition: Condition, metric: str) -> Plot | None:
         levels.append(levels[-1] / share if latency else levels[-1] + share)
     what = "latency" if latency else "peak memory"
     title = _waterfall_title(shares, what, latency, start, end)
-    title = f"Noisy: {title}" if latency and controls.noise(run, condition) else title
+    title = f"Noisy: {title}" if latency and control_findings.noise(run, condition) else title
     about = f"{condition}; {device(run)}; n = {blocks_of(run, condition)}"
     if latency and skewed(run, start / levels[-1], start, end):
         about += "; bars are medians, steps are mean ratios within blocks: latencies are spread unevenly"

@@ -13,11 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from qwen3bench.reporting.conditions import Condition, conditions
-from qwen3bench.reporting.finding import Finding
 from qwen3bench.reporting.findings import grouped
 from qwen3bench.reporting.lookup import BASELINE, LATENCY, MEMORY, all_on, directory, smallest, usable
 from qwen3bench.reporting.tables import cells_table
 from qwen3bench.reporting.units import seconds, size
+from qwen3bench.reporting.wording import Finding
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run

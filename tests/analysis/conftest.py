@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen3bench.bench.record import RecordWriter
+from qwen3bench.record.reader import RecordWriter
 
 FACTORS = ("flash", "tie", "mlp", "mask", "norm")
 MODEL = {"name": "small", "num_layers": 2, "emb_dim": 64, "vocab_size": 512}

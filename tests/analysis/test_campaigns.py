@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 from scipy.signal import lfilter
 
-from qwen3bench.analysis.design import contrasts, every_cell, shapley_contrasts
+from qwen3bench.analysis.contrasts import contrasts, every_cell, shapley_contrasts
 from qwen3bench.analysis.effects import effects
 from qwen3bench.analysis.frames import BlockMatrix
+from qwen3bench.analysis.significance import ALPHA, holm
 from qwen3bench.analysis.stopping import half_widths, stop_reason
 from qwen3bench.analysis.variance import clustered, replicated
-from qwen3bench.analysis.verdicts import ALPHA, holm
 
 CAMPAIGNS = 2_000
 PER_PROCESS = 3

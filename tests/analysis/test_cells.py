@@ -9,7 +9,7 @@ import pytest
 
 from qwen3bench.analysis.cells import cells_table, columns
 from qwen3bench.analysis.run import load_run
-from qwen3bench.bench.record import read_record
+from qwen3bench.record.reader import read_record
 
 Write = Callable[..., Path]
 FACTORS = ("flash", "tie")

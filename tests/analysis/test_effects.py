@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qwen3bench.analysis.design import contrasts, every_cell, shapley_contrasts
+from qwen3bench.analysis.contrasts import contrasts, every_cell, shapley_contrasts
 from qwen3bench.analysis.effects import effects
 from qwen3bench.errors import UserError
 

@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 
 import qwen3bench
-from qwen3bench.analysis.design import cell_label, every_cell
+from qwen3bench.analysis.contrasts import cell_label, every_cell
 from qwen3bench.analysis.run import EFFECT_COLUMNS, load_run, to_csv, write_derived
-from qwen3bench.bench.record import encode, read_record
 from qwen3bench.errors import UserError
+from qwen3bench.record.reader import encode, read_record
 
 Write = Callable[..., Path]
 

@@ -8,7 +8,7 @@ import pytest
 
 from qwen3bench.analysis.run import load_run
 from qwen3bench.analysis.stopping import half_widths, stop_reason
-from qwen3bench.bench.record import read_record
+from qwen3bench.record.reader import read_record
 
 Write = Callable[..., Path]
 LIMITS = {"target": 0.0025, "max_seconds": 60.0}

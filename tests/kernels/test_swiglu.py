@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen3bench.bench.equivalence import whole_size
-from qwen3bench.choices import options_of
+from qwen3bench.config.choices import options_of
 from qwen3bench.kernels.swiglu import TILES, Tile, best_tile, multiprocessors_for_tiles, silu_mul, swiglu_tiles
+from qwen3bench.worker.equivalence.gate import whole_size
 
 
 def plain(gate_up: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qwen3bench.config.model_config import ModelConfig
+from qwen3bench.config.strict_json import parse_json
 from qwen3bench.errors import UserError
 from qwen3bench.model import weights as weights_module
-from qwen3bench.model.checkpoint import parse_json, read_header, tensor_shapes
-from qwen3bench.model.config import ModelConfig
+from qwen3bench.model.checkpoint import read_header, tensor_shapes
 from qwen3bench.model.weights import load_weights
 
 CONFIG = ModelConfig(

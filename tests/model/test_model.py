@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qwen3bench import ModelConfig, build_model
-from qwen3bench.choices import options_of
+from qwen3bench.config.choices import options_of
 from qwen3bench.model.cache import KVCache
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
-from qwen3bench.model.config import ModelConfig
+from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.model.layers import apply_rope
 from qwen3bench.model.qwen3 import rope_tables
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.errors import UserError
 from qwen3bench.model.checkpoint import tensor_shapes
-from qwen3bench.model.config import ModelConfig
 from qwen3bench.model.weights import (
     find_checkpoint,
     head_is_tied,
@@ -381,7 +381,7 @@ MEASURE = """
     import sys
     from pathlib import Path
     from qwen3bench.errors import UserError
-    from qwen3bench.model.config import ModelConfig
+    from qwen3bench.config.model_config import ModelConfig
     from qwen3bench.model.weights import load_weights
 
     def memory_bytes(key):

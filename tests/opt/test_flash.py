@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3bench import ModelConfig, build_model
-from qwen3bench.choices import options_of
+from qwen3bench.config.choices import options_of
 from qwen3bench.errors import UserError
-from qwen3bench.kernels import attention
+from qwen3bench.kernels import token_attention
 from qwen3bench.model.attention import AdditiveMask, EagerAttention, Mask
 from qwen3bench.model.cache import KVCache
 from qwen3bench.model.parts import Parts
@@ -171,8 +171,8 @@ def test_a_single_query_takes_a_kernel_of_ours_where_it_is_asked_for(
         given.append(k)
         return EagerAttention()(q, k, v, torch.zeros(1, k.shape[-2]), AdditiveMask().apply)
 
-    monkeypatch.setattr(attention, "takes", lambda q: q.shape[-2] == 1)
-    monkeypatch.setattr(attention, "split_attention", attend)
+    monkeypatch.setattr(token_attention, "takes", lambda q: q.shape[-2] == 1)
+    monkeypatch.setattr(token_attention, "split_attention", attend)
     options = {name: {"decode": decode} if name == "flash" else {} for name in opts}
     logits, expected = (run(tiny, tiny_weights, of, 5, queries) for of in (options, ()))
     torch.testing.assert_close(logits, expected)
@@ -181,7 +181,7 @@ def test_a_single_query_takes_a_kernel_of_ours_where_it_is_asked_for(
 
 
 def test_to_the_compiler_the_kernel_is_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "takes", lambda q: True)
+    monkeypatch.setattr(token_attention, "takes", lambda q: True)
     called: list[Any] = []
 
     def backend(graph: torch.fx.GraphModule, given: list[Tensor]) -> Callable[..., Any]:

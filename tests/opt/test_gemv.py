@@ -80,7 +80,7 @@ def test_counters_are_zero_whatever_happens_to_the_module(tiny: ModelConfig, tin
 def test_a_single_token_on_cuda(
     tiny: ModelConfig, tiny_weights: dict[str, Tensor], shape: dict[str, Any], length: int, dtype: torch.dtype
 ) -> None:
-    from qwen3bench.bench.equivalence import sensitised
+    from qwen3bench.worker.equivalence.gate import sensitised
 
     config = replace(tiny, context_length=4096, **shape)
     weights = sensitised(config, torch.device("cuda"), dtype, seed=0)
@@ -131,7 +131,7 @@ def test_the_compiler_is_told_what_the_block_writes(tiny: ModelConfig, tiny_weig
 
 @pytest.mark.cuda
 def test_replayed_and_compiled_it_computes_the_same(tiny: ModelConfig, tiny_weights: dict[str, Tensor]) -> None:
-    from qwen3bench.bench.runtimes import make_runtime
+    from qwen3bench.worker.runtimes import make_runtime
 
     weights = on_cuda(tiny_weights)
     tokens = random_tokens(tiny, 1, 40).cuda()

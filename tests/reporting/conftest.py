@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qwen3bench.analysis.run import Run, load_run
-from qwen3bench.bench.record import RecordWriter
+from qwen3bench.record.reader import RecordWriter
 from qwen3bench.reporting.pages import write_report
 
 FACTORS = ("flash", "tie", "mlp", "mask", "norm")

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 
 from qwen3bench.analysis.run import Run, load_run
-from qwen3bench.bench.record import RecordWriter
 from qwen3bench.errors import UserError
+from qwen3bench.record.reader import RecordWriter
 from qwen3bench.reporting import figures, plot_across
 from qwen3bench.reporting.across import find_runs, write_overview
 from qwen3bench.reporting.over_runs import dependent, effects_over, over_findings, over_table

@@ -18,7 +18,6 @@ from scipy import special
 from qwen3bench.analysis.run import Run
 from qwen3bench.reporting import figures, findings_cells, findings_effects
 from qwen3bench.reporting.conditions import conditions
-from qwen3bench.reporting.finding import Finding, verdict_of, worth
 from qwen3bench.reporting.findings import findings, grouped
 from qwen3bench.reporting.findings_cells import shown_faster
 from qwen3bench.reporting.over_runs import effects_over, over_findings
@@ -26,6 +25,7 @@ from qwen3bench.reporting.plot_across import regimes
 from qwen3bench.reporting.plot_effects import by_condition, forest
 from qwen3bench.reporting.plot_waterfall import waterfall
 from qwen3bench.reporting.units import ratio
+from qwen3bench.reporting.wording import Finding, verdict_of, worth
 
 Lines = list[dict[str, Any]]
 TWO = ("flash", "tie")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from qwen3bench import optimizations
 from qwen3bench.analysis.run import Run
+from qwen3bench.config import catalogue as optimizations
 from qwen3bench.errors import UserError
 from qwen3bench.reporting.pages import markdown, write_report
 

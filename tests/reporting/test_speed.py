@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qwen3bench.bench.record import RecordWriter
+from qwen3bench.record.reader import RecordWriter
 from qwen3bench.report import main
 
 

@@ -1,0 +1,208 @@
+"""The worker processes of a run: one at work, others started before they are needed, and at times some side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from qwen3bench.campaign.worker_process import CellFailure, Request, WorkerProcess, answers
+from qwen3bench.config.settings import Settings
+from qwen3bench.errors import UserError
+from qwen3bench.record.reader import RecordWriter
+
+QUIET_S = 120.0  # limit of a request that runs no model
+StartWorker = Callable[[Path], WorkerProcess]
+
+
+class Workers:
+    """Asks the worker at work, and starts one where there is none; a context manager that ends them all.
+
+    `ready` is a worker that has been started already. `process` numbers the one at work, or the last one, over all
+    starts of a run; `purpose` (check, time) goes to the record with it.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        writer: RecordWriter,
+        start: StartWorker,
+        ready: WorkerProcess | None = None,
+        process: int = -1,
+    ) -> None:
+        self.purpose = "check"
+        self.process = process
+        self._settings = settings
+        self._writer = writer
+        self._start = start
+        self._ahead = [] if ready is None else [ready]  # started and not needed yet
+        self._worker: WorkerProcess | None = None
+        self._standing_by: dict[int, WorkerProcess] = {}  # by their places in `prepare`
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    # One at work
+
+    def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
+        """The answer of the worker at work.
+
+        Raises as `WorkerProcess.ask` does, and `UserError` where no worker can be started.
+        """
+        return self._at_work().ask(op, self._settings.measure.step_timeout_s, **arguments)
+
+    @property
+    def number(self) -> int:
+        """The number of the worker at work, or of the next one."""
+        return self.process if self._worker is not None else self.process + 1
+
+    @property
+    def pids(self) -> set[int]:
+        """The process ids of all workers."""
+        at_work = [] if self._worker is None else [self._worker]
+        return {worker.pid for worker in (*at_work, *self._standing_by.values(), *self._ahead)}
+
+    def end(self) -> None:
+        """End the worker at work, poisoned or not."""
+        if self._worker is not None:
+            self._worker.end()
+            self._worker = None
+
+    # Ahead of their time
+
+    def start_ahead(self, count: int) -> None:
+        """Start workers until `count` wait to be needed, as importing PyTorch takes seconds."""
+        while len(self._ahead) < count:
+            self._ahead.append(self._launched())
+
+    def await_ahead(self) -> None:
+        """Wait until these are up and have imported what they need, so that they take nothing from what is timed.
+
+        They also touch the device, after the workers that are ready to time: see `Worker.op_touch`.
+        """
+        for worker in list(self._ahead):
+            try:
+                for op, arguments in (self._opening, ("touch", {})):
+                    worker.ask(op, QUIET_S, **arguments)
+            except (CellFailure, UserError):  # the next start tells why
+                worker.end()
+                self._ahead.remove(worker)
+
+    # Several side by side
+
+    def side_by_side(self, op: str, shares: Sequence[Sequence[str]]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Cells and the answers to `op` of them as they come: of the worker at work and of those beside it.
+
+        `shares`: the cells of each. A share ends with its first failure, as that may be of the others' making: only
+        asking again, alone, tells. All workers but the one at work have ended afterwards.
+        """
+        queues: dict[WorkerProcess, Sequence[Request]] = {}
+        beside = []
+        for share in shares:
+            requests: list[Request] = [(op, {"cell": cell}) for cell in share]
+            if not queues:
+                queues[self._at_work()] = requests
+            else:
+                beside.append(self._next())
+                queues[beside[-1]] = [self._opening, *requests]
+        try:
+            for worker, (asked, arguments), answer in answers(queues, self._settings.measure.step_timeout_s):
+                if answer is None:
+                    self.end() if worker is self._worker else worker.end()
+                elif asked == op:
+                    yield arguments["cell"], answer
+        finally:
+            for worker in beside:
+                worker.end()
+
+    def prepare(self, shares: Sequence[Sequence[Request]]) -> Iterator[Request]:
+        """The requests of all shares as they are answered, each share by a fresh worker.
+
+        A worker that has answered all of its share stands by until `take`; one that failed has ended.
+        """
+        workers = [self._next() for _ in shares]
+        self._standing_by = dict(enumerate(workers))
+        queues = {worker: [self._opening, *share] for worker, share in zip(workers, shares, strict=True)}
+        for worker, request, answer in answers(queues, self._settings.measure.step_timeout_s):
+            place = workers.index(worker)
+            if answer is None:
+                self._standing_by.pop(place).end()
+            elif request != self._opening:
+                yield request
+
+    def take(self, place: int) -> bool:
+        """Put to work the worker that stands by in this place of `prepare`; False where it failed."""
+        worker = self._standing_by.pop(place, None)
+        if worker is not None:
+            self._put_to_work(worker)
+        return worker is not None
+
+    def dismiss(self) -> bool:
+        """End the workers that stand by; whether there were any."""
+        there_were = bool(self._standing_by)
+        for worker in self._standing_by.values():
+            worker.end()
+        self._standing_by = {}
+        return there_were
+
+    # Helpers
+
+    @property
+    def _opening(self) -> Request:
+        return ("open", {"config": self._settings.to_dict()})
+
+    def _at_work(self) -> WorkerProcess:
+        if self._worker is None:
+            self._put_to_work(self._opened())
+        assert self._worker is not None
+        return self._worker
+
+    def _put_to_work(self, worker: WorkerProcess) -> None:
+        self.process = self.number
+        self._worker = worker
+        self._writer.append(
+            {
+                "type": "process",
+                "process": self.process,
+                "pid": worker.pid,
+                "purpose": self.purpose,
+                "time": time.time(),
+            }
+        )
+
+    def _opened(self) -> WorkerProcess:
+        """A worker that has taken the settings: one started ahead, or where that has died meanwhile a new one."""
+        op, arguments = self._opening
+        if self._ahead:
+            ahead = self._next()
+            try:
+                ahead.ask(op, QUIET_S, **arguments)
+                return ahead
+            except CellFailure:
+                ahead.end()
+        worker = self._launched()
+        try:
+            worker.ask(op, QUIET_S, **arguments)
+        except CellFailure as failure:  # no cell has run in it
+            worker.end()
+            raise UserError(
+                f"no worker could be started: {failure.reason}\n"
+                f"what was measured is safe: continue with resume={self._writer.directory}"
+            ) from None
+        return worker
+
+    def _next(self) -> WorkerProcess:
+        """A worker started ahead, or a new one."""
+        return self._ahead.pop(0) if self._ahead else self._launched()
+
+    def _launched(self) -> WorkerProcess:
+        return self._stack.enter_context(self._start(self._writer.directory / "worker.log"))

@@ -1,0 +1,184 @@
+"""The supervisor's end of a worker process: start it, ask it, and end it whatever state it is in.
+
+A CUDA fault or an out-of-memory error poisons the process that it happens in, so models run in a child that can be
+thrown away. The supervisor waits in the kernel (select), never in a loop, so that it takes no time from what is
+measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from qwen3bench.errors import UserError
+from qwen3bench.record import messages as protocol
+from qwen3bench.record.messages import CellFailure as CellFailure
+
+Request = tuple[str, dict[str, Any]]  # op, arguments
+WORKER = (sys.executable, "-m", "qwen3bench.worker.session")
+_MOST_BYTES = 1 << 26  # of one answer; the longest real one, a profile's kernels, has some 10 kB
+_END_S = 3.0  # for a process to be gone that has closed its output, or that was killed
+
+
+class WorkerProcess:
+    """A fresh worker in a process group of its own. Use as a context manager: leaving it ends the group."""
+
+    def __init__(self, log: Path, command: tuple[str, ...] = WORKER) -> None:
+        """Start `command`; its standard error goes to the end of the file `log`."""
+        self._log = log
+        with log.open("ab") as errors:
+            self._log_start = errors.tell()
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+            )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests: BinaryIO = self._process.stdin  # type: ignore[assignment]
+        self._replies = self._process.stdout.fileno()
+        os.set_blocking(self._replies, False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._replies, selectors.EVENT_READ)
+        self._buffer = b""
+        self._ended = False
+
+    def __enter__(self) -> WorkerProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    @property
+    def pid(self) -> int:
+        """The worker's process id, also its group's."""
+        return self._process.pid
+
+    def ask(self, op: str, timeout_s: float, **arguments: Any) -> dict[str, Any]:
+        """The worker's answer to one request.
+
+        Raises `CellFailure` where the worker answers with an error, dies, or is silent for `timeout_s` seconds, and
+        `UserError` where it refuses what the user asked for.
+        """
+        self.send(op, **arguments)
+        return self.receive(op, timeout_s)
+
+    def send(self, op: str, **arguments: Any) -> None:
+        """Hand over one request, whose answer is waited for later.
+
+        Raises `CellFailure` where the worker is dead, or has said what it was not asked: that is no answer to this.
+        """
+        if not self._buffer and self._selector.select(0):
+            self._buffer = os.read(self._replies, 1 << 16)
+            if not self._buffer:
+                raise self._died()
+        if self._buffer:
+            raise CellFailure("crashed", f"the worker said what it was not asked, before {op}")
+        try:
+            self._requests.write(protocol.encode({"op": op, **arguments}))
+            self._requests.flush()
+        except BrokenPipeError:
+            raise self._died() from None
+
+    def receive(self, op: str, timeout_s: float) -> dict[str, Any]:
+        """The answer to the request sent before. Raises as `ask` does."""
+        return protocol.answer(self._line(timeout_s, op), op)
+
+    def fileno(self) -> int:
+        """What to wait on (select) for an answer to come."""
+        return self._replies
+
+    def end(self) -> None:
+        """End the process group at once; the worker keeps nothing that would be lost."""
+        if self._ended:  # by now another process may have its number
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._ended = True
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process that a driver holds must not hold the run
+            self._process.wait(_END_S)
+        self._selector.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._requests.close()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+    def _line(self, timeout_s: float, op: str) -> bytes:
+        deadline = time.monotonic() + timeout_s
+        while b"\n" not in self._buffer:
+            left = deadline - time.monotonic()
+            if left <= 0 or not self._selector.select(left):
+                raise CellFailure("timeout", f"the worker said nothing for {timeout_s:g} s during {op}")
+            chunk = os.read(self._replies, 1 << 16)
+            if not chunk:
+                raise self._died()
+            self._buffer += chunk
+            if len(self._buffer) > _MOST_BYTES:
+                raise CellFailure("crashed", f"the worker's answer to {op} has no end")
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        return line
+
+    def _died(self) -> CellFailure:
+        try:
+            code = self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            return CellFailure("crashed", "the worker closed its output without an answer")
+        how = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit status {code}"
+        said = self._last_words()
+        return CellFailure("crashed", f"the worker {how} without an answer" + (f": {said}" if said else ""))
+
+    def _last_words(self) -> str:
+        """The last line that the worker wrote to standard error."""
+        with contextlib.suppress(OSError), self._log.open("rb") as log:
+            log.seek(self._log_start)
+            lines = deque((line.strip() for line in log if line.strip()), maxlen=1)
+            return lines[0].decode(errors="replace")[:300] if lines else ""
+        return ""
+
+
+def answers(
+    queues: Mapping[WorkerProcess, Sequence[Request]], timeout_s: float
+) -> Iterator[tuple[WorkerProcess, Request, dict[str, Any] | None]]:
+    """The answers of several workers, each to its own requests one after another, as they come.
+
+    Where `WorkerProcess.ask` would raise, the answer is None and the worker's last.
+    """
+    left = {worker: deque(requests) for worker, requests in queues.items()}
+    deadlines: dict[WorkerProcess, float] = {}
+    with selectors.DefaultSelector() as selector:
+        begun = [worker for worker, requests in left.items() if requests]
+        while begun or deadlines:
+            for worker in begun:
+                op, arguments = left[worker][0]
+                selector.register(worker, selectors.EVENT_READ, worker)
+                deadlines[worker] = time.monotonic() + timeout_s
+                with contextlib.suppress(CellFailure):  # of a dead one, which is told by its answer
+                    worker.send(op, **arguments)
+            begun = []
+            first = min(deadlines, key=deadlines.__getitem__)
+            ready = selector.select(max(0.0, deadlines[first] - time.monotonic()))
+            for worker in [key.data for key, _ in ready] or [first]:
+                selector.unregister(worker)
+                del deadlines[worker]
+                request = left[worker].popleft()
+                try:
+                    answer = worker.receive(request[0], timeout_s if ready else 0.0)
+                except (CellFailure, UserError):
+                    yield worker, request, None
+                    continue
+                if left[worker]:
+                    begun.append(worker)
+                yield worker, request, answer
+
+
+def _signal_name(number: int) -> str:
+    with contextlib.suppress(ValueError):  # real-time signals have no name
+        return signal.Signals(number).name
+    return f"signal {number}"

@@ -1,0 +1,87 @@
+"""The catalogue of optimizations: what configs/opt/*.yaml declares.
+
+No module names an optimization; adding one takes its Python file and its YAML file.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from qwen3bench.config.choices import choices, config_dir, nearest
+from qwen3bench.errors import UserError
+
+_NOT_OPTIONS = ("_target_", "order")
+
+
+def declared(name: str) -> dict[str, Any]:
+    """What the YAML file of an optimization says: `_target_` (its function Parts → Parts), `order`, and its options.
+
+    Raises `UserError`, naming those that exist and the nearest, where there is no such optimization.
+    """
+    if name not in choices("opt"):
+        raise UserError(
+            f"unknown optimization {name!r}; there are {', '.join(choices('opt'))}{nearest(name, choices('opt'))}"
+        )
+    return dict(_content(config_dir() / "opt" / f"{name}.yaml"))
+
+
+@cache
+def _content(path: Path) -> dict[str, Any]:
+    content = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
+def described(content: Mapping[str, Any]) -> str:
+    """What an optimization is, in a line, as declared in YAML: how its module's docstring begins, and its options.
+
+    Empty where there is no such module or it says nothing. The module is read and not imported, which takes seconds.
+    """
+    module = str(content.get("_target_", "")).rpartition(".")[0]
+    try:
+        spec = find_spec(module)
+        source = Path(spec.origin).read_text("utf-8") if spec and spec.origin else ""
+        docstring = ast.get_docstring(ast.parse(source)) or ""
+    except (ImportError, OSError, SyntaxError, ValueError):
+        return ""
+    line = " ".join(docstring.partition("\n\n")[0].split()).rstrip(".")
+    if line.startswith("`"):  # its name
+        line = line.partition("`: ")[2] or line
+    options = ", ".join(f"{key}={value}".lower() for key, value in _options(content).items())
+    return f"{line} ({options})" if line and options else line
+
+
+def resolve(opts: Iterable[str] | Mapping[str, Mapping[str, Any]]) -> dict[str, Callable[[Any], Any]]:
+    """The functions Parts → Parts of the named optimizations, in the order of labels, options bound.
+
+    `opts` are names, or a mapping of names to options. Raises `UserError` for an unknown name or option.
+    """
+    from hydra.utils import get_method
+
+    names = [opts] if isinstance(opts, str) else opts
+    given: dict[str, Mapping[str, Any]] = {name: opts[name] if isinstance(opts, Mapping) else {} for name in names}
+    declarations = {name: declared(name) for name in given}
+    resolved: dict[str, Callable[[Any], Any]] = {}
+    for name in sorted(given, key=choices("opt").index):
+        defaults, asked = _options(declarations[name]), _options(given[name])
+        target = given[name].get("_target_", declarations[name]["_target_"])
+        if unknown := sorted(set(asked) - set(defaults)):
+            raise UserError(f"{name} has no option {', '.join(unknown)}; it has: {', '.join(defaults) or 'none'}")
+        try:
+            method = get_method(target)
+        except Exception as error:
+            why = " ".join(str(error).split())
+            raise UserError(f"{name}: its _target_ {target} cannot be loaded: {why}") from error
+        resolved[name] = partial(method, **{**defaults, **asked})
+    return resolved
+
+
+def _options(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key not in _NOT_OPTIONS}

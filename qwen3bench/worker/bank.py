@@ -1,0 +1,42 @@
+"""One set of weights on the device that every cell shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from qwen3bench.config.model_config import ModelConfig
+from qwen3bench.model.build import build_model
+from qwen3bench.model.checkpoint import EMBEDDING, HEAD
+from qwen3bench.model.qwen3 import Qwen3Model
+from qwen3bench.model.weights import load_weights
+from qwen3bench.record.design import Cell
+
+
+class Bank:
+    """Weights loaded once; each model built from it is a view on them.
+
+    So 32 cells fit where one does, and every cell reads the same bytes at the same addresses. The one extra tensor is
+    the head of the cells without `tie`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        source: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int,
+        options: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        self.config = config
+        self.options = options
+        weights = load_weights(source, config, device=device, dtype=dtype, seed=seed)
+        head, embedding = weights[HEAD], weights[EMBEDDING]
+        self.weights = {**weights, HEAD: head.clone() if head.data_ptr() == embedding.data_ptr() else head}
+
+    def build(self, cell: Cell) -> Qwen3Model:
+        """The model of a cell, its parameters views on the bank."""
+        return build_model(self.config, {name: self.options.get(name, {}) for name in cell}, self.weights)

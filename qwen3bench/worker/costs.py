@@ -1,0 +1,79 @@
+"""What a workload costs at least: floating-point operations and bytes moved, from the shapes.
+
+The numerators of MFU (Chowdhery et al., arXiv:2204.02311, appendix B) and of MBU. Not counted are norms,
+rotary embedding, softmax and SiLU, some 0.1 % of the operations.
+"""
+
+from __future__ import annotations
+
+from qwen3bench.config.model_config import ModelConfig
+from qwen3bench.worker.workloads import WorkloadSize
+
+_TOKEN_ID_BYTES = 8
+
+
+def cell_cost(config: ModelConfig, tied: bool, size: WorkloadSize, dtype_bytes: int) -> dict[str, int]:
+    """`flops` and `bytes` of one timed value of a workload: the least that any cell can do with.
+
+    The same for every cell but for the embedding's rows, which a `tied` model has read with the head.
+    """
+    flops = moved = 0
+    for queries, start, logits in forwards(size):
+        pairs = causal_pairs(queries, start)
+        flops += forward_flops(config, size.batch_size, queries, pairs, logits)
+        moved += _forward_bytes(config, tied, size, queries, start, logits, dtype_bytes)
+    return {"flops": flops, "bytes": moved}
+
+
+def forwards(size: WorkloadSize) -> list[tuple[int, int, int]]:
+    """The forwards of one timed value, each as (tokens, position of the first, logits computed)."""
+    n = size.prompt_tokens
+    if size.name == "prefill":
+        return [(n, 0, n)]
+    if size.name == "decode":
+        return [(1, n, 1)]
+    return [(n, 0, 1)] + [(1, n + i, 1) for i in range(size.new_tokens - 1)]
+
+
+def causal_pairs(queries: int, start: int) -> int:
+    """Pairs of a query and a key that it may attend, in one head: t·(t + 1)/2 where nothing is cached."""
+    return queries * start + queries * (queries + 1) // 2
+
+
+def forward_flops(config: ModelConfig, batch_size: int, queries: int, pairs: int, logits: int) -> int:
+    """Operations of the matrix products of one forward, a multiply-add as two.
+
+    `pairs` of query and key meet in each head (`causal_pairs`: each once; an implementation that masks
+    afterwards computes queries × keys), and the head computes `logits` positions of each sequence.
+    """
+    attention = 4 * config.head_dim * config.num_heads * pairs  # q kᵀ and its product with v
+    per_sequence = config.num_layers * (2 * queries * _block_matrices(config) + attention)
+    return batch_size * (per_sequence + 2 * logits * config.emb_dim * config.vocab_size)
+
+
+def _block_matrices(config: ModelConfig) -> int:
+    """Elements of a block's weight matrices."""
+    heads = 2 * config.num_heads + 2 * config.num_kv_heads  # q and out, k and v
+    return config.emb_dim * (heads * config.head_dim + 3 * config.hidden_dim)
+
+
+def _forward_bytes(
+    config: ModelConfig,
+    tied: bool,
+    size: WorkloadSize,
+    queries: int,
+    start: int,
+    logits: int,
+    dtype_bytes: int,
+) -> int:
+    """Weights once, the residual stream into and out of each block, cached keys and values, the logits."""
+    layers, width = config.num_layers, config.emb_dim
+    norms = 2 * width + 2 * config.head_dim
+    weights = layers * (_block_matrices(config) + norms) + width + config.vocab_size * width
+    tokens = size.batch_size * queries
+    rows = 0 if tied else min(tokens, config.vocab_size) * width
+    stream = 2 * layers * tokens * width
+    cached = start + queries if size.cache_capacity else 0  # those before are read, the new ones written
+    cache = size.batch_size * layers * 2 * config.num_kv_heads * config.head_dim * cached
+    out = size.batch_size * logits * config.vocab_size
+    return dtype_bytes * (weights + rows + stream + cache + out) + _TOKEN_ID_BYTES * tokens

@@ -1,0 +1,289 @@
+"""What really ran: kernels, attention backend, launches, shared storage, compilations; never timed.
+
+On CUDA the kernels are those of a profile (torch.profiler) of the launch itself, a graph's replay too. On a
+CPU they are the ATen operations that compute something: not views, allocations, or those that only call
+others.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend
+from torch.profiler import ProfilerActivity, profile
+
+from qwen3bench.model.decoder import Decoder
+from qwen3bench.model.qwen3 import Qwen3Model
+from qwen3bench.worker.costs import forwards
+from qwen3bench.worker.workloads import Workload
+
+SEPARATE = "separate operations"
+OWN = "Triton"
+UNKNOWN = "unknown"
+
+# What follows `aten::_scaled_dot_product_` in the name of each operation behind F.scaled_dot_product_attention.
+_ATTENTION_OPERATIONS = {
+    "flash_attention_for_cpu": "FlashAttention",
+    "flash_attention": "FlashAttention",
+    "efficient_attention": "memory-efficient",
+    "cudnn_attention": "cuDNN",
+    "fused_attention_overrideable": "overrideable",
+    "attention_math": "math",
+}
+# What kernel names hold; of one name the first that fits counts, as cuDNN's hold `flash` too.
+_ATTENTION_KERNELS = {
+    "cudnn": "cuDNN",
+    "flash_fwd": "FlashAttention",
+    "fmha_cutlass": "memory-efficient",
+    "AttentionKernel": "memory-efficient",
+    "attention_kernel": OWN,  # of a switch
+}
+_FORCED = {
+    SDPBackend.FLASH_ATTENTION: "FlashAttention",
+    SDPBackend.CUDNN_ATTENTION: "cuDNN",
+    SDPBackend.EFFICIENT_ATTENTION: "memory-efficient",
+    SDPBackend.MATH: "math",
+}
+_ATTENTION_WORDS = ("sdpa", "flash", "fmha", "attention")
+# Operations that compute nothing and are no views.
+_IDLE = {
+    "to",
+    "type_as",
+    "contiguous",
+    "promote_types",
+    "result_type",
+    "resolve_conj",
+    "resolve_neg",
+    "set_",
+    "resize_",
+    "_unsafe_view",
+    "reshape",
+    "_reshape_alias",
+    "lift_fresh",
+    "item",
+    "_local_scalar_dense",
+    "is_nonzero",
+}
+
+
+def collect(
+    model: Decoder,
+    workload: Workload,
+    runtime: str = "eager",
+    launches: Sequence[Callable[[], object]] | None = None,
+) -> dict[str, Any]:
+    """The record's `evidence` fields, `cell` apart, of a model that has run this workload in this runtime.
+
+    `launches` are what the runtime made of the workload's steps (default: the steps). Looked at are the first
+    and the last step: in `generate` the prefill and a decode step, elsewhere the only one. `kernels` and
+    `kernel_launches` are of the last; they are empty where a CPU runs compiled code, which no profile sees.
+    `recompiles` counts graphs compiled while looking, which a warm cell has no reason for; `graph_breaks` all
+    since `forget_compilations`; both are None where nothing is compiled. Raises RuntimeError where a forced
+    attention backend cannot run.
+    """
+    device = model.tok_emb.weight.device
+    compiled = runtime == "compile"
+    steps = workload.steps(model)
+    ends = sorted({0, len(steps) - 1})
+    before = compiled_graphs() if compiled else 0
+    on_cpu = device.type == "cpu"
+    kernels: list[Counter[str]] = [Counter() if on_cpu else _kernels((launches or steps)[i]) for i in ends]
+    backends, last = [], Counter[str]()
+    for i, ran in zip(ends, kernels, strict=True):
+        backend = _backend_of_kernels(ran)
+        operations = Counter[str]()
+        if on_cpu:
+            operations = _operations(steps[i])
+        elif backend is None:  # each operation costs the profiler far more than a kernel, and all blocks are alike
+            with _first_block_alone(model):
+                operations = _operations(steps[i])
+        backends.append(backend or attention_backend((), operations, compiled))
+        last = ran if not on_cpu else Counter() if compiled else operations
+    notes = [f"attention by an unknown kernel: {name}" for name in _unknown_attention(kernels)]
+    if isinstance(model, Qwen3Model):
+        notes += _asked_note(model, backends, compiled) + _split_note(model, workload, backends[-1])
+        if SEPARATE not in backends and (backends[-1] != OWN or _splits(model)):
+            notes.append(_mask_note(model, workload))
+    if on_cpu and compiled:
+        notes.append("compiled code on a CPU shows no kernels in a profile")
+    return {
+        "workload": workload.size.name,
+        "runtime": runtime,
+        "attention_backend": ", ".join(dict.fromkeys(backends)),
+        "kernel_launches": sum(last.values()) or None,
+        "tied_storage": model.out_head.weight.data_ptr() == model.tok_emb.weight.data_ptr(),
+        "graph_breaks": _graph_breaks() if compiled else None,
+        "recompiles": compiled_graphs() - before if compiled else None,
+        "kernels": dict(sorted(last.items(), key=lambda item: (-item[1], item[0]))),
+        "notes": notes,
+    }
+
+
+def attention_backend(kernels: Iterable[str], operations: Iterable[str], compiled: bool = False) -> str:
+    """The implementation of attention that the names of kernels and of ATen operations tell of."""
+    if backend := _backend_of_kernels(kernels):
+        return backend
+    operations = set(operations)
+    found = [each for part, each in _ATTENTION_OPERATIONS.items() if f"_scaled_dot_product_{part}" in operations]
+    if "_softmax" in operations or (compiled and not found):
+        found.append(SEPARATE)
+    return " and ".join(found) or UNKNOWN
+
+
+def forget_compilations() -> None:
+    """Set the counters of torch.compile to zero: to be called before a cell is compiled."""
+    torch._dynamo.utils.counters.clear()
+
+
+def _backend_of_kernels(kernels: Iterable[str]) -> str | None:
+    """All fused implementations that ran, and whether a softmax of its own did; None where nothing fused ran."""
+    kernels = list(kernels)
+    found = list(dict.fromkeys(filter(None, map(_fused_backend, kernels))))
+    if found and any("softmax" in name.lower() for name in kernels if _fused_backend(name) is None):
+        found.append(SEPARATE)
+    return " and ".join(found) or None
+
+
+def _fused_backend(kernel: str) -> str | None:
+    if any(word in kernel.lower() for word in _ATTENTION_WORDS):
+        return next((backend for part, backend in _ATTENTION_KERNELS.items() if part in kernel), None)
+    return None
+
+
+def _kernels(launch: Callable[[], object]) -> Counter[str]:
+    """The CUDA kernels of one launch: name → how often."""
+    for activities in ([ProfilerActivity.CUDA], [ProfilerActivity.CPU, ProfilerActivity.CUDA]):
+        found = Counter(
+            _short(event.name)
+            for event in _profiled(launch, activities)
+            if event.device_type == torch.autograd.DeviceType.CUDA
+            and not event.is_user_annotation
+            and not event.name.lower().startswith(("memcpy", "memset"))  # copies, a graph's first replay has one too
+        )
+        if found:  # profiling the host too takes ten times as long, and some versions show no kernels without
+            return found
+    return Counter()
+
+
+def _operations(launch: Callable[[], object]) -> Counter[str]:
+    """The ATen operations of one launch that compute: name → how often."""
+    return Counter(
+        name
+        for event in _profiled(launch, [ProfilerActivity.CPU])
+        if event.device_type == torch.autograd.DeviceType.CPU and event.cpu_parent is None
+        for name in _computing(event)
+    )
+
+
+@contextmanager
+def _first_block_alone(model: Decoder) -> Iterator[None]:
+    """Our model without all blocks but the first; any other as it is."""
+    if not isinstance(model, Qwen3Model):
+        yield
+        return
+    blocks, regions = model.trf_blocks, model.regions
+    model.trf_blocks, model.regions = blocks[:1], regions[:1]
+    try:
+        yield
+    finally:
+        model.trf_blocks, model.regions = blocks, regions
+
+
+def _profiled(launch: Callable[[], object], activities: Sequence[ProfilerActivity]) -> list[Any]:
+    """The events of one launch."""
+    synchronize = torch.cuda.synchronize if ProfilerActivity.CUDA in activities else lambda: None
+    synchronize()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above USDT: else stderr tells of every start and stop
+    with torch.no_grad(), profile(activities=activities) as profiled:  # as timed: another mode would recompile
+        launch()
+        synchronize()
+    return list(profiled.events())
+
+
+def _short(name: str) -> str:
+    """A kernel's name, cut where C++ templates make it long, with a checksum that keeps it unlike others."""
+    return name if len(name) <= 120 else f"{name[:111]}…{zlib.crc32(name.encode()):08x}"
+
+
+def _computing(event: Any) -> list[str]:
+    """The operations under `event` that compute and call none that does; `add_` counts as `add`."""
+    found = [name for child in event.cpu_children for name in _computing(child)]
+    namespace, _, name = event.name.partition("::")
+    if name.startswith("_scaled_dot_product_"):
+        return [name]  # one operation, whatever it calls
+    if not found and namespace == "aten" and _computes(name):
+        found = [name.rstrip("_")]
+    return found
+
+
+@cache
+def _computes(name: str) -> bool:
+    if name in _IDLE or name.startswith(("empty", "new_empty")):
+        return False
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None:
+        return False
+    return not any(getattr(packet, overload).is_view for overload in packet.overloads())
+
+
+def _asked_note(model: Qwen3Model, backends: Iterable[str], compiled: bool) -> list[str]:
+    """Whether fused attention ran, and the backend that was forced, where the model asks for it."""
+    attend: Any = model.parts.attend
+    if not hasattr(attend, "backend"):  # it is not fused
+        return []
+    own = {OWN} if _splits(model) else set()
+    if attend.backend is None:
+        return (
+            [f"{SEPARATE} ran where fused attention was asked for"] if any(SEPARATE in ran for ran in backends) else []
+        )
+    asked = _FORCED[attend.backend]
+    fits = {asked, SEPARATE} if asked == "math" and compiled else {asked}  # which the compiler takes apart
+    return [f"{asked} was asked for, {ran} ran" for ran in dict.fromkeys(backends) if ran not in fits | own]
+
+
+def _split_note(model: Qwen3Model, workload: Workload, backend: str) -> list[str]:
+    """Whether a single token's query took our kernel, where the model asks for it."""
+    queries, _, _ = forwards(workload.size)[-1]
+    if not _splits(model) or queries > 1 or backend == OWN:
+        return []
+    return [f"flash.decode=split was asked for, {backend} ran: it takes one sequence's token on CUDA, beside mask"]
+
+
+def _splits(model: Qwen3Model) -> bool:
+    return getattr(model.parts.attend, "split", False)
+
+
+def _mask_note(model: Qwen3Model, workload: Workload) -> str:
+    """Whether fused attention is given a mask tensor: what `mask` is worth beside `flash`."""
+    queries, start, _ = forwards(workload.size)[-1]
+    weight = model.tok_emb.weight
+    if model.parts.attend.mask(model.parts.mask, queries, start, weight.device, weight.dtype) is None:
+        return "fused attention without a mask tensor"
+    refused = ", which the FlashAttention kernel refuses" if weight.is_cuda else ""
+    return f"fused attention is given a mask tensor{refused}"
+
+
+def _unknown_attention(kernels: Iterable[Mapping[str, int]]) -> list[str]:
+    names = dict.fromkeys(name for counts in kernels for name in counts)
+    return [
+        name
+        for name in names
+        if any(word in name.lower() for word in _ATTENTION_WORDS)
+        and not any(part in name for part in _ATTENTION_KERNELS)
+    ]
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made since `forget_compilations`."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def _graph_breaks() -> int:
+    return sum(torch._dynamo.utils.counters["graph_break"].values())

@@ -1,0 +1,207 @@
+"""Other implementations of Qwen3, called as ours is, on the same weights and the same cache.
+
+A peer is called as its users call it, with a static cache where there is one (transformers' documentation,
+"Optimizing LLM inference": the fastest of its caches, and the one that compiles), and compiled with PyTorch's defaults
+unless `runtime.compile.peers` says otherwise. Its SDPA leaves the mask of a prompt
+away by itself, but not in compiled code before PyTorch 2.14, which cannot tell that it may; `sdpa_is_causal` is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from qwen3bench.config.model_config import ModelConfig
+from qwen3bench.errors import UserError
+from qwen3bench.model.cache import KVCache
+from qwen3bench.model.checkpoint import EMBEDDING, HEAD
+from qwen3bench.model.decoder import Decoder
+from qwen3bench.model.weights import head_is_tied
+from qwen3bench.worker.equivalence.gate import Gate, kv_cache
+
+ATTENTIONS = {"sdpa": "sdpa", "eager": "eager", "sdpa_is_causal": "sdpa"}  # by their names in transformers
+FREQUENCY_ERROR = 1e-6  # relative, of the rotary frequencies, which transformers computes in float32
+
+
+def require_peer(cell: str) -> None:
+    """Raise `UserError` where a peer of this label does not exist or cannot be imported."""
+    name, _, attention = cell.partition(":")
+    if name != "transformers":
+        raise UserError(f"peer {name!r} is not known; there is transformers")
+    if attention not in ATTENTIONS:
+        raise UserError(f"peer.transformers.attention: {attention!r} is unknown: use {' | '.join(ATTENTIONS)}")
+    _transformers()
+
+
+def build_peer(
+    cell: str,
+    config: ModelConfig,
+    weights: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> TransformersModel:
+    """The peer with this label, its parameters the tensors of `weights`, a state dict with Hugging Face's names.
+
+    Without `weights` it is on `meta`, in `dtype`. Its head is tied where the config says so and the weights agree,
+    as in transformers; else a head that shares the embedding's tensor gets a copy. Raises `UserError` as
+    `require_peer` does.
+    """
+    require_peer(cell)
+    return TransformersModel(config, cell.partition(":")[2], weights, dtype)
+
+
+def judge_peer(gate: Gate, cell: str) -> dict[str, Any]:
+    """The equivalence gate's verdict on a peer, as the record's `verify` line has it."""
+
+    def factory(weights: dict[str, Tensor], dtype: torch.dtype) -> TransformersModel:
+        return build_peer(cell, gate.config, weights, dtype)
+
+    tied = gate.config.tie_word_embeddings  # as its own checkpoints have it
+    return gate.check_model(factory, kv_cache, tied=tied, rope=_their_rope(gate.config))
+
+
+def _their_rope(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, in float64, of the angles that transformers rounds to float32.
+
+    At position 700 these are off by 4e-5, and with peaky attention single logits by 5 × the baseline's maximum error.
+    That is a choice of theirs and no mistake, so the gate compares with a reference that shares it. Raises ValueError
+    where their frequencies are off by more than their rounding.
+    """
+    with torch.device("cpu"):
+        rotary = type(_on_meta(config, "sdpa", False).model.rotary_emb)(_their_config(config, "sdpa", False))
+    frequencies = rotary.inv_freq
+    exact = config.rope_base ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
+    if rotary.attention_scaling != 1 or not torch.allclose(frequencies.double(), exact, rtol=FREQUENCY_ERROR, atol=0):
+        raise ValueError("transformers' rotary frequencies are not Qwen3's")
+    angles = torch.outer(torch.arange(config.context_length).float(), frequencies).double().repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+class TransformersModel(Decoder):
+    """transformers' Qwen3ForCausalLM with our model's call."""
+
+    is_peer = True
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention: str,
+        weights: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.attention = attention
+        tied = config.tie_word_embeddings and (weights is None or head_is_tied(weights))
+        language_model = _on_meta(config, ATTENTIONS[attention], tied)
+        if weights is None:
+            language_model.to(dtype=dtype)
+        else:
+            _assign(language_model, weights, tied)
+        self.language_model = language_model.eval().requires_grad_(False)
+        self.tok_emb = language_model.model.embed_tokens
+        self.out_head = language_model.lm_head
+        self._static_caches: WeakKeyDictionary[KVCache, Any] = WeakKeyDictionary()
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, start: int = 0, logits_to_keep: int = 0) -> Tensor:
+        past = None if cache is None else self._static_cache(cache)
+        if past is not None:
+            lengths = [layer.cumulative_length for layer in past.layers]
+            torch._foreach_zero_(lengths)
+            torch._foreach_add_(lengths, start)
+        whole = past is None or (start == 0 and tokens.shape[1] > 1)  # no token before these
+        in_plain_graph = self._in_plain_graph(tokens)
+        mask: dict[str, Tensor | None] | None = None
+        if whole and (self.attention == "sdpa_is_causal" or (self.attention == "sdpa" and in_plain_graph)):
+            mask = {"full_attention": None}
+        elif self.attention == "eager" and in_plain_graph:
+            mask = {"full_attention": self._additive_mask(tokens, past, start)}
+        output = self.language_model(
+            input_ids=tokens,
+            attention_mask=mask,
+            past_key_values=past,
+            use_cache=past is not None,
+            logits_to_keep=logits_to_keep,
+        )
+        logits: Tensor = output.logits
+        return logits
+
+    def _in_plain_graph(self, tokens: Tensor) -> bool:
+        """Whether the step is captured as it is: a graph of what transformers launches in eager.
+
+        There its own float mask fails (it copies a 0 over), and its SDPA cannot read that it needs no mask.
+        """
+        compiled = "forward" in vars(self.language_model)
+        return tokens.is_cuda and torch.cuda.is_current_stream_capturing() and not compiled
+
+    def _additive_mask(self, tokens: Tensor, past: Any, start: int) -> Tensor:
+        """What transformers builds: (1, 1, t, keys), 0 where a query attends and the least number where not."""
+        queries = tokens.shape[1]
+        keys = queries if past is None else past.layers[0].keys.shape[2]
+        dtype = self.tok_emb.weight.dtype
+        mask = torch.full((queries, keys), torch.finfo(dtype).min, device=tokens.device, dtype=dtype)
+        return mask.triu(diagonal=start + 1)[None, None]
+
+    def split(self) -> Sequence[nn.Module]:
+        """The whole model: what transformers compiles."""
+        return [self.language_model]
+
+    def _static_cache(self, cache: KVCache) -> Any:
+        """transformers' StaticCache over the tensors of `cache`."""
+        if cache not in self._static_caches:
+            with torch.inference_mode(False):  # else it could not be written to outside of it
+                past = _transformers().StaticCache(self.language_model.config, max_cache_len=cache.keys.shape[3])
+                for index, layer in enumerate(past.layers):
+                    keys, values = cache.layer(index)
+                    layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
+                    layer.keys, layer.values = keys, values
+            self._static_caches[cache] = past
+        return self._static_caches[cache]
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+        from transformers import Qwen3Config, Qwen3ForCausalLM, StaticCache  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"peer=transformers needs the package transformers, 5 or newer ({' '.join(str(error).split())[:200]}); "
+            "pip install 'qwen3bench[peers]', or leave the peer out"
+        ) from error
+    return transformers
+
+
+def _on_meta(config: ModelConfig, attention: str, tied: bool) -> Any:
+    with torch.device("meta"):
+        return _transformers().Qwen3ForCausalLM(_their_config(config, attention, tied))
+
+
+def _their_config(config: ModelConfig, attention: str, tied: bool) -> Any:
+    return _transformers().Qwen3Config(
+        vocab_size=config.vocab_size,
+        hidden_size=config.emb_dim,
+        intermediate_size=config.hidden_dim,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.context_length,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
+        rms_norm_eps=config.rms_norm_eps,
+        tie_word_embeddings=tied,
+        attn_implementation=attention,
+    )
+
+
+def _assign(language_model: Any, weights: Mapping[str, Tensor], tied: bool) -> None:
+    embedding, head = weights[EMBEDDING], weights[HEAD]
+    if not tied and head.data_ptr() == embedding.data_ptr():
+        head = head.clone()
+    language_model.load_state_dict({**weights, HEAD: head}, strict=True, assign=True)
+    if tied:
+        language_model.lm_head.weight = language_model.model.embed_tokens.weight
+    rotary = language_model.model.rotary_emb  # its frequencies are no part of a checkpoint
+    language_model.model.rotary_emb = type(rotary)(language_model.config).to(embedding.device)

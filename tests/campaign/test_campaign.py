@@ -1,0 +1,375 @@
+"""The passes of a run: what is asked in which order, when it stops, and what is taken up again."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from qwen3bench.analysis.frames import SAMPLE_COLUMNS
+from qwen3bench.analysis.run import load_run, write_derived
+from qwen3bench.campaign.blocks import Timings
+from qwen3bench.campaign.passes import Campaign
+from qwen3bench.campaign.progress import Reporter
+from qwen3bench.campaign.state import Done
+from qwen3bench.config.choices import choices
+from qwen3bench.config.settings import settings_from
+from qwen3bench.record.card import Telemetry
+from qwen3bench.record.design import block_order
+from qwen3bench.record.reader import RecordWriter, read_record
+
+Measure = Callable[..., Any]
+FULL = ("design=full", "opt=flash,tie")
+CELLS = ["baseline", "flash", "tie", "flash+tie"]
+
+
+def test_a_process_measures_blocks_of_one_workload_alone(measure: Measure) -> None:
+    sizes = ["measure.blocks_per_process=2", "measure.max_blocks=5", "measure.min_blocks=5", "measure.repeats=2"]
+    done = measure(*FULL, "workload=prefill,generate", *sizes)
+    blocks = done.record.frame("block").groupby("workload")
+    first = done.record.frame("block")["process"].min()
+    for workload, processes in (("prefill", [0, 0, 2, 2, 4]), ("generate", [1, 1, 3, 3, 5])):
+        rows = blocks.get_group(workload)
+        assert list(rows["block"]) == [0, 1, 2, 3, 4]
+        assert list(rows["process"] - first) == processes
+    purposes = {line["process"]: line["purpose"] for line in done.record.of("process")}
+    assert [purposes[p] for p in sorted(set(done.record.frame("block")["process"]))] == ["time"] * 6
+
+
+def test_one_process_does_not_use_up_the_blocks_of_the_others(measure: Measure) -> None:
+    sizes = ["measure.blocks_per_process=50", "measure.max_blocks=7", "measure.min_processes=2"]
+    blocks = measure(*FULL, *sizes).record.frame("block")
+    assert list(blocks["process"] - blocks["process"].iloc[0]) == [0, 0, 0, 0, 1, 1, 1]
+
+
+def test_blocks_are_visited_in_the_seeded_order_with_the_baseline_twice(measure: Measure) -> None:
+    done = measure(*FULL, "measure.repeats=3", "seed=7")
+    samples = done.record.frame("sample")
+    for block in range(3):
+        rows = samples[samples["block"] == block].drop_duplicates("position").sort_values("position")
+        visited = list(zip(rows["cell"], rows["copy"], strict=True))
+        assert visited == block_order(CELLS, 7, "prefill", "eager", block, 0)
+    assert all(list(visit) == [0, 1, 2] for _, visit in samples.groupby(["block", "position"])["repeat"])
+    assert all(line["samples"] == 3 for line in done.record.of("visit"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["measure.target=0.5", "measure.min_processes=2", "measure.min_blocks=8", "measure.max_blocks=50"], "target"),
+        (["measure.max_blocks=4"], "max_blocks"),
+        (["measure.max_blocks=50", "measure.max_seconds=1e-6"], "max_seconds"),
+    ],
+)
+def test_it_says_why_it_stops(measure: Measure, overrides: list[str], reason: str) -> None:
+    done = measure(*FULL, *overrides)
+    (stop,) = done.record.of("stop")
+    assert stop["reason"] == reason
+    assert stop["blocks"] == len(done.record.of("block"))
+    assert set(stop["half_width"]) == {"flash", "tie"}
+    if reason == "target":
+        assert all(width <= 0.5 for width in stop["half_width"].values())
+        assert stop["processes"] >= 2
+
+
+def test_getting_more_processes_ready_than_the_least_is_of_the_time_allowed(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = Timings._prepare
+
+    def slowly(timings: Timings, where: tuple[str, str]) -> bool:
+        time.sleep(0.5)
+        return prepare(timings, where)
+
+    monkeypatch.setattr(Timings, "_prepare", slowly)
+    limits = ("measure.max_seconds=4", "measure.target=1e-9", "measure.max_blocks=14", "measure.min_blocks=2")
+    done = measure(*FULL, *limits, "measure.min_processes=2", "measure.blocks_per_process=1")
+    (stop,) = done.record.of("stop")
+    assert stop["reason"] == "max_seconds"
+    assert 3 <= stop["processes"] <= 10  # the least, and as many as get ready within the time
+    assert stop["more_s"] >= 0.5 * (stop["processes"] - 2)
+    begun = Done(settings_from(done.record.of("run")[0]["config"]), done.record).timings[
+        "prefill", "eager"
+    ]  # as a continued run would begin
+    assert begun.more_s == pytest.approx(stop["more_s"])
+
+
+def test_narrow_intervals_take_more_processes(measure: Measure) -> None:
+    limits = ("measure.target=null", "measure.min_processes=null", "measure.min_blocks=3", "measure.max_blocks=200")
+    done = measure(*FULL, "device=cuda", "runtime=eager,graph", *limits, "measure.blocks_per_process=2")
+    stops = {stop["runtime"]: stop for stop in done.record.of("stop")}
+    assert {stop["reason"] for stop in stops.values()} == {"target"}
+    assert stops["graph"]["processes"] == 5
+    assert stops["eager"]["processes"] in (2, 3)
+
+
+def test_the_blocks_are_shared_among_as_many_processes_as_it_takes(measure: Measure) -> None:
+    limits = ("measure.target=null", "measure.min_processes=null", "measure.min_blocks=20", "measure.max_blocks=20")
+    done = measure(*FULL, "device=cuda", "runtime=graph", *limits, "measure.blocks_per_process=50")
+    blocks = [line["process"] for line in done.record.of("block")]
+    assert [blocks.count(process) for process in dict.fromkeys(blocks)] == [4] * 5
+
+
+def test_the_gate_and_the_evidence_come_before_the_first_timing(measure: Measure) -> None:
+    done = measure(*FULL)
+    types = [json.loads(line)["type"] for line in (done.directory / "samples.jsonl").open()]
+    order = ["run", "session", "parameters", "verify", "evidence", "ceiling", "sample", "stop", "end"]
+    assert sorted(order, key=types.index) == order
+    for before, after in (("parameters", "verify"), ("verify", "evidence"), ("evidence", "ceiling")):
+        assert max(i for i, t in enumerate(types) if t == before) < types.index(after)
+
+
+def test_what_a_switch_changed_is_told_by_cells_that_are_not_measured(measure: Measure) -> None:
+    done = measure("design=pair", "opt=flash,tie")
+    assert [line["cell"] for line in done.record.of("evidence")] == ["baseline", "flash+tie", "tie", "flash"]
+    assert [line["cell"] for line in done.run.evidence] == ["baseline", "flash+tie"]
+    notes = " ".join(done.run.evidence[1]["notes"])
+    assert "flash changed nothing that ran: same kernels as tie" in notes  # the fake worker's cells run alike
+    assert set(done.run.cells["cell"]) == {"baseline", "flash+tie"}
+
+
+def test_of_generate_whose_last_step_alone_is_looked_at_nothing_is_said_to_be_the_same(measure: Measure) -> None:
+    done = measure(*FULL, "workload=[generate,decode]")
+    said = {line["workload"] for line in done.run.evidence if "changed nothing" in " ".join(line["notes"])}
+    assert said == {"decode"}
+
+
+# Taken up again
+
+
+@contextmanager
+def _begun(directory: Path, settings: Any, *lines: dict[str, Any]) -> Iterator[RecordWriter]:
+    with RecordWriter(directory) as writer:
+        run = {"config": settings.to_dict(), "factors": list(settings.factors), "cells": CELLS}
+        writer.append({"type": "run", **run, "workloads": ["prefill"], "runtimes": ["eager"]}, *lines)
+        yield writer
+
+
+@pytest.fixture
+def campaign(
+    tmp_path: Path, small_settings: Callable[..., Any], telling_worker: Any, fake_monitor: Any
+) -> Callable[..., Any]:
+    """Runs a campaign over a record that holds `lines`; gives the record and the operations asked for."""
+
+    def go(*lines: dict[str, Any], looks: list[Telemetry] | None = None) -> tuple[Any, list[str]]:
+        asked: list[str] = []
+
+        def note(op: str, fields: dict[str, Any]) -> dict[str, Any]:
+            asked.append(op)
+            return fields
+
+        settings = small_settings(*FULL).resolved("cpu")
+        with _begun(tmp_path, settings, *lines) as writer:
+            monitor = fake_monitor(*(looks or [Telemetry()]))
+            done, quiet = read_record(tmp_path), Reporter(Console(file=io.StringIO()))
+            Campaign(settings, writer, quiet, done, lambda log: telling_worker(note), monitor).run()
+        return load_run(tmp_path), asked
+
+    return go
+
+
+WHERE = {"workload": "prefill", "runtime": "eager"}
+
+
+def _visit(block: int, attempt: int, cell: str, copy: int = 0, process: int = 3) -> list[dict[str, Any]]:
+    at = {**WHERE, "cell": cell, "copy": copy, "process": process, "block": block, "attempt": attempt, "position": 0}
+    sample = {"type": "sample", **at, "repeat": 0, "latency_s": 99.0, "time": 0.0}
+    return [sample, {"type": "visit", **at, "samples": 1}]
+
+
+def _block(block: int, attempt: int, state: str) -> list[dict[str, Any]]:
+    visits = [
+        v for cell, copy in [*((c, 0) for c in CELLS), ("baseline", 1)] for v in _visit(block, attempt, cell, copy)
+    ]
+    end = {"type": "block", **WHERE, "process": 3, "block": block, "attempt": attempt, "state": state, "elapsed_s": 5.0}
+    return [*visits, end]
+
+
+PROCESS = {"type": "process", "process": 3, "pid": 1, "purpose": "time"}
+
+
+def test_a_block_that_was_cut_off_gets_another_attempt_and_counts_once(campaign: Callable[..., Any]) -> None:
+    run, _ = campaign(PROCESS, *_block(0, 0, "ok"), *_visit(1, 0, "flash"), *_visit(1, 0, "tie"))
+    used = run.samples
+    assert set(used[used["latency_s"] == 99.0]["block"]) == {0}
+    assert not used.duplicated(["block", "cell", "copy", "repeat"]).any()
+    assert sorted(set(zip(used["block"], used["attempt"], strict=True))) == [(0, 0), (1, 1), (2, 0)]
+    assert used[used["block"] > 0]["process"].min() > 3
+
+
+def test_brakes_before_the_interruption_count(campaign: Callable[..., Any]) -> None:
+    braked = Telemetry(throttle_reasons=["hw_slowdown"])
+    before = [*_block(0, 0, "repeat"), *_block(0, 1, "repeat")]
+    run, _ = campaign(PROCESS, *before, looks=[braked, Telemetry()])
+    states = [(b["block"], b["attempt"], b["state"]) for b in run.record.of("block")]
+    assert states == [(0, 0, "repeat"), (0, 1, "repeat"), (0, 2, "flagged"), (1, 0, "ok"), (2, 0, "ok")]
+
+
+def test_a_run_that_had_enough_blocks_only_says_so(campaign: Callable[..., Any]) -> None:
+    run, asked = campaign(PROCESS, *(line for block in range(3) for line in _block(block, 0, "ok")))
+    assert "visit" not in asked
+    assert [(line["reason"], line["blocks"], line["measured_s"]) for line in run.record.of("stop")] == [
+        ("max_seconds", 3, 15.0)
+    ]
+
+
+def test_a_cell_that_failed_is_not_tried_again(campaign: Callable[..., Any]) -> None:
+    failure = {"type": "failure", "cell": "tie", **WHERE, "status": "oom", "reason": "too large", "pass": "time"}
+    run, _ = campaign(failure)
+    assert dict(zip(run.cells["cell"], run.cells["status"], strict=True)) == {
+        **dict.fromkeys(CELLS, "ok"),
+        "tie": "oom",
+    }
+    assert "tie" not in set(run.samples["cell"])
+
+
+def test_steps_that_ended_are_not_done_again(campaign: Callable[..., Any]) -> None:
+    lines = [{"type": "verify", "cell": cell, "equivalent": True} for cell in CELLS[:3]]
+    lines += [{"type": "parameters", "cell": cell, "num_parameters": 1} for cell in CELLS]
+    _, asked = campaign(*lines, {"type": "ceiling"})
+    assert (asked.count("verify"), asked.count("parameters"), asked.count("ceilings"), asked.count("load")) == (
+        1,
+        0,
+        0,
+        0,
+    )
+    assert asked.count("evidence") == 4
+
+
+# Whatever a worker says
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = ["reason", "equivalent", "max_abs_error", "checks", "peak_allocated_bytes", "attention_backend", "kernels"]
+NAMES += ["notes", "kernel_launches", "flops", "copy_bytes_per_s", "vendor", "samples", "time", "compile_s", "type"]
+NAMES += ["v", "crc", "cell", "workload", "block", "process", "status", "num_parameters", "top1_agreement"]
+CHANGES = st.dictionaries(st.sampled_from(NAMES), VALUES, min_size=1, max_size=4)
+SAMPLE = st.dictionaries(
+    st.sampled_from(["latency_s", "ttft_s", "tpot_s", "itl_s", "cell", "block", "attempt", "type"]), VALUES, max_size=3
+)
+
+
+@given(
+    op=st.sampled_from(["parameters", "verify", "evidence", "cost", "ceilings", "prepare", "visit"]),
+    change=CHANGES,
+    sample=SAMPLE,
+    strikes=st.integers(0, 6),
+)
+@hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_a_worker_says_no_traceback_and_no_wrong_cell(
+    tmp_path_factory: pytest.TempPathFactory,
+    small_settings: Callable[..., Any],
+    telling_worker: Any,
+    fake_monitor: Any,
+    op: str,
+    change: dict[str, Any],
+    sample: dict[str, Any],
+    strikes: int,
+) -> None:
+    calls = 0
+
+    def confuse(asked: str, fields: dict[str, Any]) -> dict[str, Any]:
+        nonlocal calls
+        calls += asked == op
+        if asked != op or calls != strikes + 1:
+            return fields
+        if op == "visit" and sample:
+            return {**fields, "samples": [{**fields["samples"][0], **sample}]}
+        return {**fields, **change}
+
+    directory = tmp_path_factory.mktemp("run")
+    settings = small_settings(*FULL).resolved("cpu")
+    with _begun(directory, settings) as writer:
+        quiet = Reporter(Console(file=io.StringIO()))
+        Campaign(settings, writer, quiet, None, lambda log: telling_worker(confuse), fake_monitor(Telemetry())).run()
+    run = load_run(directory)
+    assert run.warnings == []
+    assert set(run.cells["cell"]) == set(CELLS)
+    write_derived(run)
+
+
+# Hostile names
+
+HOSTILE = '../../../outside/<script>alert(1)</script>\n=HYPERLINK("x")\x1b[31m'
+
+
+def test_hostile_names_stay_inside_and_are_escaped(
+    measure: Measure, tmp_path: Path, small_settings: Callable[..., Any]
+) -> None:
+    settings = small_settings(*FULL)
+    opts = {name: {**options, "note": HOSTILE} for name, options in settings.opts.items()}
+    done = measure(
+        *FULL,
+        model=replace(settings.model, name=HOSTILE),
+        weights=HOSTILE,
+        opts=opts,
+        dir=None,
+        report=True,
+    )
+    assert done.status == 0
+    assert "\x1b" not in done.err
+    (directory,) = (path for path in (tmp_path / "results").iterdir() if path.name != "latest")
+    assert {path.name for path in tmp_path.iterdir()} == {"results"}
+    assert (tmp_path / "results" / "latest").resolve() == directory
+    page = (directory / "report.html").read_text("utf-8")
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert" in page
+    with (directory / "cells.csv").open(newline="", encoding="utf-8") as file:
+        assert not [field for row in csv.reader(file) for field in row if field.startswith(("=", "+", "-", "@"))]
+    assert set(pd.read_csv(directory / "cells.csv")["status"]) == {"ok"}
+
+
+def test_a_model_whose_name_is_a_formula_makes_none_in_the_tables(
+    measure: Measure, small_settings: Callable[..., Any]
+) -> None:
+    done = measure(*FULL, model=replace(small_settings(*FULL).model, name="=1+1"))
+    cells = pd.read_csv(done.directory / "cells.csv")
+    assert set(cells["model"]) == {"'=1+1"}
+
+
+def test_every_optimization_has_columns_of_its_own(measure: Measure) -> None:
+    done = measure("design=each", f"opt=[{','.join(choices('opt'))}]", "workload=generate")
+    assert done.status == 0
+    factors = set(choices("opt"))
+    assert set(done.run.samples.columns) == {*SAMPLE_COLUMNS, *factors}
+    mains = done.run.effects[done.run.effects["kind"] == "main"]
+    assert set(mains["term"]) == factors
+
+
+@pytest.mark.parametrize("name", ["block", "latency_s", "status", "itl_p50_s"])
+def test_an_optimization_named_like_a_column_is_refused_before_anything_is_measured(
+    measure: Measure, name: str
+) -> None:
+    done = measure(opts={name: {"_target_": "somewhere.apply"}})
+    assert f"the results have a column '{name}' already; give the YAML file another name" in done.error
+    assert not done.directory.exists()
+
+
+def test_a_directory_with_control_characters_is_refused(measure: Measure, tmp_path: Path) -> None:
+    done = measure(*FULL, to=tmp_path / "a\nb")
+    assert "holds control characters" in done.error
+    assert not (tmp_path / "a\nb").exists()
+
+
+def test_a_directory_with_other_files_is_refused(measure: Measure, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("…")
+    done = measure(*FULL, to=tmp_path / "mine")
+    assert "holds other files and no run; name a new directory" in done.error
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]

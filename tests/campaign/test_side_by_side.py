@@ -1,0 +1,286 @@
+"""Several processes at once, which verify or get ready: what fails there is asked again alone.
+
+So no cell pays for another.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from qwen3bench.campaign import passes as campaign
+from qwen3bench.campaign.worker_pool import Workers
+from qwen3bench.campaign.worker_process import WorkerProcess
+from qwen3bench.record.card import Telemetry
+
+Measure = Callable[..., Any]
+ON_A_CARD = ("design=full", "opt=flash,tie,mask,norm", "device=cuda", "runtime=graph")
+DIES = {"does": "die"}
+TIMED = (*ON_A_CARD, "workload=prefill,decode", "measure.min_processes=2", "measure.blocks_per_process=1")
+OUT_OF_MEMORY = {"does": "error", "status": "oom", "reason": "CUDA out of memory"}
+BABBLES = {"does": "raw", "text": "\xff\x00 {]\n"}
+
+
+@pytest.fixture(autouse=True)
+def sixteen_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(campaign, "_cores", lambda: 16)
+
+
+def test_each_cell_is_verified_once_and_the_processes_beside_are_gone(measure: Measure) -> None:
+    done = measure(*ON_A_CARD)
+    alone = measure(*ON_A_CARD[:2], to=done.directory.with_name("alone"))
+    assert done.status == alone.status == 0
+    verified = [line["cell"] for line in done.record.of("verify")]
+    assert sorted(verified) == sorted(line["cell"] for line in alone.record.of("verify"))
+    assert len(verified) == len(set(verified)) == 16
+    assert len(done.pids) == len(alone.pids) + 3
+    assert not done.alive
+    assert "4 at a time" in done.err
+    assert "at a time" not in alone.err
+
+
+def test_no_process_but_the_one_at_work_has_touched_the_card_when_memory_is_measured(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that are to time later have started, and have not been told of a device."""
+    opened: set[int] = set()
+    living = []
+    send, ask = WorkerProcess.send, Workers.ask
+
+    def noted(self: WorkerProcess, op: str, **arguments: Any) -> None:
+        opened.add(self.pid)
+        send(self, op, **arguments)
+
+    def counted(self: Workers, op: str, **arguments: Any) -> dict[str, Any]:
+        if op == "memory":
+            children = psutil.Process().children()
+            alive = {child.pid for child in children if child.status() != psutil.STATUS_ZOMBIE}
+            living.append((len(alive & opened), len(alive)))
+        return ask(self, op, **arguments)
+
+    monkeypatch.setattr(WorkerProcess, "send", noted)
+    monkeypatch.setattr(Workers, "ask", counted)
+    measure(*TIMED)
+    assert living == [(1, 1 + 4)] * 2 * 16
+
+
+@pytest.mark.parametrize("at_once", ["alone", "side by side"])
+def test_the_card_has_turned_to_another_process_before_one_is_timed(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch, at_once: str
+) -> None:
+    """Since it was ready. Else some processes would start kernels later than others."""
+    asked: list[tuple[int, str]] = []
+    send = WorkerProcess.send
+
+    def noted(self: WorkerProcess, op: str, **arguments: Any) -> None:
+        asked.append((self.pid, op))
+        send(self, op, **arguments)
+
+    monkeypatch.setattr(WorkerProcess, "send", noted)
+    if at_once == "alone":
+        monkeypatch.setattr(campaign, "_cores", lambda: 1)
+    done = measure(*TIMED)
+    timed = {line["pid"] for line in done.record.of("process") if line["purpose"] == "time"}
+    assert len(timed) >= 4
+    for pid in timed:
+        mine = [(i, op) for i, (each, op) in enumerate(asked) if each == pid]
+        ready = max(i for i, op in mine if op == "prepare")
+        first_visit = min(i for i, op in mine if op == "visit")
+        assert any(op == "touch" and each != pid for each, op in asked[ready:first_visit])
+
+
+def test_cells_with_the_same_kernels_go_to_the_same_process(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared: list[list[str]] = []
+    monkeypatch.setattr(Workers, "side_by_side", lambda self, op, shares: shared.extend(shares) or iter(()))
+    assert measure(*ON_A_CARD).status == 0  # all alone, as none was verified beside others
+    assert [{("flash" in cell, "tie" in cell) for cell in share} for share in shared] == [
+        {(True, True)},
+        {(True, False)},
+        {(False, True)},
+        {(False, False)},
+    ]
+
+
+@pytest.mark.parametrize("cell", ["flash+tie+mask+norm", "tie+mask", "baseline"])
+@pytest.mark.parametrize("fault", [DIES, OUT_OF_MEMORY, BABBLES])
+def test_a_failure_beside_others_is_no_ones_until_it_fails_alone(
+    measure: Measure, tmp_path: Path, fault: dict[str, Any], cell: str
+) -> None:
+    done = measure(*ON_A_CARD, faults=[{**fault, "op": "verify", "cell": cell, "once": str(tmp_path / "struck")}])
+    assert done.status == 0
+    assert set(done.statuses.values()) == {"ok"}
+    assert not done.record.of("failure")
+    assert len(done.record.of("verify")) == 16
+    assert not done.alive
+
+
+@pytest.mark.parametrize(("fault", "status"), [(DIES, "crashed"), (OUT_OF_MEMORY, "oom"), (BABBLES, "crashed")])
+@pytest.mark.parametrize("cell", ["flash", "norm"])
+def test_a_cell_that_fails_alone_too_fails_and_no_other(
+    measure: Measure, fault: dict[str, Any], status: str, cell: str
+) -> None:
+    done = measure(*ON_A_CARD, faults=[{**fault, "op": "verify", "cell": cell}])
+    assert done.status == 3
+    assert {name for name, each in done.statuses.items() if each != "ok"} == {cell}
+    assert done.statuses[cell] == status
+    assert len(done.record.of("failure")) == 1
+    assert len(done.record.of("verify")) == 15
+
+
+def test_a_cell_that_is_not_equivalent_is_recorded_once_with_its_reason(measure: Measure) -> None:
+    wrong = {"does": "answer", "op": "verify", "cell": "tie+norm", "fields": {"equivalent": False, "reason": "wrong"}}
+    done = measure(*ON_A_CARD, faults=[wrong])
+    assert done.statuses["tie+norm"] == "not_equivalent"
+    (failure,) = done.record.of("failure")
+    assert failure["reason"] == "wrong"
+    assert len(done.record.of("verify")) == 16
+
+
+def test_a_cell_refused_beside_others_is_judged_alone(measure: Measure, tmp_path: Path) -> None:
+    """As where a library raises for want of memory what the gate takes for the cell's own error."""
+    once = {"once": str(tmp_path / "struck")}
+    wrong = {"does": "answer", "op": "verify", "cell": "tie", "fields": {"equivalent": False, "reason": "wrong"}}
+    done = measure(*ON_A_CARD, faults=[{**wrong, **once}])
+    assert Path(once["once"]).exists()
+    assert set(done.statuses.values()) == {"ok"}
+    assert len(done.record.of("verify")) == 16
+
+
+def test_a_process_that_hangs_takes_no_other_with_it(measure: Measure, tmp_path: Path) -> None:
+    fault = {"does": "hang", "op": "verify", "cell": "tie", "once": str(tmp_path / "struck")}
+    done = measure(*ON_A_CARD, "measure.step_timeout_s=1", faults=[fault])
+    assert set(done.statuses.values()) == {"ok"}
+    assert not done.alive
+
+
+def test_a_cell_that_could_not_be_built_is_not_verified(measure: Measure) -> None:
+    done = measure(*ON_A_CARD, faults=[{**DIES, "op": "load", "cells": ["mask"]}])
+    assert done.statuses["mask"] == "crashed"
+    assert "mask" not in [line["cell"] for line in done.record.of("verify")]
+    assert not done.alive
+
+
+def test_a_continued_run_verifies_what_is_left(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Workers.side_by_side
+
+    def cut_off(self: Workers, op: str, shares: Any) -> Any:
+        yield from itertools.islice(whole(self, op, shares), 5)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Workers, "side_by_side", cut_off)
+        begun = measure(*ON_A_CARD)
+    assert begun.status == 130
+    assert len(begun.record.of("verify")) == 5
+    assert not begun.alive
+    done = measure(resume=begun.directory)
+    assert done.status == 0
+    assert len(done.record.of("verify")) == 16
+
+
+# Getting ready to time
+
+
+def _timed_in(done: Any) -> dict[tuple[str, int], int]:
+    """The process of each workload's block."""
+    blocks = [line for line in done.record.of("block") if line["state"] == "ok"]
+    return {(line["workload"], line["block"]): line["process"] for line in blocks}
+
+
+def test_the_processes_that_time_get_ready_side_by_side(measure: Measure) -> None:
+    done = measure(*TIMED)
+    assert done.status == 0
+    assert "preparing prefill graph, decode graph in 4 processes at a time" in done.err
+    processes = _timed_in(done)
+    assert len(processes) == 2 * 3
+    # a third block is needed after the two of the first four processes, in a process of its own
+    assert len(set(processes.values())) == 6
+    timing = [line["process"] for line in done.record.of("process") if line["purpose"] == "time"]
+    assert sorted(processes.values()) == sorted(timing)
+    assert not done.alive
+
+
+def test_where_the_least_were_not_enough_as_many_again_get_ready_together(measure: Measure) -> None:
+    done = measure(*TIMED, "measure.min_blocks=8", "measure.max_blocks=8")
+    assert done.status == 0
+    assert len(set(_timed_in(done).values())) == 2 * 8  # 2, 2 and 4 of each
+    assert done.err.count("preparing prefill graph, decode graph in 4 processes at a time") == 4
+    assert "in 2 processes at a time" not in done.err
+    assert not done.alive
+
+
+def test_all_that_live_while_one_is_timed_count_as_the_runs_own(measure: Measure, fake_monitor: Any) -> None:
+    strangers = []
+
+    class Looking(fake_monitor):  # type: ignore[misc]
+        def sample(self, own_pids: Any = None) -> Any:
+            alive = {each.pid for each in psutil.Process().children() if each.status() != psutil.STATUS_ZOMBIE}
+            strangers.append((alive - own_pids, len(alive)))
+            return super().sample(own_pids)
+
+    measure(*TIMED, monitor=Looking(Telemetry()))
+    assert len(strangers) == 2 * 3
+    assert not any(stranger for stranger, _ in strangers)
+    assert max(count for _, count in strangers) == 5  # the next one stands by
+
+
+@pytest.mark.parametrize(("context", "at_once"), [(30 * 2**30, 2), (50 * 2**30, 1)])
+def test_no_more_of_them_than_the_card_holds(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch, context: int, at_once: int
+) -> None:
+    monkeypatch.setattr(campaign, "_CONTEXT_BYTES", context)
+    done = measure(*TIMED)
+    assert done.status == 0
+    assert ("in 2 processes at a time" in done.err) == (at_once == 2)
+    assert "in 4 processes" not in done.err
+    assert len(_timed_in(done)) == 2 * 3
+
+
+@pytest.mark.parametrize("op", ["enter", "prepare", "visit"])
+@pytest.mark.parametrize("fault", [DIES, OUT_OF_MEMORY])
+def test_what_fails_beside_others_is_timed_again_alone(
+    measure: Measure, tmp_path: Path, fault: dict[str, Any], op: str
+) -> None:
+    struck = tmp_path / "struck"
+    cell = "flash+tie+mask+norm" if op != "enter" else "baseline"
+    done = measure(*TIMED, faults=[{**fault, "op": op, "cell": cell, "once": str(struck)}])
+    assert struck.exists()
+    assert done.status == 0
+    assert not done.record.of("failure")
+    assert len(_timed_in(done)) == 2 * 3
+    assert not done.alive
+
+
+@pytest.mark.parametrize("op", ["prepare", "visit"])
+def test_what_fails_alone_too_fails_and_is_timed_no_more(measure: Measure, op: str) -> None:
+    done = measure(*TIMED, faults=[{**DIES, "op": op, "cell": "tie"}])
+    assert done.status == 3
+    failures = [(line["cell"], line["workload"], line["status"]) for line in done.record.of("failure")]
+    assert sorted(failures) == [("tie", "decode", "crashed"), ("tie", "prefill", "crashed")]
+    assert len(_timed_in(done)) == 2 * 3
+    cells = done.run.cells.set_index(["cell", "workload"])["status"]
+    assert set(cells.drop([("tie", "prefill"), ("tie", "decode")])) == {"ok"}
+
+
+def test_compiling_is_done_alone_and_each_process_records_what_it_took(measure: Measure) -> None:
+    compiled = {"does": "answer", "op": "prepare", "fields": {"compile_s": 1.5, "compile_options": {"a": 1}}}
+    done = measure(*ON_A_CARD[:3], "runtime=graph,compile", *TIMED[4:], faults=[compiled])
+    lines = [line for line in done.record.of("compile") if line["runtime"] == "compile"]
+    blocks = done.record.of("block")
+    by_process = {line["process"] for line in lines}
+    assert by_process == {line["process"] for line in blocks if line["runtime"] == "compile"}
+    assert len(by_process) == 2 * 3
+    assert {(line["seconds"], line["options"]["a"]) for line in lines} == {(1.5, 1)}
+    assert len(lines) == len(by_process) * 17  # the baseline's copy, too
+    assert "preparing prefill graph, decode graph in 4 processes at a time" in done.err
+    assert "preparing prefill compile in process" in done.err
+    assert "compile in 2" not in done.err

@@ -1,0 +1,251 @@
+"""Every YAML composes, and says what the contract promises."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from omegaconf import OmegaConf
+
+from qwen3bench.config.choices import choices, config_dir, five
+from qwen3bench.config.cli import compose
+from qwen3bench.config.settings import Settings, settings_from
+from qwen3bench.errors import UserError
+from qwen3bench.record.design import label
+
+GROUPS = ("model", "opt", "workload", "runtime", "peer", "design", "measure")
+FIVE = ("flash", "tie", "mlp", "mask", "norm")
+PUBLISHED = {  # layers, width, heads, key/value heads, feed-forward width, tied (Qwen3's report, table 1)
+    "qwen3-0.6b": (28, 1024, 16, 8, 3072, True),
+    "qwen3-1.7b": (28, 2048, 16, 8, 6144, True),
+    "qwen3-4b": (36, 2560, 32, 8, 9728, True),
+    "qwen3-8b": (36, 4096, 32, 8, 12288, False),
+    "qwen3-14b": (40, 5120, 40, 8, 17408, False),
+    "qwen3-32b": (64, 5120, 64, 8, 25600, False),
+}
+
+
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group in GROUPS for name in choices(group)])
+def test_every_yaml_composes(group: str, name: str) -> None:
+    settings = compose([f"{group}={name}"])
+    chosen = {
+        "model": [settings.model.name],
+        "opt": settings.opts,
+        "workload": settings.workloads,
+        "runtime": settings.runtimes,
+        "peer": settings.peers,
+        "design": [settings.design],
+        "measure": [settings.measure.name],
+    }
+    assert list(chosen[group]) == [name]
+
+
+def test_every_yaml_is_in_a_tested_group_and_fits_on_a_screen() -> None:
+    for path in config_dir().rglob("*.yaml"):
+        relative = path.relative_to(config_dir())
+        assert relative.parts[0] in (*GROUPS, "hydra", "config.yaml", "_hydra.yaml", "five.yaml"), relative
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 60, relative
+
+
+def test_the_five_are_those_that_a_whole_design_brings() -> None:
+    assert five() == tuple(compose(["design=full"]).factors)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shapes_are_the_published_ones(name: str) -> None:
+    model = compose([f"model={name}"]).model
+    shape = (model.num_layers, model.emb_dim, model.num_heads, model.num_kv_heads, model.hidden_dim)
+    assert (*shape, model.tie_word_embeddings) == PUBLISHED[name]
+    assert (model.head_dim, model.vocab_size, model.context_length) == (128, 151_936, 40_960)
+    assert (model.rope_base, model.rms_norm_eps) == (1e6, 1e-6)
+
+
+def test_defaults_measure_the_baseline_of_the_smallest_published_model() -> None:
+    settings = compose([])
+    assert settings.model.name == "qwen3-0.6b"
+    assert settings.cells == [()]
+    assert (settings.batch_size, settings.weights, settings.seed) == (1, "random", 0)
+    assert "prefill" in settings.workloads
+
+
+def test_full_without_names_is_the_five_in_label_order() -> None:
+    settings = compose(["design=full"])
+    assert settings.factors == FIVE
+    assert len(settings.cells) == 32
+    assert settings.cells[0] == ()
+    assert label(settings.cells[-1]) == "flash+tie+mlp+mask+norm"
+
+
+@pytest.mark.parametrize(
+    ("argv", "cells"),
+    [
+        (["+opt=tie,flash"], ["baseline", "flash+tie"]),
+        (["design=full", "opt=[tie,flash]"], ["baseline", "flash", "tie", "flash+tie"]),
+        (["design=full", "opt="], ["baseline"]),
+        (["design=each"], ["baseline", *FIVE]),
+        (["design=each", "opt=norm"], ["baseline", "norm"]),
+        (
+            ["design=leave_one_out", "opt=flash,mask,norm"],
+            ["baseline", "flash+mask+norm", "mask+norm", "flash+norm", "flash+mask"],
+        ),
+    ],
+)
+def test_designs_make_these_cells(argv: list[str], cells: list[str]) -> None:
+    assert [label(cell) for cell in compose(argv).cells] == cells
+
+
+def test_generating_nothing_is_refused() -> None:
+    with pytest.raises(UserError, match=r"workload\.generate\.new_tokens must be a whole number"):
+        compose(["workload=generate", "workload.generate.new_tokens=0"])
+
+
+def test_a_sixth_optimization_needs_one_yaml_file_and_comes_last(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    import shutil
+
+    from qwen3bench.config import choices as module
+
+    shutil.copytree(config_dir(), tmp_path / "configs")
+    sixth = "# @package opt.aqkv\n_target_: somewhere.aqkv.apply\n"  # no order asked for, first by name
+    (tmp_path / "configs/opt/aqkv.yaml").write_text(sixth, encoding="utf-8")
+    for cached in (module.choices, module.config_dir):
+        cached.cache_clear()
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "qwen3bench/config/choices.py"))
+    try:
+        assert choices("opt")[:5] == FIVE
+        assert choices("opt")[-1] == "aqkv"
+        assert compose(["design=full"]).factors == FIVE
+        assert label(compose(["opt=aqkv,norm"]).cells[-1]) == "norm+aqkv"
+    finally:
+        for cached in (module.choices, module.config_dir):
+            cached.cache_clear()
+
+
+def test_cuda_and_cpu_settle_what_auto_leaves_open() -> None:
+    settings = compose(["workload=prefill,generate"])
+    cuda, cpu = settings.resolved("cuda:1"), settings.resolved("cpu")
+    assert (list(cuda.runtimes), cuda.dtype, cuda.prompt_tokens) == (["graph"], "bfloat16", 2048)
+    assert (list(cpu.runtimes), cpu.dtype, cpu.prompt_tokens) == (["eager"], "float32", 16)
+    assert cuda.workloads["generate"].prompt_tokens == 2048
+    assert (cuda.target("graph"), cuda.target("compile"), cuda.target("eager")) == (0.0025, 0.0025, 0.01)
+    assert cpu.target("compile") == 0.01
+    assert compose(["measure.target=0.02"]).resolved("cuda").target("graph") == 0.02
+    assert (cuda.limit_s("graph", 6, 5), cpu.limit_s("eager", 6, 2)) == (60, 10)
+    assert cuda.limit_s("graph", 5, 5) == cuda.limit_s("graph", 6, 4) == math.inf
+    assert compose(["measure.max_seconds=7"]).resolved("cuda").limit_s("graph", 0, 0) == 7
+
+
+def test_what_the_command_line_settles_stays() -> None:
+    argv = ["prompt_tokens=7", "dtype=float16", "runtime=auto,eager", "workload=decode", "measure.repeats=4"]
+    settings = compose([*argv, "workload.decode.prompt_tokens=9"]).resolved("cpu")
+    assert (settings.dtype, settings.prompt_tokens, settings.measure.repeats) == ("float16", 7, 4)
+    assert settings.workloads["decode"].prompt_tokens == 9
+    assert list(settings.runtimes) == ["eager"]
+
+
+def test_a_short_context_shortens_the_default_prompt_and_refuses_a_longer_one() -> None:
+    settings = compose(["model=tiny", "workload=generate"]).resolved("cuda")
+    assert settings.prompt_tokens == settings.model.context_length - settings.new_tokens
+    with pytest.raises(UserError, match=r"workload\.prefill needs 513 tokens.*context of 512"):
+        compose(["model=tiny", "prompt_tokens=513"]).resolved("cpu")
+
+
+def test_graph_is_refused_on_a_cpu() -> None:
+    with pytest.raises(UserError, match=r"runtime=graph replays CUDA graphs.*cpu"):
+        compose(["runtime=graph"]).resolved("cpu")
+
+
+def _everything() -> Settings:
+    argv = ["design=each", "workload=generate,decode", "runtime=eager,compile", "peer=transformers"]
+    more = [
+        "run.dir=a/b",
+        "resume=c",
+        "report.memory_limit_gib=2.5",
+        "measure=thorough",
+        "flash.backend=math",
+    ]
+    return compose([*argv, *more, "model=tiny", "seed=3"])
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_the_resolved_config_gives_the_settings_back(device: str | None) -> None:
+    settings = _everything() if device is None else _everything().resolved(device)
+    assert settings_from(settings.to_dict()) == settings
+    assert settings_from(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(settings.to_dict())))) == settings
+    assert settings.to_dict()["opt"]["flash"]["backend"] == "math"
+    assert list(settings.to_dict()["opt"]) == list(FIVE)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batch_size=0", "batch_size must be a whole number"),
+        ("batch_size=true", "batch_size must be a whole number"),
+        ("batch_size=1.0", "batch_size must be a whole number"),
+        ("new_tokens=null", "new_tokens must be"),
+        ("prompt_tokens=-1", "prompt_tokens must be"),
+        ("seed=-1", "seed must be"),
+        ("seed=99999999999999999999", "seed must be"),
+        ("device=tpu", "device='tpu' is unknown"),
+        ("device=cuda:x", "device='cuda:x' is unknown"),
+        ("dtype=bf16", "dtype='bf16' is unknown: use auto | bfloat16.*did you mean bfloat16"),
+        ("weights=null", "weights must be a text"),
+        ("weights=''", "weights must be a text"),
+        ("analysis.band=0", "analysis.band must be a number above 0 and below 1"),
+        ("analysis.confidence=95", "analysis.confidence must be"),
+        ("analysis.band=.nan", "analysis.band must be"),
+        ("report.memory_limit_gib=lots", "report.memory_limit_gib must be a number"),
+        ("measure.step_timeout_s=3e6", "measure.step_timeout_s must be a number above 0 and below 1e\\+06"),
+        ("measure.max_blocks=2", "measure.max_blocks=2 is below min_blocks=6"),
+        ("measure=3", "a group is set to the name of an option"),
+        ("model.num_heads=3", "num_heads=3 is no multiple"),
+        ("model.num_layers=many", "model.num_layers must be"),
+        ("model.tie_word_embeddings=perhaps", "model.tie_word_embeddings must be true or false"),
+        ("model.name=3", "model.name must be a text"),
+        ("+model.depth=3", "there is no setting 'model.depth'"),
+        ("+measure.max_block=3", "there is no setting 'measure.max_block'.*did you mean max_blocks"),
+        ("+sede=1", "there is no setting 'sede'.*did you mean seed"),
+        ("~seed", "seed is missing"),
+        ("~model.emb_dim", "model.emb_dim is missing"),
+        ("seed=???", "Missing mandatory value: seed"),
+        ("seed=${nowhere}", "'nowhere' not found"),
+        ("opt.mlp=3", "opt.mlp must be a group of settings"),
+        ("~opt.mlp._target_", "opt.mlp names no function"),
+        ("workload=", "no workload is named"),
+        ("runtime=[]", "no runtime is named"),
+        ("design.name=all", "design.name='all' is unknown"),
+        ("+workload.generate.tokens=1", "workload.generate.batch_size is missing"),
+    ],
+)
+def test_a_wrong_value_is_named(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        compose(["opt=mlp", override])
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_settings_without_a_mapping_are_refused() -> None:
+    config = replace(compose([]), seed=1).to_dict() | {"report": 3}
+    with pytest.raises(UserError, match="report must be a group of settings"):
+        settings_from(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "device", "runtime", "processes"),
+    [
+        ([], "cpu", "eager", 2),
+        ([], "cuda", "eager", 2),
+        ([], "cuda", "graph", 5),
+        ([], "cuda", "compile", 5),
+        (["measure=quick"], "cuda", "graph", 2),
+        (["measure.target=0.005"], "cpu", "eager", 5),
+        (["measure.min_processes=3"], "cuda", "graph", 3),
+        (["+peer=transformers"], "cpu", "eager", 5),
+        (["+peer=transformers", "measure=quick"], "cpu", "eager", 5),
+        (["+peer=transformers", "measure.min_processes=3"], "cpu", "eager", 3),
+        (["measure=thorough"], "cpu", "eager", 5),
+    ],
+)
+def test_narrow_intervals_and_ratios_to_others_take_more_processes(
+    overrides: list[str], device: str, runtime: str, processes: int
+) -> None:
+    assert replace(compose(overrides), device=device).min_processes(runtime) == processes

@@ -1,0 +1,654 @@
+"""The record loses nothing, invents nothing, and names what is damaged."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from qwen3bench.errors import UserError
+from qwen3bench.record import reader as module
+from qwen3bench.record.reader import (
+    SCHEMA,
+    RecordWriter,
+    clean_stale,
+    encode,
+    point_latest,
+    read_record,
+    write_atomic,
+)
+
+RUN = {
+    "type": "run",
+    "config": {"model": {"name": "tiny"}},
+    "factors": ["flash", "tie"],
+    "cells": ["baseline", "flash+tie"],
+    "workloads": ["prefill"],
+    "runtimes": ["eager"],
+}
+fuzz = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def sample(position: int = 0, **more: Any) -> dict[str, Any]:
+    where = {
+        "workload": "prefill",
+        "runtime": "eager",
+        "cell": "baseline",
+        "copy": 0,
+        "process": 1,
+        "block": 0,
+    }
+    return {"type": "sample", **where, "position": position, "latency_s": 0.1 + position / 7, **more}
+
+
+def seal(text: str) -> bytes:
+    """A line with a true checksum around any text, made without the code under test."""
+    body = text.encode().rstrip(b"}")
+    return body + b',"crc":"' + f"{zlib.crc32(body):08x}".encode() + b'"}\n'
+
+
+def written(directory: Path, *lines: dict[str, Any]) -> Path:
+    with RecordWriter(directory) as writer:
+        writer.append(RUN, *lines)
+    return directory / "samples.jsonl"
+
+
+def positions(path: Path) -> list[int]:
+    return [line["position"] for line in read_record(path).of("sample")]
+
+
+def python(code: str, *args: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+
+# --- what is written is read ---
+
+
+def test_reads_what_was_written(tmp_path: Path) -> None:
+    hostile = sample(1, cell='=cmd|"\n\u2028\u0000\udc80</script>', ttft_s=None, itl_s=[0.1, 0.2], repeat=2**53 + 1)
+    path = written(tmp_path, sample(0), hostile, {"type": "end", "status": "finished"})
+
+    record = read_record(tmp_path)
+
+    back = [{k: v for k, v in line.items() if k not in ("v", "crc")} for line in record.of("sample")]
+    assert back == [sample(0), hostile]
+    assert record.run["config"] == RUN["config"]
+    assert record.types == {"run": 1, "sample": 2, "end": 1}
+    assert record.warnings == []
+    assert record.of("verify") == []
+    assert path.read_bytes().count(b"\n") == 4
+
+
+def test_line_has_the_published_form() -> None:
+    line = encode({"type": "end", "status": "finished", "time": 1.5})
+
+    body = b'{"v":1,"type":"end","status":"finished","time":1.5'
+    assert line == body + b',"crc":"' + b"%08x" % zlib.crc32(body) + b'"}\n'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"type": "smaple"},
+        {"status": "finished"},
+        {"type": "end"},
+        {"type": "end", "status": "finished", "crc": "00000000"},
+        {"type": "end", "status": "finished", "time": float("nan")},
+        {"type": "ceiling", "vendor": {"deep": [1.0, float("-inf")]}},
+        sample(latency_s=0.0),
+        sample(latency_s=-0.1),
+        sample(latency_s=float("nan")),
+        sample(latency_s="0.1"),
+        sample(ttft_s=0),
+        sample(tpot_s="fast"),
+        {**sample(), "cell": None},
+    ],
+    ids=str,
+)
+def test_refuses_to_write_what_cannot_be_used(tmp_path: Path, line: dict[str, Any]) -> None:
+    path = written(tmp_path)
+    before = path.read_bytes()
+
+    with (
+        RecordWriter(tmp_path) as writer,
+        pytest.raises(ValueError, match=r"no line of a record|JSON compliant"),
+    ):
+        writer.append(sample(), line)
+
+    assert path.read_bytes() == before
+
+
+def test_frame_has_a_column_per_field_and_keeps_order(tmp_path: Path) -> None:
+    written(tmp_path, sample(0), sample(1), {"type": "visit", **{k: sample()[k] for k in list(sample())[1:7]}})
+    assert list(read_record(tmp_path).frame("sample")) == list(sample())[1:]
+    assert read_record(tmp_path).frame("sample")["latency_s"].tolist() == [0.1, 0.1 + 1 / 7]
+
+    with RecordWriter(tmp_path) as writer:
+        writer.append(sample(2, ttft_s=0.05), sample(3))
+    frame = read_record(tmp_path).frame("sample")
+
+    assert frame["position"].tolist() == [0, 1, 2, 3]
+    assert frame["ttft_s"].isna().tolist() == [True, True, False, True]
+    assert read_record(tmp_path).frame("memory").empty
+
+
+def test_resumed_record_continues_the_file(tmp_path: Path) -> None:
+    with RecordWriter(tmp_path) as writer:
+        assert writer.empty
+    path = written(tmp_path, sample(0))
+    before = path.read_bytes()
+
+    with RecordWriter(tmp_path) as writer:
+        assert not writer.empty
+        writer.append(sample(1))
+
+    assert path.read_bytes().startswith(before)
+    assert positions(path) == [0, 1]
+
+
+# --- torn and damaged files ---
+
+
+def test_torn_last_line_is_dropped_and_cut_off_wherever_it_tore(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = written(tmp_path, sample(0), sample(1))
+    whole = path.read_bytes()
+    last = len(encode(sample(1)))
+    for cut in range(1, last):
+        path.write_bytes(whole[:-cut])
+
+        record = read_record(path)
+        assert [line["position"] for line in record.of("sample")] == [0]
+        assert len(record.warnings) == 1
+        assert "line 3: is torn" in record.warnings[0]
+
+        if 20 < cut < last - 20:
+            continue
+        caplog.clear()
+        with RecordWriter(tmp_path) as writer:
+            writer.append(sample(2))
+        assert "torn" in caplog.text
+        assert positions(path) == [0, 2]
+        assert read_record(path).warnings == []
+
+
+@pytest.mark.parametrize("content", [b"my own notes", b"my own\nnotes", b'{"v":2,"type":"run","crc":"1"}\n{"v":2,"ty'])
+def test_what_is_no_record_is_refused_and_stays_as_it_is(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "samples.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=r"is no record|has schema 2|first line is damaged"), RecordWriter(tmp_path):
+        raise AssertionError("taken for a record")
+    assert (tmp_path / "samples.jsonl").read_bytes() == content
+
+
+def test_long_torn_tail_is_cut_off(tmp_path: Path) -> None:
+    path = written(tmp_path, sample(0))
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"\0" * 200_000)  # as a file system leaves it after a power cut
+
+    with RecordWriter(tmp_path):
+        assert path.read_bytes() == whole
+
+
+def test_torn_first_line_leaves_an_empty_record(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(encode(RUN)[:-1])
+    with pytest.raises(UserError, match="first line is damaged"):
+        read_record(path)
+    with RecordWriter(tmp_path) as writer:
+        assert writer.empty
+
+
+def test_every_flipped_bit_of_a_line_is_found_and_named(tmp_path: Path) -> None:
+    path = written(tmp_path, *map(sample, range(4)))
+    whole = path.read_bytes()
+    start = whole.index(encode(sample(1)))
+    end = start + len(encode(sample(1))) - 1  # its newline
+    for place in range(start, end):
+        for bit in range(8):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << bit
+            path.write_bytes(damaged)
+
+            record = read_record(path)
+
+            assert [line["position"] for line in record.of("sample")] == [0, 2, 3], (place, bit)
+            assert record.warnings[0].startswith("line 3: the checksum does not match")
+
+    damaged = bytearray(whole)
+    damaged[end] ^= 1
+    path.write_bytes(damaged)
+    assert positions(path) == [0, 3]
+    assert read_record(path).warnings[0].startswith("line 3: ")
+
+
+def test_damaged_first_line_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, sample())
+    whole = bytearray(path.read_bytes())
+    whole[20] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match="first line is damaged"):
+        read_record(path)
+
+
+def test_counts_damaged_lines_beyond_the_first_twenty(tmp_path: Path) -> None:
+    path = written(tmp_path, sample())
+    path.write_bytes(path.read_bytes() + b"rust\n" * 33)
+
+    warnings = read_record(path).warnings
+
+    assert len(warnings) == 21
+    assert warnings[0].startswith("line 3: ")
+    assert warnings[-1].startswith("13 more damaged lines")
+
+
+@pytest.mark.parametrize("version", [SCHEMA + 1, 0, -1])
+@pytest.mark.parametrize("type_", ["run", "end"])
+def test_refuses_another_schema(tmp_path: Path, version: int, type_: str) -> None:
+    path = tmp_path / "samples.jsonl"
+    before = encode(RUN) if type_ == "end" else b""
+    path.write_bytes(before + seal(json.dumps({"v": version, "type": type_, "status": "finished"})))
+    with pytest.raises(UserError, match=f"schema {version} .*reads {SCHEMA}"):
+        read_record(path)
+
+
+def test_ignores_unknown_types_with_a_warning(tmp_path: Path) -> None:
+    path = written(tmp_path, sample())
+    path.write_bytes(path.read_bytes() + 2 * seal('{"v":1,"type":"mood"}'))
+
+    record = read_record(path)
+
+    assert record.types == {"run": 1, "sample": 1}
+    assert record.warnings == ["2 lines of the unknown type 'mood' are ignored"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":0,"latency_s":NaN}',
+        '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":0,"latency_s":1e999}',
+        '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":0,"latency_s":-1}',
+        '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":0}',
+        '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":0,"latency_s":1e308}',
+        '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":0,"latency_s":1,"copy":"x"}',
+        '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":0,"latency_s":1,"process":[1]}',
+        '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":-1,"latency_s":1}',
+        '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":0,"latency_s":1,"itl_s":"abc"}',
+        '{"v":1,"type":"sample","workload":"p","runtime":"e","cell":"c","block":0,"latency_s":1,"itl_s":[1,null]}',
+        '{"v":1,"type":"ceiling","vendor":{"a":[[-1e999]]}}',
+        '{"v":1,"type":["end"],"status":"finished"}',
+        '{"v":true,"type":"end","status":"finished"}',
+        '{"v":1,"type":"ceiling","vendor":' + "[" * 700 + "]" * 700 + "}",
+        '{"v":1,"type":"ceiling","vendor":' + "[" * 100_000 + "]" * 100_000 + "}",
+        '{"v":1,"type":"end","status":"\xff"}',
+        "5}",
+    ],
+    ids=lambda text: text[:60] + text[-9:],
+)
+def test_drops_a_line_with_a_true_checksum_that_makes_no_sense(tmp_path: Path, text: str) -> None:
+    path = written(tmp_path, sample())
+    path.write_bytes(path.read_bytes() + seal(text))
+
+    record = read_record(path)
+
+    assert record.types == {"run": 1, "sample": 1}
+    assert len(record.warnings) == 1
+    assert record.warnings[0].startswith("line 3: ")
+
+
+def test_refuses_what_is_no_record(tmp_path: Path) -> None:
+    for content, why in [
+        (b"", "is empty"),
+        (b"\n", "is no record"),
+        (b"cell,latency_s\nbaseline,1\n", "is no record"),
+        (os.urandom(4096), "is no record"),
+        (encode({"type": "end", "status": "finished"}), "is no record"),
+        (seal(json.dumps({"v": 1, **RUN, "factors": [1, 2]})), "factors that are no names"),
+    ]:
+        (tmp_path / "samples.jsonl").write_bytes(content)
+        with pytest.raises(UserError, match=why):
+            read_record(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for path in ("missing", "empty", "a\0b", "n" * 5000):
+        with pytest.raises(UserError, match="holds no record"):
+            read_record(tmp_path / path)
+    with pytest.raises(UserError, match="holds no record"):
+        read_record("/dev/null")
+
+
+@fuzz
+@given(st.binary(max_size=400))
+def test_arbitrary_bytes_give_a_clear_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "samples.jsonl").write_bytes(content)
+    with pytest.raises(UserError):
+        read_record(tmp_path)
+
+
+@fuzz
+@given(st.data())
+def test_no_damage_gives_a_wrong_number(tmp_path: Path, data: st.DataObject) -> None:
+    lines = [sample(position) for position in range(5)]
+    content = encode(RUN) + b"".join(map(encode, lines))
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, len(content)))
+        end = data.draw(st.integers(start, min(len(content), start + 300)))
+        copied = data.draw(st.integers(0, len(content)))
+        new = data.draw(st.one_of(st.binary(max_size=20), st.just(content[copied : copied + 250])))
+        content = content[:start] + new + content[end:]
+    (tmp_path / "samples.jsonl").write_bytes(content)
+    try:
+        record = read_record(tmp_path)
+    except UserError:
+        return
+    back = [{k: v for k, v in line.items() if k not in ("v", "crc")} for line in record.of("sample")]
+    assert all(line in lines for line in back)
+    assert len(record.frame("sample")) == len(back)
+
+
+json_values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@fuzz
+@given(st.dictionaries(st.sampled_from([*sample(), "v", "itl_s"]), json_values, max_size=4))
+def test_any_values_under_a_true_checksum_are_used_whole_or_not_at_all(tmp_path: Path, values: dict[str, Any]) -> None:
+    forged = {"v": 1, **sample(), **values}
+    (tmp_path / "samples.jsonl").write_bytes(encode(RUN) + seal(json.dumps(forged)[:-1] + "}"))
+    try:
+        record = read_record(tmp_path)
+    except UserError:
+        event("another schema")
+        return
+    for line in record.of("sample"):
+        assert {**line, "crc": None} == {**forged, "crc": None}
+        assert 0 < line["latency_s"] < float("inf")
+    record.frame("sample")
+
+
+# --- a disk that refuses ---
+
+
+def test_full_device_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "samples.jsonl").symlink_to("/dev/full")
+    with RecordWriter(tmp_path) as writer, pytest.raises(UserError, match=r"No space left.*resume="):
+        writer.append(RUN)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_full_disk_leaves_whole_lines_and_recovers(tmp_path: Path) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        (tmp_path / "filler").write_bytes(b"x" * 32_768)
+        (tmp_path / "report.md").write_text("old")
+        with RecordWriter(tmp_path) as writer:
+            writer.append(RUN)
+            done = 0
+            with pytest.raises(UserError, match="No space left"):  # noqa: PT012
+                for done in range(10_000):
+                    writer.append(sample(done), sample(done))
+            with pytest.raises(UserError, match="No space left"):
+                write_atomic(tmp_path / "report.md", "new" * 20_000)
+            assert (tmp_path / "report.md").read_text() == "old"
+            assert positions(tmp_path) == [i for i in range(done) for _ in "ab"]
+            assert read_record(tmp_path).warnings == []
+
+            (tmp_path / "filler").unlink()
+            writer.append(sample(done))
+        assert positions(tmp_path)[-2:] == [done - 1, done]
+        assert not list(tmp_path.glob(".*.tmp-*"))
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_file_size_limit_leaves_whole_lines(tmp_path: Path) -> None:
+    written(tmp_path, sample(0))
+    (tmp_path / "old.md").write_text("old")
+    code = """
+import sys
+from qwen3bench.record.reader import RecordWriter, write_atomic
+from qwen3bench.errors import UserError
+line = {"type": "end", "status": "s" * 1500}
+with RecordWriter(sys.argv[1]) as writer:
+    for act in (lambda: [writer.append(line, line) for _ in range(9)],
+                lambda: write_atomic(sys.argv[1] + "/old.md", "x" * 9000)):
+        try:
+            act()
+        except UserError as error:
+            print(error)
+"""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))  # noqa: E731
+    result = python(code, tmp_path, preexec_fn=limit)
+
+    assert result.stdout.count("File too large") == 2, result.stderr
+    assert read_record(tmp_path).types == {"run": 1, "sample": 1, "end": 4}
+    assert read_record(tmp_path).warnings == []
+    assert (tmp_path / "old.md").read_text() == "old"
+
+
+def test_unwritable_directory_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match=r"cannot be written.*run\.dir="),
+        RecordWriter(tmp_path / "file" / "run"),
+    ):
+        pass
+    (tmp_path / "run" / "samples.jsonl").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"samples\.jsonl: cannot be written"), RecordWriter(tmp_path / "run"):
+        pass
+
+
+def test_failed_sync_takes_the_lines_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path, sample(0))
+    before = path.read_bytes()
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with RecordWriter(tmp_path) as writer:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fail)
+            with pytest.raises(UserError, match="Input/output error"):
+                writer.append(sample(1))
+        assert path.read_bytes() == before
+        writer.append(sample(2))
+    assert positions(path) == [0, 2]
+
+
+def test_lines_of_one_append_go_out_in_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, write = [], os.write
+
+    def counted(file: int, data: bytes) -> int:
+        sizes.append(len(data))
+        return write(file, data)
+
+    with RecordWriter(tmp_path) as writer:
+        monkeypatch.setattr(os, "write", counted)
+        writer.append(RUN, sample(0), sample(1))
+    assert sizes == [(tmp_path / "samples.jsonl").stat().st_size]
+
+
+def test_short_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:7]))
+    assert positions(written(tmp_path, sample(0), sample(1))) == [0, 1]
+
+
+def test_interrupt_amid_a_write_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, write = written(tmp_path, sample(0)), os.write
+
+    def interrupted(file: int, data: bytes) -> int:
+        write(file, data[:50])
+        raise KeyboardInterrupt
+
+    with RecordWriter(tmp_path) as writer:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                writer.append(sample(1))
+        writer.append({"type": "end", "status": "interrupted"})
+    assert read_record(path).types == {"run": 1, "sample": 1, "end": 1}
+    assert read_record(path).warnings == []
+
+
+# --- one writer ---
+
+HOLD = """
+import sys, time
+from qwen3bench.record.reader import RecordWriter
+with RecordWriter(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError) as refused, RecordWriter(tmp_path):
+            pass
+        assert str(tmp_path) in str(refused.value)
+        assert f"process {holder.pid})" in str(refused.value)
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+    written(tmp_path, sample(0))
+
+
+def test_lock_dies_though_a_child_lives_on(tmp_path: Path) -> None:
+    code = """
+import subprocess, sys
+from qwen3bench.record.reader import RecordWriter
+with RecordWriter(sys.argv[1]):
+    subprocess.run([sys.executable, "-c", "print('held', flush=True); input()"], close_fds=False)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        holder.kill()
+        holder.wait()
+        written(tmp_path, sample(0))
+    finally:
+        holder.communicate("\n")
+
+
+def test_a_lock_that_outlives_its_dead_holder_for_a_moment_is_waited_for(tmp_path: Path) -> None:
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    lock = os.open(tmp_path / ".lock", os.O_RDWR | os.O_CREAT)
+    os.pwrite(lock, gone.stdout, 0)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    threading.Timer(0.3, os.close, [lock]).start()
+    with RecordWriter(tmp_path) as writer:
+        assert writer.empty
+
+
+def test_lock_is_free_after_closing_though_a_copy_lives_on(tmp_path: Path) -> None:
+    with RecordWriter(tmp_path) as writer:
+        copy = os.dup(writer._lock)  # as a child has it between its fork and its exec
+    try:
+        written(tmp_path, sample(0))
+    finally:
+        os.close(copy)
+
+
+def test_refused_writer_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    with RecordWriter(tmp_path) as writer:
+        writer.append(RUN)
+        path.write_bytes(path.read_bytes() + b'{"half')  # what a reader may see amid a write
+        with pytest.raises(UserError, match=f"process {os.getpid()}"), RecordWriter(tmp_path):
+            pass
+        assert path.read_bytes().endswith(b'{"half')
+
+
+# --- derived files ---
+
+
+def test_writes_text_and_bytes(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "a.md", "é\udc80")
+    write_atomic(tmp_path / "b.png", b"\x89PNG")
+    write_atomic(str(tmp_path / "b.png"), b"new")
+    assert (tmp_path / "a.md").read_bytes() == "é\\udc80".encode()
+    assert (tmp_path / "b.png").read_bytes() == b"new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.md", "b.png"]
+    with pytest.raises(UserError, match="cannot be written"):
+        write_atomic(tmp_path / "missing" / "a.md", "text")
+
+
+def test_death_before_the_rename_leaves_the_old_file_and_a_stale_one(tmp_path: Path) -> None:
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "a.svg").write_text("old")
+    code = """
+import os, sys
+from qwen3bench.record.reader import write_atomic
+os.replace = lambda *_: os._exit(9)
+write_atomic(sys.argv[1], "new" * 1000)
+"""
+    assert python(code, tmp_path / "plots" / "a.svg").returncode == 9
+    stale = list(tmp_path.rglob(".*.tmp-*"))
+    assert [path.read_text() for path in stale] == ["new" * 1000]
+    assert (tmp_path / "plots" / "a.svg").read_text() == "old"
+
+    (tmp_path / f".b.md.tmp-{os.getppid()}").write_text("of a live process")
+    (tmp_path / f".c.md.tmp-{os.getpid()}").write_text("of an earlier process with our id")
+    (tmp_path / ".notes.tmp-mine").write_text("not ours")
+    clean_stale(tmp_path)
+
+    left = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
+    assert left == sorted(["a.svg", f".b.md.tmp-{os.getppid()}", ".notes.tmp-mine"])
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_latest_points_at_the_newest_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    if not links:
+        monkeypatch.setattr(Path, "symlink_to", refuse)
+    for number, name in enumerate(["first", "second"]):
+        written(tmp_path / "results" / name, sample(number))
+        point_latest(tmp_path / "results" / name)
+    latest = tmp_path / "results" / "latest"
+    assert latest.is_symlink() is links
+    assert positions(latest) == [1]
+
+    (tmp_path / "results").rename(tmp_path / "moved")
+    assert positions(tmp_path / "moved" / "latest") == [1]
+    assert sorted(path.name for path in (tmp_path / "moved").iterdir()) == ["first", "latest", "second"]
+
+
+def test_latest_never_replaces_a_directory(tmp_path: Path) -> None:
+    written(tmp_path / "latest", sample(3))
+    written(tmp_path / "run", sample(4))
+    point_latest(tmp_path / "latest")
+    with pytest.raises(UserError, match="latest: cannot be replaced"):
+        point_latest(tmp_path / "run")
+    assert positions(tmp_path / "latest") == [3]
+    assert not list(tmp_path.glob(".*.tmp-*"))
+
+
+def test_reader_needs_neither_torch_nor_pandas() -> None:
+    code = f"import sys, {module.__name__}; print({{'torch', 'pandas'}} & set(sys.modules))"
+    assert python(code).stdout == "set()\n"

@@ -1,0 +1,422 @@
+"""The gate accepts every right cell, whatever the seed, and says of the others what is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qwen3bench.config.model_config import ModelConfig
+from qwen3bench.model.build import build_model
+from qwen3bench.model.layers import TransformerBlock
+from qwen3bench.model.parts import Parts
+from qwen3bench.opt import mask
+from qwen3bench.opt.mlp import FusedFeedForward
+from qwen3bench.record.design import design_cells, label
+from qwen3bench.worker.equivalence import gate as equivalence
+from qwen3bench.worker.equivalence.gate import LARGEST, Gate, exact_float32, kv_cache, sensitised, whole_size
+
+TINY = ModelConfig(
+    num_layers=2,
+    emb_dim=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    hidden_dim=96,
+    vocab_size=256,
+    context_length=512,
+)
+FIVE = ("flash", "tie", "mlp", "mask", "norm")
+CELLS = design_cells("full", FIVE)
+FIELDS = {"equivalent", "ran", "max_abs_error", "kl_mean", "top1_agreement", "reason", "checks"}
+
+
+def gate_of(config: ModelConfig = TINY, dtype: torch.dtype = torch.float32, **options: Any) -> Gate:
+    return Gate(config, device="cpu", dtype=dtype, **options)
+
+
+@pytest.fixture(scope="module")
+def gate() -> Gate:
+    return gate_of()
+
+
+# Right cells
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_right_cell_is_rejected(seed: int) -> None:
+    gate = gate_of(seed=seed)
+    rejected = {label(cell): verdict["reason"] for cell in CELLS if not (verdict := gate.check(cell))["equivalent"]}
+    assert rejected == {}
+
+
+def test_no_right_cell_is_rejected_in_bfloat16(all_opts: tuple[str, ...]) -> None:
+    gate = gate_of(dtype=torch.bfloat16)
+    for cell in design_cells("full", all_opts):
+        verdict = gate.check(cell)
+        assert verdict["reason"] is None
+        assert set(verdict) == FIELDS
+        assert 0 < verdict["max_abs_error"] < 1e-3  # float32's
+        assert 1e-6 < verdict["kl_mean"] < 1e-2  # bfloat16's
+        assert verdict["top1_agreement"] >= 0.99
+        assert verdict["checks"]["bfloat16_rms_error"] > 100 * verdict["checks"]["float32_rms_error"]
+
+
+def test_the_baseline_is_its_own_measure(gate: Gate) -> None:
+    checks = gate.check(())["checks"]
+    assert checks["float32_max_ratio"] == checks["float32_rms_ratio"] == 1.0
+    assert checks["layers"] == 2
+    assert checks["vocabulary"] == 256
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([(1, 2048)], (1, 2048)),
+        ([(1, 512), (1, 2048)], (1, 2048)),
+        ([(8, 1024), (1, 1)], (2, 1024)),
+        ([(1, 8192)], (1, 2048)),
+        ([(4096, 1)], (2048, 1)),
+        ([(3, 1500)], (1, 1500)),
+    ],
+)
+def test_of_the_workloads_own_size_as_much_is_judged_as_is_allowed(
+    sizes: list[tuple[int, int]], expected: tuple[int, int]
+) -> None:
+    assert whole_size(sizes) == expected
+
+
+def test_a_fault_at_the_workloads_own_size_alone_is_found_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = FusedFeedForward.forward
+
+    def forward(self: FusedFeedForward, x: Tensor) -> Tensor:
+        out = right(self, x)
+        if x.shape[1] > LARGEST[1]:
+            out[:, -64:] *= 1.5
+        return out
+
+    monkeypatch.setattr(equivalence, "_chooses_by_size", lambda device: True)
+    longer, sizes = replace(TINY, context_length=1024), [(1, 1024)]
+    gate = gate_of(longer, sizes=sizes)
+    assert [case.name for case in gate.cases][-1] == "a prefill of 1 × 1024"
+    assert gate.prompts[-1].shape == (1, 1024)
+    rejected = {label(cell): verdict["reason"] for cell in CELLS if not (verdict := gate.check(cell))["equivalent"]}
+    assert rejected == {}
+    monkeypatch.setattr(FusedFeedForward, "forward", forward)
+    assert not gate.check(("mlp",))["equivalent"]
+    monkeypatch.undo()
+    monkeypatch.setattr(FusedFeedForward, "forward", forward)
+    assert gate_of(longer, sizes=sizes).check(("mlp",))["equivalent"]  # a CPU, where it takes too long
+
+
+def test_a_context_shorter_than_the_prompts_cuts_them() -> None:
+    gate = gate_of(replace(TINY, context_length=20))
+    assert [prompt.shape[1] for prompt in gate.prompts] == [1, 7, 20]
+    assert gate.check(("flash", "mask"))["equivalent"]
+
+
+def test_a_deep_model_is_judged_on_a_shallow_one_of_its_shapes() -> None:
+    gate = gate_of(replace(TINY, num_layers=40, vocab_size=50_000))
+    assert replace(gate.config, num_layers=40, vocab_size=50_000, context_length=512) == replace(
+        TINY, num_layers=40, vocab_size=50_000
+    )
+    checks = gate.check(("norm",))["checks"]
+    assert (checks["layers"], checks["vocabulary"]) == (2, 4096)
+
+
+def test_the_weights_are_exact_in_both_dtypes_and_no_gain_is_one() -> None:
+    weights = sensitised(TINY, torch.device("cpu"), torch.bfloat16, seed=3)
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, tensor.bfloat16().float()), name
+        if name.endswith("norm.weight"):
+            assert tensor.std() > 0.05 * tensor.mean(), name
+    assert weights["model.layers.0.self_attn.q_norm.weight"].mean() == pytest.approx(3, rel=0.3)
+
+
+# What cannot be judged, and what must not leak in
+
+
+def wrapped(gate: Gate, forward: Any) -> dict[str, Any]:
+    """The verdict on the baseline with `forward(its own, tokens, cache, start)` in place of its own."""
+
+    def factory(weights: dict[str, Tensor], dtype: torch.dtype) -> Any:
+        model = build_model(gate.config, (), weights)
+        own = model.forward
+        model.forward = lambda tokens, cache=None, start=0, keep=0: forward(own, tokens, cache, start)[:, -keep:]
+        return model
+
+    return gate.check_model(factory, kv_cache)
+
+
+def test_nan_in_one_logit_is_rejected(gate: Gate) -> None:
+    def forward(own, tokens, cache, start):
+        logits = own(tokens, cache, start).clone()
+        logits[0, -1, 3] = float("nan")
+        return logits
+
+    verdict = wrapped(gate, forward)
+    assert verdict["reason"] == "float32: logits hold NaN or infinity"
+    assert not verdict["equivalent"]
+
+
+def test_logits_of_the_last_token_alone_are_rejected(gate: Gate) -> None:
+    verdict = wrapped(gate, lambda own, tokens, cache, start: own(tokens, cache, start)[:, -1:])
+    assert not verdict["equivalent"]
+    assert "shape" in verdict["reason"]
+    assert verdict["ran"]
+
+
+def test_a_cell_that_raises_is_rejected_with_its_reason(gate: Gate) -> None:
+    def forward(own, tokens, cache, start):
+        raise RuntimeError("No available kernel. Aborting execution.\nmore")
+
+    verdict = wrapped(gate, forward)
+    assert verdict["reason"] == "float32: it does not run: No available kernel. Aborting execution"
+    assert not verdict["ran"]
+    assert not verdict["equivalent"]
+
+
+def test_blocks_unlike_those_that_are_judged_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate runs two layers on a CPU; what the third does, it would not see."""
+    made: list[int] = []
+
+    class Idle(TransformerBlock):
+        def forward(self, x, *rest):
+            return x
+
+    def block(config: ModelConfig, parts: Parts) -> TransformerBlock:
+        made.append(1)
+        return (TransformerBlock if len(made) % config.num_layers in (1, 2) else Idle)(config, parts)
+
+    deep = replace(TINY, num_layers=4)
+    monkeypatch.setattr(mask, "apply", lambda parts: replace(parts, block=block))
+    verdict = Gate(deep, device="cpu", dtype=torch.float32).check(("mask",))
+    assert not verdict["equivalent"]
+    assert verdict["reason"] == "its blocks are of different kinds, so that the first 2 of 4 do not tell of all"
+    assert set(verdict) == FIELDS
+    monkeypatch.undo()
+    assert Gate(deep, device="cpu", dtype=torch.float32).check(("mask",))["equivalent"]
+
+
+def test_any_error_of_a_model_is_a_verdict(gate: Gate) -> None:
+    def forward(own, tokens, cache, start):
+        raise TypeError("unexpected argument")
+
+    assert wrapped(gate, forward)["reason"] == "float32: it does not run: unexpected argument"
+
+
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError, torch.AcceleratorError])
+def test_want_of_memory_and_device_faults_are_the_callers(gate: Gate, error: type[Exception]) -> None:
+    def forward(own, tokens, cache, start):
+        raise error("from the device")
+
+    with pytest.raises(error):
+        wrapped(gate, forward)
+
+
+def test_one_sequence_reading_anothers_is_rejected(gate: Gate) -> None:
+    def forward(own, tokens, cache, start):
+        return own(tokens.roll(1, 0), cache, start).roll(-1, 0) if tokens.shape[1] == 1 else own(tokens, cache, start)
+
+    verdict = wrapped(gate, forward)
+    assert not verdict["equivalent"]
+    assert "decode" in verdict["reason"]
+
+
+def test_float32_is_exact_inside_and_as_before_outside(gate: Gate) -> None:
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    seen = set()
+
+    def forward(own, tokens, cache, start):
+        seen.add((cuda.fp32_precision, cpu.fp32_precision))
+        return own(tokens, cache, start)
+
+    before = cuda.fp32_precision, cpu.fp32_precision
+    try:
+        cuda.fp32_precision, cpu.fp32_precision = "tf32", "bf16"
+        assert wrapped(gate, forward)["equivalent"]
+        assert (cuda.fp32_precision, cpu.fp32_precision) == ("tf32", "bf16")
+    finally:
+        cuda.fp32_precision, cpu.fp32_precision = before
+    assert seen == {("ieee", "ieee")}
+
+
+def test_exact_float32_is_undone_after_an_error() -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        with pytest.raises(ZeroDivisionError), exact_float32():
+            raise ZeroDivisionError
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_the_callers_threads_come_back(gate: Gate) -> None:
+    before = torch.get_num_threads()
+    gate.check(("norm",))
+    assert torch.get_num_threads() == before
+
+
+# Options that allow less than the default ones
+
+
+class Refusing(nn.Module):
+    """The baseline, but it refuses some calls, as a forced attention backend does."""
+
+    def __init__(self, model: nn.Module, refuses: Any) -> None:
+        super().__init__()
+        self.inner = model
+        self.refuses = refuses
+        self.tok_emb, self.config = model.tok_emb, model.config
+
+    def forward(self, tokens: Tensor, cache: Any = None, start: int = 0, keep: int = 0) -> Tensor:
+        if self.refuses(self.tok_emb.weight.dtype, tokens.shape[1], start):
+            raise RuntimeError("No available kernel")
+        return self.inner(tokens, cache, start, keep)
+
+
+def refusing(gate: Gate, refuses: Any, stand_in: bool = True) -> dict[str, Any]:
+    def plain(weights: dict[str, Tensor], dtype: torch.dtype) -> Any:
+        return build_model(gate.config, (), weights)
+
+    return gate.check_model(
+        lambda weights, dtype: Refusing(plain(weights, dtype), refuses), kv_cache, plain if stand_in else None
+    )
+
+
+def test_float32_and_chunks_may_be_refused_where_the_default_options_run_them() -> None:
+    gate = gate_of(dtype=torch.bfloat16)
+
+    def refuses(dtype, tokens, start):
+        return dtype is torch.float32 or (start > 0 and tokens > 1)
+
+    verdict = refusing(gate, refuses)
+    assert verdict["equivalent"]
+    assert verdict["checks"]["float32_stood_in"] == len(gate.cases)
+    assert verdict["checks"]["bfloat16_stood_in"] == 2  # chunks of two prompts
+    assert "No available kernel" in refusing(gate, refuses, stand_in=False)["reason"]
+
+
+@pytest.mark.parametrize("tokens_refused", ["prefill", "decode"])
+def test_what_a_workload_does_must_run_in_the_runs_dtype(tokens_refused: str) -> None:
+    gate = gate_of(dtype=torch.bfloat16)
+
+    def refuses(dtype, tokens, start):
+        return dtype is torch.bfloat16 and (tokens > 1 if tokens_refused == "prefill" else tokens == 1)
+
+    verdict = refusing(gate, refuses)
+    assert verdict["reason"] == "bfloat16: it does not run: No available kernel"
+
+
+def test_a_backend_that_a_cpu_lacks_is_refused_with_pytorchs_words() -> None:
+    gate = gate_of(opts={"flash": {"backend": "cudnn"}})
+    assert gate.check(())["equivalent"]
+    verdict = gate.check(("flash",))
+    assert not verdict["equivalent"]
+    assert "does not run" in verdict["reason"]
+    assert "scaled_dot_product_attention" in verdict["reason"]
+
+
+# Other models
+
+
+def test_a_model_without_a_cache_is_judged_by_its_prefill(gate: Gate) -> None:
+    def factory(weights: dict[str, Tensor], dtype: torch.dtype) -> Any:
+        model = build_model(gate.config, ("flash", "mask"), weights)
+        return lambda tokens: model(tokens)
+
+    assert gate.check_model(factory)["equivalent"]
+    worse = gate.check_model(lambda weights, dtype: lambda tokens: factory(weights, dtype)(tokens) * 1.001)
+    assert not worse["equivalent"]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_transformers_computes_the_same_function(gate: Gate, attention: str) -> None:
+    transformers = pytest.importorskip("transformers")
+
+    def factory(weights: dict[str, Tensor], dtype: torch.dtype) -> Any:
+        config = gate.config
+        theirs = transformers.Qwen3Config(
+            vocab_size=config.vocab_size,
+            hidden_size=config.emb_dim,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            intermediate_size=config.hidden_dim,
+            max_position_embeddings=config.context_length,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
+            tie_word_embeddings=False,
+            attn_implementation=attention,
+        )
+        model = transformers.Qwen3ForCausalLM(theirs).to(dtype).eval()
+        model.load_state_dict(weights)
+
+        def forward(tokens: Tensor, cache: Any = None, start: int = 0, keep: int = 0) -> Tensor:
+            return model(tokens, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep).logits
+
+        return forward
+
+    verdict = gate.check_model(factory, lambda model, batch_size, capacity: transformers.DynamicCache())
+    assert verdict["reason"] is None
+    assert verdict["equivalent"]
+
+
+# On a GPU
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("seed", range(3))
+def test_no_right_cell_is_rejected_on_cuda(seed: int, all_opts: tuple[str, ...]) -> None:
+    config = replace(TINY, emb_dim=512, num_heads=8, num_kv_heads=4, head_dim=128, hidden_dim=1536, vocab_size=4096)
+    gate = Gate(config, device="cuda", dtype=torch.bfloat16, seed=seed)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"  # must not leak in
+        rejected = {
+            label(cell): verdict["reason"]
+            for cell in design_cells("full", all_opts)
+            if not (verdict := gate.check(cell))["equivalent"]
+        }
+    finally:
+        matmul.fp32_precision = before
+    assert rejected == {}
+
+
+@pytest.mark.cuda
+def test_tf32_products_are_rejected_on_cuda() -> None:
+    config = replace(TINY, emb_dim=512, num_heads=8, num_kv_heads=4, head_dim=128, hidden_dim=1536, vocab_size=4096)
+    gate = Gate(config, device="cuda", dtype=torch.float32)
+
+    def forward(own, tokens, cache, start):
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        try:
+            return own(tokens, cache, start)
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+    verdict = wrapped(gate, forward)
+    assert not verdict["equivalent"]
+    assert verdict["checks"]["float32_rms_ratio"] > 10
+
+
+@pytest.mark.cuda
+def test_forced_backends_on_cuda() -> None:
+    config = replace(TINY, emb_dim=512, num_heads=8, num_kv_heads=8, head_dim=128, hidden_dim=1536, vocab_size=4096)
+    reasons = {
+        (backend, label(cell)): Gate(
+            config, device="cuda", dtype=torch.bfloat16, opts={"flash": {"backend": backend}}
+        ).check(cell)["reason"]
+        for backend in ("flash", "efficient", "math")
+        for cell in (("flash",), ("flash", "mask"))
+    }
+    refused = reasons.pop(("flash", "flash"))
+    assert "non-null attn_mask" in refused  # FlashAttention takes no explicit mask
+    assert set(reasons.values()) == {None}

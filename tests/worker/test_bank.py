@@ -1,0 +1,51 @@
+"""One set of weights for all cells: what is shared, and what it costs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwen3bench.config.choices import options_of
+from qwen3bench.config.model_config import ModelConfig
+from qwen3bench.model.checkpoint import EMBEDDING, HEAD
+from qwen3bench.record.design import design_cells
+from qwen3bench.worker.bank import Bank
+
+
+@pytest.fixture(scope="module")
+def bank() -> Bank:
+    config = ModelConfig(**options_of("model", "tiny"))
+    return Bank(config, "random", torch.device("cpu"), torch.float32, 0, {})
+
+
+def _storages(tensors: object) -> dict[int, int]:
+    """Bytes of each storage, by its address."""
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}  # type: ignore[attr-defined]
+
+
+def test_all_cells_are_views_on_it(bank: Bank, all_opts: tuple[str, ...]) -> None:
+    owned = _storages(bank.weights.values())
+    for cell in design_cells("full", all_opts):
+        parameters = dict(bank.build(cell).named_parameters())
+        assert set(_storages(parameters.values())) <= set(owned), cell
+
+
+def test_every_combination_costs_the_weights_once_and_one_head_more(bank: Bank, all_opts: tuple[str, ...]) -> None:
+    models = [bank.build(cell) for cell in design_cells("full", all_opts)]
+    held = _storages(p for model in models for p in model.parameters())
+    tied = bank.build(("tie",))
+    head_bytes = bank.weights[HEAD].nbytes
+    assert sum(held.values()) == tied.parameter_bytes + head_bytes
+
+
+def test_the_head_is_a_copy_of_the_embedding_for_cells_without_tie(bank: Bank) -> None:
+    plain, tied = bank.build(()), bank.build(("tie",))
+    assert torch.equal(plain.out_head.weight, plain.tok_emb.weight)
+    assert plain.out_head.weight.data_ptr() != plain.tok_emb.weight.data_ptr()
+    assert tied.out_head.weight is tied.tok_emb.weight
+    assert bank.weights[HEAD].data_ptr() != bank.weights[EMBEDDING].data_ptr()
+
+
+def test_every_cell_reads_the_same_addresses(bank: Bank) -> None:
+    one, other = (dict(bank.build(cell).named_parameters()) for cell in ((), ("flash", "norm")))
+    assert {name: p.data_ptr() for name, p in one.items()} == {name: p.data_ptr() for name, p in other.items()}

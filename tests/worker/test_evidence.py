@@ -1,0 +1,371 @@
+"""Evidence names what ran, and says so where it cannot tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from qwen3bench.analysis.effective import compare_effective
+from qwen3bench.config.model_config import ModelConfig
+from qwen3bench.model.build import build_model
+from qwen3bench.model.qwen3 import Qwen3Model
+from qwen3bench.model.weights import load_weights
+from qwen3bench.record.design import design_cells, label
+from qwen3bench.worker.evidence import (
+    OWN,
+    SEPARATE,
+    UNKNOWN,
+    _asked_note,
+    _first_block_alone,
+    _operations,
+    _split_note,
+    attention_backend,
+    collect,
+    forget_compilations,
+)
+from qwen3bench.worker.runtimes import GraphRuntime, Runtime
+from qwen3bench.worker.workloads import Workload, WorkloadSize
+
+SMALL = ModelConfig(
+    num_layers=1, emb_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=97, context_length=64
+)
+PREFILL, DECODE = WorkloadSize("prefill", 2, 9, 0), WorkloadSize("decode", 2, 9, 1)
+FIVE = ("flash", "tie", "mlp", "mask", "norm")
+
+
+def evidence(
+    opts: Any = (), size: WorkloadSize = PREFILL, config: ModelConfig = SMALL, runtime: str = "eager"
+) -> dict[str, Any]:
+    model = build_model(config, opts)
+    return collect(model, Workload(size, model), runtime)
+
+
+@pytest.mark.parametrize(
+    ("opts", "backend"),
+    [
+        ((), SEPARATE),
+        (("mask", "norm"), SEPARATE),
+        (("flash",), "FlashAttention"),
+        (("flash", "mask"), "FlashAttention"),
+        ({"flash": {"backend": "math"}}, "math"),
+    ],
+)
+@pytest.mark.parametrize("size", [PREFILL, DECODE], ids=["prefill", "decode"])
+def test_the_backend_that_ran_on_a_cpu(opts: Any, backend: str, size: WorkloadSize) -> None:
+    assert evidence(opts, size)["attention_backend"] == backend
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "efficient"])
+def test_a_forced_backend_that_is_not_there_raises(backend: str) -> None:
+    with pytest.raises(RuntimeError, match="scaled_dot_product_attention"):
+        evidence({"flash": {"backend": backend}})
+
+
+def test_a_cpus_kernels_are_the_operations_that_compute() -> None:
+    found = evidence()
+    kernels = found["kernels"]
+    # q, k, v, out, gate, up, down, head; scores and context; embedding; five norms of one reciprocal root each
+    wanted = {"mm": 8, "bmm": 2, "index_select": 1, "rsqrt": 5, "_softmax": 1, "silu": 1}
+    assert {name: kernels.get(name) for name in wanted} == wanted
+    assert not set(kernels) & {"view", "transpose", "as_strided", "empty", "linear", "matmul", "to", "add_"}
+    assert found["kernel_launches"] == sum(kernels.values())
+    assert found["graph_breaks"] is found["recompiles"] is None
+    assert (found["workload"], found["runtime"], found["notes"]) == ("prefill", "eager", [])
+
+
+@pytest.mark.parametrize(
+    ("opts", "note"),
+    [
+        (("flash",), ["fused attention is given a mask tensor"]),
+        (("flash", "mask"), ["fused attention without a mask tensor"]),
+        (("mask",), []),
+    ],
+)
+def test_it_says_whether_fused_attention_is_given_a_mask(opts: tuple[str, ...], note: list[str]) -> None:
+    assert evidence(opts)["notes"] == note
+
+
+def test_each_layer_adds_the_same_operations() -> None:
+    one, two, three = (evidence(config=replace(SMALL, num_layers=n))["kernel_launches"] for n in (1, 2, 3))
+    assert three - two == two - one > 20
+
+
+@pytest.mark.parametrize("opts", [(), ("flash",), {"flash": {"backend": "math"}}, FIVE])
+@pytest.mark.parametrize("split", [False, True])
+def test_the_first_block_alone_tells_of_the_same_attention(opts: Any, split: bool) -> None:
+    model = build_model(replace(SMALL, num_layers=3), opts)
+    if split:
+        model.split()
+    (step,) = Workload(PREFILL, model).steps(model)
+    whole = _operations(step)
+    with suppress(ZeroDivisionError), _first_block_alone(model):
+        part = _operations(step)
+        raise ZeroDivisionError
+    assert sum(part.values()) < sum(whole.values()) / 2
+    assert attention_backend((), part) == attention_backend((), whole)
+    assert len(model.trf_blocks) == 3
+    assert len(model.regions) == (3 if split else 0)
+
+
+def test_one_gate_up_product_is_one_product_less() -> None:
+    assert evidence(("mlp",))["kernels"]["mm"] == evidence()["kernels"]["mm"] - 1
+
+
+@pytest.mark.parametrize(("opts", "tied"), [((), False), (("tie",), True), (("flash", "tie"), True)])
+def test_tied_storage_is_one_address(opts: tuple[str, ...], tied: bool) -> None:
+    assert evidence(opts)["tied_storage"] is tied
+
+
+class _Steps:
+    """A workload of three steps made by hand, of which only the outer two are looked at."""
+
+    size = WorkloadSize("generate", 2, 9, 3)
+
+    def steps(self, model: Qwen3Model) -> list[Callable[[], Tensor]]:
+        x = torch.ones(1, 4, 4, 8)
+
+        def prefill() -> Tensor:
+            with sdpa_kernel(SDPBackend.MATH):
+                return F.scaled_dot_product_attention(x, x, x)
+
+        return [prefill, x.tanh, lambda: F.scaled_dot_product_attention(x, x, x).cos()]
+
+
+def test_generation_names_the_backends_of_prefill_and_step_and_counts_the_step() -> None:
+    found = collect(build_model(SMALL), _Steps())  # type: ignore[arg-type]
+    assert found["attention_backend"] == "math, FlashAttention"
+    assert found["kernels"] == {"_scaled_dot_product_flash_attention_for_cpu": 1, "cos": 1}
+    assert found["kernel_launches"] == 2
+
+
+def test_generation_has_one_argmax_a_step() -> None:
+    assert evidence(("flash",), WorkloadSize("generate", 2, 9, 3))["kernels"]["argmax"] == 1
+
+
+# Compiled
+
+
+def compiled(size: WorkloadSize) -> tuple[Qwen3Model, Workload]:
+    torch._dynamo.reset()
+    forget_compilations()
+    model = build_model(SMALL)
+    work = Workload(size, model)
+    for block in model.trf_blocks:
+        block.compile(backend="eager")  # dynamo's part, without a C++ compiler
+    return model, work
+
+
+def test_warm_compiled_code_recompiles_nothing() -> None:
+    model, work = compiled(PREFILL)
+    with torch.no_grad():
+        work.steps(model)[0]()
+    found = collect(model, work, "compile")
+    assert (found["graph_breaks"], found["recompiles"]) == (0, 0)
+    assert (found["kernels"], found["kernel_launches"]) == ({}, None)
+    assert found["notes"] == ["compiled code on a CPU shows no kernels in a profile"]
+
+
+def test_a_compilation_while_looking_is_counted() -> None:
+    model, work = compiled(PREFILL)
+    assert collect(model, work, "compile")["recompiles"] == 1
+
+
+def test_graph_breaks_are_counted() -> None:
+    model, work = compiled(PREFILL)
+    block = model.trf_blocks[0]
+    forward = type(block).forward
+
+    def broken(self, *args):
+        torch._dynamo.graph_break()
+        return forward(self, *args)
+
+    block.forward = broken.__get__(block)
+    block.compile(backend="eager")
+    with torch.no_grad():
+        work.steps(model)[0]()
+    assert collect(model, work, "compile")["graph_breaks"] >= 1
+
+
+# Names of kernels
+
+
+@pytest.mark.parametrize(
+    ("kernel", "backend"),
+    [
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128_4x1x1", "cuDNN"),
+        (
+            "void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<128, 128, 64, 4>>",
+            "FlashAttention",
+        ),
+        ("void pytorch_flash::flash_fwd_splitkv_kernel<Flash_fwd_kernel_traits<128, 64, 128, 4>>", "FlashAttention"),
+        (
+            "fmha_cutlassF_f32_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel<float>::Params)",
+            "memory-efficient",
+        ),
+        ("_split_attention_kernel", "Triton"),
+        ("_token_attention_kernel", "Triton"),
+        ("nvjet_sm90_tst_64x80_64x11_4x2_h_bz_TNT", UNKNOWN),
+        ("cudnn_infer_ampere_scudnn_128x64_relu_small_nn_v1", UNKNOWN),
+    ],
+)
+def test_backends_by_kernel_name(kernel: str, backend: str) -> None:
+    assert attention_backend(["some_gemm", kernel], []) == backend
+
+
+def test_operations_tell_where_kernels_do_not() -> None:
+    assert attention_backend([], ["mm", "_scaled_dot_product_attention_math"]) == "math"
+    assert attention_backend([], ["mm", "_scaled_dot_product_flash_attention_for_cpu"]) == "FlashAttention"
+    assert attention_backend(["gemm"], ["bmm", "_softmax"]) == SEPARATE
+    assert attention_backend(["triton_poi_fused_0"], [], compiled=True) == SEPARATE
+    assert attention_backend(["gemm"], ["mm"]) == UNKNOWN
+
+
+def test_all_that_ran_is_named() -> None:
+    kernels = ["void pytorch_flash::flash_fwd_kernel<>", "void cunn_SoftMaxForward<4>"]
+    assert attention_backend(kernels, []) == "FlashAttention and separate operations"
+    operations = ["_scaled_dot_product_attention_math", "_scaled_dot_product_flash_attention_for_cpu", "_softmax"]
+    assert attention_backend([], operations) == "FlashAttention and math and separate operations"
+
+
+@pytest.mark.parametrize(
+    ("asked", "ran", "compiled", "note"),
+    [
+        ("math", "math", False, ""),
+        ("math", SEPARATE, True, ""),
+        ("math", "FlashAttention", False, "math was asked for, FlashAttention ran"),
+        ("cudnn", "FlashAttention", False, "cuDNN was asked for, FlashAttention ran"),
+        ("auto", f"cuDNN and {SEPARATE}", False, "separate operations ran where fused attention was asked for"),
+        ("auto", "cuDNN", False, ""),
+    ],
+)
+def test_another_backend_than_the_one_asked_for_is_named(asked: str, ran: str, compiled: bool, note: str) -> None:
+    model = build_model(SMALL, {"flash": {"backend": asked}})
+    assert " ".join(_asked_note(model, [ran], compiled)) == note
+    assert not _asked_note(build_model(SMALL), [SEPARATE], compiled)
+
+
+@pytest.mark.parametrize(
+    ("opts", "size", "ran", "note"),
+    [
+        ({"flash": {"decode": "split"}, "mask": {}}, DECODE, OWN, []),
+        ({"flash": {"decode": "split"}, "mask": {}}, DECODE, "cuDNN", ["flash.decode=split was asked for, cuDNN ran"]),
+        ({"flash": {"decode": "split"}, "mask": {}}, PREFILL, "cuDNN", []),
+        ({"flash": {}, "mask": {}}, DECODE, "cuDNN", []),
+        ({}, DECODE, SEPARATE, []),
+    ],
+)
+def test_it_says_whether_our_kernel_ran_where_it_was_asked_for(
+    opts: Any, size: WorkloadSize, ran: str, note: list[str]
+) -> None:
+    model = build_model(SMALL, opts)
+    notes = _split_note(model, Workload(size, model), ran)
+    assert [said.partition(":")[0] for said in notes] == note
+
+
+def test_our_kernel_beside_a_forced_backend_was_asked_for_too() -> None:
+    model = build_model(SMALL, {"flash": {"backend": "cudnn", "decode": "split"}, "mask": {}})
+    assert not _asked_note(model, ["cuDNN", OWN], False)
+    assert _asked_note(model, ["FlashAttention", OWN], False) == ["cuDNN was asked for, FlashAttention ran"]
+
+
+# Requested against effective
+
+
+def ran(kernels: Mapping[str, int], backend: str = SEPARATE, tied: bool = False) -> dict[str, Any]:
+    return {"kernels": dict(kernels), "attention_backend": backend, "tied_storage": tied}
+
+
+def test_a_switch_without_effect_is_named() -> None:
+    notes = compare_effective(
+        {
+            "baseline": ran({"mm": 8}),
+            "norm": ran({"mm": 8}),
+            "flash": ran({"mm": 6}, "math"),
+            "flash+norm": ran({"mm": 6}, "FlashAttention"),
+            "tie": ran({"mm": 8}, tied=True),
+            "tie+mask": ran({"mm": 7}, tied=True),
+            "mlp": ran({}),
+            "flash+mlp": ran({}),
+            "transformers:sdpa": ran({"mm": 8}),
+        }
+    )
+    assert notes == {"norm": ["norm changed nothing that ran: same kernels as baseline"]}
+
+
+def test_on_a_cpu_only_norm_is_without_effect() -> None:
+    notes = compare_effective({label(cell): evidence(cell) for cell in design_cells("full", FIVE)})
+    assert set(notes) == {label(cell) for cell in design_cells("full", FIVE) if "norm" in cell}
+    assert all(len(note) == 1 and note[0].startswith("norm changed nothing") for note in notes.values())
+
+
+# On a GPU
+
+CUDA = replace(
+    SMALL,
+    context_length=512,
+    num_layers=2,
+    emb_dim=512,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=128,
+    hidden_dim=1024,
+    vocab_size=4096,
+)
+LARGE = [WorkloadSize("prefill", 2, 200, 0), WorkloadSize("decode", 2, 200, 1)]
+
+
+def on_cuda(opts: Any, size: WorkloadSize, runtime: str = "eager", config: ModelConfig = CUDA) -> dict[str, Any]:
+    device = torch.device("cuda")
+    model = build_model(config, opts, load_weights("random", config, device=device, dtype=torch.bfloat16))
+    work = Workload(size, model)
+    launcher = {"eager": Runtime, "graph": GraphRuntime}[runtime](device)
+    with torch.no_grad():
+        launches = [launcher.prepare(step) for step in work.steps(model)]
+        return collect(model, work, runtime, launches)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("size", LARGE, ids=["prefill", "decode"])
+@pytest.mark.parametrize("cell", design_cells("full", FIVE), ids=label)
+def test_a_replay_shows_the_kernels_of_the_step(cell: tuple[str, ...], size: WorkloadSize) -> None:
+    eager, graph = (on_cuda(cell, size, runtime) for runtime in ("eager", "graph"))
+    assert eager["attention_backend"] == graph["attention_backend"] != UNKNOWN
+    assert (eager["attention_backend"] == SEPARATE) == ("flash" not in cell)
+    assert eager["kernel_launches"] == graph["kernel_launches"] > 20
+    assert eager["notes"] == graph["notes"]
+    assert graph["tied_storage"] == ("tie" in cell)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("size", LARGE, ids=["prefill", "decode"])
+def test_every_switch_changes_what_runs_on_cuda(size: WorkloadSize) -> None:
+    ran_by_cell = {label(cell): on_cuda(cell, size) for cell in [(), *((name,) for name in FIVE), ("flash", "mask")]}
+    assert compare_effective(ran_by_cell) == {}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [("flash", "FlashAttention"), ("cudnn", "cuDNN"), ("efficient", "memory-efficient"), ("math", "math")],
+)
+def test_a_forced_backend_is_recognised_on_cuda(backend: str, name: str) -> None:
+    if backend == "cudnn" and torch.cuda.get_device_capability()[0] < 8:
+        pytest.skip("cuDNN's attention needs compute capability 8.0")
+    config = replace(CUDA, num_kv_heads=CUDA.num_heads)  # memory-efficient attention refuses grouped heads
+    opts = {"flash": {"backend": backend}, "mask": {}}
+    assert on_cuda(opts, LARGE[0], config=config)["attention_backend"] == name
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:.*(not used because|runtime disabled)")
+def test_flash_attention_refuses_an_explicit_mask_on_cuda() -> None:
+    with pytest.raises(RuntimeError, match="No available kernel"), pytest.warns(UserWarning, match="attn_mask"):
+        on_cuda({"flash": {"backend": "flash"}}, LARGE[0])
