@@ -6,10 +6,10 @@ RUN ?= results/latest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint type format ablate regimes bench aa report clean
+.PHONY: help setup test test-slow test-all lint type format ablate regimes bench aa report clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo 'Options are passed on: make ablate ARGS="model=tiny measure=quick"; PYTHON=python3.12 picks the interpreter.'
 
 setup: $(VENV)/.dev ## install everything into .venv, tests and checks too
@@ -32,12 +32,19 @@ regimes: $(VENV)/.run ## the same over prompt lengths, batch sizes and runtimes 
 report: $(VENV)/.run ## rebuild the report of a run from its record (RUN=DIR; default: results/latest)
 	$(BIN)/python -m qwen3bench.report $(RUN) $(ARGS)
 
-test: $(VENV)/.dev ## run the tests
+test: $(VENV)/.dev ## run the tests that take under two seconds each
+	$(BIN)/python -m pytest -n auto -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.dev ## run the others
+	$(BIN)/python -m pytest -n auto -m slow $(ARGS)
+
+test-all: $(VENV)/.dev ## run all tests
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
-lint: $(VENV)/.dev ## check style and format
+lint: $(VENV)/.dev ## check format, style and the direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache --no-logo
 
 type: $(VENV)/.dev ## check the types
 	$(BIN)/mypy

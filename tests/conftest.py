@@ -36,7 +36,7 @@ def subsets() -> list[tuple[str, ...]]:
 def fit_together(names: tuple[str, ...]) -> bool:
     """Whether no two of them replace the same part."""
     from qwen3bench.config.catalogue import resolve
-    from qwen3bench.model.parts import assemble
+    from qwen3bench.model.baseline import assemble
 
     with suppress(UserError):
         assemble(resolve(names))

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from records import write_record
 
 from qwen3bench.analysis.run import load_run, write_derived
-from qwen3bench.record.reader import RecordWriter
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "ablation.ipynb"
@@ -51,9 +51,7 @@ def run_dir(tmp_path: Path) -> Path:
             lines.append({"type": "visit", **at, "samples": 3})
         lines.append({"type": "block", **here, "state": "ok", "flags": [], "time": 10.0 * block + 9})
     lines.append({"type": "end", "status": "finished", "time": 99.0})
-    with RecordWriter(tmp_path / "run") as record:
-        record.append(*lines)
-    write_derived(load_run(tmp_path / "run"))
+    write_derived(load_run(write_record(tmp_path / "run", lines)))
     return tmp_path / "run"
 
 
@@ -72,6 +70,7 @@ def execute(monkeypatch: pytest.MonkeyPatch, directory: Path, run: Path | None =
     return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
 
 
+@pytest.mark.slow
 def test_it_goes_from_a_record_to_its_findings(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = execute(monkeypatch, tmp_path / "notebooks", run_dir)
     found = re.search(r"^flash: ([\d.]+), from 6 blocks", said, re.MULTILINE)
@@ -84,6 +83,7 @@ def test_it_goes_from_a_record_to_its_findings(run_dir: Path, tmp_path: Path, mo
     assert "- All 2 switches together: 1.2" in said
 
 
+@pytest.mark.slow
 def test_it_notices_an_effect_that_is_not_the_samples(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,20 +94,21 @@ def test_it_notices_an_effect_that_is_not_the_samples(
         execute(monkeypatch, tmp_path / "notebooks", run_dir)
 
 
+@pytest.mark.slow
 def test_without_a_run_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CellExecutionError, match="set QWEN3BENCH_RUN to the directory of one"):
         execute(monkeypatch, tmp_path / "notebooks")
 
 
+@pytest.mark.slow
 def test_it_finds_a_run_of_every_combination_by_itself(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = tmp_path / "results" / "reference"
     reference.mkdir(parents=True)
     run_dir.rename(reference / "small")
-    with RecordWriter(reference / "a-pair") as record:
-        first = {"config": {}, "factors": FACTORS, "cells": ["baseline", "flash+tie"]}
-        record.append({"type": "run", **first, "workloads": ["prefill"], "runtimes": ["eager"]})
+    first = {"config": {}, "factors": FACTORS, "cells": ["baseline", "flash+tie"]}
+    write_record(reference / "a-pair", [{"type": "run", **first, "workloads": ["prefill"], "runtimes": ["eager"]}])
     lines = (reference / "small" / "samples.jsonl").read_text().splitlines()
     (reference / "a-cut-off-one").mkdir()
     cut_off = [line for line in lines if '"end"' not in line]
@@ -115,6 +116,13 @@ def test_it_finds_a_run_of_every_combination_by_itself(
     said = execute(monkeypatch, tmp_path / "notebooks")
     assert "tiny on a device" in said
     assert "has not finished" not in said
+
+
+@pytest.mark.slow
+def test_it_reads_a_committed_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = execute(monkeypatch, NOTEBOOK.parent)
+    assert "qwen3-0.6b on NVIDIA H100 80GB HBM3, bfloat16" in said
+    assert "- All 5 switches together: 3.4" in said
 
 
 def test_it_is_committed_without_outputs() -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from records import write_record
 
-from qwen3bench.record.reader import RecordWriter
 from qwen3bench.report import main
 
 DEVICE = "a device"
@@ -32,9 +32,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
             lines.append({"type": "block", **here, "state": "ok", "flags": [], "time": 10.0 * block + 9})
         if finished:
             lines.append({"type": "end", "status": "finished", "time": 99.0})
-        with RecordWriter(tmp_path / name) as record:
-            record.append(*lines)
-        return tmp_path / name
+        return write_record(tmp_path / name, lines)
 
     return write
 
@@ -65,12 +63,13 @@ def test_a_partial_run_gives_a_report_that_says_so(
 def test_what_a_killed_report_left_is_cleared_away(make_run: Callable[..., Path]) -> None:
     run = make_run("run")
     (run / "plots").mkdir()
-    stale = run / "plots" / ".effects.png.tmp-999999999"
+    stale = run / "plots" / ".effects.svg.tmp-999999999"
     stale.write_bytes(b"half")
     assert main([str(run)]) == 0
     assert not stale.exists()
 
 
+@pytest.mark.slow
 def test_several_runs_give_one_page_more(
     make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

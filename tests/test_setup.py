@@ -16,7 +16,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-TARGETS = ("help", "setup", "test", "lint", "type", "format", "ablate", "bench", "aa", "report", "clean")
+TARGETS = ("help", "setup", "test", "test-slow", "test-all", "lint", "type", "format")
+TARGETS += ("ablate", "regimes", "report", "bench", "aa", "clean")
 
 
 def _make(*arguments: str) -> str:

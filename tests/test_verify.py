@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch.cuda._utils import _get_device_index
 
 from qwen3bench import ModelConfig, verify
 from qwen3bench.config.choices import options_of
@@ -31,6 +29,7 @@ HF_NAMES = {
 }
 
 
+@pytest.mark.slow
 def test_all_cells_of_the_five_are_judged(capsys: pytest.CaptureFixture[str]) -> None:
     assert verify.main(TINY) == 0
     out, err = capsys.readouterr()
@@ -79,14 +78,14 @@ def test_a_cell_for_which_memory_does_not_suffice_does_not_end_the_others(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
-    check = equivalence.Gate.check
+    judge = equivalence.Gate.judge_cell
 
     def short_of_memory(gate: equivalence.Gate, cell: tuple[str, ...]):
         if cell == ("mlp",):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return check(gate, cell)
+        return judge(gate, cell)
 
-    monkeypatch.setattr(equivalence.Gate, "check", short_of_memory)
+    monkeypatch.setattr(equivalence.Gate, "judge_cell", short_of_memory)
     assert verify.main([*TINY, "design=each", "+opt=mlp,norm"]) == 3
     out = capsys.readouterr().out
     assert "out of memory" in out
@@ -127,8 +126,8 @@ def test_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypatch
 def test_the_card_that_is_named_is_made_pytorchs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, named: str, index: int
 ) -> None:
-    def chosen(device: Any) -> None:
-        raise UserError(f"card {_get_device_index(device)} is chosen")  # as PyTorch reads it
+    def chosen(device: torch.device) -> None:
+        raise UserError(f"card {device.index} is chosen")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -17,7 +17,19 @@ from qwen3bench.analysis.frames import (
     used_samples,
 )
 from qwen3bench.analysis.variance import clustered_mean
+from qwen3bench.record.lines import (
+    CeilingLine,
+    CompileLine,
+    CostLine,
+    EvidenceLine,
+    FailureLine,
+    Line,
+    MemoryLine,
+    ParametersLine,
+    VerifyLine,
+)
 from qwen3bench.record.reader import Record
+from qwen3bench.record.states import CellStatus
 
 _KEYS = ["cell", "workload", "runtime"]
 _PARAMETERS = ["parameter_bytes", "num_parameters", "num_unique_parameters", "num_non_embedding_parameters"]
@@ -46,18 +58,18 @@ def cells_table(record: Record, samples: pd.DataFrame | None = None) -> pd.DataF
     process. `speedup` is the geometric mean of baseline / cell within blocks, for cells with status `ok`
     alone. The A/A copy never counts. `samples`: what `used_samples(record)` gave, where the caller has it.
     """
-    run = record.run
-    factors = list(run["factors"])
+    factors = list(record.run.factors)
     samples = used_samples(record) if samples is None else samples
     table = _grid(record, samples)
-    for name, fields, keys in (
-        ("parameters", _PARAMETERS, ["cell"]),
-        ("verify", _VERIFY, ["cell"]),
-        ("memory", _MEMORY, _KEYS),
-        ("evidence", _EVIDENCE, _KEYS),
-    ):
-        table = _add(table, record.frame(name), fields, keys)
-    compiled = record.frame("compile")
+    of_cells: tuple[tuple[type[Line], list[str], list[str]], ...] = (
+        (ParametersLine, _PARAMETERS, ["cell"]),
+        (VerifyLine, _VERIFY, ["cell"]),
+        (MemoryLine, _MEMORY, _KEYS),
+        (EvidenceLine, _EVIDENCE, _KEYS),
+    )
+    for kind, fields, keys in of_cells:
+        table = _add(table, record.frame(kind), fields, keys)
+    compiled = record.frame(CompileLine)
     if {"seconds", *_KEYS} <= set(compiled):
         compiled = compiled.groupby(_KEYS)["seconds"].median().reset_index(name="compile_s")
     table = _add(table, compiled, ["compile_s"], _KEYS)
@@ -68,7 +80,7 @@ def cells_table(record: Record, samples: pd.DataFrame | None = None) -> pd.DataF
     table = _add(table, _latency(timed, confidence), [*_LATENCY, "ttft_s", "tpot_s", "itl_p50_s", "itl_p99_s"], _KEYS)
     # Numbers computed from NaN have no speed: they took other paths.
     times = [*_LATENCY[:3], "ttft_s", "tpot_s", "itl_p50_s", "itl_p99_s"]
-    table.loc[table["status"] == "invalid", times] = np.nan
+    table.loc[table["status"] == CellStatus.INVALID, times] = np.nan
     table = _add(table, _speedups(samples, table, confidence), ["speedup", "speedup_lo", "speedup_hi"], _KEYS)
     _rates(record, table)
     codes = factor_columns(table["cell"].tolist(), factors)
@@ -81,13 +93,13 @@ def cells_table(record: Record, samples: pd.DataFrame | None = None) -> pd.DataF
 
 def _grid(record: Record, samples: pd.DataFrame) -> pd.DataFrame:
     """A row per planned cell × workload × runtime, with what the configuration says about it."""
-    run, config = record.run, record.run["config"]
-    planned = [(c, w, r) for w in run["workloads"] for r in run["runtimes"] for c in run["cells"]]
+    run, config = record.run, record.run.config
+    planned = [(c, w, r) for w in run.workloads for r in run.runtimes for c in run.cells]
     measured = samples[_KEYS].drop_duplicates().itertuples(index=False, name=None)
     table = pd.DataFrame(list(dict.fromkeys([*planned, *measured])), columns=_KEYS, dtype=object)
     model = config.get("model")
-    table["model"] = run.get("model") or (model.get("name") if isinstance(model, dict) else model)
-    table["device"], table["dtype"] = run.get("device"), run.get("dtype")
+    table["model"] = run.model or (model.get("name") if isinstance(model, dict) else model)
+    table["device"], table["dtype"] = run.device, run.dtype
     for field in ("batch_size", "prompt_tokens", "new_tokens"):
         sizes = {w: _size(config, w, field) for w in table["workload"].unique()}
         table[field] = pd.array([sizes[w] for w in table["workload"]], dtype="Int64")
@@ -113,8 +125,8 @@ def _add(table: pd.DataFrame, more: pd.DataFrame, fields: list[str], keys: list[
 
 
 def _status(record: Record, table: pd.DataFrame, samples: pd.DataFrame) -> tuple[list[str | None], list[str | None]]:
-    failures = {(f["cell"], f.get("workload"), f.get("runtime")): f for f in record.of("failure")}
-    verified = {line["cell"]: line for line in record.of("verify")}
+    failures = {(line.cell, line.workload, line.runtime): line for line in record.of(FailureLine)}
+    verified = {line.cell: line for line in record.of(VerifyLine)}
     timed = samples.loc[samples["copy"] == 0, _KEYS].drop_duplicates()
     measured = set(timed.itertuples(index=False, name=None))
     status: list[str | None] = []
@@ -123,19 +135,20 @@ def _status(record: Record, table: pd.DataFrame, samples: pd.DataFrame) -> tuple
         keys = [(cell, w, r) for w in (None, workload) for r in (None, runtime)]
         failed = next((failures[key] for key in keys if key in failures), None)
         check = verified.get(cell)
-        state: str | None
+        state: CellStatus | None
+        why: str | None
         if failed:
-            state, why = str(failed["status"]), failed.get("reason")
-        elif check and not check["equivalent"]:
-            state, why = "not_equivalent" if check.get("ran", True) else "crashed", check.get("reason")
+            state, why = failed.status, failed.reason
+        elif check and not check.equivalent:
+            state, why = CellStatus.NOT_EQUIVALENT if check.ran else CellStatus.CRASHED, check.reason
         elif verified and not check and (cell, workload, runtime) in measured:
-            state, why = "not_equivalent", "not known to be: the record has lost what the gate said of it"
+            state, why = CellStatus.NOT_EQUIVALENT, "not known to be: the record has lost what the gate said of it"
         elif (cell, workload, runtime) in measured:
-            state, why = "ok", None
+            state, why = CellStatus.OK, None
         else:
             state, why = None, "not measured"
-        status.append(state)
-        reason.append(str(why) if why else None)
+        status.append(state.value if state else None)
+        reason.append(why or None)
     return status, reason
 
 
@@ -167,7 +180,7 @@ def _latency(timed: pd.DataFrame, confidence: float) -> pd.DataFrame:
 
 
 def _speedups(samples: pd.DataFrame, table: pd.DataFrame, confidence: float) -> pd.DataFrame:
-    ok = table[table["status"] == "ok"]
+    ok = table[table["status"] == CellStatus.OK]
     parts = []
     for key, rows in ok.groupby(_KEYS[1:]):
         workload, runtime = key
@@ -204,10 +217,9 @@ def _rates(record: Record, table: pd.DataFrame) -> None:
     tokens = tokens * table["prompt_tokens"].astype(float).where(workload == "prefill", 1.0)
     tokens = tokens * table["new_tokens"].astype(float).where(workload == "generate", 1.0)
     table["tokens_per_s"] = (tokens / latency).where(workload.isin(["prefill", "decode", "generate"]))
-    ceilings = record.of("ceiling")
-    ceiling = ceilings[-1] if ceilings else {}
-    cost = _add(table[["cell", "workload"]], record.frame("cost"), ["flops", "bytes"], ["cell", "workload"])
-    for name, amount, peak in (("mfu", "flops", "matmul_flops_per_s"), ("mbu", "bytes", "copy_bytes_per_s")):
-        peak_per_s = ceiling.get(peak)
+    ceiling = next(reversed(record.of(CeilingLine)), CeilingLine())
+    cost = _add(table[["cell", "workload"]], record.frame(CostLine), ["flops", "bytes"], ["cell", "workload"])
+    peaks = (("mfu", "flops", ceiling.matmul_flops_per_s), ("mbu", "bytes", ceiling.copy_bytes_per_s))
+    for name, amount, peak_per_s in peaks:
         amounts = pd.to_numeric(cost[amount], errors="coerce").to_numpy(dtype=float)
         table[name] = amounts / latency / peak_per_s if peak_per_s else np.nan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +13,17 @@ from scipy import special
 from qwen3bench.analysis.contrasts import OTHERS_OFF, others_of
 from qwen3bench.analysis.frames import analysis_setting
 from qwen3bench.analysis.run import Run
-from qwen3bench.analysis.significance import holm, verdicts
+from qwen3bench.analysis.significance import OF_BYTES, OF_TIMES, Directions, Gains, holm, verdicts
 from qwen3bench.analysis.variance import clustered_mean
 from qwen3bench.errors import UserError
+from qwen3bench.record.states import CellStatus, Verdict
+from qwen3bench.record.typed import flat
 
 _KEYS = ["cell", "workload", "runtime"]
 _TERM_KEYS = ["workload", "runtime", "metric", "term", "kind"]
 _CHANGE = ["a", "b", "ratio", "lo", "hi", "p_holm", "verdict"]
 # Settings that say where results go or how they are shown, not what was measured.
 _NOT_COMPARED = ("run.", "resume", "report.")
-_WORDS = {"latency_s": ("faster", "slower"), "peak_allocated_bytes": ("less", "more")}
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,14 @@ class Comparison:
     @property
     def slower(self) -> list[str]:
         """What got slower in B, in words: cells, effects that lost worth, cells that are no longer ok."""
-        lost = self.status[self.status["a"] == "ok"].fillna("not measured")
+        lost = self.status[self.status["a"] == CellStatus.OK].fillna("not measured")
         said = [f"{r.cell} is {r.b!s} ({r.workload}, {r.runtime})" for r in lost.itertuples()]
-        effects = self.effects[self.effects["verdict"] == "slower"]
+        effects = self.effects[self.effects["verdict"] == Verdict.SLOWER]
         said += [
             f"effect of {r['term']}, {r['kind']}, {r['a']:.3f}× → {r['b']:.3f}× ({r['workload']}, {r['runtime']})"
             for r in effects.to_dict("records")
         ]
-        cells = self.cells[self.cells["verdict"] == "slower"].to_dict("records")
+        cells = self.cells[self.cells["verdict"] == Verdict.SLOWER].to_dict("records")
         return said + [f"{r['cell']}, {r['ratio']:.3f}× ({r['workload']}, {r['runtime']})" for r in cells]
 
 
@@ -94,19 +95,11 @@ def compare(a: Run, b: Run) -> Comparison:
     )
 
 
-def _differences(a: dict[str, Any], b: dict[str, Any]) -> pd.DataFrame:
-    flat_a, flat_b = dict(_flat(a)), dict(_flat(b))
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> pd.DataFrame:
+    flat_a, flat_b = dict(flat(a)), dict(flat(b))
     keys = [k for k in dict.fromkeys([*flat_a, *flat_b]) if not k.startswith(_NOT_COMPARED)]
     rows = [(k, flat_a.get(k), flat_b.get(k)) for k in keys if flat_a.get(k) != flat_b.get(k)]
     return pd.DataFrame(rows, columns=["key", "a", "b"], dtype=object)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _status(a: Run, b: Run) -> pd.DataFrame:
@@ -120,23 +113,25 @@ def _cells(a: Run, b: Run, band: float, confidence: float) -> pd.DataFrame:
     columns = [*_KEYS, "metric", *_CHANGE]
     order = b.cells[_KEYS]  # as the cells stand in their table
     latency = order.merge(_log_latency(a), on=_KEYS).merge(_log_latency(b), on=_KEYS, suffixes=("_a", "_b"))
-    latency = _judged(latency, _KEYS[1:], _WORDS["latency_s"], band, confidence)
+    latency = _judged(latency, _KEYS[1:], OF_TIMES, band, confidence)
     latency["a"], latency["b"] = np.exp(latency["mean_a"]), np.exp(latency["mean_b"])
     metric = "peak_allocated_bytes"
-    ok_a, ok_b = (run.cells.loc[run.cells["status"] == "ok", [*_KEYS, metric]].dropna() for run in (a, b))
+    ok_a, ok_b = (run.cells.loc[run.cells["status"] == CellStatus.OK, [*_KEYS, metric]].dropna() for run in (a, b))
     memory = ok_a.merge(ok_b, on=_KEYS, suffixes=("_a", "_b"))
     memory["a"], memory["b"] = memory[f"{metric}_a"].astype(float), memory[f"{metric}_b"].astype(float)
     memory["ratio"] = memory["lo"] = memory["hi"] = memory["a"] / memory["b"]
     memory["p_holm"] = np.nan
     gain = memory["ratio"] - 1
-    memory["verdict"] = verdicts(gain, gain, gain, memory["p_holm"], band, _WORDS[metric])
+    memory["verdict"] = verdicts(Gains(gain, gain, gain, memory["p_holm"]), band, OF_BYTES)
     parts = [t for t in (latency.assign(metric="latency_s"), memory.assign(metric=metric)) if len(t)]
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
 
 def _log_latency(run: Run) -> pd.DataFrame:
     """Mean log latency of each cell that is ok, with its error over blocks and processes."""
-    samples = run.samples[run.samples["copy"] == 0].merge(run.cells.loc[run.cells["status"] == "ok", _KEYS], on=_KEYS)
+    samples = run.samples[run.samples["copy"] == 0].merge(
+        run.cells.loc[run.cells["status"] == CellStatus.OK, _KEYS], on=_KEYS
+    )
     visits = samples.groupby([*_KEYS, "block"], sort=False).agg({"latency_s": "median", "process": "first"})
     rows = []
     for key, group in visits.groupby(level=_KEYS, sort=False):
@@ -161,17 +156,15 @@ def _effects(a: Run, b: Run, band: float, confidence: float) -> pd.DataFrame:
     if both.empty:
         return pd.DataFrame(columns=columns)
     both["shapley"] = both["kind"] == "shapley"
-    both = _judged(both, ["workload", "runtime", "shapley"], _WORDS["latency_s"], band, confidence)
+    both = _judged(both, ["workload", "runtime", "shapley"], OF_TIMES, band, confidence)
     return both.rename(columns={"estimate_a": "a", "estimate_b": "b"})[columns]
 
 
 def _factors(run: Run) -> set[str]:
-    return set(run.record.run["factors"])
+    return set(run.factors)
 
 
-def _judged(
-    both: pd.DataFrame, family: list[str], words: tuple[str, str], band: float, confidence: float
-) -> pd.DataFrame:
+def _judged(both: pd.DataFrame, family: list[str], words: Directions, band: float, confidence: float) -> pd.DataFrame:
     """`both` with ratio, lo, hi, p_holm and verdict of the change in the log scale columns `mean`, `se` and
     `df`."""
     change = (both["mean_a"] - both["mean_b"]).to_numpy(float)
@@ -183,7 +176,8 @@ def _judged(
         half = np.where(se == 0, 0.0, special.stdtrit(df, (1 + confidence) / 2) * se)
     both = both.assign(ratio=np.exp(change), lo=np.exp(change - half), hi=np.exp(change + half), p_holm=p)
     both["p_holm"] = both.groupby(family)["p_holm"].transform(lambda values: holm(values.to_numpy()))
-    both["verdict"] = verdicts(both["ratio"] - 1, both["lo"] - 1, both["hi"] - 1, both["p_holm"], band, words)
+    gains = Gains(both["ratio"] - 1, both["lo"] - 1, both["hi"] - 1, both["p_holm"])
+    both["verdict"] = verdicts(gains, band, words)
     return both
 
 
@@ -218,7 +212,7 @@ def _only(a: Run, b: Run) -> list[str]:
 
 def _lost(a: Run, b: Run) -> list[str]:
     there = b.cells[_KEYS[1:]].drop_duplicates()
-    ok = a.cells.loc[a.cells["status"] == "ok", _KEYS].merge(there, on=_KEYS[1:])
+    ok = a.cells.loc[a.cells["status"] == CellStatus.OK, _KEYS].merge(there, on=_KEYS[1:])
     left = ok.merge(b.cells[_KEYS], on=_KEYS, how="left", indicator="found")
     return [f"{r.cell} ({r.workload}, {r.runtime})" for r in left[left["found"] == "left_only"].itertuples()]
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 Term = tuple[int, ...]  # the positions of a term's factors
 OTHERS_OFF, OTHERS_ON = "with the others off", "with the others on"
-_TINY = 1e-9
+_TINY = 1e-9  # what rounding leaves of a zero, relative
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def contrasts(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> C
     reasons = [""] * len(terms)
     missing = _missing(factors, cells)
     open_terms = set(range(len(terms)))
-    least = min(2, k)
-    for order in range(k, least - 1, -1):
+    min_order = min(2, k)
+    for order in range(k, min_order - 1, -1):
         n = sum(len(term) <= order for term in terms)  # terms come sorted by order
         design = np.column_stack([np.ones(len(cells)), model_matrix(cells, terms[:n])])
         u, s, vt = np.linalg.svd(design, full_matrices=False)
@@ -94,7 +94,7 @@ def contrasts(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> C
                 open_terms.discard(t)
                 if order < k:
                     reasons[t] = f"{missing}, interactions of more than {order} factors taken for nil"
-            elif max(least, len(terms[t])) == order:
+            elif max(min_order, len(terms[t])) == order:
                 alias = [terms[i] for i in range(n) if i != t and abs(known[t + 1, i + 1]) > _TINY]
                 names = ["the mean"] * bool(abs(known[t + 1, 0]) > _TINY) + [term_name(a, factors) for a in alias]
                 reasons[t] = f"{missing}, it cannot be told from {_some(names)}"
@@ -138,5 +138,5 @@ def _missing(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> st
     return f"without {_some(absent)}" if len(absent) <= 3 else f"without {len(absent)} cells"
 
 
-def _some(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _some(names: list[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

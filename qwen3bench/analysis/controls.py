@@ -12,7 +12,9 @@ from scipy import special
 
 from qwen3bench.analysis.frames import BASELINE, COPY, analysis_setting, block_matrix
 from qwen3bench.analysis.variance import Array
+from qwen3bench.record.lines import EvidenceLine, ParametersLine
 from qwen3bench.record.reader import Record
+from qwen3bench.record.states import CellStatus
 
 # Two copies of one model may differ by this much before the run counts as noisy: device time, host time.
 _NOISY = {"graph": 0.005, "compile": 0.005, "eager": 0.02}
@@ -63,7 +65,7 @@ def controls(record: Record, samples: pd.DataFrame, cells: pd.DataFrame, effects
 
 def _aa(samples: pd.DataFrame, cells: pd.DataFrame, confidence: float) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
-    ok = cells[cells["status"] == "ok"]
+    ok = cells[cells["status"] == CellStatus.OK]
     for (workload, runtime), here in samples.groupby(["workload", "runtime"], sort=False):
         names = ok.loc[(ok["workload"] == workload) & (ok["runtime"] == runtime), "cell"]
         matrix = block_matrix(here, names.tolist())
@@ -94,11 +96,11 @@ def _tie_latency(effects: pd.DataFrame) -> pd.DataFrame:
 
 def _tie_memory(record: Record) -> pd.DataFrame:
     columns = ["cell", "saved_bytes", "head_bytes", "ok"]
-    factors, model = record.run["factors"], record.run["config"].get("model")
-    item_bytes = _ITEM_BYTES.get(str(record.run.get("dtype")).removeprefix("torch."))
+    factors, model = record.run.factors, record.run.config.get("model")
+    item_bytes = _ITEM_BYTES.get(str(record.run.dtype).removeprefix("torch."))
     if "tie" not in factors or not isinstance(model, dict) or not item_bytes:
         return pd.DataFrame(columns=columns)
-    sizes = {p["cell"]: p.get("parameter_bytes") for p in record.of("parameters")}
+    sizes = {line.cell: line.parameter_bytes for line in record.of(ParametersLine)}
     vocab_size, emb_dim = model.get("vocab_size"), model.get("emb_dim")
     if not (type(vocab_size) is int and type(emb_dim) is int):
         return pd.DataFrame(columns=columns)
@@ -164,9 +166,9 @@ def _trend(hours: Array, level: Array, process: NDArray[Any], confidence: float)
 
 
 def _host(cells: pd.DataFrame, record: Record) -> pd.DataFrame:
-    ok = cells.loc[cells["status"] == "ok", ["workload", "runtime", "cell", "latency_s"]]
+    ok = cells.loc[cells["status"] == CellStatus.OK, ["workload", "runtime", "cell", "latency_s"]]
     if "eager" not in set(cells["runtime"]):  # then by the few eager passes of the evidence
-        looks = record.frame("evidence").reindex(columns=["workload", "runtime", "cell", "eager_s"]).dropna()
+        looks = record.frame(EvidenceLine).reindex(columns=["workload", "runtime", "cell", "eager_s"]).dropna()
         looks = looks[looks["runtime"] == "graph"].assign(runtime="eager").rename(columns={"eager_s": "latency_s"})
         ok = pd.concat([ok, looks]) if len(looks) else ok
     by_runtime = ok.pivot_table(index=["workload", "cell"], columns="runtime", values="latency_s", sort=False)

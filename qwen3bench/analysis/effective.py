@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from qwen3bench.record.design import cell_of, is_peer, label
+from qwen3bench.record.messages import Evidence
 
 
-def compare_effective(evidence_by_cell: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+def compare_effective(evidence_by_cell: Mapping[str, Evidence]) -> dict[str, list[str]]:
     """Notes on switches without effect on what ran, by cell label, for one workload and runtime.
 
     A switch is without effect in a cell that ran the same kernels as often, over the same storage, as the
-    cell without it. Cells whose kernels no profile shows, and cells without such a neighbour, get no note.
+    cell without it. Cells whose kernels no profile shows, and cells without such a neighbor, get no note.
     """
     notes: dict[str, list[str]] = {}
     for name, evidence in evidence_by_cell.items():
-        if is_peer(name) or not evidence.get("kernels"):
+        if is_peer(name) or not evidence.kernels:
             continue
         cell = cell_of(name)
         for factor in cell:
@@ -26,5 +26,9 @@ def compare_effective(evidence_by_cell: Mapping[str, Mapping[str, Any]]) -> dict
     return notes
 
 
-def _same_work(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return all(one[field] == other[field] for field in ("kernels", "attention_backend", "tied_storage"))
+def _same_work(one: Evidence, other: Evidence) -> bool:
+    return (one.kernels, one.attention_backend, one.tied_storage) == (
+        other.kernels,
+        other.attention_backend,
+        other.tied_storage,
+    )

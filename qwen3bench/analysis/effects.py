@@ -11,11 +11,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from qwen3bench.analysis.contrasts import contrasts, every_cell, shapley_contrasts, term_name
-from qwen3bench.analysis.significance import holm, verdicts
+from qwen3bench.analysis.significance import OF_BYTES, OF_TIMES, Gains, holm, verdicts
 from qwen3bench.analysis.variance import Estimates, clustered, replicated
 from qwen3bench.errors import UserError
 
-_MOST_FACTORS = 12  # 4,095 terms
+_MAX_FACTORS = 12  # 4,095 terms
 COLUMNS = ["term", "kind", "estimate", "lo", "hi", "p_holm", "verdict", "reason", "p", "df"]
 
 
@@ -39,7 +39,7 @@ def effects(
     `verdict`, `reason` (why a row is empty, or what it takes for granted), `p`, `df`.
 
     The estimate is the textbook effect E = contrast / 2^(k−1), on − off (Montgomery, Design and Analysis of
-    Experiments, chapter 6); where cells are missing, what `design.contrasts` can tell, as `reason` says.
+    Experiments, chapter 6); where cells are missing, what `contrasts.contrasts` can tell, as `reason` says.
     `log=True`: of log(value), published as exp(−E), so that above 1 is faster; Shapley shares likewise, their
     product is all-on against baseline. `log=False`: E itself, in the unit of `value`.
 
@@ -56,8 +56,7 @@ def effects(
     logarithm is impossible.
     """
     factors = tuple(factors)
-    rows = _checked(samples, factors, value, block, log)
-    table = _by_cell(rows, factors, value, block, process if block and process in rows else None, log)
+    table = _by_cell(samples, _Question(factors, value, block, process, log))
     k = len(factors)
     plan = contrasts(factors, table.cells)
     full = len(table.cells) == 2**k
@@ -84,7 +83,6 @@ def effects(
     frame["p"], frame["df"] = p, df
     frame["p_holm"] = np.where(shapley, holm(np.where(shapley, p, np.nan)), holm(np.where(shapley, np.nan, p)))
     is_time = value.endswith("_s") and not value.endswith("_per_s")
-    words = ("faster", "slower") if is_time else ("less", "more")
     if log:
         frame["estimate"], frame["lo"], frame["hi"] = np.exp(-estimate), np.exp(-hi), np.exp(-lo)
         gain, gain_lo, gain_hi = (frame[c].to_numpy() - 1 for c in ("estimate", "lo", "hi"))
@@ -92,7 +90,8 @@ def effects(
         frame["estimate"], frame["lo"], frame["hi"] = estimate, lo, hi
         gain, gain_lo, gain_hi = -estimate, -hi, -lo
         band *= abs(table.baseline)
-    frame["verdict"] = verdicts(gain, gain_lo, gain_hi, frame["p_holm"], band, words)
+    gains = Gains(gain, gain_lo, gain_hi, frame["p_holm"])
+    frame["verdict"] = verdicts(gains, band, OF_TIMES if is_time else OF_BYTES)
     no_error = where & np.isnan(lo)
     frame.loc[no_error, "reason"] = [_join(r, table.no_error) for r in frame.loc[no_error, "reason"]]
     return frame[COLUMNS]
@@ -104,12 +103,22 @@ def process_shares(samples: pd.DataFrame, factors: Sequence[str]) -> dict[str, f
     Of `effects` with the column `process` within `block`; see `variance.Estimates`.
     """
     factors = tuple(factors)
-    rows = _checked(samples, factors, "latency_s", "block", log=True)
-    table = _by_cell(rows, factors, "latency_s", "block", "process", log=True)
+    table = _by_cell(samples, _Question(factors, "latency_s", "block", "process", log=True))
     plan = contrasts(factors, table.cells)
     known = np.flatnonzero(~np.isnan(plan.matrix).any(axis=1))
     shares = table.estimates(plan.matrix[known], None).process_share
     return {term_name(plan.terms[i], factors): float(share) for i, share in zip(known, shares, strict=True)}
+
+
+@dataclass(frozen=True)
+class _Question:
+    """Of which factors' effects on which column is asked; the columns of blocks and of their processes."""
+
+    factors: tuple[str, ...]
+    value: str
+    block: str | None
+    process: str | None
+    log: bool
 
 
 @dataclass(frozen=True)
@@ -142,11 +151,13 @@ class _Table:
         return Estimates(estimate, nothing, nothing, nothing)
 
 
-def _checked(samples: pd.DataFrame, factors: tuple[str, ...], value: str, block: str | None, log: bool) -> pd.DataFrame:
+def _checked(samples: pd.DataFrame, asked: _Question) -> pd.DataFrame:
+    """The rows that count. Raises `UserError` where they cannot answer."""
+    factors, value, block, log = asked.factors, asked.value, asked.block, asked.log
     if not factors or len(set(factors)) < len(factors):
         raise UserError(f"factors must be one or more different column names, not {list(factors)}")
-    if len(factors) > _MOST_FACTORS:
-        raise UserError(f"{len(factors)} factors have 2^{len(factors)} terms; ask for at most {_MOST_FACTORS}")
+    if len(factors) > _MAX_FACTORS:
+        raise UserError(f"{len(factors)} factors have 2^{len(factors)} terms; ask for at most {_MAX_FACTORS}")
     absent = [c for c in (*factors, value, *([block] if block else [])) if c not in samples]
     if absent:
         raise UserError(f"the samples have no column {', '.join(absent)}; they have {', '.join(map(str, samples))}")
@@ -167,14 +178,9 @@ def _checked(samples: pd.DataFrame, factors: tuple[str, ...], value: str, block:
     return rows
 
 
-def _by_cell(
-    rows: pd.DataFrame,
-    factors: tuple[str, ...],
-    value: str,
-    block: str | None,
-    process: str | None,
-    log: bool,
-) -> _Table:
+def _by_cell(samples: pd.DataFrame, asked: _Question) -> _Table:
+    rows = _checked(samples, asked)
+    factors, value, block, process, log = asked.factors, asked.value, asked.block, asked.process, asked.log
     code = rows[list(factors)].to_numpy(dtype=np.int64) @ (1 << np.arange(len(factors)))
     values = rows[value].to_numpy(dtype=float)
     cell = every_cell(len(factors))
@@ -189,7 +195,7 @@ def _by_cell(
     if visits.empty:
         raise UserError("no block holds every cell; there is nothing to compare within a block")
     names = visits.index.to_numpy()
-    if process:
+    if process is not None and process in rows:
         names = rows.groupby(block)[process].first().loc[visits.index].fillna(-1).to_numpy()
     else:
         names = np.zeros(len(visits))

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from qwen3bench.analysis.variance import Estimates, clustered
 from qwen3bench.record.design import is_peer
+from qwen3bench.record.lines import BlockLine, SampleLine
 from qwen3bench.record.reader import Record
+from qwen3bench.record.states import BlockState
 
 _USUAL = {"band": 0.01, "confidence": 0.95}
 _KEYS = ["workload", "runtime", "block"]
@@ -29,7 +31,7 @@ SAMPLE_COLUMNS = (
 
 def analysis_setting(record: Record, name: str) -> float:
     """`analysis.band` or `analysis.confidence` of a run, its usual value where the record has none."""
-    settings = record.run["config"].get("analysis")
+    settings = record.run.config.get("analysis")
     value = settings.get(name) if isinstance(settings, dict) else None
     return float(value) if isinstance(value, (int, float)) and 0 < value < 1 else _USUAL[name]
 
@@ -50,18 +52,15 @@ def used_samples(record: Record) -> pd.DataFrame:
     A block counts when its last attempt is closed as ok or flagged; what was measured of others stays in the
     record. `copy` = 1 marks the second copy of the baseline.
     """
-    samples = record.frame("sample")
-    factors = list(record.run["factors"])
-    blocks = record.frame("block")
+    samples = record.frame(SampleLine)
+    factors = list(record.run.factors)
+    blocks = record.frame(BlockLine)
     if samples.empty or blocks.empty:
         columns = [*_KEYS, "cell", "copy", "process", "attempt", "latency_s", *factors]
         return pd.DataFrame(
             {c: pd.Series(dtype=object if c in ("workload", "runtime", "cell") else float) for c in columns}
         )
-    for frame in (samples, blocks):
-        for column in ("attempt", "process", "copy"):
-            frame[column] = frame[column].fillna(0).astype(int) if column in frame else 0
-    closed = blocks[blocks["state"].isin(["ok", "flagged"])]
+    closed = blocks[blocks["state"] != BlockState.REPEAT]
     closed = closed.drop_duplicates(_KEYS, keep="last")[[*_KEYS, "attempt"]]
     used = samples.merge(closed, on=[*_KEYS, "attempt"])
     codes = factor_columns(used["cell"].tolist(), factors)

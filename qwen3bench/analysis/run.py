@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,10 @@ from qwen3bench.analysis.controls import Controls, controls
 from qwen3bench.analysis.effective import compare_effective
 from qwen3bench.analysis.effects import COLUMNS, effects
 from qwen3bench.analysis.frames import analysis_setting, used_samples
-from qwen3bench.record.reader import Record, read_record, write_atomic
+from qwen3bench.record.files import write_atomic
+from qwen3bench.record.lines import EndLine, EvidenceLine
+from qwen3bench.record.reader import Record, read_record
+from qwen3bench.record.states import CellStatus, EndStatus
 
 EFFECT_COLUMNS = ["workload", "runtime", "metric", *COLUMNS]
 _TIMES = ("latency_s", "ttft_s", "tpot_s")
@@ -41,7 +44,7 @@ class Run:
     @property
     def factors(self) -> list[str]:
         """The run's factors in their order."""
-        return list(self.record.run["factors"])
+        return list(self.record.run.factors)
 
     @property
     def warnings(self) -> list[str]:
@@ -49,34 +52,30 @@ class Run:
         return self.record.warnings
 
     @property
-    def evidence(self) -> list[dict[str, Any]]:
+    def evidence(self) -> list[EvidenceLine]:
         """What ran in each cell, workload and runtime; the notes name switches that changed nothing of it.
 
         Cells that were only looked at, to compare others with them, are left out.
         """
-        lines = self.record.of("evidence")
-        wheres = dict.fromkeys((line["workload"], line["runtime"]) for line in lines)
+        by_place: dict[tuple[str, str], dict[str, EvidenceLine]] = {}
+        lines = self.record.of(EvidenceLine)
+        for line in lines:
+            by_place.setdefault((line.workload, line.runtime), {})[line.cell] = line
         idle = {
-            where: compare_effective({x["cell"]: x for x in lines if (x["workload"], x["runtime"]) == where})
-            for where in wheres
-            if where[0] != "generate"  # whose last step alone was looked at
+            place: compare_effective(of_cells)
+            for place, of_cells in by_place.items()
+            if place[0] != "generate"  # whose last step alone was looked at
         }
         return [
-            {
-                **line,
-                "notes": [
-                    *line.get("notes", []),
-                    *idle.get((line["workload"], line["runtime"]), {}).get(line["cell"], []),
-                ],
-            }
+            replace(line, notes=(*line.notes, *idle.get((line.workload, line.runtime), {}).get(line.cell, ())))
             for line in lines
-            if line["cell"] in self.record.run["cells"]
+            if line.cell in self.record.run.cells
         ]
 
     @property
     def finished(self) -> bool:
         """Whether the run came to its end; a partial one can be read too."""
-        return any(line["status"] == "finished" for line in self.record.of("end"))
+        return any(line.status == EndStatus.FINISHED for line in self.record.of(EndLine))
 
 
 def load_run(path: str | Path) -> Run:
@@ -92,7 +91,7 @@ def load_run(path: str | Path) -> Run:
     return Run(
         path=path,
         record=record,
-        config=record.run["config"],
+        config=record.run.config,
         environment=_environment(record),
         cells=cells,
         effects=table,
@@ -122,9 +121,9 @@ def to_csv(table: pd.DataFrame) -> str:
 
 
 def _all_effects(record: Record, cells: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
-    factors = list(record.run["factors"])
+    factors = list(record.run.factors)
     band, confidence = analysis_setting(record, "band"), analysis_setting(record, "confidence")
-    ok = cells[(cells["status"] == "ok") & (cells[factors].notna().all(axis=1) if factors else False)]
+    ok = cells[(cells["status"] == CellStatus.OK) & (cells[factors].notna().all(axis=1) if factors else False)]
     parts = []
     for key, rows in ok.groupby(["workload", "runtime"], sort=False):
         workload, runtime = key
@@ -162,5 +161,4 @@ def _environment(record: Record) -> dict[str, Any]:
         found = None
     if isinstance(found, dict):
         return found
-    known = {key: record.run.get(key) for key in ("device", "dtype")}
-    return {**known, **(record.run.get("fingerprint") or {})}
+    return {"device": record.run.device, "dtype": record.run.dtype, **(record.run.fingerprint or {})}

@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from qwen3bench.record.states import Verdict
+
 ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Gains:
+    """Gains with their intervals and Holm's p, each an array; NaN where there is none."""
+
+    value: ArrayLike
+    lo: ArrayLike
+    hi: ArrayLike
+    p_holm: ArrayLike
+
+
+@dataclass(frozen=True)
+class Directions:
+    """What a gain above 0 is called, and one below."""
+
+    gain: Verdict
+    loss: Verdict
+
+
+OF_TIMES = Directions(Verdict.FASTER, Verdict.SLOWER)
+OF_BYTES = Directions(Verdict.LESS, Verdict.MORE)
 
 
 def holm(p: ArrayLike) -> NDArray[np.float64]:
@@ -26,21 +50,18 @@ def holm(p: ArrayLike) -> NDArray[np.float64]:
     return corrected
 
 
-def verdicts(
-    gain: ArrayLike, lo: ArrayLike, hi: ArrayLike, p_holm: ArrayLike, band: float, words: Sequence[str]
-) -> list[str]:
-    """`same`, `words[0]` (gain above 0), `words[1]` (gain below 0) or `undecided` for each gain with its
-    interval.
+def verdicts(gains: Gains, band: float, words: Directions) -> list[str]:
+    """The verdict on each gain with its interval, as a plain word: `same`, a direction of `words`, or `undecided`.
 
     `same` where the interval lies inside ±`band` (equivalence: Schuirmann's two one-sided tests, 1987),
     whether or not the difference is significant; a direction where the interval excludes 0 and Holm's p is
     below 0.05; a value known without error (lo = hi) needs no p. Empty where there is no gain.
     """
-    gain, lo, hi, p_holm = (np.asarray(a, dtype=float) for a in (gain, lo, hi, p_holm))
+    gain, lo, hi, p_holm = (np.asarray(a, dtype=float) for a in (gains.value, gains.lo, gains.hi, gains.p_holm))
     exact = lo == hi
     decided = (exact | (p_holm < ALPHA)) & ((lo > 0) | (hi < 0))
     # The band's edge in floating point: 1.01 − 1 is 0.010000000000000009.
     inside = (np.abs(lo) <= band * (1 + 1e-9)) & (np.abs(hi) <= band * (1 + 1e-9))
-    direction = np.where(gain > 0, words[0], words[1])
-    result = np.where(inside, "same", np.where(decided, direction, "undecided"))
+    direction = np.where(gain > 0, words.gain.value, words.loss.value)
+    result = np.where(inside, Verdict.SAME.value, np.where(decided, direction, Verdict.UNDECIDED.value))
     return [str(v) for v in np.where(np.isnan(gain), "", result)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -11,17 +11,19 @@ import pandas as pd
 from qwen3bench.analysis.contrasts import contrasts, term_name
 from qwen3bench.analysis.frames import BASELINE, block_matrix, factor_columns
 from qwen3bench.analysis.variance import clustered, clustered_mean
+from qwen3bench.record.lines import SampleLine
+from qwen3bench.record.states import StopReason
 
-_MIN_DF = 5
+_MIN_DF = 5  # of the pooled error; with fewer a variance that happens to look small ends the measuring too early
 
 
 def half_widths(
-    samples: pd.DataFrame | Sequence[Mapping[str, Any]], factors: Sequence[str], confidence: float = 0.95
+    samples: pd.DataFrame | Sequence[SampleLine], factors: Sequence[str], confidence: float = 0.95
 ) -> dict[str, float]:
     """The relative half-width of each main effect's interval; infinite where it is not known yet.
 
     `samples`: one workload and runtime, finished blocks alone, as a DataFrame or the record's sample lines
-    (`cell`, `copy`, `block`, `process`, `latency_s`). Where the cells do not tell the main effects (a pair of
+    (columns `cell`, `copy`, `block`, `process`, `latency_s`). Where the cells do not tell the main effects (a pair of
     cells that differ in two factors), keyed by each cell's speed-up over the baseline instead; with the
     baseline alone, by its own latency.
 
@@ -29,7 +31,7 @@ def half_widths(
     happens to look small makes intervals lie, and the fewer degrees of freedom the more often it looks small. A term
     that stands on its own variance may have fewer; its interval is wide enough to say so.
     """
-    frame = samples if isinstance(samples, pd.DataFrame) else pd.DataFrame(list(samples))
+    frame = samples if isinstance(samples, pd.DataFrame) else _table(samples)
     if frame.empty:
         return {}
     frame = frame.assign(copy=frame["copy"].fillna(0) if "copy" in frame else 0)
@@ -62,31 +64,38 @@ def half_widths(
     return {name: _relative(half, df) for name, half in zip(names, found.half_width(confidence), strict=True)}
 
 
-def stop_reason(
-    half_width: Mapping[str, float],
-    blocks: int,
-    processes: int,
-    measured_s: float,
-    *,
-    target: float,
-    max_seconds: float,
-    min_blocks: int = 6,
-    min_processes: int = 2,
-    max_blocks: int | None = None,
-) -> str | None:
-    """Why measuring ends now: `target`, `max_seconds`, `max_blocks`; None while it goes on.
+@dataclass(frozen=True)
+class Limits:
+    """When measuring is to end: `target` is the relative half-width asked of every main effect."""
 
-    `target`: every half-width at or below it, after enough blocks and processes (NVIDIA nvbench's stdrel
+    target: float
+    max_seconds: float
+    min_blocks: int = 6
+    min_processes: int = 2
+    max_blocks: int | None = None
+
+
+def stop_reason(
+    half_width: Mapping[str, float], blocks: int, processes: int, measured_s: float, limits: Limits
+) -> StopReason | None:
+    """Why measuring ends now; None while it goes on.
+
+    `TARGET`: every half-width is at or below it, after enough blocks and processes (NVIDIA nvbench's stdrel
     criterion: noise below a limit after a minimum of samples, or a time-out).
     """
-    enough = blocks >= min_blocks and processes >= min_processes
-    if enough and half_width and all(width <= target for width in half_width.values()):
-        return "target"
-    if measured_s >= max_seconds:
-        return "max_seconds"
-    if max_blocks is not None and blocks >= max_blocks:
-        return "max_blocks"
+    enough = blocks >= limits.min_blocks and processes >= limits.min_processes
+    if enough and half_width and all(width <= limits.target for width in half_width.values()):
+        return StopReason.TARGET
+    if measured_s >= limits.max_seconds:
+        return StopReason.MAX_SECONDS
+    if limits.max_blocks is not None and blocks >= limits.max_blocks:
+        return StopReason.MAX_BLOCKS
     return None
+
+
+def _table(samples: Sequence[SampleLine]) -> pd.DataFrame:
+    names = ("cell", "copy", "block", "process", "latency_s")
+    return pd.DataFrame({name: [getattr(sample, name) for sample in samples] for name in names})
 
 
 def _relative(log_half_width: float, df: float) -> float:

@@ -46,7 +46,7 @@ def clustered(y: Array, process: NDArray[Any], contrasts: Array) -> Estimates:
     `process` (blocks,) names the process of each block; with a single one the blocks are the clusters. Block
     effects (drift) leave with each block's mean. Every contrast sums to zero over the cells.
 
-    The error is that of the classical analysis of variance of a randomised block design, contrast × process
+    The error is that of the classical analysis of variance of a randomized block design, contrast × process
     (Montgomery, chapter 4; Kalibera & Jones, Rigorous Benchmarking in Reasonable Time, 2013: replicate at the
     level where the variance lives). Two processes give one contrast a single degree of freedom and a useless
     interval, and a bootstrap over two clusters does not work at all. So variances are pooled as far as that is true:

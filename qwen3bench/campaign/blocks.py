@@ -6,30 +6,34 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
-from qwen3bench.analysis.stopping import half_widths, stop_reason
-from qwen3bench.campaign.failures import Ledger
+from qwen3bench.analysis.stopping import Limits, half_widths, stop_reason
+from qwen3bench.campaign.context import RunContext
+from qwen3bench.campaign.monitor import disturbances, flags
 from qwen3bench.campaign.progress import duration
-from qwen3bench.campaign.state import Timing, Where
-from qwen3bench.campaign.worker_process import CellFailure, Request
-from qwen3bench.record.card import Monitor, Telemetry, braked, flags
+from qwen3bench.campaign.state import Place, Timing, Where
+from qwen3bench.record.card import Card
 from qwen3bench.record.design import BASELINE, block_order
+from qwen3bench.record.lines import BlockLine, CompileLine, SampleLine, StopLine, Telemetry, VisitLine
+from qwen3bench.record.messages import CellFailure, Enter, Prepare, Request, TimedVisit, Visit
+from qwen3bench.record.states import BlockState, CellStatus, Purpose, StopReason
+from qwen3bench.record.typed import fields_of
 
 MEASURED_PER_SETUP = 0.25  # of the time that a process takes to be ready, at least so much again is measured in it
+_PASS = "time"
 
 
-class Timings:
-    """Times the cells of a run; what is done goes to `ledger`. `monitor` looks at the card after each block."""
+class Blocks:
+    """Times the cells of a run, block by block. `card` is looked at after each block."""
 
-    def __init__(self, ledger: Ledger, monitor: Monitor) -> None:
-        self._ledger = ledger
-        self._monitor = monitor
-        self._settings = ledger.settings
-        self._workers = ledger.workers
-        self._progress = ledger.progress
-        self._timings = ledger.done.timings
+    def __init__(self, context: RunContext, card: Card) -> None:
+        self._context = context
+        self._card = card
+        self._settings = context.settings
+        self._workers = context.workers
+        self._progress = context.progress
+        self._timings = context.state.timings
 
     @property
     def processes_needed(self) -> list[Where]:
@@ -54,7 +58,7 @@ class Timings:
         A failure beside others ends the getting ready side by side. `compile` gets ready alone: there the compiler
         times variants of its kernels to choose among them, and each process chooses for itself.
         """
-        self._workers.purpose = "time"
+        self._workers.purpose = Purpose.TIME
         self._stop_what_is_known()
         while left := self.processes_needed:
             while left:
@@ -71,14 +75,14 @@ class Timings:
         for where, timing in self._timings.items():
             if timing.stopped:
                 continue
-            if not self._ledger.cells(where):
-                self._stop(where, "failed")
-            elif reason := self._reason_to_stop(where, ahead_s=timing.setup_s if self._has_the_least(where) else 0.0):
+            if not self._context.cells(where):
+                self._stop(where, StopReason.FAILED)
+            elif reason := self._reason_to_stop(where, ahead_s=timing.setup_s if self._has_the_minimum(where) else 0.0):
                 self._stop(where, reason)
 
     def _time_alone(self, where: Where) -> None:
         """One process, made ready and timed with none beside it."""
-        if not self._ledger.cells(where):
+        if not self._context.cells(where):
             return
         started = time.monotonic()
         if self._prepare(where):
@@ -106,48 +110,58 @@ class Timings:
 
     # Getting ready
 
-    def _preparations(self, where: Where) -> list[Request]:
+    def _preparations(self, where: Where) -> tuple[Enter, list[Prepare]]:
         workload, runtime = where
-        visits = [(cell, 0) for cell in self._ledger.cells(where)]
+        visits = [(cell, 0) for cell in self._context.cells(where)]
         if (BASELINE, 0) in visits:
             visits.append((BASELINE, 1))
-        enter: Request = ("enter", {"workload": workload, "runtime": runtime, "cell": visits[0][0]})
-        return [enter, *(("prepare", {"cell": cell, "copy": copy}) for cell, copy in visits)]
+        enter = Enter(workload=workload, runtime=runtime, cell=visits[0][0])
+        return enter, [Prepare(cell=cell, copy=copy) for cell, copy in visits]
 
     def _prepare(self, where: Where) -> bool:
         """Make every cell ready in the present worker; False where a cell failed and the worker is gone."""
-        requests = self._preparations(where)
-        title = f"preparing {' '.join(where)} in process {self._workers.number}"
-        place = {"workload": where[0], "runtime": where[1], "process": self._workers.number}
+        enter, requests = self._preparations(where)
+        process = self._workers.number
         compiled = []
-        with self._progress.stage(title, len(requests) - 1) as stage:
-            for op, arguments in requests:
-                cell = arguments["cell"]
-                if op == "prepare":
-                    stage.step(cell)
-                with self._ledger.failing("time", cell, *where) as outcome:
-                    answer = self._workers.ask(op, **arguments)
-                    if answer.get("compile_s") is not None:
-                        told = {"seconds": answer["compile_s"], "options": answer.get("compile_options")}
-                        compiled.append({"type": "compile", "cell": cell, **place, **told})
+        with self._progress.stage(f"preparing {' '.join(where)} in process {process}", len(requests)) as stage:
+            with self._context.failing(_PASS, Place(enter.cell, *where)) as outcome:
+                self._workers.ask(enter)
+            if outcome.failed:
+                return False
+            self._workers.start_ahead(1)  # while nothing is timed
+            for request in requests:
+                stage.step(request.cell)
+                with self._context.failing(_PASS, Place(request.cell, *where)) as outcome:
+                    answer = self._workers.ask(request)
+                    if answer.compile_s is not None:
+                        compiled.append(
+                            CompileLine(
+                                cell=request.cell,
+                                workload=where[0],
+                                runtime=where[1],
+                                process=process,
+                                seconds=answer.compile_s,
+                                options=answer.compile_options,
+                            )
+                        )
                 if outcome.failed:
                     return False
-                if op == "enter":
-                    self._workers.start_ahead(1)  # while nothing is timed
         if compiled:
-            self._ledger.writer.append(*compiled)
+            self._context.writer.append(*compiled)
         self._workers.await_ahead()
         return True
 
     def _prepare_side_by_side(self, wheres: Sequence[Where]) -> None:
         """Make every cell ready in a process of its own for each of `wheres`; one that fails is ended, unblamed."""
-        shares = [self._preparations(where) for where in wheres]
+        shares: list[Sequence[Request[Any]]] = [
+            [enter, *requests] for enter, requests in map(self._preparations, wheres)
+        ]
         names = ", ".join(dict.fromkeys(" ".join(where) for where in wheres))
         title = f"preparing {names} in {len(wheres)} processes at a time"
         with self._progress.stage(title, sum(map(len, shares)) - len(shares)) as stage:
-            for op, arguments in self._workers.prepare(shares):
-                if op == "prepare":
-                    stage.step(arguments["cell"])
+            for request in self._workers.prepare(shares):
+                if isinstance(request, Prepare):
+                    stage.step(request.cell)
         self._workers.start_ahead(1)
         self._workers.await_ahead()
 
@@ -157,7 +171,7 @@ class Timings:
         """Up to `blocks_per_process` blocks in the present worker, ready after `setup_s`; False where a cell failed."""
         measure, timing = self._settings.measure, self._timings[where]
         timing.setup_s = setup_s
-        more_s = setup_s if self._has_the_least(where) else 0.0
+        more_s = setup_s if self._has_the_minimum(where) else 0.0
         timing.more_s += more_s
         before_s = timing.measured_s
         for blocks in itertools.count(1):
@@ -177,12 +191,11 @@ class Timings:
         return True
 
     def _block(self, where: Where, more_s: float) -> bool:
-        """One block, measured again under a brake or beside a foreign process; False where a cell failed in it.
+        """One block, measured again where it was disturbed; False where a cell failed in it.
 
         `more_s`: what it took to get its process ready, where the time allowed covers it and this is its first block.
         """
         timing = self._timings[where]
-        most = self._settings.measure.max_attempts
         while True:
             attempt = timing.attempts
             timing.attempts += 1
@@ -192,116 +205,113 @@ class Timings:
                 return False
             elapsed_s = time.monotonic() - started
             timing.measured_s += elapsed_s
-            telemetry = self._monitor.sample(self._workers.pids)
-            brakes = braked(telemetry)
-            timing.braked += bool(brakes)
-            state = "ok" if not brakes else "repeat" if timing.braked < most else "flagged"
-            if brakes:
-                self._progress.note(f"block {timing.blocks}, attempt {attempt + 1}: {state} ({', '.join(brakes)})")
-            self._close_block(where, attempt, state, telemetry, elapsed_s, more_s)
-            if state != "repeat":
+            telemetry = self._card.sample(self._workers.pids)
+            state = self._state_of(timing, telemetry, attempt)
+            self._context.writer.append(
+                BlockLine(
+                    workload=where[0],
+                    runtime=where[1],
+                    process=self._workers.process,
+                    block=timing.blocks,
+                    attempt=attempt,
+                    state=state,
+                    flags=tuple(flags(telemetry)),
+                    time=time.time(),
+                    elapsed_s=elapsed_s,
+                    more_s=more_s,
+                    **fields_of(telemetry),
+                )
+            )
+            if state != BlockState.REPEAT:
                 timing.samples += samples
                 timing.blocks += 1
-                timing.attempts = timing.braked = 0
+                timing.attempts = timing.disturbed = 0
                 timing.processes.add(self._workers.process)
                 return True
 
-    def _visits(self, where: Where, block: int, attempt: int) -> list[dict[str, Any]] | None:
+    def _state_of(self, timing: Timing, telemetry: Telemetry, attempt: int) -> BlockState:
+        """Whether an attempt at a block counts: a disturbed one is measured again, `max_attempts` times in all."""
+        disturbed = disturbances(telemetry)
+        if not disturbed:
+            return BlockState.OK
+        timing.disturbed += 1
+        again = timing.disturbed < self._settings.measure.max_attempts
+        state = BlockState.REPEAT if again else BlockState.FLAGGED
+        self._progress.note(f"block {timing.blocks}, attempt {attempt + 1}: {state} ({', '.join(disturbed)})")
+        return state
+
+    def _visits(self, where: Where, block: int, attempt: int) -> list[SampleLine] | None:
         """All visits of one block, in its random order; None where a cell failed."""
         workload, runtime = where
-        order = block_order(self._ledger.cells(where), self._settings.seed, workload, runtime, block, attempt)
-        taken: list[dict[str, Any]] = []
+        order = block_order(self._context.cells(where), self._settings.seed, workload, runtime, block, attempt)
+        taken: list[SampleLine] = []
         repeats = self._settings.measure.repeats
         with self._progress.stage(self._block_title(where), len(order)) as stage:
             for position, (cell, copy) in enumerate(order):
                 stage.step(cell)
-                visit = {
-                    "workload": workload,
-                    "runtime": runtime,
-                    "cell": cell,
-                    "copy": copy,
-                    "process": self._workers.process,
-                    "block": block,
-                    "attempt": attempt,
-                    "position": position,
-                }
-                with self._ledger.failing("time", cell, workload=workload, runtime=runtime) as outcome:
-                    answer = self._workers.ask("visit", cell=cell, copy=copy, repeats=repeats)
-                    samples = [
-                        {**sample, **visit, "repeat": repeat, "time": answer["time"]}
-                        for repeat, sample in enumerate(answer["samples"])
-                    ]
-                    if repeats and len(samples) != repeats:
-                        raise CellFailure("crashed", f"the worker answered {len(samples)} values, not {repeats}")
-                    lines = [{**sample, "type": "sample"} for sample in samples]
-                    self._ledger.append(*lines, {"type": "visit", **visit, "samples": len(samples)})
+                with self._context.failing(_PASS, Place(cell, *where)) as outcome:
+                    answer = self._workers.ask(Visit(cell=cell, copy=copy, repeats=repeats))
+                    if repeats and len(answer.samples) != repeats:
+                        text = f"the worker answered {len(answer.samples)} values, not {repeats}"
+                        raise CellFailure(CellStatus.CRASHED, text)
+                    visit = VisitLine(
+                        workload=workload,
+                        runtime=runtime,
+                        cell=cell,
+                        copy=copy,
+                        process=self._workers.process,
+                        block=block,
+                        attempt=attempt,
+                        position=position,
+                        samples=len(answer.samples),
+                    )
+                    samples = _samples(visit, answer)
+                    self._context.writer.append(*samples, visit)
                     taken += samples
                 if outcome.failed:
                     return None
         return taken
-
-    def _close_block(
-        self, where: Where, attempt: int, state: str, telemetry: Telemetry, elapsed_s: float, more_s: float
-    ) -> None:
-        self._ledger.writer.append(
-            {
-                "type": "block",
-                "workload": where[0],
-                "runtime": where[1],
-                "process": self._workers.process,
-                "block": self._timings[where].blocks,
-                "attempt": attempt,
-                "state": state,
-                "flags": flags(telemetry),
-                "time": time.time(),
-                "elapsed_s": elapsed_s,
-                "more_s": more_s,
-                **asdict(telemetry),
-            }
-        )
 
     # Stopping
 
     def _min_processes(self, where: Where) -> int:
         return self._settings.min_processes(where[1])
 
-    def _has_the_least(self, where: Where) -> bool:
+    def _has_the_minimum(self, where: Where) -> bool:
         """Whether as many processes and blocks are measured as a run takes; what more processes cost is of its time."""
         timing, measure = self._timings[where], self._settings.measure
         return len(timing.processes) >= self._min_processes(where) and timing.blocks >= measure.min_blocks
 
-    def _reason_to_stop(self, where: Where, ahead_s: float = 0.0) -> str | None:
+    def _reason_to_stop(self, where: Where, ahead_s: float = 0.0) -> StopReason | None:
         """`ahead_s`: what comes before the next block."""
         timing, measure = self._timings[where], self._settings.measure
         if not timing.blocks:
             return None
-        return stop_reason(
-            half_widths(timing.samples, self._settings.factors),
-            timing.blocks,
-            len(timing.processes),
-            timing.measured_s + timing.more_s + ahead_s,
+        limits = Limits(
             target=self._settings.target(where[1]),
             max_seconds=self._settings.limit_s(where[1], timing.blocks, len(timing.processes)),
             min_blocks=measure.min_blocks,
             min_processes=self._min_processes(where),
             max_blocks=measure.max_blocks,
         )
+        widths = half_widths(timing.samples, self._settings.factors)
+        spent_s = timing.measured_s + timing.more_s + ahead_s
+        return stop_reason(widths, timing.blocks, len(timing.processes), spent_s, limits)
 
-    def _stop(self, where: Where, reason: str) -> None:
+    def _stop(self, where: Where, reason: StopReason) -> None:
         timing = self._timings[where]
         timing.stopped = True
-        self._ledger.writer.append(
-            {
-                "type": "stop",
-                "workload": where[0],
-                "runtime": where[1],
-                "reason": reason,
-                "half_width": self._half_widths(timing),
-                "blocks": timing.blocks,
-                "processes": len(timing.processes),
-                "measured_s": timing.measured_s,
-                "more_s": timing.more_s,
-            }
+        self._context.writer.append(
+            StopLine(
+                workload=where[0],
+                runtime=where[1],
+                reason=reason,
+                half_width=self._half_widths(timing),
+                blocks=timing.blocks,
+                processes=len(timing.processes),
+                measured_s=timing.measured_s,
+                more_s=timing.more_s,
+            )
         )
 
     def _half_widths(self, timing: Timing) -> dict[str, float | None]:
@@ -333,3 +343,12 @@ def _company(left: list[Where], at_once: int) -> tuple[list[Where], list[Where]]
     for where in together:
         rest.remove(where)
     return together, rest
+
+
+def _samples(visit: VisitLine, answer: TimedVisit) -> list[SampleLine]:
+    """The samples of a visit, as the record has them."""
+    where = {name: value for name, value in fields_of(visit).items() if name != "samples"}
+    return [
+        SampleLine(**fields_of(value), **where, repeat=repeat, time=answer.time)
+        for repeat, value in enumerate(answer.samples)
+    ]

@@ -8,55 +8,66 @@ from __future__ import annotations
 
 import math
 import os
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from qwen3bench.campaign.blocks import Timings
-from qwen3bench.campaign.failures import Ledger
-from qwen3bench.campaign.progress import Reporter
-from qwen3bench.campaign.state import Done
-from qwen3bench.campaign.worker_pool import StartWorker, Workers
-from qwen3bench.campaign.worker_process import CellFailure, WorkerProcess
-from qwen3bench.config.settings import Settings
-from qwen3bench.record.card import Monitor
+from qwen3bench.campaign.blocks import Blocks
+from qwen3bench.campaign.context import RunContext
+from qwen3bench.campaign.state import Place
+from qwen3bench.record.card import Card
 from qwen3bench.record.design import label, neighbours
-from qwen3bench.record.reader import Record, RecordWriter
+from qwen3bench.record.lines import (
+    CeilingLine,
+    CostLine,
+    EvidenceLine,
+    Line,
+    MemoryLine,
+    ParametersLine,
+    VerifyLine,
+)
+from qwen3bench.record.messages import (
+    CellFailure,
+    CollectEvidence,
+    ComputeCost,
+    CountParameters,
+    Evidence,
+    Judgment,
+    Load,
+    MeasureCeilings,
+    MeasureMemory,
+    PeakMemory,
+    Request,
+    Verify,
+)
+from qwen3bench.record.states import CellStatus
+from qwen3bench.record.typed import fields_of
 
-_MOST_AT_ONCE = 4  # processes that verify, or get ready to time, side by side
+# The line that records the answer to a step of a single cell.
+_LINES: dict[type[Request[Any]], Callable[..., Line]] = {
+    CountParameters: ParametersLine,
+    Verify: VerifyLine,
+    MeasureMemory: MemoryLine,
+    CollectEvidence: EvidenceLine,
+}
+_MAX_AT_ONCE = 4  # processes that verify, or get ready to time, side by side
 _CORES_EACH = 4
-_LEAST_SHARE = 4  # cells; fewer are verified before another process has started
-_CONTEXT_BYTES = 2**30  # what a process needs of a card beside its tensors (CUDA's context, libraries), rounded up
+_MIN_SHARE = 4  # cells; fewer are verified before another process has started
+CONTEXT_BYTES = 2**30  # what a process needs of a card beside its tensors (CUDA's context, libraries), rounded up
 _SLACK = 1.5  # times the peak of a cell alone: what the graphs of all cells and the allocator's gaps may need
 
 
 class Campaign:
-    """One run's passes.
+    """One run's passes. `card_bytes`: the memory of the CUDA device, where it is known."""
 
-    `record` is what earlier starts of the same run wrote; `ready` a worker started already; `card_bytes` the memory
-    of the CUDA device, where it is known.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        writer: RecordWriter,
-        progress: Reporter,
-        record: Record | None = None,
-        start_worker: StartWorker = WorkerProcess,
-        monitor: Monitor | None = None,
-        ready: WorkerProcess | None = None,
-        card_bytes: int | None = None,
-    ) -> None:
-        self._settings = settings
-        self._progress = progress
-        self._done = Done(settings, record)
-        self._workers = Workers(settings, writer, start_worker, ready, self._done.process)
-        self._ledger = Ledger(settings, writer, progress, self._done, self._workers)
-        monitor = monitor or Monitor(int(settings.device.partition(":")[2] or 0))
-        self.timings = Timings(self._ledger, monitor)
-        self._labels = settings.labels
+    def __init__(self, context: RunContext, card: Card, card_bytes: int | None = None) -> None:
+        self._context = context
+        self._settings = context.settings
+        self._progress = context.progress
+        self._state = context.state
+        self._workers = context.workers
         self._card_bytes = card_bytes
-        self._cuda = settings.device.startswith("cuda")
+        self._cuda = context.settings.device.startswith("cuda")
+        self.blocks = Blocks(context, card)
 
     def run(self) -> None:
         """All passes that are not done yet. Every process it started has ended when it returns or raises.
@@ -68,136 +79,130 @@ class Campaign:
             shares = self._shares()
             self._workers.start_ahead(len(shares))  # that verify, while nothing is measured
             self._check()
-            timing = min(self._most_at_once, len(self.timings.processes_needed))
+            timing = min(self._max_at_once, len(self.blocks.processes_needed))
             self._workers.start_ahead(len(shares) - 1 + timing)  # and the first that time
-            self._each_cell("parameters", "counting parameters")
+            self._take("counting parameters", (CountParameters(cell=cell) for cell in self._settings.labels))
             self._verify(shares)
             self._look_at_each_cell()
             self._ceilings()
             self._workers.end()
-            self.timings.run(self._at_once)
+            self.blocks.run(self._at_once)
 
     @property
-    def _most_at_once(self) -> int:
+    def _max_at_once(self) -> int:
         """How many processes may work side by side where nothing is timed: on a CPU they would share its cores."""
-        return max(1, min(_MOST_AT_ONCE, _cores() // _CORES_EACH)) if self._cuda else 1
+        return max(1, min(_MAX_AT_ONCE, usable_cores() // _CORES_EACH)) if self._cuda else 1
 
     @property
     def _at_once(self) -> int:
         """How many processes, each with all cells of a workload ready, the device's memory holds."""
-        peak = self._done.peak_reserved_bytes
+        peak = self._state.peak_reserved_bytes
         if not (self._card_bytes and peak):
             return 1
-        return max(1, min(self._most_at_once, int(self._card_bytes / (_SLACK * peak + _CONTEXT_BYTES))))
+        return max(1, min(self._max_at_once, int(self._card_bytes / (_SLACK * peak + CONTEXT_BYTES))))
 
     # One step for each cell
 
     def _check(self) -> None:
         """Build every cell once: what the user can mend is refused before anything is measured."""
-        left = [cell for cell in self._labels if self._done.runs(cell) and ("parameters", cell) not in self._done.steps]
+        left = [cell for cell in self._settings.labels if self._state.is_left(CountParameters(cell=cell))]
         with self._progress.stage("loading the weights, building every cell", len(left)) as stage:
             for cell in left:
                 stage.step(cell)
-                with self._ledger.failing("load", cell):
-                    self._workers.ask("load", cells=[cell])
+                with self._context.failing(Load.op, Place(cell)):
+                    self._workers.ask(Load(cells=(cell,)))
 
-    def _each_cell(self, pass_: str, title: str) -> None:
-        self._steps(title, [(pass_, cell, {}) for cell in self._labels])
-
-    def _shares(self) -> list[list[str]]:
+    def _shares(self) -> list[list[Verify]]:
         """The cells to verify, shared out among as many processes as can work side by side.
 
         On a GPU alone, where most of the time goes to compiling kernels on the CPU; cells with the same ones together.
         """
-        left = [cell for cell in self._labels if self._done.runs(cell) and ("verify", cell) not in self._done.steps]
-        size = max(_LEAST_SHARE, math.ceil(len(left) / self._most_at_once))
+        left = [step for cell in self._settings.labels if self._state.is_left(step := Verify(cell=cell))]
+        size = max(_MIN_SHARE, math.ceil(len(left) / self._max_at_once))
         if len(left) > size:
-            left.sort(key=lambda cell: [name not in cell.split("+") for name in self._settings.factors])
+            left.sort(key=lambda step: [name not in step.cell.split("+") for name in self._settings.factors])
         return [left[start : start + size] for start in range(0, len(left), size)]
 
-    def _verify(self, shares: list[list[str]]) -> None:
+    def _verify(self, shares: list[list[Verify]]) -> None:
         """The equivalence gate: first side by side, then alone what failed there."""
         title = "verifying that every cell computes the baseline's function"
         if len(shares) > 1:
-            shares = [[cell for cell in share if self._done.runs(cell)] for share in shares]
+            shares = [[step for step in share if self._state.is_left(step)] for share in shares]
             with self._progress.stage(f"{title}, {len(shares)} at a time", sum(map(len, shares))) as stage:
-                for cell, answer in self._workers.side_by_side("verify", shares):
-                    stage.step(cell)
-                    if answer["equivalent"]:  # what is not may be of the others' making, too
-                        with suppress(CellFailure):  # an answer that cannot be used
-                            self._take("verify", cell, {}, answer)
-        self._each_cell("verify", title)
+                for step, answer in self._workers.side_by_side(shares):
+                    stage.step(str(Place.of(step)))
+                    if answer.equivalent:  # what is not may be of the others' making, too
+                        self._record(step, answer)
+        self._take(title, (Verify(cell=cell) for cell in self._settings.labels))
 
     def _look_at_each_cell(self) -> None:
         """Peak memory, then evidence of what has just run there, so that a cell is built and compiled once for both."""
-        passes, title = ["evidence"], "recording what really runs"
-        if self._cuda:
-            passes, title = ["memory", "evidence"], "measuring peak memory, recording what really runs"
-        steps = []
+        title = "measuring peak memory, recording what really runs" if self._cuda else "recording what really runs"
+        steps: list[Request[Any]] = []
         # What a switch changed is told by the cell without it, which is looked at even where it is not measured.
         compared = [label(cell) for cell in neighbours(self._settings.cells)]
-        for workload, runtime in self._done.timings:
-            where = {"workload": workload, "runtime": runtime}
-            steps += [(pass_, cell, where) for cell in self._labels for pass_ in passes]
+        for workload, runtime in self._state.timings:
+            for cell in self._settings.labels:
+                if self._cuda:
+                    steps.append(MeasureMemory(cell=cell, workload=workload, runtime=runtime))
+                steps.append(CollectEvidence(cell=cell, workload=workload, runtime=runtime))
             if runtime != "compile":  # where a cell takes seconds to compile
-                steps += [("evidence", cell, where) for cell in compared]
-        self._steps(title, steps)
+                steps += [CollectEvidence(cell=cell, workload=workload, runtime=runtime) for cell in compared]
+        self._take(title, steps)
 
-    def _steps(self, title: str, steps: list[tuple[str, str, dict[str, str]]]) -> None:
-        left = [
-            (pass_, cell, where)
-            for pass_, cell, where in steps
-            if (pass_, cell, *where.values()) not in self._done.steps and self._done.runs(cell, *where.values())
-        ]
+    def _take(self, title: str, steps: Iterable[Request[Any]]) -> None:
+        """Take those of the steps that are left."""
+        left = [step for step in steps if self._state.is_left(step)]
         with self._progress.stage(title, len(left)) as stage:
-            for pass_, cell, where in left:
-                stage.step(" ".join([cell, *where.values()]))
-                if self._done.runs(cell, *where.values()):  # still, after its step before
-                    self._step(pass_, cell, where)
+            for step in left:
+                stage.step(str(Place.of(step)))
+                if self._state.is_left(step):  # still, after the step before
+                    with self._context.failing(step.op, Place.of(step)):
+                        self._record(step, self._workers.ask(step))
 
-    def _step(self, pass_: str, cell: str, where: dict[str, str]) -> None:
-        with self._ledger.failing(pass_, cell, **where):
-            self._take(pass_, cell, where, self._workers.ask(pass_, cell=cell, **where))
-
-    def _take(self, pass_: str, cell: str, where: dict[str, str], answer: dict[str, Any]) -> None:
+    def _record(self, step: Request[Any], answer: Any) -> None:
         """Record an answer, and the failure that it may tell of."""
-        line = {**answer, "type": pass_, "cell": cell, **where}
-        if failure := _told_by(pass_, answer):
-            self._ledger.fail(pass_, cell, failure, line, **where)
+        line = _LINES[type(step)](**fields_of(step), **fields_of(answer))
+        if failure := _told_by(answer):
+            self._context.fail(step.op, Place.of(step), failure, line)
         else:
-            self._ledger.append(line)
-        self._done.steps.add((pass_, cell, *where.values()))
-        self._done.see_peak(answer)
+            self._context.writer.append(line)
+        self._state.steps.add(step)
+        if isinstance(answer, PeakMemory):
+            self._state.see_peak(answer.peak_reserved_bytes)
 
     def _ceilings(self) -> None:
         """What the device can reach, and the least that each cell asks of it."""
-        if ("ceiling",) in self._done.steps:
+        if self._state.ceilings_known:
             return
         with self._progress.stage("measuring what the device can reach", 1):
             try:
-                costs = [
-                    {**self._workers.ask("cost", cell=cell, workload=workload), "type": "cost"}
-                    | {"cell": cell, "workload": workload}
+                asked = [
+                    ComputeCost(cell=cell, workload=workload)
                     for workload in self._settings.workloads
-                    for cell in self._labels
-                    if self._done.runs(cell)
+                    for cell in self._settings.labels
+                    if self._state.runs(Place(cell))
                 ]
-                self._ledger.append({**self._workers.ask("ceilings"), "type": "ceiling"}, *costs)
+                costs = [CostLine(**fields_of(cost), **fields_of(self._workers.ask(cost))) for cost in asked]
+                ceilings = CeilingLine(**fields_of(self._workers.ask(MeasureCeilings())))
             except CellFailure as failure:  # no cell is to blame, and none needs it
                 self._workers.end()
                 self._progress.note(f"what the device can reach is not known: {failure.reason}")
+            else:
+                self._context.writer.append(ceilings, *costs)
 
 
-def _cores() -> int:
+def usable_cores() -> int:
+    """How many cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _told_by(pass_: str, answer: dict[str, Any]) -> CellFailure | None:
+def _told_by(answer: object) -> CellFailure | None:
     """The failure that a worker's answer tells of, though it is one."""
-    if pass_ == "verify" and not answer.get("equivalent"):
-        status = "not_equivalent" if answer.get("ran", True) else "crashed"
-        return CellFailure(status, answer.get("reason") or "no reason given")
-    if pass_ == "evidence" and (again := answer.get("recompiles")):
-        reason = f"compiled {again} more graphs after its warm-up, so a latency may hold a compilation"
-        return CellFailure("invalid", reason)
+    if isinstance(answer, Judgment) and not answer.equivalent:
+        status = CellStatus.NOT_EQUIVALENT if answer.ran else CellStatus.CRASHED
+        return CellFailure(status, answer.reason or "no reason given")
+    if isinstance(answer, Evidence) and answer.recompiles:
+        reason = f"compiled {answer.recompiles} more graphs after its warm-up, so a latency may hold a compilation"
+        return CellFailure(CellStatus.INVALID, reason)
     return None

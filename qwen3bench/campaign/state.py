@@ -6,19 +6,51 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3bench.config.settings import Settings
+from qwen3bench.record.lines import (
+    BlockLine,
+    CeilingLine,
+    EvidenceLine,
+    FailureLine,
+    MemoryLine,
+    ParametersLine,
+    ProcessLine,
+    SampleLine,
+    StopLine,
+    VerifyLine,
+)
+from qwen3bench.record.messages import CollectEvidence, CountParameters, MeasureMemory, Request, Verify
 from qwen3bench.record.reader import Record
+from qwen3bench.record.states import BlockState, CellStatus
 
 Where = tuple[str, str]  # workload, runtime
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a step is taken or fails: a cell, in one workload and runtime or, without these, everywhere."""
+
+    cell: str
+    workload: str | None = None
+    runtime: str | None = None
+
+    @classmethod
+    def of(cls, request: Request[Any]) -> Place:
+        """The place that a request names."""
+        workload, runtime = (getattr(request, name, None) for name in ("workload", "runtime"))
+        return cls(getattr(request, "cell", ""), workload, runtime)
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.cell, self.workload, self.runtime)))
+
+
 @dataclass
 class Timing:
-    """What is known of one workload in one runtime: closed blocks and their samples."""
+    """What is known of one workload in one runtime: closed blocks and their samples; times in seconds."""
 
-    samples: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[SampleLine] = field(default_factory=list)
     blocks: int = 0
     attempts: int = 0  # at the next block, whatever became of them
-    braked: int = 0  # of these, ended under a brake
+    disturbed: int = 0  # of these, ended throttled or beside other processes
     processes: set[int] = field(default_factory=set)
     measured_s: float = 0.0
     setup_s: float = 0.0  # of its last process
@@ -26,12 +58,13 @@ class Timing:
     stopped: bool = False
 
 
-class Done:
+class RunState:
     """Finished steps, failures, timings and the last process of a run; `record` is what earlier starts wrote."""
 
     def __init__(self, settings: Settings, record: Record | None = None) -> None:
-        self.failures: dict[tuple[str, str | None, str | None], str] = {}  # cell, workload, runtime → status
-        self.steps: set[tuple[str, ...]] = set()  # (pass, cell, workload, runtime) of those that ended
+        self.failures: dict[Place, CellStatus] = {}
+        self.steps: set[Request[Any]] = set()  # that were answered
+        self.ceilings_known = False
         self.process = -1
         self.peak_reserved_bytes = 0  # of the memory pass, over all cells so far
         self.timings: dict[Where, Timing] = {
@@ -41,50 +74,56 @@ class Done:
             self._take_up_steps(record)
             self._take_up_blocks(record)
 
-    def runs(self, cell: str, workload: str | None = None, runtime: str | None = None) -> bool:
+    def runs(self, place: Place) -> bool:
         """Whether a cell is still to be run there: not after a failure, except that of the gate."""
-        scopes = {(cell, None, None), (cell, workload, runtime)}
-        return not any(self.failures.get(scope, "not_equivalent") != "not_equivalent" for scope in scopes)
+        failed = {self.failures.get(scope, CellStatus.OK) for scope in (Place(place.cell), place)}
+        return failed <= {CellStatus.OK, CellStatus.NOT_EQUIVALENT}
 
-    def see_peak(self, answer: dict[str, Any]) -> None:
-        """Take note of a step's peak memory, where it tells of any."""
-        self.peak_reserved_bytes = max(self.peak_reserved_bytes, answer.get("peak_reserved_bytes") or 0)
+    def is_left(self, step: Request[Any]) -> bool:
+        """Whether a step is still to be taken."""
+        return step not in self.steps and self.runs(Place.of(step))
+
+    def see_peak(self, peak_reserved_bytes: int | None) -> None:
+        """Take note of a cell's peak memory."""
+        self.peak_reserved_bytes = max(self.peak_reserved_bytes, peak_reserved_bytes or 0)
 
     def _take_up_steps(self, record: Record) -> None:
-        for line in record.of("failure"):
-            self.failures[line["cell"], line.get("workload"), line.get("runtime")] = line["status"]
-        for pass_ in ("parameters", "verify"):
-            self.steps |= {(pass_, line["cell"]) for line in record.of(pass_)}
-        for pass_ in ("memory", "evidence"):
-            self.steps |= {(pass_, line["cell"], line["workload"], line["runtime"]) for line in record.of(pass_)}
-        for line in record.of("memory"):
-            self.see_peak(line)
-        if record.of("ceiling"):
-            self.steps.add(("ceiling",))
-        self.process = max((line["process"] for line in record.of("process")), default=-1)
+        for line in record.of(FailureLine):
+            self.failures[Place(line.cell, line.workload, line.runtime)] = line.status
+        self.steps |= {CountParameters(cell=line.cell) for line in record.of(ParametersLine)}
+        self.steps |= {Verify(cell=line.cell) for line in record.of(VerifyLine)}
+        for memory in record.of(MemoryLine):
+            self.steps.add(MeasureMemory(cell=memory.cell, workload=memory.workload, runtime=memory.runtime))
+            self.see_peak(memory.peak_reserved_bytes)
+        for seen in record.of(EvidenceLine):
+            self.steps.add(CollectEvidence(cell=seen.cell, workload=seen.workload, runtime=seen.runtime))
+        self.ceilings_known = bool(record.of(CeilingLine))
+        self.process = max((line.process for line in record.of(ProcessLine)), default=-1)
 
     def _take_up_blocks(self, record: Record) -> None:
         closed = set()
-        for line in record.of("block"):
-            timing = self.timings[line["workload"], line["runtime"]]
-            timing.measured_s += line.get("elapsed_s") or 0.0
-            if line["state"] != "repeat":
+        for line in record.of(BlockLine):
+            timing = self.timings[line.workload, line.runtime]
+            timing.measured_s += line.elapsed_s or 0.0
+            if line.state != BlockState.REPEAT:
                 closed.add(_attempt(line))
-                timing.more_s += line.get("more_s") or 0.0
-                timing.blocks = max(timing.blocks, line["block"] + 1)
-                timing.processes.add(line["process"])
-        for line in [*record.of("sample"), *record.of("block")]:
-            timing = self.timings[line["workload"], line["runtime"]]
-            if line["block"] == timing.blocks:  # begun and not closed: its next attempt is another one
-                timing.attempts = max(timing.attempts, line["attempt"] + 1)
-                timing.braked += line["type"] == "block"
-        for line in record.of("sample"):
-            if _attempt(line) in closed:
-                self.timings[line["workload"], line["runtime"]].samples.append(line)
-        for line in record.of("stop"):
-            self.timings[line["workload"], line["runtime"]].stopped = True
+                timing.more_s += line.more_s or 0.0
+                timing.blocks = max(timing.blocks, line.block + 1)
+                timing.processes.add(line.process)
+        samples = record.of(SampleLine)
+        attempts: list[SampleLine | BlockLine] = [*samples, *record.of(BlockLine)]
+        for begun in attempts:
+            timing = self.timings[begun.workload, begun.runtime]
+            if begun.block == timing.blocks:  # begun and not closed: its next attempt is another one
+                timing.attempts = max(timing.attempts, begun.attempt + 1)
+                timing.disturbed += isinstance(begun, BlockLine)
+        for sample in samples:
+            if _attempt(sample) in closed:
+                self.timings[sample.workload, sample.runtime].samples.append(sample)
+        for stop in record.of(StopLine):
+            self.timings[stop.workload, stop.runtime].stopped = True
 
 
-def _attempt(line: dict[str, Any]) -> tuple[Any, ...]:
+def _attempt(line: SampleLine | BlockLine) -> tuple[str, str, int, int, int]:
     """The attempt at a block that a line belongs to."""
-    return tuple(line[name] for name in ("workload", "runtime", "process", "block", "attempt"))
+    return line.workload, line.runtime, line.process, line.block, line.attempt

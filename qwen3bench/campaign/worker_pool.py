@@ -7,22 +7,26 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
-from qwen3bench.campaign.worker_process import CellFailure, Request, WorkerProcess, answers
+from qwen3bench.campaign.worker_process import WorkerProcess, answers
 from qwen3bench.config.settings import Settings
 from qwen3bench.errors import UserError
-from qwen3bench.record.reader import RecordWriter
+from qwen3bench.record.lines import ProcessLine
+from qwen3bench.record.messages import CellFailure, Open, Request, Touch
+from qwen3bench.record.states import Purpose
+from qwen3bench.record.writer import RecordWriter
 
 QUIET_S = 120.0  # limit of a request that runs no model
 StartWorker = Callable[[Path], WorkerProcess]
+R = TypeVar("R")
 
 
-class Workers:
+class WorkerPool:
     """Asks the worker at work, and starts one where there is none; a context manager that ends them all.
 
-    `ready` is a worker that has been started already. `process` numbers the one at work, or the last one, over all
-    starts of a run; `purpose` (check, time) goes to the record with it.
+    `ready` is a worker that has been started already; `ahead` are those that wait to be needed. `process` numbers the
+    one at work, or the last one, over all starts of a run; `purpose` goes to the record with it.
     """
 
     def __init__(
@@ -33,17 +37,17 @@ class Workers:
         ready: WorkerProcess | None = None,
         process: int = -1,
     ) -> None:
-        self.purpose = "check"
+        self.purpose = Purpose.CHECK
         self.process = process
         self._settings = settings
         self._writer = writer
         self._start = start
-        self._ahead = [] if ready is None else [ready]  # started and not needed yet
+        self.ahead = [] if ready is None else [ready]  # started and not needed yet
         self._worker: WorkerProcess | None = None
         self._standing_by: dict[int, WorkerProcess] = {}  # by their places in `prepare`
         self._stack = ExitStack()
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(
@@ -53,12 +57,12 @@ class Workers:
 
     # One at work
 
-    def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
+    def ask(self, request: Request[R]) -> R:
         """The answer of the worker at work.
 
         Raises as `WorkerProcess.ask` does, and `UserError` where no worker can be started.
         """
-        return self._at_work().ask(op, self._settings.measure.step_timeout_s, **arguments)
+        return self._at_work().ask(request, self._settings.measure.step_timeout_s)
 
     @property
     def number(self) -> int:
@@ -69,7 +73,7 @@ class Workers:
     def pids(self) -> set[int]:
         """The process ids of all workers."""
         at_work = [] if self._worker is None else [self._worker]
-        return {worker.pid for worker in (*at_work, *self._standing_by.values(), *self._ahead)}
+        return {worker.pid for worker in (*at_work, *self._standing_by.values(), *self.ahead)}
 
     def end(self) -> None:
         """End the worker at work, poisoned or not."""
@@ -81,50 +85,49 @@ class Workers:
 
     def start_ahead(self, count: int) -> None:
         """Start workers until `count` wait to be needed, as importing PyTorch takes seconds."""
-        while len(self._ahead) < count:
-            self._ahead.append(self._launched())
+        while len(self.ahead) < count:
+            self.ahead.append(self._launched())
 
     def await_ahead(self) -> None:
         """Wait until these are up and have imported what they need, so that they take nothing from what is timed.
 
-        They also touch the device, after the workers that are ready to time: see `Worker.op_touch`.
+        They also touch the device, after the workers that are ready to time: see `messages.Touch`.
         """
-        for worker in list(self._ahead):
+        for worker in list(self.ahead):
             try:
-                for op, arguments in (self._opening, ("touch", {})):
-                    worker.ask(op, QUIET_S, **arguments)
+                worker.ask(self._opening, QUIET_S)
+                worker.ask(Touch(), QUIET_S)
             except (CellFailure, UserError):  # the next start tells why
                 worker.end()
-                self._ahead.remove(worker)
+                self.ahead.remove(worker)
 
     # Several side by side
 
-    def side_by_side(self, op: str, shares: Sequence[Sequence[str]]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Cells and the answers to `op` of them as they come: of the worker at work and of those beside it.
+    def side_by_side(self, shares: Sequence[Sequence[Request[Any]]]) -> Iterator[tuple[Request[Any], Any]]:
+        """The requests of all shares and their answers as they come: of the worker at work and of those beside it.
 
-        `shares`: the cells of each. A share ends with its first failure, as that may be of the others' making: only
-        asking again, alone, tells. All workers but the one at work have ended afterwards.
+        A share ends with its first failure, as that may be of the others' making: only asking again, alone, tells. All
+        workers but the one at work have ended afterwards.
         """
-        queues: dict[WorkerProcess, Sequence[Request]] = {}
+        queues: dict[WorkerProcess, Sequence[Request[Any]]] = {}
         beside = []
         for share in shares:
-            requests: list[Request] = [(op, {"cell": cell}) for cell in share]
             if not queues:
-                queues[self._at_work()] = requests
+                queues[self._at_work()] = share
             else:
                 beside.append(self._next())
-                queues[beside[-1]] = [self._opening, *requests]
+                queues[beside[-1]] = [self._opening, *share]
         try:
-            for worker, (asked, arguments), answer in answers(queues, self._settings.measure.step_timeout_s):
+            for worker, request, answer in answers(queues, self._settings.measure.step_timeout_s):
                 if answer is None:
                     self.end() if worker is self._worker else worker.end()
-                elif asked == op:
-                    yield arguments["cell"], answer
+                elif not isinstance(request, Open):
+                    yield request, answer
         finally:
             for worker in beside:
                 worker.end()
 
-    def prepare(self, shares: Sequence[Sequence[Request]]) -> Iterator[Request]:
+    def prepare(self, shares: Sequence[Sequence[Request[Any]]]) -> Iterator[Request[Any]]:
         """The requests of all shares as they are answered, each share by a fresh worker.
 
         A worker that has answered all of its share stands by until `take`; one that failed has ended.
@@ -136,7 +139,7 @@ class Workers:
             place = workers.index(worker)
             if answer is None:
                 self._standing_by.pop(place).end()
-            elif request != self._opening:
+            elif not isinstance(request, Open):
                 yield request
 
     def take(self, place: int) -> bool:
@@ -157,8 +160,8 @@ class Workers:
     # Helpers
 
     @property
-    def _opening(self) -> Request:
-        return ("open", {"config": self._settings.to_dict()})
+    def _opening(self) -> Open:
+        return Open(config=self._settings.to_dict())
 
     def _at_work(self) -> WorkerProcess:
         if self._worker is None:
@@ -169,29 +172,21 @@ class Workers:
     def _put_to_work(self, worker: WorkerProcess) -> None:
         self.process = self.number
         self._worker = worker
-        self._writer.append(
-            {
-                "type": "process",
-                "process": self.process,
-                "pid": worker.pid,
-                "purpose": self.purpose,
-                "time": time.time(),
-            }
-        )
+        line = ProcessLine(process=self.process, pid=worker.pid, purpose=self.purpose, time=time.time())
+        self._writer.append(line)
 
     def _opened(self) -> WorkerProcess:
         """A worker that has taken the settings: one started ahead, or where that has died meanwhile a new one."""
-        op, arguments = self._opening
-        if self._ahead:
+        if self.ahead:
             ahead = self._next()
             try:
-                ahead.ask(op, QUIET_S, **arguments)
+                ahead.ask(self._opening, QUIET_S)
                 return ahead
             except CellFailure:
                 ahead.end()
         worker = self._launched()
         try:
-            worker.ask(op, QUIET_S, **arguments)
+            worker.ask(self._opening, QUIET_S)
         except CellFailure as failure:  # no cell has run in it
             worker.end()
             raise UserError(
@@ -202,7 +197,7 @@ class Workers:
 
     def _next(self) -> WorkerProcess:
         """A worker started ahead, or a new one."""
-        return self._ahead.pop(0) if self._ahead else self._launched()
+        return self.ahead.pop(0) if self.ahead else self._launched()
 
     def _launched(self) -> WorkerProcess:
         return self._stack.enter_context(self._start(self._writer.directory / "worker.log"))

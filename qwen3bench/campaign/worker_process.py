@@ -1,7 +1,7 @@
-"""The supervisor's end of a worker process: start it, ask it, and end it whatever state it is in.
+"""A campaign's handle of one worker process: start it, ask it, and end it whatever state it is in.
 
 A CUDA fault or an out-of-memory error poisons the process that it happens in, so models run in a child that can be
-thrown away. The supervisor waits in the kernel (select), never in a loop, so that it takes no time from what is
+thrown away. The campaign waits in the kernel (select), never in a loop, so that it takes no time from what is
 measured.
 """
 
@@ -17,16 +17,16 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from qwen3bench.errors import UserError
-from qwen3bench.record import messages as protocol
-from qwen3bench.record.messages import CellFailure as CellFailure
+from qwen3bench.record.messages import CellFailure, Request, decode_reply, encode_request
+from qwen3bench.record.states import CellStatus
 
-Request = tuple[str, dict[str, Any]]  # op, arguments
-WORKER = (sys.executable, "-m", "qwen3bench.worker.session")
-_MOST_BYTES = 1 << 26  # of one answer; the longest real one, a profile's kernels, has some 10 kB
-_END_S = 3.0  # for a process to be gone that has closed its output, or that was killed
+R = TypeVar("R")
+WORKER = (sys.executable, "-m", "qwen3bench.worker.serve")
+MAX_BYTES = 1 << 26  # of one answer; the longest real one, a profile's kernels, has some 10 kB
+END_S = 3.0  # for a process to be gone that has closed its output, or that was killed
 
 
 class WorkerProcess:
@@ -61,16 +61,16 @@ class WorkerProcess:
         """The worker's process id, also its group's."""
         return self._process.pid
 
-    def ask(self, op: str, timeout_s: float, **arguments: Any) -> dict[str, Any]:
+    def ask(self, request: Request[R], timeout_s: float) -> R:
         """The worker's answer to one request.
 
         Raises `CellFailure` where the worker answers with an error, dies, or is silent for `timeout_s` seconds, and
         `UserError` where it refuses what the user asked for.
         """
-        self.send(op, **arguments)
-        return self.receive(op, timeout_s)
+        self.send(request)
+        return self.receive(request, timeout_s)
 
-    def send(self, op: str, **arguments: Any) -> None:
+    def send(self, request: Request[Any]) -> None:
         """Hand over one request, whose answer is waited for later.
 
         Raises `CellFailure` where the worker is dead, or has said what it was not asked: that is no answer to this.
@@ -80,16 +80,16 @@ class WorkerProcess:
             if not self._buffer:
                 raise self._died()
         if self._buffer:
-            raise CellFailure("crashed", f"the worker said what it was not asked, before {op}")
+            raise CellFailure(CellStatus.CRASHED, f"the worker said what it was not asked, before {request.op}")
         try:
-            self._requests.write(protocol.encode({"op": op, **arguments}))
+            self._requests.write(encode_request(request))
             self._requests.flush()
         except BrokenPipeError:
             raise self._died() from None
 
-    def receive(self, op: str, timeout_s: float) -> dict[str, Any]:
+    def receive(self, request: Request[R], timeout_s: float) -> R:
         """The answer to the request sent before. Raises as `ask` does."""
-        return protocol.answer(self._line(timeout_s, op), op)
+        return decode_reply(self._line(timeout_s, request.op), request)
 
     def fileno(self) -> int:
         """What to wait on (select) for an answer to come."""
@@ -103,7 +103,7 @@ class WorkerProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._ended = True
         with contextlib.suppress(subprocess.TimeoutExpired):  # a process that a driver holds must not hold the run
-            self._process.wait(_END_S)
+            self._process.wait(END_S)
         self._selector.close()
         with contextlib.suppress(BrokenPipeError):
             self._requests.close()
@@ -115,24 +115,24 @@ class WorkerProcess:
         while b"\n" not in self._buffer:
             left = deadline - time.monotonic()
             if left <= 0 or not self._selector.select(left):
-                raise CellFailure("timeout", f"the worker said nothing for {timeout_s:g} s during {op}")
+                raise CellFailure(CellStatus.TIMEOUT, f"the worker said nothing for {timeout_s:g} s during {op}")
             chunk = os.read(self._replies, 1 << 16)
             if not chunk:
                 raise self._died()
             self._buffer += chunk
-            if len(self._buffer) > _MOST_BYTES:
-                raise CellFailure("crashed", f"the worker's answer to {op} has no end")
+            if len(self._buffer) > MAX_BYTES:
+                raise CellFailure(CellStatus.CRASHED, f"the worker's answer to {op} has no end")
         line, self._buffer = self._buffer.split(b"\n", 1)
         return line
 
     def _died(self) -> CellFailure:
         try:
-            code = self._process.wait(_END_S)
+            code = self._process.wait(END_S)
         except subprocess.TimeoutExpired:
-            return CellFailure("crashed", "the worker closed its output without an answer")
+            return CellFailure(CellStatus.CRASHED, "the worker closed its output without an answer")
         how = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit status {code}"
         said = self._last_words()
-        return CellFailure("crashed", f"the worker {how} without an answer" + (f": {said}" if said else ""))
+        return CellFailure(CellStatus.CRASHED, f"the worker {how} without an answer" + (f": {said}" if said else ""))
 
     def _last_words(self) -> str:
         """The last line that the worker wrote to standard error."""
@@ -144,8 +144,8 @@ class WorkerProcess:
 
 
 def answers(
-    queues: Mapping[WorkerProcess, Sequence[Request]], timeout_s: float
-) -> Iterator[tuple[WorkerProcess, Request, dict[str, Any] | None]]:
+    queues: Mapping[WorkerProcess, Sequence[Request[Any]]], timeout_s: float
+) -> Iterator[tuple[WorkerProcess, Request[Any], Any]]:
     """The answers of several workers, each to its own requests one after another, as they come.
 
     Where `WorkerProcess.ask` would raise, the answer is None and the worker's last.
@@ -156,11 +156,10 @@ def answers(
         begun = [worker for worker, requests in left.items() if requests]
         while begun or deadlines:
             for worker in begun:
-                op, arguments = left[worker][0]
                 selector.register(worker, selectors.EVENT_READ, worker)
                 deadlines[worker] = time.monotonic() + timeout_s
                 with contextlib.suppress(CellFailure):  # of a dead one, which is told by its answer
-                    worker.send(op, **arguments)
+                    worker.send(left[worker][0])
             begun = []
             first = min(deadlines, key=deadlines.__getitem__)
             ready = selector.select(max(0.0, deadlines[first] - time.monotonic()))
@@ -169,7 +168,7 @@ def answers(
                 del deadlines[worker]
                 request = left[worker].popleft()
                 try:
-                    answer = worker.receive(request[0], timeout_s if ready else 0.0)
+                    answer = worker.receive(request, timeout_s if ready else 0.0)
                 except (CellFailure, UserError):
                     yield worker, request, None
                     continue

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache, partial
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from hydra.utils import get_method
 
-from qwen3bench.config.choices import choices, config_dir, nearest
+from qwen3bench.config.choices import choices, content_of, nearest
 from qwen3bench.errors import UserError
 
 _NOT_OPTIONS = ("_target_", "order")
@@ -29,14 +29,7 @@ def declared(name: str) -> dict[str, Any]:
         raise UserError(
             f"unknown optimization {name!r}; there are {', '.join(choices('opt'))}{nearest(name, choices('opt'))}"
         )
-    return dict(_content(config_dir() / "opt" / f"{name}.yaml"))
-
-
-@cache
-def _content(path: Path) -> dict[str, Any]:
-    content = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items()}
+    return content_of("opt", name)
 
 
 def described(content: Mapping[str, Any]) -> str:
@@ -63,24 +56,25 @@ def resolve(opts: Iterable[str] | Mapping[str, Mapping[str, Any]]) -> dict[str, 
 
     `opts` are names, or a mapping of names to options. Raises `UserError` for an unknown name or option.
     """
-    from hydra.utils import get_method
-
     names = [opts] if isinstance(opts, str) else opts
     given: dict[str, Mapping[str, Any]] = {name: opts[name] if isinstance(opts, Mapping) else {} for name in names}
     declarations = {name: declared(name) for name in given}
     resolved: dict[str, Callable[[Any], Any]] = {}
     for name in sorted(given, key=choices("opt").index):
         defaults, asked = _options(declarations[name]), _options(given[name])
-        target = given[name].get("_target_", declarations[name]["_target_"])
         if unknown := sorted(set(asked) - set(defaults)):
             raise UserError(f"{name} has no option {', '.join(unknown)}; it has: {', '.join(defaults) or 'none'}")
-        try:
-            method = get_method(target)
-        except Exception as error:
-            why = " ".join(str(error).split())
-            raise UserError(f"{name}: its _target_ {target} cannot be loaded: {why}") from error
-        resolved[name] = partial(method, **{**defaults, **asked})
+        function = _loaded(name, given[name].get("_target_", declarations[name]["_target_"]))
+        resolved[name] = partial(function, **{**defaults, **asked})
     return resolved
+
+
+def _loaded(name: str, target: str) -> Callable[[Any], Any]:
+    try:
+        return get_method(target)
+    except Exception as error:  # whatever importing the module raises
+        why = " ".join(str(error).split())
+        raise UserError(f"{name}: its _target_ {target} cannot be loaded: {why}") from error
 
 
 def _options(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from qwen3bench.errors import UserError
+
+SEVERAL = ("opt", "workload", "runtime", "peer")  # groups that take several options
+SINGLE = ("model", "design", "measure")  # and those that take one
 
 
 @cache
@@ -52,17 +56,34 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def no_such_choice(group: str, name: str) -> str:
+    """The two lines for a person who named a choice that `group` has not."""
+    what = "optimization" if group == "opt" else group
+    known = choices(group)
+    return f"there is no {what} {name!r}{nearest(name, known)}\nthere are: {', '.join(known)}"
+
+
+def content_of(group: str, name: str) -> dict[str, Any]:
+    """What the YAML file of one choice of a group says."""
+    return deepcopy(_content(config_dir() / group / f"{name}.yaml"))
+
+
 def options_of(group: str, name: str) -> dict[str, Any]:
     """The options of one choice of a group, as its YAML file has them, without its place."""
-    options = OmegaConf.to_container(OmegaConf.load(config_dir() / group / f"{name}.yaml"))
-    assert isinstance(options, dict)
-    return {str(key): value for key, value in options.items() if key != "order"}
+    return {key: value for key, value in content_of(group, name).items() if key != "order"}
 
 
 def place(options: Any) -> float:
     """The place that a choice asks for with `order`; without a wish it comes last."""
     order = options.get("order") if hasattr(options, "get") else None
     return order if isinstance(order, (int, float)) else math.inf
+
+
+@cache
+def _content(path: Path) -> dict[str, Any]:
+    content = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
 
 
 def _natural(name: str) -> list[str | int]:

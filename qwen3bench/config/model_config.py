@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import with_config
+
 from qwen3bench.config.strict_json import read_json_object
+from qwen3bench.config.validation import AnyCount, AnyText, Flag, PositiveAsIs, check_fields
 from qwen3bench.errors import UserError
 
 # Hugging Face's name for each field of ModelConfig.
@@ -31,6 +34,7 @@ _HF_FIXED = {
 }
 
 
+@with_config(extra="forbid")
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a dense Qwen3 decoder (Qwen3 Technical Report, arXiv:2505.09388, table 1).
@@ -38,26 +42,21 @@ class ModelConfig:
     Raises `UserError` where the shape is impossible.
     """
 
-    num_layers: int
-    emb_dim: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    hidden_dim: int
-    vocab_size: int = 151_936
-    context_length: int = 40_960
-    rope_base: float = 1_000_000.0
-    rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool = False  # what the published checkpoint does; the switch `tie` decides for a cell
-    name: str = "qwen3"
+    num_layers: AnyCount
+    emb_dim: AnyCount
+    num_heads: AnyCount
+    num_kv_heads: AnyCount
+    head_dim: AnyCount
+    hidden_dim: AnyCount
+    vocab_size: AnyCount = 151_936
+    context_length: AnyCount = 40_960
+    rope_base: PositiveAsIs = 1_000_000.0
+    rms_norm_eps: PositiveAsIs = 1e-6
+    tie_word_embeddings: Flag = False  # what the published checkpoint does; the switch `tie` decides for a cell
+    name: AnyText = "qwen3"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (type(value) is not int or value < 1):
-                raise UserError(f"model.{field.name} must be a positive whole number, not {value!r}")
-            if field.type == "float" and not (isinstance(value, (int, float)) and 0 < value < float("inf")):
-                raise UserError(f"model.{field.name} must be a positive number, not {value!r}")
+        check_fields(self, "model")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}; "

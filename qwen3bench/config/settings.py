@@ -8,16 +8,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
-from qwen3bench.config.choices import choices, options_of
+from qwen3bench.config.choices import choices, no_such_choice, options_of
 from qwen3bench.config.model_config import ModelConfig
-from qwen3bench.config.section import Section
+from qwen3bench.config.schema import Measure, Options, PeerOptions, Sizes, read_config
 from qwen3bench.errors import UserError
-from qwen3bench.record.design import DESIGNS, Cell, design_cells, label
+from qwen3bench.record.design import Cell, design_cells, label
 
-DTYPES = ("bfloat16", "float16", "float32")
 _PROMPT_TOKENS = {"cuda": 2048, "cpu": 16}  # 2048 on two CPU cores would take minutes a block
 _NO_SHAPE = ("name", "context_length", "tie_word_embeddings")  # of a model, what a checkpoint's may differ in
 _SHAPE = [field.name for field in fields(ModelConfig) if field.name not in _NO_SHAPE]
@@ -25,48 +23,19 @@ _DTYPE = {"cuda": "bfloat16", "cpu": "float32"}  # bfloat16 is slow on a CPU wit
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """The sizes of one workload. `prompt_tokens` is None until the device is known."""
-
-    batch_size: int
-    prompt_tokens: int | None
-    new_tokens: int
-
-
-@dataclass(frozen=True)
-class Measure:
-    """When to stop, and how the measuring is spread over processes, blocks and repeats.
-
-    `target` (relative 95 % half-width of a main effect), `max_seconds`, `min_processes` and `repeats` (timed values of
-    a visit) are None where what is measured decides.
-    """
-
-    name: str
-    target: float | None
-    max_seconds: float | None
-    min_blocks: int
-    max_blocks: int
-    min_processes: int | None
-    blocks_per_process: int
-    repeats: int | None
-    max_attempts: int
-    step_timeout_s: float
-
-
-@dataclass(frozen=True)
 class Settings:
-    """What one run is to measure, all names and numbers checked.
+    """What one run is to measure, all names and numbers checked by `settings_from`.
 
     `opts`, `workloads`, `runtimes` and `peers` map a name to its options, in the order of labels and tables;
     the options of an optimization hold its `_target_`. Before `resolved`, `device`, `dtype` and a runtime may
-    be `auto`.
+    be `auto`. Raises `UserError` where nothing would be measured, and on a runtime or an optimization without code.
     """
 
     model: ModelConfig
-    opts: dict[str, dict[str, Any]]
+    opts: Options
     workloads: dict[str, Sizes]
-    runtimes: dict[str, dict[str, Any]]
-    peers: dict[str, dict[str, Any]]
+    runtimes: Options
+    peers: dict[str, PeerOptions]
     design: str
     measure: Measure
     batch_size: int
@@ -81,6 +50,22 @@ class Settings:
     memory_limit_gib: float | None
     dir: Path | None
     resume: Path | None
+
+    def __post_init__(self) -> None:
+        for group, chosen in (("workload", self.workloads), ("runtime", self.runtimes)):
+            if not chosen:
+                known = " | ".join(choices(group))
+                raise UserError(f"no {group} is named, so there is nothing to measure: {group}={known}")
+        for name in self.runtimes:
+            if name not in choices("runtime"):
+                raise UserError(no_such_choice("runtime", name))
+        if "generate" in self.workloads and not self.workloads["generate"].new_tokens:
+            raise UserError("workload.generate.new_tokens must be a whole number above 0, not 0")
+        for name, options in self.opts.items():
+            if not isinstance(options.get("_target_"), str):
+                raise UserError(
+                    f"opt.{name} names no function; its YAML file needs `_target_: package.module.function`"
+                )
 
     @property
     def factors(self) -> tuple[str, ...]:
@@ -221,110 +206,29 @@ def settings_from(config: DictConfig | Mapping[str, Any]) -> Settings:
 
     Raises `UserError` on an unknown key, a missing value, or one of the wrong type or size; it names the key.
     """
-    root = Section("", _plain(config))
-    analysis, report, run = root.section("analysis"), root.section("report"), root.section("run")
-    design = root.section("design")
-    peers = root.named_options("peer")
-    settings = Settings(
-        model=_model(root.section("model")),
-        batch_size=root.whole("batch_size", least=1),
-        prompt_tokens=root.optional_whole("prompt_tokens"),
-        new_tokens=root.whole("new_tokens", least=1),
-        opts=root.named_options("opt"),
-        workloads=_workloads(root),
-        runtimes=root.named_options("runtime"),
-        peers=peers,
-        design=design.one_of("name", tuple(DESIGNS)),
-        measure=_measure(root.section("measure")),
-        device=_device(root),
-        dtype=root.one_of("dtype", ("auto", *DTYPES)),
-        seed=root.whole("seed", least=0),
-        weights=root.text("weights"),
-        band=analysis.number("band", below=1.0),
-        confidence=analysis.number("confidence", below=1.0),
-        memory_limit_gib=report.optional_number("memory_limit_gib"),
-        dir=run.optional_path("dir"),
-        resume=root.optional_path("resume"),
+    read = read_config(config)
+    return Settings(
+        model=read.model,
+        batch_size=read.batch_size,
+        prompt_tokens=read.prompt_tokens,
+        new_tokens=read.new_tokens,
+        opts=read.opt,
+        workloads=read.workload,
+        runtimes=read.runtime,
+        peers=read.peer,
+        design=read.design.name,
+        measure=read.measure,
+        device=read.device,
+        dtype=read.dtype,
+        seed=read.seed,
+        weights=read.weights,
+        band=read.analysis.band,
+        confidence=read.analysis.confidence,
+        memory_limit_gib=read.report.memory_limit_gib,
+        dir=_path(read.run.dir),
+        resume=_path(read.resume),
     )
-    for section in (root, analysis, report, run, design):
-        section.refuse_the_rest()
-    for group, chosen in (("workload", settings.workloads), ("runtime", settings.runtimes)):
-        if not chosen:
-            raise UserError(
-                f"no {group} is named, so there is nothing to measure: {group}={' | '.join(choices(group))}"
-            )
-    for name, options in settings.opts.items():
-        if not isinstance(options.get("_target_"), str):
-            raise UserError(f"opt.{name} names no function; its YAML file needs `_target_: package.module.function`")
-    for name, options in settings.peers.items():
-        kinds = options.get("attention")
-        if set(options) != {"attention"} or not isinstance(kinds, list) or not all(isinstance(k, str) for k in kinds):
-            raise UserError(f"peer.{name} needs a list of its cells and nothing else: peer.{name}.attention=[sdpa]")
-        options["attention"] = list(dict.fromkeys(kinds))
-    return settings
 
 
-def _plain(config: DictConfig | Mapping[str, Any]) -> dict[Any, Any]:
-    try:
-        node = config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
-        plain = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"the config cannot be resolved: {' '.join(str(error).split())}") from error
-    assert isinstance(plain, dict)
-    return plain
-
-
-def _model(section: Section) -> ModelConfig:
-    known = [field.name for field in fields(ModelConfig)]
-    section.known += known
-    values = {name: section.values.pop(name) for name in known if name in section.values}
-    section.refuse_the_rest()
-    if not isinstance(values.get("name", ""), str):
-        raise section.wrong("name", "a text", values["name"])
-    if not isinstance(values.get("tie_word_embeddings", False), bool):
-        raise section.wrong("tie_word_embeddings", "true or false", values["tie_word_embeddings"])
-    try:
-        return ModelConfig(**values)
-    except TypeError as error:
-        missing = [name for name in known if name not in values]
-        raise UserError(f"model.{', model.'.join(missing)} is missing from the config") from error
-
-
-def _workloads(root: Section) -> dict[str, Sizes]:
-    workloads = {}
-    for name, options in root.named_options("workload").items():
-        section = Section(f"workload.{name}", options)
-        workloads[name] = Sizes(
-            batch_size=section.whole("batch_size", least=1),
-            prompt_tokens=section.optional_whole("prompt_tokens"),
-            new_tokens=section.whole("new_tokens", least=1 if name == "generate" else 0),
-        )
-        section.refuse_the_rest()
-    return workloads
-
-
-def _measure(section: Section) -> Measure:
-    measure = Measure(
-        name=section.text("name"),
-        target=section.optional_number("target", below=1.0),
-        max_seconds=section.optional_number("max_seconds"),
-        min_blocks=section.whole("min_blocks", least=1),
-        max_blocks=section.whole("max_blocks", least=1),
-        min_processes=section.optional_whole("min_processes"),
-        blocks_per_process=section.whole("blocks_per_process", least=1),
-        repeats=section.optional_whole("repeats"),
-        max_attempts=section.whole("max_attempts", least=1),
-        step_timeout_s=section.number("step_timeout_s", below=1e6),
-    )
-    section.refuse_the_rest()
-    if measure.max_blocks < measure.min_blocks:
-        raise UserError(f"measure.max_blocks={measure.max_blocks} is below min_blocks={measure.min_blocks}; raise it")
-    return measure
-
-
-def _device(root: Section) -> str:
-    value = root.text("device")
-    kind, colon, index = value.partition(":")
-    if value not in ("auto", "cpu", "cuda") and not (kind == "cuda" and colon and index.isdecimal()):
-        raise UserError(f"device={value!r} is unknown: use auto | cpu | cuda | cuda:0, cuda:1, …")
-    return value
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text).expanduser()

@@ -84,7 +84,7 @@ if HAS_TRITON:
         tl.store(out + row, product.to(out.dtype.element_ty))
 
 
-def takes(x: Tensor) -> bool:
+def takes_token(x: Tensor) -> bool:
     """Whether these kernels can be given x (…, dim): a single token, on CUDA, and Triton is there."""
     return HAS_TRITON and x.is_cuda and x.numel() == x.shape[-1] and x.dtype is not torch.float64
 

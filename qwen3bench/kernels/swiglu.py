@@ -18,7 +18,7 @@ from qwen3bench.kernels import HAS_TRITON
 
 _DEPTH = 64  # of the inner dimension, what is loaded at once
 _SHARED_MEMORY = 160 << 10  # bytes that the largest tile takes
-_FULL = 0.9  # of the last wave
+FULL_WAVE = 0.9  # of the last wave
 
 
 class Tile(NamedTuple):
@@ -125,7 +125,7 @@ def best_tile(rows: int, width: int, multiprocessors: int) -> Tile | None:
     for tile in TILES if multiprocessors else ():
         tiles, wave = tile.needed(rows, width), tile.on_multiprocessor * multiprocessors
         waves = -(-tiles // wave)
-        if rows >= tile.rows and tiles >= _FULL * waves * wave and (waves == 1 or tile.on_multiprocessor == 1):
+        if rows >= tile.rows and tiles >= FULL_WAVE * waves * wave and (waves == 1 or tile.on_multiprocessor == 1):
             return tile
     return None
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from qwen3bench.kernels import HAS_TRITON, matvec
 
-_MOST_SPLITS = 64  # of the positions, before a program takes more of them
-_LEAST_POSITIONS, _MOST_POSITIONS = 32, 128  # that a program takes: its registers hold their keys and values
+_MAX_SPLITS = 64  # of the positions, before a program takes more of them
+_MIN_POSITIONS, _MAX_POSITIONS = 32, 128  # that a program takes: its registers hold their keys and values
 _NUMBERS_A_WARP = 4096  # of the keys that a program without norms takes
 if HAS_TRITON:
     import triton
@@ -151,7 +151,7 @@ if HAS_TRITON:
         )  # fmt: skip
 
 
-def takes(q: Tensor) -> bool:
+def takes_query(q: Tensor) -> bool:
     """Whether `split_attention` can be given q (b, h, t, d): one sequence's token, on CUDA, d a power of two."""
     batch, _, queries, dim = q.shape
     single = batch == queries == 1 and dim > 1 and dim & (dim - 1) == 0
@@ -169,9 +169,9 @@ def split_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     positions, count, splits = _splits(k.shape[2])
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _split_attention_kernel[(count, heads)](
-        q, k, v, *_scratch(q, heads, splits, dim), _arrivals(q.device, heads), out, k.shape[2],
+        q, k, v, *_scratch(q, heads, splits, dim), shared_counters(q.device, heads), out, k.shape[2],
         q.stride(1), k.stride(1), k.stride(2), v.stride(1), v.stride(2),
-        GROUP=heads // k.shape[1], DIM=dim, SPLITS=splits, CHUNK=min(splits, _MOST_SPLITS), POSITIONS=positions,
+        GROUP=heads // k.shape[1], DIM=dim, SPLITS=splits, CHUNK=min(splits, _MAX_SPLITS), POSITIONS=positions,
         num_warps=max(1, positions * dim // _NUMBERS_A_WARP), **matvec.early(matvec.dependent_launch_on(q.device)),
     )  # fmt: skip
     return out
@@ -192,7 +192,7 @@ def token_attention(
     _token_attention_kernel[(count, heads)](
         qkv, q_norm, k_norm, cos, sin, keys, values, *_scratch(qkv, heads, splits, dim), arrivals, out,
         keys.shape[2], start, eps,
-        HEADS=heads, KV_HEADS=keys.shape[1], DIM=dim, SPLITS=splits, CHUNK=min(splits, _MOST_SPLITS),
+        HEADS=heads, KV_HEADS=keys.shape[1], DIM=dim, SPLITS=splits, CHUNK=min(splits, _MAX_SPLITS),
         POSITIONS=positions, **matvec.launch(positions * dim, dependent),
     )  # fmt: skip
     return out
@@ -200,8 +200,8 @@ def token_attention(
 
 def _splits(length: int) -> tuple[int, int, int]:
     """Positions of a program, how many programs have some, and the power of two that covers these."""
-    least = triton.next_power_of_2(triton.cdiv(length, _MOST_SPLITS))
-    positions = min(_MOST_POSITIONS, max(_LEAST_POSITIONS, least))
+    least = triton.next_power_of_2(triton.cdiv(length, _MAX_SPLITS))
+    positions = min(_MAX_POSITIONS, max(_MIN_POSITIONS, least))
     count = triton.cdiv(length, positions)
     return positions, count, triton.next_power_of_2(count)
 
@@ -215,10 +215,10 @@ def _scratch(like: Tensor, heads: int, splits: int, dim: int) -> tuple[Tensor, T
 
 def forget_counters() -> None:
     """Free the counters that calls on a device share; the next call makes them anew, and must not be captured."""
-    _arrivals.cache_clear()
+    shared_counters.cache_clear()
 
 
 @cache
-def _arrivals(device: torch.device, heads: int) -> Tensor:
+def shared_counters(device: torch.device, heads: int) -> Tensor:
     """How many splits of each head are done: zeros, before and after a kernel."""
     return torch.zeros(heads, dtype=torch.int32, device=device)

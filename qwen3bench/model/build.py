@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from qwen3bench.config.catalogue import resolve
 from qwen3bench.config.model_config import ModelConfig
+from qwen3bench.model.baseline import assemble
 from qwen3bench.model.checkpoint import EMBEDDING, HEAD
-from qwen3bench.model.parts import assemble
 from qwen3bench.model.qwen3 import Qwen3Model, rope_tables
 from qwen3bench.model.weights import load_weights, refuse_untied
 

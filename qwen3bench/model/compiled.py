@@ -1,12 +1,45 @@
-"""What torch.compile is given of a model: from behind a block's first norm to behind the next block's."""
+"""A model that runs compiled code, and what torch.compile is given of it.
+
+That is from behind a block's first norm to behind the next block's: see `Region`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
+from qwen3bench.model.cache import KVCache
+from qwen3bench.model.decoder import Compile, Decoder, Forward
 from qwen3bench.model.layers import TransformerBlock
+
+
+class CompiledModel(Decoder):
+    """A model that runs compiled code; `original` is the same model in eager, and stays as it was."""
+
+    def __init__(self, original: Decoder, run: Forward, run_first_block: Forward) -> None:
+        """`run` and `run_first_block` are called as a Decoder is."""
+        super().__init__()
+        self.config, self.tok_emb, self.out_head = original.config, original.tok_emb, original.out_head
+        self.is_peer = original.is_peer
+        self._original = original
+        self._run = run
+        self._run_first_block = run_first_block
+
+    @property
+    def original(self) -> Decoder:
+        return self._original
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, start: int = 0, logits_to_keep: int = 0) -> Tensor:
+        logits: Tensor = self._run(tokens, cache, start, logits_to_keep)
+        return logits
+
+    def compiled(self, compile_: Compile) -> Decoder:
+        return self._original.compiled(compile_)
+
+    def first_block_alone(self) -> Forward:
+        return self._run_first_block
 
 
 class Region(nn.Module):
@@ -37,7 +70,7 @@ class Region(nn.Module):
 
 
 def regions_of(blocks: Sequence[nn.Module], final_norm: nn.Module) -> list[Region]:
-    """The regions of these blocks, in order; none where a block has a forward or a hook of its own, to be passed by."""
+    """The regions of these blocks, in order; none where a block has a forward or a hook that a region would skip."""
     plain = [block for block in blocks if isinstance(block, TransformerBlock) and _is_plain(block)]
     if len(plain) < len(blocks):
         return []
@@ -45,6 +78,32 @@ def regions_of(blocks: Sequence[nn.Module], final_norm: nn.Module) -> list[Regio
     return [Region(block, norm) for block, norm in zip(plain, following, strict=True)]
 
 
+def shared_forward(modules: Sequence[nn.Module]) -> Forward:
+    """The function that each of these modules runs, to be called with the module first; hooks are part of it.
+
+    Raises ValueError where one compilation cannot serve them all.
+    """
+    kinds = {type(module) for module in modules}
+    if len(kinds) > 1 or not all(_runs(module, type(module).forward) for module in modules):
+        raise ValueError(
+            "its blocks do not all run the same code, and runtime=compile compiles one for all: "
+            "give them one class, and that a forward"
+        )
+    return _call if any(map(_has_hooks, modules)) else kinds.pop().forward
+
+
+def _call(module: nn.Module, *given: Any, **named: Any) -> Any:
+    return module(*given, **named)
+
+
 def _is_plain(block: TransformerBlock) -> bool:
-    hooked = block._forward_hooks or block._forward_pre_hooks  # which a region would not call
-    return not hooked and getattr(block.forward, "__func__", None) is TransformerBlock.forward
+    return not _has_hooks(block) and _runs(block, TransformerBlock.forward)
+
+
+def _runs(module: nn.Module, forward: Forward) -> bool:
+    """Whether `forward` is what the module runs: neither its class nor the module itself has another."""
+    return getattr(module.forward, "__func__", None) is forward
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)  # PyTorch has no public way to ask

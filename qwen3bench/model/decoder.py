@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.model.cache import KVCache
+
+Forward = Callable[..., Any]
+Compile = Callable[[Forward], Forward]  # from a function to compiled code that does the same
 
 
 class Decoder(nn.Module):
@@ -17,8 +21,6 @@ class Decoder(nn.Module):
     config: ModelConfig
     tok_emb: nn.Embedding
     out_head: nn.Linear
-    regions: Sequence[nn.Module] = ()  # what its forward runs in place of its blocks, after `split`
-    compiled: Sequence[nn.Module] = ()  # the modules whose forward is compiled
     is_peer = False  # and compiled with the options for peers
 
     @abstractmethod
@@ -29,8 +31,20 @@ class Decoder(nn.Module):
         """
 
     @abstractmethod
-    def split(self) -> Sequence[nn.Module]:
-        """Divide the forward, from now on, into modules to compile. All run the same code: one compilation serves."""
+    def compiled(self, compile_: Compile) -> Decoder:
+        """A `CompiledModel` on the same weights; this model stays as it is.
+
+        `compile_` is called once. Raises ValueError where one compilation cannot serve the whole model.
+        """
+
+    @property
+    def original(self) -> Decoder:
+        """The model in eager: itself, unless it runs compiled code."""
+        return self
+
+    def first_block_alone(self) -> Forward:
+        """The model's call without all blocks but the first, where it has blocks of ours."""
+        return self
 
     @property
     def num_parameters(self) -> int:

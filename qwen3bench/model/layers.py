@@ -6,15 +6,12 @@ Source: Qwen3 Technical Report (arXiv:2505.09388); module names follow the docum
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from qwen3bench.config.model_config import ModelConfig
-    from qwen3bench.model.parts import Parts
+from qwen3bench.config.model_config import ModelConfig
+from qwen3bench.model.parts import Parts
 
 
 class Linear(nn.Linear):
@@ -31,6 +28,11 @@ class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:
             super().reset_parameters()
+
+
+def separate_head(tok_emb: nn.Embedding) -> nn.Linear:
+    """An output projection (e → vocabulary) with a weight of its own."""
+    return Linear(tok_emb.embedding_dim, tok_emb.num_embeddings, bias=False)
 
 
 class RMSNorm(nn.Module):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.model.cache import KVCache
-from qwen3bench.model.compiled import Region, regions_of
-from qwen3bench.model.decoder import Decoder
+from qwen3bench.model.compiled import CompiledModel, regions_of, shared_forward
+from qwen3bench.model.decoder import Compile, Decoder, Forward
 from qwen3bench.model.layers import Embedding
 from qwen3bench.model.parts import Parts
 
@@ -37,7 +39,6 @@ class Qwen3Model(Decoder):
 
     cos: Tensor
     sin: Tensor
-    regions: Sequence[Region] = ()
 
     def __init__(self, config: ModelConfig, parts: Parts) -> None:
         super().__init__()
@@ -55,24 +56,57 @@ class Qwen3Model(Decoder):
 
         `logits_to_keep` > 0 computes only the last that many positions' logits.
         """
+        return self._through_blocks(self.trf_blocks, tokens, cache, start, logits_to_keep)
+
+    def compiled(self, compile_: Compile) -> CompiledModel:
+        """Its regions compiled; its blocks, where these cannot be cut there."""
+        blocks = list(self.trf_blocks)
+        regions = regions_of(blocks, self.final_norm)
+        modules: list[nn.Module] = [*regions] or blocks
+        run = compile_(shared_forward(modules))
+        through = self._through_regions if regions else self._through_blocks
+        calls = [partial(run, module) for module in modules]
+        return CompiledModel(self, partial(through, calls), partial(through, calls[:1]))
+
+    def first_block_alone(self) -> Forward:
+        return partial(self._through_blocks, self.trf_blocks[:1])
+
+    def _through_blocks(
+        self,
+        blocks: Iterable[Forward],
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        start: int = 0,
+        logits_to_keep: int = 0,
+    ) -> Tensor:
+        x, shared, layers = self._before_blocks(tokens, cache, start)
+        for block, layer in zip(blocks, layers, strict=False):
+            x = block(x, *shared, layer, start)
+        return self.out_head(self.final_norm(x[:, -logits_to_keep:]))
+
+    def _through_regions(
+        self,
+        regions: Iterable[Forward],
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        start: int = 0,
+        logits_to_keep: int = 0,
+    ) -> Tensor:
+        x, shared, layers = self._before_blocks(tokens, cache, start)
+        first: Any = self.trf_blocks[0]
+        normed = first.norm1(x)
+        for region, layer in zip(regions, layers, strict=False):
+            x, normed = region(x, normed, *shared, layer, start)
+        return self.out_head(normed[:, -logits_to_keep:])
+
+    def _before_blocks(
+        self, tokens: Tensor, cache: KVCache | None, start: int
+    ) -> tuple[Tensor, tuple[Any, ...], list[Any]]:
+        """The embedded tokens; mask, cosine and sine, which are every block's; and each layer's keys and values."""
         end = start + tokens.shape[1]
         if end > self.config.context_length:
             raise ValueError(f"{end} tokens are more than the context of {self.config.context_length}")
         x = self.tok_emb(tokens)
         mask = self.parts.attend.mask(self.parts.mask, tokens.shape[1], start, x.device, x.dtype)
-        cos, sin = self.cos[start:end], self.sin[start:end]
         layers = [None if cache is None else cache.layer(index) for index in range(self.config.num_layers)]
-        if self.regions:
-            normed = self.regions[0].block.norm1(x)
-            for region, layer in zip(self.regions, layers, strict=False):
-                x, normed = region(x, normed, mask, cos, sin, layer, start)
-            return self.out_head(normed[:, -logits_to_keep:])
-        for block, layer in zip(self.trf_blocks, layers, strict=False):
-            x = block(x, mask, cos, sin, layer, start)
-        return self.out_head(self.final_norm(x[:, -logits_to_keep:]))
-
-    def split(self) -> Sequence[nn.Module]:
-        """Its regions; its blocks where these cannot be cut there."""
-        blocks = list(self.trf_blocks)
-        self.regions = regions_of(blocks, self.final_norm)
-        return self.regions or blocks
+        return x, (mask, self.cos[start:end], self.sin[start:end]), layers

@@ -21,10 +21,10 @@ from qwen3bench.model.attention import Mask, MaskScores
 from qwen3bench.model.parts import Parts
 
 # To torch.compile it is one operation: a Triton kernel of ours that it launches itself is not launched early.
-_compiled_split_attention = torch.library.custom_op(
+compiled_split_attention = torch.library.custom_op(
     "qwen3bench::split_attention", token_attention.split_attention, mutates_args=()
 )
-_compiled_split_attention.register_fake(lambda q, k, v: q.new_empty(q.shape))
+compiled_split_attention.register_fake(lambda q, k, v: q.new_empty(q.shape))
 
 SDPA, SPLIT = "sdpa", "split"
 BACKENDS = {
@@ -54,8 +54,8 @@ class FlashAttention:
         return ~dense if dense.dtype is torch.bool else dense
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, mask_scores: MaskScores) -> Tensor:
-        if self.split and mask is None and token_attention.takes(q):
-            split = _compiled_split_attention if torch.compiler.is_compiling() else token_attention.split_attention
+        if self.split and mask is None and token_attention.takes_query(q):
+            split = compiled_split_attention if torch.compiler.is_compiling() else token_attention.split_attention
             return split(q, k, v)
         is_causal = False
         if mask is None and q.shape[-2] > 1:  # a branch, as torch.compile may see a symbol, which SDPA does not take

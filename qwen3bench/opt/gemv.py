@@ -88,10 +88,10 @@ def token_block(
 
 
 # To torch.compile the block is one operation: of Triton kernels of ours that it launches itself none is launched early.
-_compiled_token_block = torch.library.custom_op(
+compiled_token_block = torch.library.custom_op(
     "qwen3bench::token_block", token_block, mutates_args=("keys", "values", "arrivals")
 )
-_compiled_token_block.register_fake(lambda x, *rest: torch.empty_like(x))
+compiled_token_block.register_fake(lambda x, *rest: torch.empty_like(x))
 
 
 class FusedTokenBlock(TransformerBlock):
@@ -135,12 +135,12 @@ class FusedTokenBlock(TransformerBlock):
         queries = [att.W_query.weight, att.W_key.weight, att.W_value.weight, att.q_norm.weight, att.k_norm.weight]
         products = [self.norm2.weight, ff.fc1.weight, ff.fc2.weight, ff.fc3.weight]
         weights: list[Any] = [self.norm1.weight, *queries, att.out_proj.weight, *products]
-        block = _compiled_token_block if torch.compiler.is_compiling() else token_block
+        block = compiled_token_block if torch.compiler.is_compiling() else token_block
         return block(x, weights, cos, sin, *cache, self.arrivals, start, self.norm1.eps, self.dependent_launch)
 
     def _takes(self, x: Tensor) -> bool:
         head_dim = self.config.head_dim
-        return matvec.takes(x) and head_dim & (head_dim - 1) == 0
+        return matvec.takes_token(x) and head_dim & (head_dim - 1) == 0
 
     def _get_name(self) -> str:
         return "TransformerBlock"

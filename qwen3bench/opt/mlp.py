@@ -31,10 +31,10 @@ def token_feed_forward(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 
 
 # To torch.compile it is one operation: of Triton kernels of ours that it launches itself none is launched early.
-_compiled_token_feed_forward = torch.library.custom_op(
+compiled_token_feed_forward = torch.library.custom_op(
     "qwen3bench::token_feed_forward", token_feed_forward, mutates_args=()
 )
-_compiled_token_feed_forward.register_fake(lambda x, *rest: torch.empty_like(x))
+compiled_token_feed_forward.register_fake(lambda x, *rest: torch.empty_like(x))
 
 
 class FusedFeedForward(FeedForward, StackedLinears):
@@ -50,8 +50,8 @@ class FusedFeedForward(FeedForward, StackedLinears):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, tokens = self.stacked_weight, x.numel() // x.shape[-1]
-        if matvec.takes(x):
-            feed_forward = _compiled_token_feed_forward if torch.compiler.is_compiling() else token_feed_forward
+        if matvec.takes_token(x):
+            feed_forward = compiled_token_feed_forward if torch.compiler.is_compiling() else token_feed_forward
             return feed_forward(x, weight, self.fc3.weight)
         if tile := best_tile(tokens, weight.shape[0] // 2, self._multiprocessors):
             return self.fc3(swiglu_tiles(x, weight, tile))

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from qwen3bench.model.parts import Parts, separate_head
+from qwen3bench.model.layers import separate_head
+from qwen3bench.model.parts import Parts
 
 
 def tied_head(tok_emb: nn.Embedding) -> nn.Linear:

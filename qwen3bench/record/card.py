@@ -1,4 +1,4 @@
-"""The state of the card between blocks, through NVML: clocks, temperature, power, brakes, other processes."""
+"""A card through NVML: what it is, its clocks, temperature and power, why it is throttled, who else uses it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
 import psutil
 
+from qwen3bench.record.lines import Telemetry
+
 # NVML's bits of "clocks event reasons" (nvml.h, nvmlClocksEventReasons) and their names there.
-_REASONS = {
+REASONS = {
     0x001: "gpu_idle",
     0x002: "applications_clocks_setting",
     0x004: "sw_power_cap",
@@ -24,39 +25,11 @@ _REASONS = {
     0x080: "hw_power_brake_slowdown",
     0x100: "display_clock_setting",
 }
-_BRAKES = ("hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown")
 # nvml.h, nvmlClockType_t and nvmlTemperatureSensors_t.
-_SM_CLOCK, _MEMORY_CLOCK, _GPU_SENSOR = 1, 2, 0
+SM_CLOCK, MEMORY_CLOCK, GPU_SENSOR = 1, 2, 0
 
 
-@dataclass(frozen=True)
-class Telemetry:
-    """One look at the card; None is what could not be read."""
-
-    sm_clock_mhz: int | None = None
-    memory_clock_mhz: int | None = None
-    temperature_c: int | None = None
-    power_w: float | None = None
-    throttle_reasons: list[str] | None = None  # NVML's names, harmless ones too: see `braked`
-    foreign_processes: list[int] | None = None
-
-
-def braked(telemetry: Telemetry) -> list[str]:
-    """Why a block that ended like this is to be measured again: thermal or power brakes, foreign processes.
-
-    An idle card, clocks that someone set, and the software power cap (usual on a large card under load) are
-    no brakes: measuring again would not rid a block of them.
-    """
-    reasons = [reason for reason in telemetry.throttle_reasons or [] if reason in _BRAKES]
-    return reasons + [f"foreign process {pid}" for pid in telemetry.foreign_processes or []]
-
-
-def flags(telemetry: Telemetry) -> list[str]:
-    """What a reader of the block should know: the brakes, and the software power cap."""
-    return braked(telemetry) + [reason for reason in telemetry.throttle_reasons or [] if reason == "sw_power_cap"]
-
-
-class Monitor:
+class Card:
     """Reads the card that PyTorch calls `cuda:<device_index>`; a context manager.
 
     Nothing here raises: without NVML, a card or a permission, what cannot be read is None. Under MIG, clocks,
@@ -65,17 +38,22 @@ class Monitor:
 
     def __init__(self, device_index: int = 0) -> None:
         self._nvml: Any = None
-        self._card: Any = None
+        self.handle: Any = None
         try:
             import pynvml
 
             self._nvml = pynvml
             pynvml.nvmlInit()
-            self._card = _find_card(pynvml, device_index)
+            self.handle = _find(pynvml, device_index)
         except Exception:  # no driver, no card, no such card
             self.close()
 
-    def __enter__(self) -> Monitor:
+    @classmethod
+    def of(cls, device: str) -> Card:
+        """The card that a device's name means (`cuda`, `cuda:1`); the first where it means none."""
+        return cls(int(device.partition(":")[2] or 0))
+
+    def __enter__(self) -> Card:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -84,7 +62,7 @@ class Monitor:
     def close(self) -> None:
         """Lets NVML go; what is read afterwards is None."""
         self._ask("nvmlShutdown")
-        self._nvml = self._card = None
+        self._nvml = self.handle = None
 
     def sample(self, own_pids: Collection[int] | None = None) -> Telemetry:
         """The state of the card now.
@@ -93,33 +71,33 @@ class Monitor:
         may list the host's process ids, or none. Then ours are not in the list, nobody can tell what in it is
         foreign, and `foreign_processes` is None.
         """
-        reasons = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons", self._card)
+        reasons = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons", self.handle)
         return Telemetry(
-            sm_clock_mhz=self._ask("nvmlDeviceGetClockInfo", self._card, _SM_CLOCK),
-            memory_clock_mhz=self._ask("nvmlDeviceGetClockInfo", self._card, _MEMORY_CLOCK),
-            temperature_c=self._ask("nvmlDeviceGetTemperature", self._card, _GPU_SENSOR),
-            power_w=_watts(self._ask("nvmlDeviceGetPowerUsage", self._card)),
-            throttle_reasons=None if reasons is None else _words(reasons),
+            sm_clock_mhz=self._ask("nvmlDeviceGetClockInfo", self.handle, SM_CLOCK),
+            memory_clock_mhz=self._ask("nvmlDeviceGetClockInfo", self.handle, MEMORY_CLOCK),
+            temperature_c=self._ask("nvmlDeviceGetTemperature", self.handle, GPU_SENSOR),
+            power_w=_watts(self._ask("nvmlDeviceGetPowerUsage", self.handle)),
+            throttle_reasons=None if reasons is None else tuple(_words(reasons)),
             foreign_processes=self._foreign(_family() if own_pids is None else own_pids),
         )
 
     def describe(self) -> dict[str, Any]:
         """What the card is and how it is set: name, memory, driver, clocks, limits; None where unknown."""
-        memory = self._ask("nvmlDeviceGetMemoryInfo", self._card)
-        capability = self._ask("nvmlDeviceGetCudaComputeCapability", self._card)
-        persistence = self._ask("nvmlDeviceGetPersistenceMode", self._card)
-        ecc = self._ask("nvmlDeviceGetEccMode", self._card)
-        mig = self._ask("nvmlDeviceGetMigMode", self._card)
+        memory = self._ask("nvmlDeviceGetMemoryInfo", self.handle)
+        capability = self._ask("nvmlDeviceGetCudaComputeCapability", self.handle)
+        persistence = self._ask("nvmlDeviceGetPersistenceMode", self.handle)
+        ecc = self._ask("nvmlDeviceGetEccMode", self.handle)
+        mig = self._ask("nvmlDeviceGetMigMode", self.handle)
         return {
-            "device": self._ask("nvmlDeviceGetName", self._card),
+            "device": self._ask("nvmlDeviceGetName", self.handle),
             "device_memory_bytes": None if memory is None else memory.total,
             "compute_capability": None if capability is None else "{}.{}".format(*capability),
             "driver": self._ask("nvmlSystemGetDriverVersion"),
-            "sm_clock_mhz": self._ask("nvmlDeviceGetClockInfo", self._card, _SM_CLOCK),
-            "sm_clock_max_mhz": self._ask("nvmlDeviceGetMaxClockInfo", self._card, _SM_CLOCK),
-            "memory_clock_mhz": self._ask("nvmlDeviceGetClockInfo", self._card, _MEMORY_CLOCK),
-            "memory_clock_max_mhz": self._ask("nvmlDeviceGetMaxClockInfo", self._card, _MEMORY_CLOCK),
-            "power_limit_w": _watts(self._ask("nvmlDeviceGetEnforcedPowerLimit", self._card)),
+            "sm_clock_mhz": self._ask("nvmlDeviceGetClockInfo", self.handle, SM_CLOCK),
+            "sm_clock_max_mhz": self._ask("nvmlDeviceGetMaxClockInfo", self.handle, SM_CLOCK),
+            "memory_clock_mhz": self._ask("nvmlDeviceGetClockInfo", self.handle, MEMORY_CLOCK),
+            "memory_clock_max_mhz": self._ask("nvmlDeviceGetMaxClockInfo", self.handle, MEMORY_CLOCK),
+            "power_limit_w": _watts(self._ask("nvmlDeviceGetEnforcedPowerLimit", self.handle)),
             "persistence_mode": None if persistence is None else bool(persistence),
             "ecc": None if ecc is None else bool(ecc[0]),
             "mig": None if mig is None else bool(mig[0]),
@@ -131,16 +109,16 @@ class Monitor:
         except Exception:  # no NVML, not supported here, no permission, card lost: unknown, all of it
             return None
 
-    def _foreign(self, own_pids: Collection[int]) -> list[int] | None:
-        listed = self._ask("nvmlDeviceGetComputeRunningProcesses", self._card) or []
+    def _foreign(self, own_pids: Collection[int]) -> tuple[int, ...] | None:
+        listed = self._ask("nvmlDeviceGetComputeRunningProcesses", self.handle) or []
         # Under MIG the card lists the processes of all its instances; the others' do not use our part of it.
         ours = {_instance(process) for process in listed if process.pid in own_pids}
         if not ours:
             return None
-        return sorted({p.pid for p in listed if p.pid not in own_pids and _instance(p) in ours})
+        return tuple(sorted({p.pid for p in listed if p.pid not in own_pids and _instance(p) in ours}))
 
 
-def _find_card(nvml: Any, device_index: int) -> Any:
+def _find(nvml: Any, device_index: int) -> Any:
     """NVML's handle of the whole card: NVML, unlike CUDA, does not heed CUDA_VISIBLE_DEVICES.
 
     Nor does it number unlike cards as CUDA does, the fastest first (CUDA's documentation, CUDA_DEVICE_ORDER).
@@ -150,7 +128,7 @@ def _find_card(nvml: Any, device_index: int) -> Any:
     if name.isdecimal():
         if os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or _alike(nvml):
             return nvml.nvmlDeviceGetHandleByIndex(int(name))
-        name = _uuid(device_index)
+        name = cuda_uuid(device_index)
     handle = nvml.nvmlDeviceGetHandleByUUID(name)
     if name.startswith("MIG-"):
         handle = nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
@@ -162,7 +140,7 @@ def _alike(nvml: Any) -> bool:
     return len({nvml.nvmlDeviceGetName(nvml.nvmlDeviceGetHandleByIndex(index)) for index in range(count)}) == 1
 
 
-def _uuid(device_index: int) -> str:
+def cuda_uuid(device_index: int) -> str:
     """The UUID of CUDA's device, from the driver, which opens no context for that. Raises OSError where it cannot."""
     cuda = ctypes.CDLL("libcuda.so.1")
     device, uuid = ctypes.c_int(), (ctypes.c_ubyte * 16)()
@@ -180,8 +158,8 @@ def _watts(milliwatts: int | None) -> float | None:
 
 
 def _words(bits: int) -> list[str]:
-    known = [word for bit, word in _REASONS.items() if bits & bit]
-    rest = bits & ~sum(_REASONS)
+    known = [word for bit, word in REASONS.items() if bits & bit]
+    rest = bits & ~sum(REASONS)
     return [*known, f"reason_{rest:#x}"] if rest else known
 
 

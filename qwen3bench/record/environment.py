@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,99 +15,87 @@ from typing import Any
 import psutil
 
 import qwen3bench
-from qwen3bench.errors import UserError
-from qwen3bench.record.card import Monitor
+from qwen3bench.record.card import Card
 
-_PACKAGE = Path(qwen3bench.__file__).resolve().parent
-_CHECKOUT = _PACKAGE.parent
+PACKAGE = Path(qwen3bench.__file__).resolve().parent
 CHANGES_NO_NUMBER = ("run", "resume", "report", "hydra")
+MEASURING = ("worker", "campaign", "model", "opt", "kernels", "record")  # packages whose code may change a number
 
 
-def environment(device: str | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class TorchFacts:
+    """What PyTorch alone can tell: its version, CUDA's and cuDNN's, its threads, and the device's name."""
+
+    version: str
+    cuda: str | None
+    cudnn: int | None
+    threads: int
+    device_name: str
+
+
+def environment(device: str, torch: TorchFacts) -> dict[str, Any]:
     """The machine and the software of a run, for environment.json; what is unknown is None.
 
-    device: as PyTorch writes it ("cuda", "cuda:1", "cpu"); None takes CUDA where it is. The host's name stays
-    private. Raises `UserError` where there is no such device.
+    device: as PyTorch writes it ("cuda", "cuda:1", "cpu"). The host's name stays private.
     """
-    import torch
-
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    with Monitor(_index(device)) as monitor:
-        card = monitor.describe()
+    with Card.of(device) as card:
+        described = card.describe()
     return {
-        **(card if device.startswith("cuda") else dict.fromkeys(card)),
-        "device": device_name(device),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
-        "torch": torch.__version__,
-        **{name: _version(name) for name in ("triton", "numpy", "pandas", "scipy", "transformers")},
+        **(described if device.startswith("cuda") else dict.fromkeys(described)),
+        "device": torch.device_name,
+        "cuda": torch.cuda,
+        "cudnn": torch.cudnn,
+        "torch": torch.version,
+        **{name: version_of(name) for name in ("triton", "numpy", "pandas", "scipy", "transformers")},
         "qwen3bench": qwen3bench.__version__,
         "python": platform.python_version(),
         "os": platform.platform(),
         "cpu": _cpu_name(),
         "cpu_cores": psutil.cpu_count(logical=False),
         "cpu_threads": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
+        "torch_threads": torch.threads,
         "memory_bytes": psutil.virtual_memory().total,
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": None if (status := _git("status", "--porcelain")) is None else bool(status),
+        **git_state(),
         "code": code_hash(),
     }
 
 
-def device_name(device: str) -> str:
-    """The name of the card or, for "cpu", of the processor.
-
-    Raises `UserError` where there is no such card.
-    """
+def system_device_name(device: str) -> str | None:
+    """The name of the processor for "cpu", else NVML's of the card; None where NVML knows no such card."""
     if not device.startswith("cuda"):
         return _cpu_name() or platform.machine()
-    with Monitor(_index(device)) as monitor:  # PyTorch would start CUDA in this process
-        name = monitor.describe()["device"]
-    if name:
-        return name
-    import torch
-
-    try:
-        return torch.cuda.get_device_name(_index(device))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise UserError(f"device={device}: PyTorch finds no such card; use device=cpu or mend the driver") from error
+    with Card.of(device) as card:
+        name: str | None = card.describe()["device"]
+    return name
 
 
-def code_hash() -> str:
-    """The sha256 of what decides how it is measured: the package's Python and the YAML files of configs/."""
-    configs = next((path for path in (_PACKAGE / "configs", _CHECKOUT / "configs") if path.is_dir()), None)
-    files = {f"qwen3bench/{path.relative_to(_PACKAGE).as_posix()}": path for path in _PACKAGE.rglob("*.py")}
-    if configs:
-        files |= {f"configs/{path.relative_to(configs).as_posix()}": path for path in configs.rglob("*.yaml")}
+def code_hash(package: Path = PACKAGE) -> str:
+    """The sha256 of the Python files that decide how it is measured: those of the packages in `MEASURING`."""
     digest = hashlib.sha256()
-    for name, path in sorted(files.items()):
+    for path in sorted(path for name in MEASURING for path in (package / name).rglob("*.py")):
         content = path.read_bytes()
-        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(f"{path.relative_to(package).as_posix()}\0{len(content)}\0".encode())
         digest.update(content)
     return digest.hexdigest()
 
 
-def fingerprint(config: dict[str, Any], weights_fingerprint: str) -> dict[str, str]:
+def fingerprint(config: dict[str, Any], weights_fingerprint: str, torch: TorchFacts) -> dict[str, str]:
     """What must not change between a run's sessions: config, weights, code, what compiles and runs kernels, device.
 
     config: the resolved configuration; where the run is written and how it is reported are not part of it.
     """
-    import torch
-
     device = str(config.get("device") or "cpu")
-    name = device_name(device)
     measured = {key: value for key, value in config.items() if key not in CHANGES_NO_NUMBER}
     text = json.dumps(measured, sort_keys=True, default=str)
-    packages = ["triton"] * device.startswith("cuda") + sorted(config.get("peer") or ())
+    on_cuda = device.startswith("cuda")
+    packages = ["triton"] * on_cuda + sorted(config.get("peer") or ())
     return {
         "config": hashlib.sha256(text.encode()).hexdigest(),
         "weights": weights_fingerprint,
         "code": code_hash(),
-        "torch": f"{torch.__version__}, CUDA {torch.version.cuda}" if torch.version.cuda else torch.__version__,
-        **{package: version for package in packages if (version := _version(package))},
-        "device": name if device.startswith("cuda") else f"{name}, {torch.get_num_threads()} threads",
+        "torch": f"{torch.version}, CUDA {torch.cuda}" if torch.cuda else torch.version,
+        **{package: version for package in packages if (version := version_of(package))},
+        "device": torch.device_name if on_cuda else f"{torch.device_name}, {torch.threads} threads",
     }
 
 
@@ -117,11 +106,8 @@ def differences(old: dict[str, str], new: dict[str, str]) -> list[str]:
     return [words.get(key) or f"{key} ({old.get(key)} then, {new.get(key)} now)" for key in changed]
 
 
-def _index(device: str) -> int:
-    return int(device.partition(":")[2] or 0)
-
-
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The installed version of a package, None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -137,14 +123,23 @@ def _cpu_name() -> str | None:
     return next(names, None) or platform.processor() or None
 
 
-def _git(*command: str) -> str | None:
+def git_state(checkout: Path = PACKAGE.parent) -> dict[str, Any]:
+    """The commit of the source tree and whether files differ from it; None where the package is no checkout."""
+    status = _git(checkout, "status", "--porcelain")
+    return {
+        "git_commit": _git(checkout, "rev-parse", "HEAD"),
+        "git_dirty": None if status is None else bool(status),
+    }
+
+
+def _git(checkout: Path, *command: str) -> str | None:
     """What git says of the source tree; None where the package is no checkout or git cannot tell."""
-    if not (_CHECKOUT / ".git").exists():  # else git would answer for whatever repository lies around
+    if not (checkout / ".git").exists():  # else git would answer for whatever repository lies around
         return None
     try:
         return subprocess.run(
             ["git", *command],
-            cwd=_CHECKOUT,
+            cwd=checkout,
             env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
             capture_output=True,
             text=True,

@@ -1,118 +1,378 @@
-"""What supervisor and worker say to each other: JSON lines, one request and one reply at a time, nothing pickled.
+"""What a campaign and a worker say to each other: one request and one reply at a time, each a line of JSON.
 
-Request: {"op": name, …arguments}. Reply: {"ok": {…}} or {"error": {"status", "reason", …}}, the status a cell's as in
-cells.csv, or `refused` for a mistake of the user's that no other cell would survive.
+Request: {"op": name, …fields}. Reply: {"ok": {…fields}} or {"error": {"status", "reason", …}}. Nothing is pickled, and
+nothing is shared but these messages, so a worker may live in a child process, on another card or on another machine.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from typing import Any
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
+
+from pydantic import BeforeValidator, Field
 
 from qwen3bench.errors import UserError
+from qwen3bench.record.states import CellStatus
+from qwen3bench.record.typed import (
+    Count,
+    Names,
+    Number,
+    Seconds,
+    Times,
+    json_line,
+    made,
+    parsed_line,
+    plain,
+    typed,
+)
 
-Message = dict[str, Any]
+# --- replies ---
 
-_NUMBER = (int, float)
-_NEEDED = {
-    "probe": ("device",),
-    "identify": ("environment", "fingerprint"),
-    "verify": ("equivalent",),
-    "visit": ("time", "samples"),
-}
-# What others read later, and what it has to be; null where it is not known.
-_KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("device", "status", "reason", "attention_backend", "dtype"), (str,)),
-    **dict.fromkeys(("environment", "fingerprint", "kernels", "checks", "vendor", "compile_options"), (dict,)),
-    **dict.fromkeys(("samples", "notes", "itl_s"), (list,)),
-    **dict.fromkeys(("equivalent", "tied_storage"), (bool,)),
-    **dict.fromkeys(("num_parameters", "num_unique_parameters", "num_non_embedding_parameters"), (int,)),
-    **dict.fromkeys(("parameter_bytes", "peak_allocated_bytes", "peak_reserved_bytes", "cache_bytes"), (int,)),
-    **dict.fromkeys(("kernel_launches", "graph_breaks", "recompiles", "bytes", "flops"), (int,)),
-    **dict.fromkeys(("max_abs_error", "kl_mean", "top1_agreement", "copy_bytes_per_s", "matmul_flops_per_s"), _NUMBER),
-    **dict.fromkeys(("time", "compile_s", "latency_s", "ttft_s", "tpot_s"), _NUMBER),
-}
-# Likewise what a list's items or a dict's values have to be.
-_INNER: dict[str, tuple[type, ...]] = {
-    "samples": (dict,),
-    "itl_s": _NUMBER,
-    "notes": (str,),
-    "kernels": (int,),
-    "fingerprint": (str,),
-}
-_MOST = 2**63  # larger whole numbers are of no use, and some readers fail on them
 
-FAILURES = ("oom", "crashed", "timeout", "not_equivalent", "invalid")
+@typed
+class Done:
+    """A request is fulfilled, and there is nothing to tell."""
+
+
+@typed
+class DeviceFound:
+    """The device that a name means: `cpu`, `cuda`, `cuda:1`."""
+
+    device: str
+
+
+@typed
+class Identity:
+    """The machine and its software, and what must not change when a run is continued."""
+
+    environment: dict[str, Any]
+    fingerprint: dict[str, str]
+
+
+@typed
+class ParameterCounts:
+    """How many parameters a model stores, and their bytes (CONTRACT.md, Parameter counts)."""
+
+    num_parameters: Count | None = None
+    num_unique_parameters: Count | None = None
+    num_non_embedding_parameters: Count | None = None
+    parameter_bytes: Count | None = None
+
+
+@typed
+class Judgment:
+    """The equivalence gate's verdict on a cell.
+
+    `ran`: whether it gave logits at all. `max_abs_error` is that of float32; `kl_mean` (nats) and `top1_agreement`
+    (share) are of the run's dtype. `checks`: each check's number, by name.
+    """
+
+    equivalent: bool
+    ran: bool = True
+    max_abs_error: Number | None = None
+    kl_mean: Number | None = None
+    top1_agreement: Number | None = None
+    reason: str | None = None
+    checks: dict[str, Number] = Field(default_factory=dict)
+
+
+@typed
+class PeakMemory:
+    """The allocator's peaks with one cell alone resident, and its KV cache, in bytes."""
+
+    peak_allocated_bytes: Count | None = None
+    peak_reserved_bytes: Count | None = None
+    cache_bytes: Count | None = None
+
+
+@typed
+class Evidence:
+    """What really ran. `kernels`: name → launches. `eager_s`: about how long eager takes, where it is not timed."""
+
+    attention_backend: str | None = None
+    kernel_launches: Count | None = None
+    tied_storage: bool | None = None
+    graph_breaks: Count | None = None
+    recompiles: Count | None = None
+    kernels: dict[str, Count] = Field(default_factory=dict)
+    notes: Names = ()
+    eager_s: Seconds | None = None
+
+
+@typed
+class Cost:
+    """The least floating-point operations and bytes moved of one timed value."""
+
+    flops: Number | None = None
+    bytes: Number | None = None
+
+
+@typed
+class Ceilings:
+    """What the device reaches in a large copy and a large matrix product, and its vendor's figures."""
+
+    copy_bytes_per_s: Number | None = None
+    matmul_flops_per_s: Number | None = None
+    dtype: str | None = None
+    vendor: dict[str, Any] | None = None
+
+
+@typed
+class Preparation:
+    """What getting a cell ready took: seconds of compilation and the compiler's options, where it is compiled."""
+
+    compile_s: Number | None = None
+    compile_options: dict[str, Any] | None = None
+
+
+@typed
+class Timed:
+    """One timed value: latency in seconds; where tokens are generated TTFT, mean TPOT and each inter-token latency."""
+
+    latency_s: Seconds
+    ttft_s: Seconds | None = None
+    tpot_s: Seconds | None = None
+    itl_s: Times | None = None
+
+
+def _timed(value: Any) -> Timed:
+    return value if isinstance(value, Timed) else made(Timed, value)
+
+
+@typed
+class TimedVisit:
+    """The timed values of one visit, which began at `time` (seconds since the epoch)."""
+
+    time: Number
+    samples: Annotated[tuple[Annotated[Timed, BeforeValidator(_timed)], ...], Field(strict=False)]
+
+
+@typed
+class Failure:
+    """Why a request could not be fulfilled: the cell's status, or `refused` for a mistake of the user's."""
+
+    status: str
+    reason: str | None = None
+    peak_allocated_bytes: Count | None = None
+
+
+# --- requests ---
+
+R = TypeVar("R")
+
+
+class Request(Generic[R]):
+    """What a worker is asked for; `op` names it, `reply` is the type of its answer."""
+
+    __slots__ = ()
+    op: ClassVar[str]
+    reply: ClassVar[type]
+
+
+@typed
+class Probe(Request[DeviceFound]):
+    """Which device does this name (auto, cpu, cuda, cuda:1) mean here?"""
+
+    op: ClassVar = "probe"
+    reply: ClassVar = DeviceFound
+    device: str
+
+
+@typed
+class Open(Request[Done]):
+    """Take the resolved settings."""
+
+    op: ClassVar = "open"
+    reply: ClassVar = Done
+    config: dict[str, Any]
+
+
+@typed
+class Touch(Request[Done]):
+    """Run a kernel, so that the device turns once from the processes that are ready to this one.
+
+    Until then a process may start the kernels of a graph 0.2 to 0.4 µs later, as was seen on an H100 after cuBLAS's
+    first product of one row (docs/log.md, "How soon kernels start").
+    """
+
+    op: ClassVar = "touch"
+    reply: ClassVar = Done
+
+
+@typed
+class Identify(Request[Identity]):
+    """What is the machine, and what must not change when a run is continued?"""
+
+    op: ClassVar = "identify"
+    reply: ClassVar = Identity
+
+
+@typed
+class Load(Request[Done]):
+    """Load the weights and build these cells."""
+
+    op: ClassVar = "load"
+    reply: ClassVar = Done
+    cells: Names
+
+
+@typed
+class CountParameters(Request[ParameterCounts]):
+    """Count a cell's parameters."""
+
+    op: ClassVar = "parameters"
+    reply: ClassVar = ParameterCounts
+    cell: str
+
+
+@typed
+class Verify(Request[Judgment]):
+    """Does a cell compute the baseline's function?"""
+
+    op: ClassVar = "verify"
+    reply: ClassVar = Judgment
+    cell: str
+
+
+@typed
+class MeasureMemory(Request[PeakMemory]):
+    """Measure the peak memory of a cell alone."""
+
+    op: ClassVar = "memory"
+    reply: ClassVar = PeakMemory
+    cell: str
+    workload: str
+    runtime: str
+
+
+@typed
+class CollectEvidence(Request[Evidence]):
+    """What really runs in a cell?"""
+
+    op: ClassVar = "evidence"
+    reply: ClassVar = Evidence
+    cell: str
+    workload: str
+    runtime: str
+
+
+@typed
+class ComputeCost(Request[Cost]):
+    """The least that a cell's workload costs."""
+
+    op: ClassVar = "cost"
+    reply: ClassVar = Cost
+    cell: str
+    workload: str
+
+
+@typed
+class MeasureCeilings(Request[Ceilings]):
+    """What does the device reach?"""
+
+    op: ClassVar = "ceilings"
+    reply: ClassVar = Ceilings
+
+
+@typed
+class Enter(Request[Done]):
+    """Begin timing cells of one workload in one runtime; `cell` fills the cache where there is one."""
+
+    op: ClassVar = "enter"
+    reply: ClassVar = Done
+    workload: str
+    runtime: str
+    cell: str
+
+
+@typed
+class Prepare(Request[Preparation]):
+    """Build a cell, warm it up, capture it."""
+
+    op: ClassVar = "prepare"
+    reply: ClassVar = Preparation
+    cell: str
+    copy: Count
+
+
+@typed
+class Visit(Request[TimedVisit]):
+    """Time a cell that is ready: `repeats` values, as many as it asks for where None."""
+
+    op: ClassVar = "visit"
+    reply: ClassVar = TimedVisit
+    cell: str
+    copy: Count
+    repeats: Count | None = None
+
+
+REQUESTS: dict[str, type[Request[Any]]] = {
+    request.op: request
+    for request in (
+        Probe,
+        Open,
+        Touch,
+        Identify,
+        Load,
+        CountParameters,
+        Verify,
+        MeasureMemory,
+        CollectEvidence,
+        ComputeCost,
+        MeasureCeilings,
+        Enter,
+        Prepare,
+        Visit,
+    )
+}
+REFUSED = "refused"
 
 
 class CellFailure(Exception):
-    """A request that the worker could not fulfil: the cell's status and the reason. Nothing more is asked of it."""
+    """A request that the worker could not fulfill: the cell's status and the reason. Nothing more is asked of it."""
 
-    def __init__(self, status: str, reason: str, peak_allocated_bytes: int | None = None) -> None:
+    def __init__(self, status: CellStatus, reason: str, peak_allocated_bytes: int | None = None) -> None:
         super().__init__(reason)
         self.status = status
         self.reason = reason
         self.peak_allocated_bytes = peak_allocated_bytes
 
 
-def encode(message: Message) -> bytes:
-    """A message as one line. Raises ValueError for NaN and infinities, which JSON does not have."""
-    return json.dumps(message, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+def encode_request(request: Request[Any]) -> bytes:
+    """A request as one line."""
+    return json_line({"op": request.op, **plain(request)}) + b"\n"
 
 
-def decode(line: bytes) -> Message:
-    """The message of one line. Raises ValueError where it is none."""
-    try:
-        message = json.loads(line, parse_constant=_finite, parse_float=_finite)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
-    if not isinstance(message, dict):
-        raise ValueError("not a JSON object")
-    return message
+def decode_request(line: bytes) -> Request[Any]:
+    """The request of one line. Raises ValueError where it is none."""
+    fields = parsed_line(line)
+    op = fields.pop("op", None)
+    if not isinstance(op, str) or op not in REQUESTS:
+        raise ValueError(f"there is no request {op!r:.80}")
+    return made(REQUESTS[op], fields)
 
 
-def answer(line: bytes, op: str) -> Message:
-    """The fields of the reply to `op`, each of its kind.
+def encode_reply(reply: object) -> bytes:
+    """A reply, or a `Failure`, as one line. Raises ValueError for NaN and infinities, which JSON does not have."""
+    return json_line({"error" if isinstance(reply, Failure) else "ok": plain(reply)}) + b"\n"
 
-    Raises `CellFailure` where the reply is an error or no reply, and `UserError` where it refuses what the user asked.
+
+def decode_reply(line: bytes, request: Request[R]) -> R:
+    """The reply to `request`.
+
+    Raises `CellFailure` where it is an error or no reply, and `UserError` where it refuses what the user asked for.
     """
     try:
-        reply = decode(line)
-        if isinstance(reply.get("ok"), dict):
-            return _checked(reply["ok"], _NEEDED.get(op, ()))
-        error = _checked(reply["error"], ("status", "reason"))
+        fields = parsed_line(line)
+        if isinstance(fields.get("ok"), dict):
+            reply: R = made(request.reply, fields["ok"])
+            return reply
+        failure = made(Failure, fields["error"])
     except (ValueError, TypeError, AttributeError, KeyError) as fault:
-        raise CellFailure("crashed", f"the worker's answer to {op} is no message ({fault})") from None
-    reason = error["reason"] or "no reason given"
-    if error["status"] == "refused":
+        text = f"the worker's answer to {request.op} is no message ({fault})"
+        raise CellFailure(CellStatus.CRASHED, text) from None
+    reason = failure.reason or "no reason given"
+    if failure.status == REFUSED:
         raise UserError(reason)
-    status = error["status"] if error["status"] in FAILURES else "crashed"
-    raise CellFailure(status, reason, error.get("peak_allocated_bytes"))
-
-
-def _checked(fields: Message, needed: tuple[str, ...] = ()) -> Message:
-    """`fields`, each of its kind. Raises ValueError where one is not, and where a needed one is missing."""
-    if missing := [name for name in needed if fields.get(name) is None]:
-        raise ValueError(f"{missing[0]} is missing")
-    for name, value in fields.items():
-        if value is not None and name in _KINDS and not _is_kind(value, _KINDS[name]):
-            raise ValueError(f"{name} is {value!r:.80}")
-        inner = list(value.values()) if isinstance(value, dict) else value
-        if name in _INNER and value is not None and not all(_is_kind(item, _INNER[name]) for item in inner):
-            raise ValueError(f"{name} holds {value!r:.80}")
-    for sample in fields.get("samples") or ():
-        _checked(sample, ("latency_s",))
-    return fields
-
-
-def _is_kind(value: object, kinds: tuple[type, ...]) -> bool:
-    return type(value) in kinds and not (isinstance(value, int) and abs(value) > _MOST)
-
-
-def _finite(text: str) -> float:
-    """The number of a JSON literal. Raises ValueError for NaN and infinities, 1e999 too."""
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is no finite number")
-    return number
+    failures = set(CellStatus) - {CellStatus.OK}
+    status = CellStatus(failure.status) if failure.status in failures else CellStatus.CRASHED
+    raise CellFailure(status, reason, failure.peak_allocated_bytes)

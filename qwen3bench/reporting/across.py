@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen3bench.errors import UserError
-from qwen3bench.record.reader import write_atomic
+from qwen3bench.record.files import COMPRESSED, RECORD, record_file, write_atomic
 from qwen3bench.reporting import figures
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.lookup import band, device, directory, factors, level
 from qwen3bench.reporting.over_runs import dependent, effects_over, limits, over_findings, over_table
-from qwen3bench.reporting.pages import about, moment, render, switches
+from qwen3bench.reporting.pages import about, moment, switches
 from qwen3bench.reporting.plot_across import regimes, trends
+from qwen3bench.reporting.templates import render
 from qwen3bench.reporting.units import count, listing
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
-_RECORD = "samples.jsonl"
-_ROWS = 200
+_ROWS = 200  # of the table in report.md; the page holds all
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
@@ -32,11 +32,12 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
     """
     found: dict[Path, Path] = {}
     for path in paths:
-        if (path / _RECORD).is_file() or not path.is_dir():
+        if record_file(path) or not path.is_dir():
             below = [path]  # what is no run after all is named when it is read
         else:
-            records = (file for file in path.rglob(_RECORD) if file.stat().st_size)  # empty: it stopped before anything
-            below = sorted((file.parent for file in records), key=_by_number)
+            files = (file for name in (RECORD, COMPRESSED) for file in path.rglob(name))
+            homes = {file.parent for file in files if file.stat().st_size}  # empty: it stopped before anything
+            below = sorted(homes, key=_by_number)
         if not below:
             raise UserError(f"{path}: holds no run, nor any directory with one; name the directory of a run")
         for run in below:
@@ -71,19 +72,25 @@ def write_overview(runs: Sequence[Run], home: Path) -> Path:
         "warnings": [finding for finding in found if finding.level == "warning"],
         "plots": saved,
         "effects": over_table(effects, names) if len(effects) else None,
-        "runs": [(os.path.relpath(directory(run), home), _described(run)) for run in runs],
-        "most_rows": _ROWS,
+        "max_rows": _ROWS,
     }
     for name in ("report.md", "report.html"):
-        write_atomic(home / name, render(f"over_{name}.jinja", content))
+        links = [(_link(run, home, name), _described(run)) for run in runs]
+        write_atomic(home / name, render(f"over_{name}.jinja", {**content, "runs": links}))
     return home / "report.html"
+
+
+def _link(run: Run, home: Path, name: str) -> str:
+    """The way from `home` to a run's report, or to its directory where the report was not kept."""
+    report = directory(run) / name
+    return os.path.relpath(report if report.is_file() else directory(run), home)
 
 
 def _described(run: Run) -> str:
     where = listing([str(condition) for condition in conditions(run)], 12)
     state = "" if run.finished else ", unfinished"
-    measured = f", {moment(created)}" if (created := run.record.run.get("created")) else ""
-    return f"{run.record.run.get('model')}, {device(run)}: {where or 'nothing measured'}{measured}{state}"
+    measured = f", {moment(created)}" if (created := run.record.run.created) else ""
+    return f"{run.record.run.model}, {device(run)}: {where or 'nothing measured'}{measured}{state}"
 
 
 def _by_number(path: Path) -> list[tuple[int, str]]:

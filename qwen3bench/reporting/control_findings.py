@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from qwen3bench.record.lines import BlockLine
+from qwen3bench.record.states import BlockState, CellStatus
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.lookup import BASELINE, all_on, band, rows
 from qwen3bench.reporting.units import count, interval_decimals, is_number, listing, percent, ratio, size
+from qwen3bench.reporting.wording import NoVerdict
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -56,7 +59,7 @@ def noise(run: Run, condition: Condition) -> float:
 def heard(run: Run, condition: Condition, verdict: str, estimate: float) -> str:
     """The verdict, or `noise` where two copies of the baseline are as far apart as the estimate is from 1."""
     spread = noise(run, condition)
-    return "noise" if spread and is_number(estimate) and abs(math.log(estimate)) <= spread else verdict
+    return NoVerdict.NOISE if spread and is_number(estimate) and abs(math.log(estimate)) <= spread else verdict
 
 
 def _equivalence(run: Run) -> Iterator[Control]:
@@ -65,7 +68,7 @@ def _equivalence(run: Run) -> Iterator[Control]:
     if len(verdicts) and verdicts.all():
         text = f"Equivalence: {count(len(verdicts), 'cell')} verified, all compute the baseline's function."
         yield Control(text, False)
-    unverified = cells[(cells["status"] == "ok") & cells["equivalent"].isna() & (cells["cell"] != BASELINE)]
+    unverified = cells[(cells["status"] == CellStatus.OK) & cells["equivalent"].isna() & (cells["cell"] != BASELINE)]
     if len(unverified):
         text = f"Not verified to compute the baseline's function: {listing(list(unverified['cell']))}."
         yield Control(text, True)
@@ -129,19 +132,19 @@ def _tie_memory(run: Run) -> Iterator[Control]:
 
 
 def _flagged(run: Run) -> Iterator[Control]:
-    flagged = [line for line in run.record.of("block") if line.get("state") == "flagged"]
+    flagged = [line for line in run.record.of(BlockLine) if line.state == BlockState.FLAGGED]
     if flagged:
-        flags = list(dict.fromkeys(str(flag) for line in flagged for flag in line.get("flags") or ()))
+        flags = list(dict.fromkeys(flag for line in flagged for flag in line.flags))
         text = f"{count(len(flagged), 'block')} measured under a disturbance that stayed"
         yield Control(f"{text}: {listing(flags) or 'no reason recorded'}.", True)
 
 
 def _power_cap(run: Run) -> Iterator[Control]:
     """The power cap is where a card may well run all day; that it did is said, and no block done again for it."""
-    blocks = [line for line in run.record.of("block") if line.get("throttle_reasons") is not None]
-    capped = sum("sw_power_cap" in line["throttle_reasons"] for line in blocks)
+    reasons = [line.throttle_reasons for line in run.record.of(BlockLine) if line.throttle_reasons is not None]
+    capped = sum("sw_power_cap" in of_block for of_block in reasons)
     if capped:
-        text = f"{capped} of {count(len(blocks), 'block')} ended at the card's power limit, with lower clocks"
+        text = f"{capped} of {count(len(reasons), 'block')} ended at the card's power limit, with lower clocks"
         yield Control(
             f"{text}: cells that draw more power are slowed more, as they would be in use.", False, judged=False
         )

@@ -1,4 +1,4 @@
-"""Figures: the one style, the colours and markers of verdicts, and how a figure becomes files and page."""
+"""Figures: the one style, the colors and markers of verdicts, and how a figure becomes files and page."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import ArrayLike, NDArray
 
-from qwen3bench.record.reader import write_atomic
+from qwen3bench.record.files import write_atomic
+from qwen3bench.record.states import Verdict
 
 INK, MUTED, RULE, PAPER = "#1f1f1f", "#6b6b6b", "#dedede", "#ffffff"
-BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#8a8a8a"
+BLUE, ORANGE, GREEN, GRAY = "#0072b2", "#d55e00", "#009e73", "#8a8a8a"
 # In the page these follow the reader's light or dark theme; report.css gives the dark values.
 _THEMED = {
     "ink": INK,
@@ -32,16 +33,16 @@ _THEMED = {
     "blue": BLUE,
     "orange": ORANGE,
     "green": GREEN,
-    "grey": GREY,
+    "gray": GRAY,
 }
-# Verdict → marker, colour, whether filled: shape or filling differ too, so that grey print tells them apart.
-VERDICTS = {
-    "faster": ("o", BLUE, True),
-    "less": ("o", BLUE, True),
-    "slower": ("s", ORANGE, True),
-    "more": ("s", ORANGE, True),
-    "same": ("D", GREY, True),
-    "undecided": ("o", INK, False),
+# Verdict → marker, color, whether filled: shape or filling differ too, so that gray print tells them apart.
+VERDICTS: dict[str, tuple[str, str, bool]] = {
+    Verdict.FASTER: ("o", BLUE, True),
+    Verdict.LESS: ("o", BLUE, True),
+    Verdict.SLOWER: ("s", ORANGE, True),
+    Verdict.MORE: ("s", ORANGE, True),
+    Verdict.SAME: ("D", GRAY, True),
+    Verdict.UNDECIDED: ("o", INK, False),
 }
 SERIES = (
     ("o", BLUE),
@@ -68,7 +69,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class SavedPlot:
-    """A plot on disk as plots/NAME.svg and .png: its name, its words and the SVG to set into a page."""
+    """A plot on disk as plots/NAME.svg: its name, its words and the SVG to set into a page."""
 
     name: str
     title: str
@@ -100,14 +101,15 @@ def _whole_values(text: str) -> str:
     return re.sub(r"(?<=[\d×]) (?=\[|[nµm]?s\b|[KMGT]?i?B\b|%)", "\N{NO-BREAK SPACE}", text)
 
 
-def mark(axes: Axes, x: float, y: float, lo: float, hi: float, verdict: str) -> None:
-    """One estimate with its horizontal interval, in the shape and colour of its verdict."""
-    shape, colour, filled = VERDICTS.get(verdict, VERDICTS["undecided"])
+def mark(axes: Axes, y: float, effect: Any) -> None:
+    """One row of effects: its estimate with its horizontal interval, in the shape and color of its verdict."""
+    x, lo, hi = effect.estimate, effect.lo, effect.hi
+    shape, color, filled = VERDICTS.get(effect.verdict, VERDICTS[Verdict.UNDECIDED])
     arms = [[max(0.0, x - lo)], [max(0.0, hi - x)]]
-    face = colour if filled else PAPER
+    face = color if filled else PAPER
     look: dict[str, Any] = {
         "fmt": shape,
-        "color": colour,
+        "color": color,
         "markerfacecolor": face,
         "markersize": 6,
         "capsize": 2.5,
@@ -122,62 +124,49 @@ def keep_in_view(axes: Axes, estimates: ArrayLike) -> None:
     axes.set_xlim(max(low, np.nanmin(values) / 3), min(high, np.nanmax(values) * 3))
 
 
-def beside(
-    axes: Axes,
-    text: str,
-    x: float,
-    y: float,
-    *,
-    leftwards: bool = False,
-    above: bool = False,
-    below: bool = False,
-) -> None:
-    """A small label next to a point: to its right, or where the flags say."""
-    shift = (-8 if leftwards or above else 8, 10 if above else -10 if below else 0)
-    side = "right" if leftwards or above else "left"
-    up = "bottom" if above else "top" if below else "center"
-    axes.annotate(text, (x, y), shift, textcoords="offset points", ha=side, va=up, fontsize=8)
+def label_point(axes: Axes, text: str, point: tuple[float, float], *, above: bool) -> None:
+    """A small label to the left of a point, and above or below it."""
+    shift, side = ((-8, 10), "bottom") if above else ((-8, -10), "top")
+    axes.annotate(text, point, shift, textcoords="offset points", ha="right", va=side, fontsize=8)
 
 
-def heat(axes: Axes, logs: NDArray[np.float64], signs: dict[tuple[int, int], str], least: float, label: str) -> None:
-    """A heat map of ratios, given as logarithms, with its colour bar; each field says its ratio and its sign.
+def heat(axes: Axes, logs: NDArray[np.float64], signs: dict[tuple[int, int], str], width: float, label: str) -> None:
+    """A heat map of ratios, given as logarithms, with its color bar; each field says its ratio and its sign.
 
-    `logs` (rows, columns), NaN where there is none; `signs` by row and column; `least` is the smallest limit
-    of the colours, so that noise is not blown up.
+    `logs` (rows, columns), NaN where there is none; `signs` by row and column; the colors reach to `width` at
+    least, so that noise is not blown up.
     """
-    limit = max(float(np.nanmax(np.abs(logs))), least)
+    limit = max(float(np.nanmax(np.abs(logs))), width)
     mesh = axes.pcolormesh(logs, cmap="PuOr", vmin=-limit, vmax=limit, edgecolors=PAPER, linewidth=1)
     for (row, column), sign in signs.items():
-        colour = "#fefefe" if abs(logs[row, column]) > 0.6 * limit else "#1e1e1e"
+        color = "#fefefe" if abs(logs[row, column]) > 0.6 * limit else "#1e1e1e"
         text = f"{np.exp(logs[row, column]):.3f}{sign}"
-        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=colour, fontsize=9)
+        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=color, fontsize=9)
     axes.invert_yaxis()
     axes.grid(visible=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     ends = [-limit, 0.0, limit]
-    colours = axes.figure.colorbar(mesh, ax=axes, label=label)
-    colours.set_ticks(ends, labels=[f"{np.exp(end):.3f}" for end in ends])
+    bar = axes.figure.colorbar(mesh, ax=axes, label=label)
+    bar.set_ticks(ends, labels=[f"{np.exp(end):.3f}" for end in ends])
 
 
 def save(plot: Plot, directory: Path) -> SavedPlot:
-    """Write NAME.svg and NAME.png into the directory; the same figure always gives the same bytes."""
+    """Write NAME.svg into the directory; the same figure always gives the same bytes."""
     directory.mkdir(parents=True, exist_ok=True)
-    plot.figure.draw_without_rendering()
-    plot.figure.set_layout_engine(None)  # laid out once, not once per file
-    svg, png = io.BytesIO(), io.BytesIO()
+    plot.figure.draw_without_rendering()  # laid out at the figure's own dpi, as in every earlier report
+    plot.figure.set_layout_engine(None)
+    svg = io.BytesIO()
     plot.figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    plot.figure.savefig(png, format="png", metadata={"Software": None})
     write_atomic(directory / f"{plot.name}.svg", svg.getvalue())
-    write_atomic(directory / f"{plot.name}.png", png.getvalue())
     return SavedPlot(plot.name, plot.title, plot.alt, embedded(svg.getvalue().decode(), plot))
 
 
 def embedded(svg: str, plot: Plot) -> str:
-    """SVG for a page: without prologue, with identifiers of its own and colours that follow the theme."""
+    """SVG for a page: without prologue, with identifiers of its own and colors that follow the theme."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{plot.name}-", svg)
-    for name, colour in _THEMED.items():
-        svg = svg.replace(f": {colour}", f": var(--{name}, {colour})")
+    for name, color in _THEMED.items():
+        svg = svg.replace(f": {color}", f": var(--{name}, {color})")
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(plot.alt)}"', 1)

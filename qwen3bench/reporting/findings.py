@@ -12,7 +12,8 @@ from qwen3bench.analysis.contrasts import OTHERS_OFF, OTHERS_ON
 from qwen3bench.reporting import control_findings
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.findings_cells import failures, missing, peers, recommended
-from qwen3bench.reporting.findings_effects import joint, memory, switches, together, undecided
+from qwen3bench.reporting.findings_effects import each_switch, joint, memory, together
+from qwen3bench.reporting.findings_undecided import undecided
 from qwen3bench.reporting.lookup import AVERAGE, UNLIKE
 from qwen3bench.reporting.units import count
 from qwen3bench.reporting.wording import Finding
@@ -45,7 +46,7 @@ def findings(run: Run) -> list[Finding]:
     ]
     for of_condition in (together, recommended):
         found += [finding for condition in conditions(run) for finding in of_condition(run, condition)]
-    found += [*switches(run), *joint(run), *memory(run), *peers(run)]
+    found += [*each_switch(run), *joint(run), *memory(run), *peers(run)]
     found += [finding for condition in conditions(run) for finding in undecided(run, condition)]
     if held := [control for control in outcome if control.judged and not control.absent]:
         passed = sum(not (control.failed or control.unsure) for control in held)

@@ -12,6 +12,7 @@ from scipy import special
 
 from qwen3bench.analysis.frames import analysis_setting, block_matrix
 from qwen3bench.config.choices import five
+from qwen3bench.record.states import CellStatus
 from qwen3bench.reporting import control_findings
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.lookup import (
@@ -27,7 +28,7 @@ from qwen3bench.reporting.lookup import (
     usable,
 )
 from qwen3bench.reporting.units import count, is_number, listing, ratio, seconds, size
-from qwen3bench.reporting.wording import Finding, verdict_of, worth
+from qwen3bench.reporting.wording import Finding, NoVerdict, verdict_of, worth
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -104,8 +105,8 @@ def shown_faster(cells: pd.DataFrame, freedom: float, width: float, confidence: 
 def _widening(comparisons: int, freedom: Any, confidence: float) -> Any:
     """By how much Bonferroni, at 5 %, widens each of so many intervals with these degrees of freedom."""
     freedom = np.maximum(freedom, 1)
-    least = special.stdtrit(freedom, 1 - 0.025 / max(1, comparisons))
-    return least / special.stdtrit(freedom, (1 + confidence) / 2)
+    widest = special.stdtrit(freedom, 1 - 0.025 / max(1, comparisons))
+    return widest / special.stdtrit(freedom, (1 + confidence) / 2)
 
 
 def _as_fast(cells: pd.DataFrame, samples: pd.DataFrame, confidence: float, width: float) -> tuple[list[bool], int]:
@@ -139,7 +140,7 @@ def peers(run: Run) -> Iterator[Finding]:
                 run, condition, verdict_of(row.speedup_lo, row.speedup_hi, band(run)), row.speedup
             )
             said = worth(verdict, row.speedup, row.speedup_lo, row.speedup_hi, band(run))
-            against = f"; against the baseline {said}" if verdict != "missing" else ""
+            against = f"; against the baseline {said}" if verdict != NoVerdict.MISSING else ""
             ours = _ours_against(run, condition, row.cell)
             noisy = " Noisy." if control_findings.noise(run, condition) else ""
             yield Finding(f"{row.cell} takes {seconds(row.latency_s)}{against}{ours} ({condition}).{noisy}", "peer")
@@ -179,7 +180,7 @@ def _telling(run: Run, cells: pd.DataFrame) -> dict[str, str]:
 
 def failures(run: Run) -> Iterator[Finding]:
     """Cells that got no number, by status and where they got none, with the reason of the first."""
-    bad = run.cells[run.cells["status"].notna() & (run.cells["status"] != "ok")]
+    bad = run.cells[run.cells["status"].notna() & (run.cells["status"] != CellStatus.OK)]
     everywhere = [str(condition) for condition in conditions(run)]
     groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for (cell, status), rows_of in bad.groupby(["cell", "status"], sort=False):
@@ -209,7 +210,7 @@ def missing(run: Run) -> Iterator[Finding]:
         yield Finding(f"Without any latency: {listing(nothing) or 'every workload'}.", "missing", "warning")
     for condition in conditions(run):
         cells = condition.select(run.cells)
-        lost = cells[(cells["status"].isna() | (cells["status"] == "ok")) & cells[LATENCY].isna()]
+        lost = cells[(cells["status"].isna() | (cells["status"] == CellStatus.OK)) & cells[LATENCY].isna()]
         if len(lost) and len(there[str(condition)]):
             text = f"{count(len(lost), 'cell')} of {len(cells)} without a latency: {listing(list(lost['cell']))}"
             yield Finding(f"{text} ({condition}).", "missing", "warning")

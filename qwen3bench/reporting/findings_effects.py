@@ -1,4 +1,4 @@
-"""Findings on effects: all switches together, each one, pairs that interact, memory, what is undecided."""
+"""Findings on effects: all switches together, each one, pairs that interact, memory."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from scipy import special
 
 from qwen3bench.analysis.contrasts import others_of
 from qwen3bench.analysis.effects import effects as effects_of
-from qwen3bench.analysis.effects import process_shares
-from qwen3bench.analysis.frames import analysis_setting, block_matrix
+from qwen3bench.analysis.frames import analysis_setting
 from qwen3bench.record.design import is_peer
+from qwen3bench.record.states import Verdict
 from qwen3bench.reporting import control_findings
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.lookup import (
@@ -29,23 +27,24 @@ from qwen3bench.reporting.lookup import (
     UNLIKE,
     all_on,
     band,
-    beside,
     device,
     factors,
+    others_beside,
     rows,
+    samples_of_usable,
     skewed,
     terms,
     usable,
 )
 from qwen3bench.reporting.tables import signed_bytes
-from qwen3bench.reporting.units import count, is_number, listing, ratio, seconds, significant
+from qwen3bench.reporting.units import is_number, listing, ratio, seconds, significant
 from qwen3bench.reporting.wording import Finding, verdict_of, worth
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
-_MOST_PAIRS = 3  # interactions told of per condition; of more, the size alone
-_MOST_FACTORS = 6  # up to here each half of a design is analysed by itself in no time
+_MAX_PAIRS = 3  # interactions told of per condition; of more, the size alone
+_MAX_FACTORS = 6  # up to here each half of a design is analyzed by itself in no time
 
 
 def together(run: Run, condition: Condition) -> Iterator[Finding]:
@@ -80,16 +79,16 @@ def _times(run: Run, baseline_s: float, row: Any) -> str:
     return times
 
 
-def switches(run: Run) -> Iterator[Finding]:
+def each_switch(run: Run) -> Iterator[Finding]:
     """What each switch is worth under every condition; where the cells tell it of none, that."""
     main = run.effects[(run.effects["metric"] == LATENCY) & (run.effects["kind"] == "main")]
     if len(main) and main["estimate"].isna().all():
-        planned = [name for name in run.record.run["cells"] if not is_peer(name)]
+        planned = [name for name in run.record.run.cells if not is_peer(name)]
         advice = "; design=full measures enough" if len(planned) < 2 ** len(factors(run)) else ""
         text = f"What a single switch is worth cannot be told from the cells measured{advice}."
         yield Finding(text, "undecided")
         return
-    others = beside(main)
+    others = others_beside(main)
     for name in factors(run):
         yield from _switch(run, name, main[main["term"] == name], others)
 
@@ -132,14 +131,14 @@ def joint(run: Run) -> Iterator[Finding]:
             ran = f" What ran: as in {before}." if ran and before != condition else ran
             noisy = " Noisy." if control_findings.noise(run, condition) else ""
             yield Finding(f"{text}{ran}{noisy}", "interaction")
-        if more := list(itertools.islice(_pairs(run, condition), _MOST_PAIRS, None)):
+        if more := list(itertools.islice(_pairs(run, condition), _MAX_PAIRS, None)):
             said = listing([f"{row.term} {ratio(row.estimate, row.lo, row.hi)}" for row in more], len(more))
             yield Finding(f"Smaller joint effects: {said} ({condition}).", "interaction")
 
 
 def pays_only_with(run: Run, condition: Condition) -> Iterator[tuple[str, str]]:
     """Switches that are faster with another on, and the same or slower with it off: `(mask, flash)`."""
-    for row in itertools.islice(_pairs(run, condition), _MOST_PAIRS):
+    for row in itertools.islice(_pairs(run, condition), _MAX_PAIRS):
         if (halves := _halves(run, condition, *row.term.split(":"))) and _only_with(run, condition, halves):
             yield halves.small, halves.large
 
@@ -147,7 +146,7 @@ def pays_only_with(run: Run, condition: Condition) -> Iterator[tuple[str, str]]:
 def _pairs(run: Run, condition: Condition) -> Iterator[Any]:
     """Interactions of two switches that are no noise, the largest first."""
     effects = terms(run, condition, LATENCY, "interaction")
-    pairs = effects[(effects["term"].str.count(":") == 1) & effects["verdict"].isin(("faster", "slower"))]
+    pairs = effects[(effects["term"].str.count(":") == 1) & effects["verdict"].isin((Verdict.FASTER, Verdict.SLOWER))]
     order = np.log(pairs["estimate"]).abs().sort_values(ascending=False, kind="stable").index
     for row in rows(pairs.loc[order]):
         if control_findings.heard(run, condition, row.verdict, row.estimate) == row.verdict:
@@ -155,9 +154,9 @@ def _pairs(run: Run, condition: Condition) -> Iterator[Any]:
 
 
 def _joint(run: Run, condition: Condition) -> Iterator[tuple[str, str]]:
-    for row in itertools.islice(_pairs(run, condition), _MOST_PAIRS):
+    for row in itertools.islice(_pairs(run, condition), _MAX_PAIRS):
         a, b = row.term.split(":")
-        much = "more" if row.verdict == "faster" else "less"
+        much = "more" if row.verdict == Verdict.FASTER else "less"
         joint_effect = f"joint effect {ratio(row.estimate, row.lo, row.hi)}"
         said = f"{a} and {b}: each is worth {much} with the other on, {joint_effect} ({condition})."
         yield row.term, f"{said}{_with_and_without(run, condition, a, b)}"
@@ -176,10 +175,10 @@ class _Halves:
 def _halves(run: Run, condition: Condition, a: str, b: str) -> _Halves | None:
     """Each from its half of the cells; None where a half cannot tell."""
     main = {row.term: row.estimate for row in rows(terms(run, condition, LATENCY, "main"))}
-    if len(factors(run)) > _MOST_FACTORS or not {a, b} <= set(main):
+    if len(factors(run)) > _MAX_FACTORS or not {a, b} <= set(main):
         return None
     small, large = sorted((a, b), key=lambda name: abs(math.log(main[name])))
-    samples = _samples(run, condition)
+    samples = samples_of_usable(run, condition)
     others = [name for name in factors(run) if name != large]
     found = []
     for level in (1, 0):
@@ -199,7 +198,7 @@ def _halves(run: Run, condition: Condition, a: str, b: str) -> _Halves | None:
 def _only_with(run: Run, condition: Condition, halves: _Halves) -> bool:
     both = (halves.with_it, halves.without)
     verdicts = [control_findings.heard(run, condition, row.verdict, row.estimate) for row in both]
-    return verdicts[0] == "faster" and verdicts[1] in ("same", "slower")
+    return verdicts[0] == Verdict.FASTER and verdicts[1] in (Verdict.SAME, Verdict.SLOWER)
 
 
 def _with_and_without(run: Run, condition: Condition, a: str, b: str) -> str:
@@ -216,19 +215,19 @@ def _evidence(run: Run, condition: Condition, a: str, b: str) -> str:
     """What ran in the four cells of a pair, where it differs."""
     good = set(usable(condition.select(run.cells))["cell"])
     lines = {
-        line["cell"]: line
+        line.cell: line
         for line in run.evidence
-        if line["workload"] == condition.workload and line["runtime"] == condition.runtime and line["cell"] in good
+        if line.workload == condition.workload and line.runtime == condition.runtime and line.cell in good
     }
     names = [BASELINE, a, b, "+".join(name for name in factors(run) if name in (a, b))]
     if any(name not in lines for name in names):
         return ""
     said = []
     for key, words in (("attention_backend", "attention backend"), ("kernel_launches", "kernel launches")):
-        values = [lines[name].get(key) for name in names]
+        values = [getattr(lines[name], key) for name in names]
         if None not in values and len(set(values)) > 1:
             said.append(f"{words} " + ", ".join(f"{v} ({n})" for n, v in zip(names, values, strict=True)))
-    notes = [(note, name) for name in names for note in lines[name].get("notes") or []]
+    notes = [(note, name) for name in names for note in lines[name].notes]
     counts = Counter(note for note, _ in notes)
     said += [f"{note} ({name})" for note, name in notes if counts[note] == 1]
     return f" What ran: {'; '.join(said)}." if said else ""
@@ -237,18 +236,18 @@ def _evidence(run: Run, condition: Condition, a: str, b: str) -> str:
 def memory(run: Run) -> Iterator[Finding]:
     """Which switches save peak memory, and whether that costs latency."""
     main = run.effects[(run.effects["metric"] == MEMORY) & (run.effects["kind"] == "main")]
-    others = beside(main)
+    others = others_beside(main)
     tail = f", {others}" if others != UNLIKE and _several(run) else ""
     for name in factors(run):
         saved: dict[tuple[str, str], list[str]] = {}
         free = []
         for condition in conditions(run):
             less = [row for row in rows(terms(run, condition, MEMORY, "main")) if row.term == name]
-            if less and less[0].verdict == "less":
+            if less and less[0].verdict == Verdict.LESS:
                 because = _because(less[0], others)
                 saved.setdefault((signed_bytes(less[0].estimate), because), []).append(str(condition))
                 latency = [row for row in rows(terms(run, condition, LATENCY, "main")) if row.term == name]
-                if [control_findings.heard(run, condition, r.verdict, r.estimate) for r in latency] == ["same"]:
+                if [control_findings.heard(run, condition, r.verdict, r.estimate) for r in latency] == [Verdict.SAME]:
                     free.append(str(condition))
         if saved:
             everywhere = len(free) == sum(map(len, saved.values()))
@@ -257,103 +256,6 @@ def memory(run: Run) -> Iterator[Finding]:
             text = f"{name} lowers peak memory{f' and {costs} there' if everywhere else ''}: {said}{tail}."
             partly = f" It {costs} in {listing(free, 12)}." if free and not everywhere else ""
             yield Finding(f"{text}{partly}", "memory")
-
-
-def undecided(run: Run, condition: Condition) -> Iterator[Finding]:
-    """What has no verdict, and what would give one: switches, or all together where none can be told, and pairs."""
-    main = _with_shares(run, condition, terms(run, condition, LATENCY, "main")) or _together_alone(run, condition)
-    joint_effects = terms(run, condition, LATENCY, "interaction")
-    pairs = _with_shares(run, condition, joint_effects[joint_effects["term"].str.count(":") == 1])
-    yield from _undecided(run, condition, main)
-    yield from _undecided(run, condition, pairs, "Interactions: ")
-
-
-def _undecided(run: Run, condition: Condition, effects: list[Any], what: str = "") -> Iterator[Finding]:
-    blocks = condition.select(run.samples)["block"].nunique()
-    unknown = [
-        row for row in effects if control_findings.heard(run, condition, row.verdict, row.estimate) == "undecided"
-    ]
-    around = [row for row in unknown if is_number(row.lo) and row.lo <= 1 <= row.hi]
-    blind = [row for row in unknown if not is_number(row.lo)]
-    beside = [row for row in unknown if row not in around and row not in blind]
-    if around:
-        advice = _would_decide(run, condition, around)
-        yield Finding(f"{what}{_listed(around)} ({condition}). If the estimates stay, {advice}.", "undecided")
-    if blind:
-        text = f"{what}{_listed(blind)} ({condition}): {count(blocks, 'block')} gives no interval; more would."
-        yield Finding(text, "undecided")
-    if beside:
-        advice = "the interval leaves out 1, but p, corrected for the number of terms, is not below 0.05"
-        text = f"{what}{_listed(beside)} ({condition}): {advice}. More processes would decide."
-        yield Finding(text, "undecided")
-
-
-def _listed(effects: list[Any]) -> str:
-    return listing([f"{row.term} {ratio(row.estimate, row.lo, row.hi)}" for row in effects])
-
-
-def _together_alone(run: Run, condition: Condition) -> list[Any]:
-    """The speed-up of all switches as an effect with its verdict."""
-    good = {row.cell: row for row in rows(usable(condition.select(run.cells))) if is_number(row.speedup)}
-    row = good.get(all_on(run))
-    if row is None or row.cell == BASELINE:
-        return []
-    verdict = verdict_of(row.speedup_lo, row.speedup_hi, band(run)).replace("missing", "undecided")
-    found = {"estimate": row.speedup, "lo": row.speedup_lo, "hi": row.speedup_hi, "verdict": verdict}
-    error = block_matrix(condition.select(run.samples), list(good)).log_ratios(BASELINE, [row.cell])
-    found |= {"df": float(error.df[0]), "process_share": float(error.process_share[0])}
-    return [SimpleNamespace(term=row.cell, **found)]
-
-
-def _with_shares(run: Run, condition: Condition, effects: pd.DataFrame) -> list[Any]:
-    """The effects as rows, each with `process_share` where one of them is undecided."""
-    if not (effects["verdict"] == "undecided").any():
-        return rows(effects)
-    shares = process_shares(_samples(run, condition), factors(run))
-    return rows(effects.assign(process_share=effects["term"].map(shares)))
-
-
-def _would_decide(run: Run, condition: Condition, effects: list[Any]) -> str:
-    """How many blocks give each of these effects a verdict, or processes where these limit any of the intervals.
-
-    Processes limit where what they make of the variance is more than half of what a verdict allows.
-    """
-    samples = condition.select(run.samples)
-    blocks, processes = samples["block"].nunique(), samples["process"].nunique()
-    allowed = [(_allowed(run, condition, row, row.df), row.process_share) for row in effects]
-    if any(share > part / 2 for part, share in allowed):
-        needed = max(_processes_needed(run, condition, row, processes) for row in effects)
-        said = f"about {needed:,} processes instead of {processes} would decide"
-        return f"{said}; more blocks in the same ones do not lessen what differs between processes"
-    needed = max(math.ceil(blocks * (1 - share) / (part - share)) + 1 for part, share in allowed)
-    return f"about {needed:,} blocks instead of {blocks} would decide"
-
-
-def _allowed(run: Run, condition: Condition, row: Any, df: float) -> float:
-    """The error's variance with which an effect has a verdict at these degrees of freedom, over the present one.
-
-    Its interval then lies inside the band, or leaves 1 by Holm's p too, in the hardest case: 5 % over the number of
-    terms.
-    """
-    tested = condition.select(run.effects)
-    tested = tested[(tested["metric"] == LATENCY) & (tested["kind"] != "shapley") & tested["p"].notna()]
-    level = (1 + analysis_setting(run.record, "confidence")) / 2
-    usual, strict = special.stdtrit(df, [level, max(level, 1 - 0.025 / max(1, len(tested)))])
-    distance, se = abs(math.log(row.estimate)), math.log(row.hi / row.lo) / 2 / special.stdtrit(row.df, level)
-    return float((max(distance / strict, (band(run) - distance) / usual) / se) ** 2)
-
-
-def _processes_needed(run: Run, condition: Condition, row: Any, processes: int) -> int:
-    """Processes of as many blocks each with which an effect has a verdict; each gives a degree of freedom more."""
-    least = processes / _allowed(run, condition, row, math.inf)
-    more = itertools.count(max(processes + 1, math.floor(least)))
-    return next(n for n in more if processes / n <= _allowed(run, condition, row, row.df + n - processes))
-
-
-def _samples(run: Run, condition: Condition) -> pd.DataFrame:
-    """Of the cells that count."""
-    samples = condition.select(run.samples)
-    return samples[samples["cell"].isin(usable(condition.select(run.cells))["cell"])]
 
 
 def _worth(run: Run, condition: Condition, row: Any) -> str:

@@ -11,6 +11,7 @@ import pandas as pd
 from qwen3bench.analysis.contrasts import others_of
 from qwen3bench.analysis.frames import analysis_setting
 from qwen3bench.record.design import is_peer
+from qwen3bench.record.states import CellStatus
 from qwen3bench.reporting.conditions import Condition
 from qwen3bench.reporting.units import count
 
@@ -39,7 +40,7 @@ def directory(run: Run) -> Path:
 
 def device(run: Run) -> str:
     """Name of the device that was measured."""
-    return str(run.record.run.get("device") or "an unnamed device")
+    return str(run.record.run.device or "an unnamed device")
 
 
 def band(run: Run) -> float:
@@ -54,7 +55,7 @@ def level(run: Run) -> str:
 
 def usable(cells: pd.DataFrame) -> pd.DataFrame:
     """Cells with status ok and a latency, the only ones a finding may rank; whole numbers become floats."""
-    good = cells[(cells["status"] == "ok") & cells[LATENCY].notna()]
+    good = cells[(cells["status"] == CellStatus.OK) & cells[LATENCY].notna()]
     return good.astype({name: float for name, kind in good.dtypes.items() if str(kind) == "Int64"})
 
 
@@ -70,10 +71,16 @@ def terms(run: Run, condition: Condition, metric: str, kind: str) -> pd.DataFram
     return chosen.astype({"estimate": float, "lo": float, "hi": float})
 
 
-def beside(main: pd.DataFrame) -> str:
+def others_beside(main: pd.DataFrame) -> str:
     """What the other switches do where these main effects are told: averaged over, all off, all on, or unlike."""
     found = set(main.loc[main["estimate"].notna(), "reason"].map(others_of)) or {""}
     return (found.pop() or AVERAGE) if len(found) == 1 else UNLIKE
+
+
+def samples_of_usable(run: Run, condition: Condition) -> pd.DataFrame:
+    """Samples of a condition's usable cells."""
+    samples = condition.select(run.samples)
+    return samples[samples["cell"].isin(usable(condition.select(run.cells))["cell"])]
 
 
 def blocks_of(run: Run, condition: Condition) -> str:

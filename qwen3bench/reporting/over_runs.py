@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from qwen3bench.analysis.contrasts import others_of
+from qwen3bench.record.states import Verdict
 from qwen3bench.reporting import control_findings
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.findings_cells import failures, missing
@@ -29,7 +30,7 @@ def effects_over(runs: Sequence[Run]) -> pd.DataFrame:
     """Main effects on latency of all runs, one row per run, workload, runtime and switch.
 
     Columns: run (from 1), model, device, dtype, workload, runtime, batch_size, prompt_tokens, blocks, processes, noisy,
-    condition, others (what the other switches do, see `lookup.beside`), term, estimate, lo, hi, verdict.
+    condition, others (what the other switches do, see `lookup.others_beside`), term, estimate, lo, hi, verdict.
     """
     lines: list[dict[str, Any]] = []
     for number, run in enumerate(runs, start=1):
@@ -91,21 +92,21 @@ def over_findings(effects: pd.DataFrame, names: Sequence[str], width: float) -> 
     for name, others in product(names, dict.fromkeys(quiet["others"])):  # an average is not compared with what is none
         found = dict(iter(quiet[(quiet["term"] == name) & (quiet["others"] == others)].groupby("verdict")))
         said = []
-        for verdict in ("faster", "slower", "undecided", "same"):
+        for verdict in (Verdict.FASTER, Verdict.SLOWER, Verdict.UNDECIDED, Verdict.SAME):
             if verdict in found:
-                words = f"the same within ±{100 * width:g} %" if verdict == "same" else verdict
-                how_much = f" ({_range(found[verdict])})" if verdict in ("faster", "slower") else ""
+                words = f"the same within ±{100 * width:g} %" if verdict == Verdict.SAME else verdict
+                how_much = f" ({_range(found[verdict])})" if verdict in (Verdict.FASTER, Verdict.SLOWER) else ""
                 said.append(f"{words} in {len(found[verdict])}{how_much}")
         if not said:
             continue
         subject = name if others == AVERAGE else f"{name}, {others}"
         text = f"{subject}: of {count(sum(map(len, found.values())), 'condition')}, {', '.join(said)}."
-        if {"faster", "slower"} <= set(found):
-            text += f" Its effect changes sign: slower at {_places(found['slower'])}."
-        if "same" in found and {"faster", "slower"} & set(found):
-            text += f" On average the same at {_places(found['same'])}."
-        if "undecided" in found:
-            text += f" Undecided at {_places(found['undecided'])}; more blocks and processes there would tell."
+        if {Verdict.FASTER, Verdict.SLOWER} <= set(found):
+            text += f" Its effect changes sign: slower at {_places(found[Verdict.SLOWER])}."
+        if Verdict.SAME in found and {Verdict.FASTER, Verdict.SLOWER} & set(found):
+            text += f" On average the same at {_places(found[Verdict.SAME])}."
+        if Verdict.UNDECIDED in found:
+            text += f" Undecided at {_places(found[Verdict.UNDECIDED])}; more blocks and processes there would tell."
         yield Finding(text, "switch")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,18 +10,18 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
 from qwen3bench.analysis.stopping import half_widths
 from qwen3bench.config.catalogue import described
-from qwen3bench.record.reader import write_atomic
+from qwen3bench.record.files import write_atomic
+from qwen3bench.record.lines import BlockLine, CompileLine, FailureLine, SessionLine, StopLine
+from qwen3bench.record.states import BlockState, StopReason
 from qwen3bench.reporting import control_findings, figures, plots, tables
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.findings import findings, grouped
 from qwen3bench.reporting.lookup import LATENCY, MEMORY, device, directory, factors, level
 from qwen3bench.reporting.tables import Table
-from qwen3bench.reporting.units import is_number, listing
+from qwen3bench.reporting.templates import render
+from qwen3bench.reporting.units import listing
 from qwen3bench.reporting.wording import Finding
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ _MARKDOWN_ROWS = 64  # rows of a table in report.md; the page and the csv hold a
 
 
 @dataclass(frozen=True)
-class Section:
+class ConditionSection:
     """All that is shown of one workload under one runtime."""
 
     condition: Condition
@@ -61,7 +60,7 @@ def page_content(run: Run, found: list[Finding]) -> dict[str, Any]:
         opening = [figures.save(plot, directory(run) / "plots") for plot in plots.opening_plots(run)]
         closing = [figures.save(plot, directory(run) / "plots") for plot in plots.closing_plots(run)]
     return {
-        "title": f"{run.record.run.get('model') or 'A model'} on {device(run)}",
+        "title": f"{run.record.run.model or 'A model'} on {device(run)}",
         "factors": factors(run),
         "level": level(run),
         "about": about(run),
@@ -77,35 +76,14 @@ def page_content(run: Run, found: list[Finding]) -> dict[str, Any]:
         "failures": _failures(run),
         "compiled": _compiled(run),
         "measured": _measured(run),
-        "commands": [_command(line) for line in run.record.of("session")],
+        "commands": [_command(line) for line in run.record.of(SessionLine)],
         "environment": tables.mapping_table(run.environment or {}, ("what", "value")),
         "config": tables.mapping_table(run.config, ("option", "value")),
-        "most_rows": _MARKDOWN_ROWS,
+        "max_rows": _MARKDOWN_ROWS,
     }
 
 
-def render(template: str, content: dict[str, Any]) -> str:
-    """Text of a page; names ending in .html.jinja escape every value for HTML."""
-    environment = Environment(
-        loader=PackageLoader("qwen3bench.reporting", ""),
-        autoescape=template.endswith(".html.jinja"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"md": markdown, "markup": Markup}
-    environment.globals["asset"] = lambda name: Markup(Path(__file__).with_name(name).read_text("utf-8"))
-    return environment.get_template(template).render(content)
-
-
-def markdown(value: object) -> str:
-    """Text for one line or table cell of markdown, with what would be read as markup escaped."""
-    text = " ".join(str(value).split())
-    return re.sub(r"([\\`*<|~]|(?<=\])\()", r"\\\1", text)
-
-
-def _section(run: Run, condition: Condition) -> Section:
+def _section(run: Run, condition: Condition) -> ConditionSection:
     cells = condition.select(run.cells)
     effects = condition.select(run.effects)
     tables_of_effects = []
@@ -114,20 +92,20 @@ def _section(run: Run, condition: Condition) -> Section:
         if chosen["estimate"].notna().any():
             tables_of_effects.append((heading, tables.effects_table(chosen)))
     drawn = [figures.save(plot, directory(run) / "plots") for plot in plots.condition_plots(run, condition)]
-    return Section(condition, tables.cells_table(cells), tables_of_effects, drawn)
+    return ConditionSection(condition, tables.ranking_table(cells), tables_of_effects, drawn)
 
 
 def about(run: Run) -> list[tuple[str, str]]:
     """What holds for the whole report, said once."""
     first = run.record.run
     facts = [
-        ("model", first.get("model")),
+        ("model", first.model),
         ("weights", run.config.get("weights")),
-        ("device", first.get("device")),
-        ("dtype", first.get("dtype")),
+        ("device", first.device),
+        ("dtype", first.dtype),
         ("switches", ", ".join(factors(run)) or "none"),
-        ("cells", len(first.get("cells", []))),
-        ("measured", moment(first.get("created"))),
+        ("cells", len(first.cells)),
+        ("measured", moment(first.created)),
     ]
     return [(name, str(value)) for name, value in facts if value not in (None, "")]
 
@@ -155,23 +133,23 @@ def _equivalence(run: Run) -> Table | None:
 
 
 def _failures(run: Run) -> Table | None:
-    lines = run.record.of("failure")
-    keys = ("cell", "workload", "runtime", "pass", "status", "reason")
+    lines = run.record.of(FailureLine)
     if not lines:
         return None
-    rows = [[tables.Entry(text, text) for text in (str(line.get(key) or "") for key in keys)] for line in lines]
-    return tables.drop_empty(tables.Table(list(keys), rows))
+    said = [(line.cell, line.workload, line.runtime, line.pass_, line.status, line.reason) for line in lines]
+    rows = [[tables.Entry(text, text) for text in (str(value or "") for value in values)] for values in said]
+    return tables.drop_empty(tables.Table(["cell", "workload", "runtime", "pass", "status", "reason"], rows))
 
 
 def _compiled(run: Run) -> str:
     """How cells were compiled, where the record tells."""
     with_options: dict[str, list[str]] = {}
-    for line in run.record.of("compile"):
-        if isinstance(options := line.get("options"), dict):
+    for line in run.record.of(CompileLine):
+        if (options := line.options) is not None:
             more = options.get("single_token", {})
             said = _assigned({key: value for key, value in options.items() if value is not more})
             said += f", for a single token {_assigned(more)}" if more else ""
-            with_options.setdefault(said, []).append(line["cell"])
+            with_options.setdefault(said, []).append(line.cell)
     if not with_options:
         return ""
     each = [
@@ -198,52 +176,49 @@ def _measured(run: Run) -> Table | None:
         "stopped because",
     ]
     reasons = {
-        "target": "every main effect is as tight as asked for",
-        "max_seconds": "the time allowed was up",
-        "max_blocks": "the blocks allowed were used up",
-        "failed": "measuring failed",
-        "ended": "the run was ended before",
+        StopReason.TARGET: "every main effect is as tight as asked for",
+        StopReason.MAX_SECONDS: "the time allowed was up",
+        StopReason.MAX_BLOCKS: "the blocks allowed were used up",
+        StopReason.FAILED: "measuring failed",
+        StopReason.ENDED: "the run was ended before",
     }
     rows = []
-    for line in [*run.record.of("stop"), *_ended(run)]:
-        widths = [width for width in (line.get("half_width") or {}).values() if is_number(width) and isfinite(width)]
-        widest = max(widths, default=None)
-        spent, more = line.get("measured_s"), line.get("more_s")
+    for line in [*run.record.of(StopLine), *_ended(run)]:
+        widest = max((width for width in line.half_width.values() if width is not None), default=None)
         texts = (
-            line.get("workload"),
-            line.get("runtime"),
-            line.get("blocks"),
-            line.get("processes"),
-            f"{spent:.1f}" if is_number(spent) else "",
-            f"{more:.1f}" if more and is_number(more) else "",
+            line.workload,
+            line.runtime,
+            line.blocks,
+            line.processes,
+            f"{line.measured_s:.1f}" if line.measured_s is not None else "",
+            f"{line.more_s:.1f}" if line.more_s else "",
             f"±{100 * widest:.2g} %" if widest is not None else "",
-            reasons.get(str(line.get("reason")), line.get("reason")),
+            reasons[line.reason],
         )
         rows.append([tables.Entry("" if text is None else str(text)) for text in texts])
     return tables.drop_empty(tables.Table(headings, rows)) if rows else None
 
 
-def _ended(run: Run) -> Iterator[dict[str, Any]]:
+def _ended(run: Run) -> Iterator[StopLine]:
     """What a `stop` line would say of each condition that has none, as the run was ended before."""
-    stopped = {(line.get("workload"), line.get("runtime")) for line in run.record.of("stop")}
-    for where, samples in run.samples.groupby(["workload", "runtime"], sort=False):
+    stopped = {(line.workload, line.runtime) for line in run.record.of(StopLine)}
+    for (workload, runtime), samples in run.samples.groupby(["workload", "runtime"], sort=False):
+        where = str(workload), str(runtime)
         if where not in stopped:
-            blocks = [line for line in run.record.of("block") if (line["workload"], line["runtime"]) == where]
-            yield {
-                "workload": where[0],
-                "runtime": where[1],
-                "blocks": samples["block"].nunique(),
-                "processes": samples["process"].nunique(),
-                "half_width": half_widths(samples, run.factors),
-                "reason": "ended",
-                "measured_s": sum(line.get("elapsed_s") or 0.0 for line in blocks),
-                "more_s": sum(line.get("more_s") or 0.0 for line in blocks if line["state"] != "repeat"),
-            }
+            blocks = [line for line in run.record.of(BlockLine) if (line.workload, line.runtime) == where]
+            widths = half_widths(samples, run.factors)
+            yield StopLine(
+                workload=where[0],
+                runtime=where[1],
+                reason=StopReason.ENDED,
+                half_width={name: width if isfinite(width) else None for name, width in widths.items()},
+                blocks=samples["block"].nunique(),
+                processes=samples["process"].nunique(),
+                measured_s=sum(line.elapsed_s or 0.0 for line in blocks),
+                more_s=sum(line.more_s or 0.0 for line in blocks if line.state != BlockState.REPEAT),
+            )
 
 
-def _command(line: dict[str, Any]) -> str:
-    command = line.get("command") or []
-    words = shlex.join(map(str, command)) if isinstance(command, list) else str(command)
-    time = line.get("time")
-    when = f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M:%S} UTC: " if isinstance(time, int | float) else ""
-    return f"{when}{words}"
+def _command(line: SessionLine) -> str:
+    when = "" if line.time is None else f"{datetime.fromtimestamp(line.time, UTC):%Y-%m-%d %H:%M:%S} UTC: "
+    return f"{when}{shlex.join(line.command)}"

@@ -11,18 +11,19 @@ import pandas as pd
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from qwen3bench.record.states import Verdict
 from qwen3bench.reporting.figures import MUTED, PAPER, RULE, SERIES, Plot, heat, new_figure
 from qwen3bench.reporting.lookup import rows
 from qwen3bench.reporting.units import count, listing, ratio
 
-_ROWS_NAMED = 60
-_SIGNS = {"faster": "*", "slower": "*", "same": "="}
+MAX_ROWS = 60  # that can be told apart on a page
+_SIGNS: dict[str, str] = {Verdict.FASTER: "*", Verdict.SLOWER: "*", Verdict.SAME: "="}
 
 
-def regimes(effects: pd.DataFrame, names: Sequence[str], width: float) -> Plot | None:
-    """Heat map of main effects, one row per run and condition, one column per switch."""
+def regimes(effects: pd.DataFrame, names: Sequence[str], width: float, max_rows: int = MAX_ROWS) -> Plot | None:
+    """Heat map of main effects, one row per run and condition (the first `max_rows`), one column per switch."""
     every = list(effects.groupby(["run", "condition"], sort=False))
-    groups = every[:_ROWS_NAMED]
+    groups = every[:max_rows]
     grid = np.full((len(groups), len(names)), np.nan)
     signs: dict[tuple[int, int], str] = {}
     conditions = [_row_label(rows(group)[0]) for _, group in groups]
@@ -53,9 +54,9 @@ def _regimes_title(effects: pd.DataFrame, names: Sequence[str]) -> str:
     if quiet["others"].nunique() > 1:
         return "What the other switches do differs from run to run"
     seen = {name: set(quiet.loc[quiet["term"] == name, "verdict"]) for name in names}
-    turning = [name for name in names if {"faster", "slower"} <= seen[name]]
-    fading = [name for name in names if {"faster", "same"} <= seen[name] and name not in turning]
-    steady = [name for name in names if seen[name] == {"faster"}]
+    turning = [name for name in names if {Verdict.FASTER, Verdict.SLOWER} <= seen[name]]
+    fading = [name for name in names if {Verdict.FASTER, Verdict.SAME} <= seen[name] and name not in turning]
+    steady = [name for name in names if seen[name] == {Verdict.FASTER}]
     parts = [
         f"{words}: {listing(found)}"
         for words, found in (
@@ -76,7 +77,7 @@ def trends(effects: pd.DataFrame, names: Sequence[str], width: float) -> Plot | 
         return None
     columns = min(3, len(names))
     lines = len(names) // columns + 1  # a panel at least is spare, for the legend
-    legend = f"bars: intervals; grey: ±{100 * width:g} %; hollow: undecided or noisy"
+    legend = f"bars: intervals; gray: ±{100 * width:g} %; hollow: undecided or noisy"
     note = f"n = {count(effects['run'].nunique(), 'run')}; {legend}"
     keys = [
         key
@@ -126,10 +127,10 @@ def trends(effects: pd.DataFrame, names: Sequence[str], width: float) -> Plot | 
 
 
 def _looks() -> Iterator[dict[str, Any]]:
-    """Marker, colour and stroke of one line after another, told apart in grey too."""
+    """Marker, color and stroke of one line after another, told apart in gray too."""
     for stroke in cycle(("-", "--", ":")):
-        for shape, colour in SERIES:
-            yield {"marker": shape, "color": colour, "linestyle": stroke, "linewidth": 1, "markersize": 5}
+        for shape, color in SERIES:
+            yield {"marker": shape, "color": color, "linestyle": stroke, "linewidth": 1, "markersize": 5}
 
 
 def _trend_words(effects: pd.DataFrame) -> str:

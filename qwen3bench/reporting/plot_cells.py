@@ -10,18 +10,19 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogFormatter
 from numpy.typing import NDArray
 
+from qwen3bench.record.lines import CeilingLine, CostLine
 from qwen3bench.reporting.conditions import Condition
 from qwen3bench.reporting.figures import (
     BLUE,
+    GRAY,
     GREEN,
-    GREY,
     INK,
     ORANGE,
     PAPER,
     SERIES,
     Plot,
-    beside,
     keep_in_view,
+    label_point,
     new_figure,
 )
 from qwen3bench.reporting.lookup import (
@@ -42,7 +43,6 @@ from qwen3bench.reporting.units import (
     SECONDS,
     Unit,
     count,
-    is_number,
     listing,
     percent,
     seconds,
@@ -72,13 +72,13 @@ def ranked(run: Run, condition: Condition) -> Plot | None:
     _draw_switches(left, cells, factors(run), few)
     x, y = _scaled(cells, LATENCY, unit), np.arange(len(cells))
     look: dict[str, Any] = {"elinewidth": 1.2, "capsize": 2} if few else {"elinewidth": 0.5, "alpha": 0.35}
-    right.errorbar(x, y, xerr=_bars(cells, unit), fmt="none", ecolor=GREY, **look)
+    right.errorbar(x, y, xerr=_bars(cells, unit), fmt="none", ecolor=GRAY, **look)
     base, peer = _kinds(cells)
     right.scatter(x[~(base | peer)], y[~(base | peer)], s=22 if few else 5, color=BLUE, zorder=3)
     right.scatter(x[base], y[base], s=46, marker="s", color=ORANGE, zorder=4)
     for latency in x[base]:
         right.axvline(latency, color=ORANGE, linewidth=0.9, linestyle="--")
-        beside(right, "baseline", latency, 0, above=True)
+        label_point(right, "baseline", (latency, 0), above=True)
     right.scatter(x[peer], y[peer], s=40, marker="^", color=INK, zorder=4)
     for row in np.flatnonzero(peer):
         left.text(len(factors(run)) - 0.6, row, cells["cell"].iloc[row], ha="right", va="center", fontsize=8.5)
@@ -103,11 +103,11 @@ def _draw_switches(axes: Axes, cells: pd.DataFrame, names: list[str], few: bool)
     """Per row a large dot for each switch that is on, a small one for each that is off; a peer has none."""
     for column, name in enumerate(names):
         levels = cells[name].to_numpy(dtype=float, na_value=np.nan)
-        for state, colour, area in ((1, INK, 26 if few else 4), (0, GREY, 3 if few else 0)):
+        for state, color, area in ((1, INK, 26 if few else 4), (0, GRAY, 3 if few else 0)):
             places = np.flatnonzero(levels == state)
             if area:
                 marker = "o" if few else "_"
-                axes.scatter(np.full(len(places), column), places, s=area, color=colour, marker=marker)
+                axes.scatter(np.full(len(places), column), places, s=area, color=color, marker=marker)
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.xaxis.tick_top()
     axes.set_xlim(-0.6, max(1, len(names)) - 0.4)
@@ -129,7 +129,7 @@ def memory_latency(run: Run, condition: Condition) -> Plot | None:
     axes = figure.subplots()
     x, y = _scaled(cells, LATENCY, x_unit), _scaled(cells, MEMORY, y_unit)
     if len(cells) <= _ROWS_NAMED:
-        axes.errorbar(x, y, xerr=_bars(cells, x_unit), fmt="none", ecolor=GREY, elinewidth=1)
+        axes.errorbar(x, y, xerr=_bars(cells, x_unit), fmt="none", ecolor=GRAY, elinewidth=1)
     base, peer = _kinds(cells)
     ours = ~(base | peer)
     axes.scatter(x[ours], y[ours], s=26, color=BLUE, alpha=0.75, label="cell", zorder=3)
@@ -144,7 +144,7 @@ def memory_latency(run: Run, condition: Condition) -> Plot | None:
     named = list(dict.fromkeys([*front["cell"][:_FRONT_NAMED], *cells["cell"][peer]]))
     for number, cell in enumerate(named, 1):  # below and left of the front no cell lies
         (place,) = np.flatnonzero(cells["cell"] == cell)
-        beside(axes, str(number), x[place], y[place], leftwards=True, below=True)
+        label_point(axes, str(number), (x[place], y[place]), above=False)
         axes.plot([], [], " ", label=f"{number}: {cell}")
     axes.margins(0.08, 0.16)
     keep_in_view(axes, x)
@@ -191,13 +191,11 @@ class _WrittenOut(LogFormatter):
 
 def roofline(run: Run) -> Plot | None:
     """Arithmetic rate of every cell against what the device's measured ceilings allow (Williams 2009)."""
-    ceilings, costs = run.record.of("ceiling"), run.record.of("cost")
-    top = ceilings[-1] if ceilings else {}
-    flops_per_s, bytes_per_s = top.get("matmul_flops_per_s"), top.get("copy_bytes_per_s")
-    if not costs or not (is_number(flops_per_s) and is_number(bytes_per_s)):
+    top = next(reversed(run.record.of(CeilingLine)), CeilingLine())
+    if not run.record.of(CostLine) or top.matmul_flops_per_s is None or top.copy_bytes_per_s is None:
         return None
-    flops_ceiling, bytes_ceiling = float(flops_per_s or 0), float(bytes_per_s or 0)
-    cost = pd.DataFrame(costs).reindex(columns=["cell", "workload", "flops", "bytes"])
+    flops_ceiling, bytes_ceiling = float(top.matmul_flops_per_s), float(top.copy_bytes_per_s)
+    cost = run.record.frame(CostLine).reindex(columns=["cell", "workload", "flops", "bytes"])
     cost = cost.drop_duplicates(["cell", "workload"], keep="last")
     cells = usable(run.cells).merge(cost, on=["cell", "workload"]).dropna(subset=["flops", "bytes"])
     if cells.empty:
@@ -219,12 +217,12 @@ def roofline(run: Run) -> Plot | None:
     line = np.geomspace(min(cells["intensity"].min(), ridge) / 3, max(cells["intensity"].max(), ridge) * 3, 200)
     axes.plot(line, np.minimum(flops_ceiling, bytes_ceiling * line) / scale, color=INK, label="roofline")
     for place, ((workload, runtime), group) in enumerate(cells.groupby(["workload", "runtime"], sort=False)):
-        shape, colour = SERIES[place % len(SERIES)]
+        shape, color = SERIES[place % len(SERIES)]
         look: dict[str, Any] = {
             "marker": shape,
             "s": 28,
             "facecolor": PAPER,
-            "edgecolor": colour,
+            "edgecolor": color,
             "linewidth": 1.3,
         }
         label = f"{workload} {runtime} (n = {count(len(group), 'cell')})"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
 
-def controls(run: Run, condition: Condition) -> Plot | None:
+def controls_plot(run: Run, condition: Condition) -> Plot | None:
     """A/A ratio of every block beside the mean latency of the blocks over time."""
     pairs, drift = aa_series(run, condition), condition.select(run.controls.drift_series)
     if len(pairs) < 2 and len(drift) < 2:
@@ -35,13 +35,13 @@ def _draw_aa(axes: Axes, run: Run, condition: Condition) -> None:
     pairs = aa_series(run, condition)
     axes.axhline(1, color=MUTED, linewidth=0.9)
     for row in rows(condition.select(run.controls.aa)):
-        colour = ORANGE if row.noisy else BLUE
+        color = ORANGE if row.noisy else BLUE
         axes.axhspan(1 - row.limit, 1 + row.limit, color=RULE, alpha=0.7, linewidth=0)
-        axes.axhline(row.ratio, color=colour, linestyle="--")
+        axes.axhline(row.ratio, color=color, linestyle="--")
         if is_number(row.lo):
-            axes.axhspan(row.lo, row.hi, color=colour, alpha=0.25, linewidth=0)
+            axes.axhspan(row.lo, row.hi, color=color, alpha=0.25, linewidth=0)
     axes.scatter(pairs["block"], pairs["ratio"], s=18, color=BLUE, zorder=3)
-    axes.set_xlabel(f"block (n = {len(pairs)}); grey: allowed; coloured: mean, {level(run)}")
+    axes.set_xlabel(f"block (n = {len(pairs)}); gray: allowed; colored: mean, {level(run)}")
     axes.set_ylabel("second copy / first")
     axes.ticklabel_format(useOffset=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -53,15 +53,15 @@ def _draw_drift(figure: Figure, axes: Axes, run: Run, condition: Condition) -> N
         return
     start = series["time"].min()
     for place, (_, blocks) in enumerate(series.groupby("process", sort=False)):
-        shape, colour = SERIES[place % len(SERIES)]
+        shape, color = SERIES[place % len(SERIES)]
         axes.plot(
             blocks["time"] - start,
             100 * (blocks["relative_latency"] - 1),
             linewidth=0.8,
-            color=colour,
+            color=color,
             marker=shape,
             markersize=4,
-            markerfacecolor=colour if place % 2 == 0 else PAPER,
+            markerfacecolor=color if place % 2 == 0 else PAPER,
             label=f"process {place + 1}",
         )
     axes.axhline(0, color=MUTED, linewidth=0.9)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
 
+from qwen3bench.record.states import Verdict
 from qwen3bench.reporting import control_findings
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.figures import (
@@ -27,12 +28,12 @@ from qwen3bench.reporting.lookup import (
     LATENCY,
     UNLIKE,
     band,
-    beside,
     blocks_of,
     device,
     factors,
     largest,
     level,
+    others_beside,
     rows,
     terms,
 )
@@ -41,7 +42,7 @@ from qwen3bench.reporting.units import count, listing, ratio
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
-_MOST_TERMS = 24
+_MAX_TERMS = 24  # rows that a page has room for
 _COLUMN = 48  # characters of a legend's entry of which two stand side by side
 
 
@@ -51,11 +52,11 @@ def forest(run: Run, condition: Condition) -> Plot | None:
     joint = terms(run, condition, LATENCY, "interaction")
     if main.empty and joint.empty:
         return None
-    worth_a_row = joint[(joint["term"].str.count(":") == 1) | joint["verdict"].isin(("faster", "slower"))]
+    worth_a_row = joint[(joint["term"].str.count(":") == 1) | joint["verdict"].isin((Verdict.FASTER, Verdict.SLOWER))]
     size = np.log(worth_a_row["estimate"]).abs().sort_values(ascending=False, kind="stable").index
     shown_main = main.loc[np.log(main["estimate"]).sort_values(ascending=False, kind="stable").index]
-    shown = pd.concat([shown_main, joint.loc[size[: max(0, _MOST_TERMS - len(main))]]])
-    others = "" if beside(main) == AVERAGE else f"; each switch {beside(main)}"
+    shown = pd.concat([shown_main, joint.loc[size[: max(0, _MAX_TERMS - len(main))]]])
+    others = "" if others_beside(main) == AVERAGE else f"; each switch {others_beside(main)}"
     note = f"{condition}; {device(run)}; n = {blocks_of(run, condition)}{others}"
     if left_out := len(main) + len(joint) - len(shown):
         note += f"; {count(left_out, 'interaction')} left out: small, or of three and more without a direction"
@@ -66,7 +67,7 @@ def forest(run: Run, condition: Condition) -> Plot | None:
     axes.axvspan(1 - width, 1 + width, color=RULE, alpha=0.7, linewidth=0)
     axes.axvline(1, color=MUTED, linewidth=0.9)
     for row, effect in enumerate(rows(shown)):
-        mark(axes, effect.estimate, row, effect.lo, effect.hi, effect.verdict)
+        mark(axes, row, effect)
     keep_in_view(axes, [*shown["estimate"], 1])
     if len(shown_main) and len(shown) > len(shown_main):
         axes.axhline(len(shown_main) - 0.5, color=MUTED, linewidth=0.6, linestyle=":")
@@ -74,7 +75,7 @@ def forest(run: Run, condition: Condition) -> Plot | None:
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(
-        f"speed-up when switched on (×, above 1 is faster), {level(run)} interval; grey: ±{width * 100:g} %"
+        f"speed-up when switched on (×, above 1 is faster), {level(run)} interval; gray: ±{width * 100:g} %"
     )
     axes.legend(handles=_verdict_handles(shown["verdict"]), loc="best")
     said = [f"{effect.term} {ratio(effect.estimate, effect.lo, effect.hi)}" for effect in rows(shown_main)]
@@ -83,15 +84,15 @@ def forest(run: Run, condition: Condition) -> Plot | None:
 
 
 def _forest_title(effects: pd.DataFrame, width: float) -> str:
-    faster = effects[effects["verdict"] == "faster"].sort_values("estimate", ascending=False)
+    faster = effects[effects["verdict"] == Verdict.FASTER].sort_values("estimate", ascending=False)
     parts = []
     if len(faster):
         best = rows(faster)[0]
         parts.append(f"{best.term} gains most, {ratio(best.estimate, best.lo, best.hi)}")
     for verdict, words in (
-        ("slower", "slower"),
-        ("same", f"within ±{100 * width:g} %"),
-        ("undecided", "undecided"),
+        (Verdict.SLOWER, "slower"),
+        (Verdict.SAME, f"within ±{100 * width:g} %"),
+        (Verdict.UNDECIDED, "undecided"),
     ):
         names = list(effects.loc[effects["verdict"] == verdict, "term"])
         if names:
@@ -103,9 +104,9 @@ def _forest_title(effects: pd.DataFrame, width: float) -> str:
 def _verdict_handles(verdicts: pd.Series) -> list[Line2D]:
     handles = []
     for verdict in [v for v in VERDICTS if v in set(verdicts)]:
-        shape, colour, filled = VERDICTS[verdict]
-        face = colour if filled else PAPER
-        handles.append(Line2D([], [], marker=shape, color=colour, markerfacecolor=face, linestyle="", label=verdict))
+        shape, color, filled = VERDICTS[verdict]
+        face = color if filled else PAPER
+        handles.append(Line2D([], [], marker=shape, color=color, markerfacecolor=face, linestyle="", label=verdict))
     return handles
 
 
@@ -121,7 +122,7 @@ def interactions(run: Run, condition: Condition) -> Plot | None:
     for effect in rows(pairs):
         column, row = sorted(names.index(name) for name in effect.term.split(":"))
         grid[row - 1, column] = np.log(effect.estimate)
-        signs[row - 1, column] = "*" if effect.verdict in ("faster", "slower") else ""
+        signs[row - 1, column] = "*" if effect.verdict in (Verdict.FASTER, Verdict.SLOWER) else ""
     title = _noisy(run, condition, _interactions_title(pairs))
     note = f"{condition}; {device(run)}; n = {blocks_of(run, condition)}"
     figure = new_figure(title, note, 1.6 + 0.55 * len(names), 6.6)
@@ -139,7 +140,7 @@ def _noisy(run: Run, condition: Condition, title: str) -> str:
 
 
 def _interactions_title(pairs: pd.DataFrame) -> str:
-    decided = pairs[pairs["verdict"].isin(("faster", "slower"))]
+    decided = pairs[pairs["verdict"].isin((Verdict.FASTER, Verdict.SLOWER))]
     if decided.empty:
         return f"None of {count(len(pairs), 'pair')} is shown to be worth more or less together"
     most = largest(decided.assign(size=np.log(decided["estimate"]).abs()), "size")
@@ -161,7 +162,7 @@ def by_condition(run: Run) -> Plot | None:
         if quiet
         else "Noisy everywhere: two copies of the baseline differ"
     )
-    others = beside(pd.concat([effects for _, effects in frames]))
+    others = others_beside(pd.concat([effects for _, effects in frames]))
     if others == UNLIKE:
         title = "What the other switches do differs from condition to condition"
     note = device(run) + f"; each switch {others}" * (others not in (AVERAGE, UNLIKE))
@@ -174,32 +175,32 @@ def by_condition(run: Run) -> Plot | None:
     axes.axvline(1, color=MUTED, linewidth=0.9)
     step = 0.75 / len(frames)
     for place, (condition, effects) in enumerate(frames):
-        shape, colour = SERIES[place % len(SERIES)]
+        shape, color = SERIES[place % len(SERIES)]
         rows = [i for i, name in enumerate(names) if name in effects.index]
         chosen = effects.loc[[names[i] for i in rows]]
-        decided = chosen["verdict"] != "undecided"
+        decided = chosen["verdict"] != Verdict.UNDECIDED
         offset = (place - (len(frames) - 1) / 2) * step
         y = np.array(rows) + offset
         bars = [chosen["estimate"] - chosen["lo"], chosen["hi"] - chosen["estimate"]]
-        axes.errorbar(chosen["estimate"], y, xerr=np.clip(bars, 0, None), fmt="none", ecolor=colour, capsize=2)
+        axes.errorbar(chosen["estimate"], y, xerr=np.clip(bars, 0, None), fmt="none", ecolor=color, capsize=2)
         axes.scatter(
             chosen["estimate"],
             y,
             marker=shape,
             s=34,
-            facecolor=[colour if d else PAPER for d in decided],
-            edgecolor=colour,
+            facecolor=[color if d else PAPER for d in decided],
+            edgecolor=color,
             zorder=3,
         )
-        where = f"{condition}, {beside(effects)}" if others == UNLIKE else str(condition)
+        where = f"{condition}, {others_beside(effects)}" if others == UNLIKE else str(condition)
         handle = f"{_noisy(run, condition, where)} (n = {blocks_of(run, condition)})"
-        axes.scatter([], [], marker=shape, s=34, color=colour, label=handle)
+        axes.scatter([], [], marker=shape, s=34, color=color, label=handle)
     keep_in_view(axes, [1, *(estimate for _, effects in frames for estimate in effects["estimate"])])
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.45, -0.55)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(
-        f"speed-up when switched on (×), {level(run)} interval; hollow: undecided; grey: ±{width * 100:g} %"
+        f"speed-up when switched on (×), {level(run)} interval; hollow: undecided; gray: ±{width * 100:g} %"
     )
     longest = max(len(str(text)) for text in axes.get_legend_handles_labels()[1])
     axes.legend(loc="upper left", bbox_to_anchor=(0, -0.13), ncols=1 if longest > _COLUMN else 2, fontsize=8.5)
@@ -210,8 +211,10 @@ def _by_condition_title(frames: list[tuple[Condition, pd.DataFrame]], names: lis
     def verdicts(name: str) -> set[str]:
         return {str(effects.loc[name, "verdict"]) for _, effects in frames if name in effects.index}
 
-    everywhere = [name for name in names if verdicts(name) == {"faster"}]
-    turns = [name for name in names if "faster" in verdicts(name) and verdicts(name) & {"same", "slower"}]
+    everywhere = [name for name in names if verdicts(name) == {Verdict.FASTER}]
+    turns = [
+        name for name in names if Verdict.FASTER in verdicts(name) and verdicts(name) & {Verdict.SAME, Verdict.SLOWER}
+    ]
     parts = [
         f"{words}: {listing(found)}"
         for words, found in (

@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from qwen3bench.record.states import Verdict
 from qwen3bench.reporting import control_findings
 from qwen3bench.reporting.conditions import Condition
-from qwen3bench.reporting.figures import BLUE, GREY, MUTED, ORANGE, Plot, new_figure
+from qwen3bench.reporting.figures import BLUE, GRAY, MUTED, ORANGE, Plot, new_figure
 from qwen3bench.reporting.lookup import (
     BASELINE,
     LATENCY,
@@ -54,7 +55,7 @@ def waterfall(run: Run, condition: Condition, metric: str) -> Plot | None:
     axes = figure.subplots()
     _steps(axes, shares, levels, latency, unit)
     bars = [start / unit.size, end / unit.size]
-    axes.bar([0, len(shares) + 1], bars, width=0.62, color=GREY, zorder=2)
+    axes.bar([0, len(shares) + 1], bars, width=0.62, color=GRAY, zorder=2)
     for x, value in zip((0, len(shares) + 1), bars, strict=True):
         axes.annotate(unit.text(value * unit.size), (x, value), (0, 3), textcoords="offset points", ha="center")
     axes.set_xticks(range(len(shares) + 2), [BASELINE, *shares["term"], "all on"])
@@ -90,7 +91,7 @@ def _waterfall_title(shares: pd.DataFrame, what: str, latency: bool, start: floa
     unit = unit_for([start], SECONDS if latency else BYTES)
     whole = f"All on: {what} {unit.text(start)} → {unit.text(end)} {unit.symbol}"
     first = rows(shares)[0]
-    if first.verdict not in ("faster", "less"):
+    if first.verdict not in (Verdict.FASTER, Verdict.LESS):
         return whole
     share = ratio(first.estimate, first.lo, first.hi) if latency else signed_bytes(first.estimate)
     return f"{whole}; the largest share is that of {first.term}, {share}"

@@ -21,7 +21,7 @@ _OF_CONDITION = (
     partial(plot_waterfall.waterfall, metric=LATENCY),
     partial(plot_waterfall.waterfall, metric=MEMORY),
     plot_effects.interactions,
-    plot_controls.controls,
+    plot_controls.controls_plot,
 )
 _OPENING = (plot_effects.by_condition,)
 _CLOSING = (plot_cells.roofline,)

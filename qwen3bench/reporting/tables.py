@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
 
+from qwen3bench.record.lines import EvidenceLine
+from qwen3bench.record.states import CellStatus, Verdict
+from qwen3bench.record.typed import flat
 from qwen3bench.reporting.lookup import LATENCY, rows
 from qwen3bench.reporting.units import BYTES, SECONDS, Unit, count, is_number, ratio, significant, unit_for
 
@@ -45,7 +48,7 @@ _EVIDENCE_COLUMNS: dict[str, tuple[str, str]] = {
     "recompiles": ("recompiles", "number"),
     "notes": ("notes", "text"),
 }
-_DECIDED = ("faster", "slower", "less", "more")
+_DECIDED = (Verdict.FASTER, Verdict.SLOWER, Verdict.LESS, Verdict.MORE)
 
 
 @dataclass(frozen=True)
@@ -75,13 +78,13 @@ class Table:
         return [any(row[i].number for row in self.rows) for i in range(len(self.headings))]
 
 
-def cells_table(cells: pd.DataFrame, basics: bool = False) -> Table:
+def ranking_table(cells: pd.DataFrame, basics: bool = False) -> Table:
     """Cells of one condition, the fastest first, those that failed at the end, as they have no rank.
 
     `basics` keeps the columns that fit a terminal.
     """
     columns = {key: _CELL_COLUMNS[key] for key in _CELL_BASICS} if basics else _CELL_COLUMNS
-    by_rank = cells.assign(failed=cells["status"].ne("ok")).sort_values(["failed", LATENCY], kind="stable")
+    by_rank = cells.assign(failed=cells["status"].ne(CellStatus.OK)).sort_values(["failed", LATENCY], kind="stable")
     ordered = by_rank.drop(columns="failed")
     again = [name for name in ("ttft_s", "tpot_s") if cells[name].equals(cells[LATENCY].rename(name))]
     ordered = ordered.drop(columns=again)  # of prefill TTFT is the latency, of decode TPOT
@@ -117,18 +120,21 @@ def equivalence_table(cells: pd.DataFrame) -> Table:
     return _table(cells.drop_duplicates("cell"), "cell", _EQUIVALENCE_COLUMNS)
 
 
-def evidence_table(lines: list[dict[str, object]]) -> Table:
-    """What really ran in each cell, from the `evidence` lines of a record."""
-    frame = pd.DataFrame(lines)
-    if "notes" in frame:
-        frame["notes"] = ["; ".join(notes) if isinstance(notes, list) else None for notes in frame["notes"]]
+def evidence_table(lines: Sequence[EvidenceLine]) -> Table:
+    """What really ran in each cell."""
+    frame = pd.DataFrame({name: [getattr(line, name) for line in lines] for name in ("cell", *_EVIDENCE_COLUMNS)})
+    frame["notes"] = ["; ".join(line.notes) for line in lines]
     return _table(frame, "cell", _EVIDENCE_COLUMNS)
 
 
-def mapping_table(mapping: dict[str, object], headings: tuple[str, str] = ("", "")) -> Table:
-    """A nested mapping as two columns, keys joined by dots; what is None is left out."""
-    rows = [[Entry(key, key), Entry(text, text)] for key, text in _flat(mapping)]
-    return Table(list(headings), rows)
+def mapping_table(mapping: Mapping[str, object], headings: tuple[str, str] = ("", "")) -> Table:
+    """A nested mapping as two columns, keys joined by dots; what is None or an empty mapping is left out."""
+    texts = [
+        (key, ", ".join(map(str, value)) if isinstance(value, list) else _words(value))
+        for key, value in flat(mapping)
+        if value is not None and value != {}
+    ]
+    return Table(list(headings), [[Entry(key, key), Entry(text, text)] for key, text in texts])
 
 
 def signed_bytes(value: float) -> str:
@@ -201,11 +207,3 @@ def _words(value: object) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)) or value is pd.NA:
         return ""
     return ("yes" if value else "no") if str(value) in ("True", "False") else str(value)
-
-
-def _flat(value: object, prefix: str = "") -> Iterable[tuple[str, str]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
-    elif value is not None:
-        yield prefix, ", ".join(map(str, value)) if isinstance(value, list) else _words(value)

@@ -12,17 +12,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qwen3bench.record.states import CellStatus
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.findings import grouped
 from qwen3bench.reporting.lookup import BASELINE, LATENCY, MEMORY, all_on, directory, smallest, usable
-from qwen3bench.reporting.tables import cells_table
+from qwen3bench.reporting.tables import ranking_table
 from qwen3bench.reporting.units import seconds, size
 from qwen3bench.reporting.wording import Finding
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
-_MOST_ROWS = 8
+_MAX_ROWS = 8  # of a table of cells, which is to fit one screen together with the findings
 _WIDTH = 100
 _INDENT: dict[str, Any] = {"initial_indent": "  ", "subsequent_indent": "  ", "break_on_hyphens": False}
 
@@ -53,7 +54,7 @@ def terminal_summary(run: Run, found: list[Finding], console: Console) -> None:
 
 def _print_cells(run: Run, condition: Condition, console: Console, width: int) -> None:
     cells = condition.select(run.cells)
-    table = cells_table(_telling(cells, all_on(run)), basics=True)
+    table = ranking_table(_telling(cells, all_on(run)), basics=True)
     shown = Table(title=str(condition), title_justify="left", title_style="bold", box=None, pad_edge=False)
     for heading, flush in zip(table.headings, table.numeric, strict=True):
         shown.add_column(heading, justify="right" if flush else "left", overflow="fold", no_wrap=heading == "cell")
@@ -77,8 +78,8 @@ def _print_cells(run: Run, condition: Condition, console: Console, width: int) -
 
 def _telling(cells: pd.DataFrame, everything: str) -> pd.DataFrame:
     """All cells where they are few, else the baseline, all on, what failed and the fastest."""
-    if len(cells) <= _MOST_ROWS:
+    if len(cells) <= _MAX_ROWS:
         return cells
-    must = cells["cell"].isin((BASELINE, everything)) | (cells["status"].notna() & (cells["status"] != "ok"))
-    chosen = pd.concat([cells[must].head(_MOST_ROWS - 3), cells[~must].sort_values(LATENCY, kind="stable")])
-    return chosen.head(_MOST_ROWS)
+    must = cells["cell"].isin((BASELINE, everything)) | (cells["status"].notna() & (cells["status"] != CellStatus.OK))
+    chosen = pd.concat([cells[must].head(_MAX_ROWS - 3), cells[~must].sort_values(LATENCY, kind="stable")])
+    return chosen.head(_MAX_ROWS)

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from qwen3bench.record.messages import Ceilings
 from qwen3bench.worker.clock import time_device, time_host
 
-_REPEATS = 9
+_REPEATS = 9  # of which the median counts
 # Bytes of the buffer to copy and rows of the square matrices: far beyond every cache, and still quick.
-_COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}
-_MATRIX_ROWS = {"cuda": 8192, "cpu": 768}
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}
+MATRIX_ROWS = {"cuda": 8192, "cpu": 768}
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,8 @@ _VENDOR = {
     "RTX 4090": Vendor(1008e9, 165.2e12, "NVIDIA Ada GPU architecture white paper, appendix A"),
     "RTX 3090": Vendor(936e9, 71e12, "NVIDIA Ampere GA102 white paper, appendix A"),
 }
-_LOOKALIKES = (
-    "Laptop",
-    "Ti",
-    "D v2",
-    " D",
-    "MIG",
-    "NVL",
-)  # slower or faster chips whose names hold one of those above
+# Slower or faster chips whose names hold one of those above.
+_LOOKALIKES = ("Laptop", "Ti", "D v2", " D", "MIG", "NVL")
 
 
 def vendor_figures(device_name: str, dtype: torch.dtype) -> dict[str, Any] | None:
@@ -60,8 +55,8 @@ def vendor_figures(device_name: str, dtype: torch.dtype) -> dict[str, Any] | Non
     return None
 
 
-def measure_ceilings(device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
-    """The record's `ceiling` line: bandwidth of a large copy and rate of a large matrix product.
+def measure_ceilings(device: torch.device | str, dtype: torch.dtype) -> Ceilings:
+    """What the device reaches: bandwidth of a large copy and rate of a large matrix product.
 
     A copy counts the bytes read and those written. Medians of repeats, on random data (constant data draws
     less power and reads too fast). Raises torch.cuda.OutOfMemoryError where some 2 GiB are not free on a CUDA
@@ -69,21 +64,21 @@ def measure_ceilings(device: torch.device | str, dtype: torch.dtype) -> dict[str
     """
     device = torch.device(device)
     copy_bytes_per_s = _copy_bytes_per_s(device)
-    rows = _MATRIX_ROWS[device.type]
+    rows = MATRIX_ROWS[device.type]
     a, b = (torch.randn(rows, rows, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     matmul_s = _median_s(device, lambda: torch.mm(a, b, out=out))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return {
-        "copy_bytes_per_s": copy_bytes_per_s,
-        "matmul_flops_per_s": 2 * rows**3 / matmul_s,
-        "dtype": str(dtype).removeprefix("torch."),
-        "vendor": vendor_figures(name, dtype),
-    }
+    return Ceilings(
+        copy_bytes_per_s=copy_bytes_per_s,
+        matmul_flops_per_s=2 * rows**3 / matmul_s,
+        dtype=str(dtype).removeprefix("torch."),
+        vendor=vendor_figures(name, dtype),
+    )
 
 
 def _copy_bytes_per_s(device: torch.device) -> float:
-    source = torch.randn(_COPY_BYTES[device.type] // 4, device=device)
+    source = torch.randn(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
     return (source.nbytes + target.nbytes) / _median_s(device, lambda: target.copy_(source))
 

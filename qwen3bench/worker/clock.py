@@ -19,10 +19,8 @@ from itertools import pairwise
 import torch
 
 MIN_VALUE_S = 1e-3  # 1,000 × the resolution of a CUDA event (about 0.5 µs to 1 µs), 10,000 × the host clock's
-
-
 VISIT_S = 20e-3  # what one visit's timed values fill, about: then blocks tell more than further values do
-MOST_REPEATS = 30
+MAX_REPEATS = 30  # more than these tell less than another block does
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ def inner_repeats(estimate_s: float, min_value_s: float = MIN_VALUE_S) -> int:
 
 def visit_repeats(value_s: float) -> int:
     """How many timed values of `value_s` seconds one visit takes; of slow work one, as more blocks tell more."""
-    return max(1, min(MOST_REPEATS, int(VISIT_S / max(value_s, 1e-9))))
+    return max(1, min(MAX_REPEATS, int(VISIT_S / max(value_s, 1e-9))))
 
 
 def time_host(

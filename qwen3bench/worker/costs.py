@@ -6,33 +6,44 @@ rotary embedding, softmax and SiLU, some 0.1 % of the operations.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from qwen3bench.config.model_config import ModelConfig
+from qwen3bench.record.messages import Cost
 from qwen3bench.worker.workloads import WorkloadSize
 
-_TOKEN_ID_BYTES = 8
+_TOKEN_ID_BYTES = 8  # int64
 
 
-def cell_cost(config: ModelConfig, tied: bool, size: WorkloadSize, dtype_bytes: int) -> dict[str, int]:
-    """`flops` and `bytes` of one timed value of a workload: the least that any cell can do with.
+class ForwardShape(NamedTuple):
+    """One forward: tokens of each sequence, position of the first, and logits computed."""
+
+    queries: int
+    start: int
+    logits: int
+
+
+def cell_cost(config: ModelConfig, tied: bool, size: WorkloadSize, dtype_bytes: int) -> Cost:
+    """Operations and bytes of one timed value of a workload: the least that any cell can do with.
 
     The same for every cell but for the embedding's rows, which a `tied` model has read with the head.
     """
     flops = moved = 0
-    for queries, start, logits in forwards(size):
-        pairs = causal_pairs(queries, start)
-        flops += forward_flops(config, size.batch_size, queries, pairs, logits)
-        moved += _forward_bytes(config, tied, size, queries, start, logits, dtype_bytes)
-    return {"flops": flops, "bytes": moved}
+    for shape in forwards(size):
+        pairs = causal_pairs(shape.queries, shape.start)
+        flops += forward_flops(config, size.batch_size, shape.queries, pairs, shape.logits)
+        moved += _forward_bytes(config, tied, size, shape, dtype_bytes)
+    return Cost(flops=flops, bytes=moved)
 
 
-def forwards(size: WorkloadSize) -> list[tuple[int, int, int]]:
-    """The forwards of one timed value, each as (tokens, position of the first, logits computed)."""
+def forwards(size: WorkloadSize) -> list[ForwardShape]:
+    """The forwards of one timed value."""
     n = size.prompt_tokens
     if size.name == "prefill":
-        return [(n, 0, n)]
+        return [ForwardShape(n, 0, n)]
     if size.name == "decode":
-        return [(1, n, 1)]
-    return [(n, 0, 1)] + [(1, n + i, 1) for i in range(size.new_tokens - 1)]
+        return [ForwardShape(1, n, 1)]
+    return [ForwardShape(n, 0, 1)] + [ForwardShape(1, n + i, 1) for i in range(size.new_tokens - 1)]
 
 
 def causal_pairs(queries: int, start: int) -> int:
@@ -57,23 +68,15 @@ def _block_matrices(config: ModelConfig) -> int:
     return config.emb_dim * (heads * config.head_dim + 3 * config.hidden_dim)
 
 
-def _forward_bytes(
-    config: ModelConfig,
-    tied: bool,
-    size: WorkloadSize,
-    queries: int,
-    start: int,
-    logits: int,
-    dtype_bytes: int,
-) -> int:
+def _forward_bytes(config: ModelConfig, tied: bool, size: WorkloadSize, shape: ForwardShape, dtype_bytes: int) -> int:
     """Weights once, the residual stream into and out of each block, cached keys and values, the logits."""
     layers, width = config.num_layers, config.emb_dim
     norms = 2 * width + 2 * config.head_dim
     weights = layers * (_block_matrices(config) + norms) + width + config.vocab_size * width
-    tokens = size.batch_size * queries
+    tokens = size.batch_size * shape.queries
     rows = 0 if tied else min(tokens, config.vocab_size) * width
     stream = 2 * layers * tokens * width
-    cached = start + queries if size.cache_capacity else 0  # those before are read, the new ones written
+    cached = shape.start + shape.queries if size.cache_capacity else 0  # those before are read, the new ones written
     cache = size.batch_size * layers * 2 * config.num_kv_heads * config.head_dim * cached
-    out = size.batch_size * logits * config.vocab_size
+    out = size.batch_size * shape.logits * config.vocab_size
     return dtype_bytes * (weights + rows + stream + cache + out) + _TOKEN_ID_BYTES * tokens

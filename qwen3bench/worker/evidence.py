@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -21,8 +20,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from qwen3bench.model.decoder import Decoder
 from qwen3bench.model.qwen3 import Qwen3Model
+from qwen3bench.record.messages import Evidence
+from qwen3bench.worker.compile_counters import compiled_graphs, graph_breaks
 from qwen3bench.worker.costs import forwards
-from qwen3bench.worker.workloads import Workload
+from qwen3bench.worker.workloads import Workload, WorkloadSize
 
 SEPARATE = "separate operations"
 OWN = "Triton"
@@ -78,12 +79,13 @@ def collect(
     workload: Workload,
     runtime: str = "eager",
     launches: Sequence[Callable[[], object]] | None = None,
-) -> dict[str, Any]:
-    """The record's `evidence` fields, `cell` apart, of a model that has run this workload in this runtime.
+) -> Evidence:
+    """What really ran of a model that has run this workload in this runtime.
 
-    `launches` are what the runtime made of the workload's steps (default: the steps). Looked at are the first
-    and the last step: in `generate` the prefill and a decode step, elsewhere the only one. `kernels` and
-    `kernel_launches` are of the last; they are empty where a CPU runs compiled code, which no profile sees.
+    `model` is what the runtime made of a cell's, and `launches` what it made of the workload's steps (default: the
+    steps). Looked at are the first and the last step: in `generate` the prefill and a decode step, elsewhere the only
+    one. `kernels` and `kernel_launches` are of the last; they are empty where a CPU runs compiled code, which no
+    profile sees.
     `recompiles` counts graphs compiled while looking, which a warm cell has no reason for; `graph_breaks` all
     since `forget_compilations`; both are None where nothing is compiled. Raises RuntimeError where a forced
     attention backend cannot run.
@@ -100,30 +102,27 @@ def collect(
         backend = _backend_of_kernels(ran)
         operations = Counter[str]()
         if on_cpu:
-            operations = _operations(steps[i])
+            operations = operations_of(steps[i])
         elif backend is None:  # each operation costs the profiler far more than a kernel, and all blocks are alike
-            with _first_block_alone(model):
-                operations = _operations(steps[i])
+            operations = operations_of(workload.steps(model.first_block_alone())[i])
         backends.append(backend or attention_backend((), operations, compiled))
         last = ran if not on_cpu else Counter() if compiled else operations
     notes = [f"attention by an unknown kernel: {name}" for name in _unknown_attention(kernels)]
-    if isinstance(model, Qwen3Model):
-        notes += _asked_note(model, backends, compiled) + _split_note(model, workload, backends[-1])
-        if SEPARATE not in backends and (backends[-1] != OWN or _splits(model)):
-            notes.append(_mask_note(model, workload))
+    if isinstance(original := model.original, Qwen3Model):
+        notes += asked_note(original, backends, compiled) + split_note(original, workload.size, backends[-1])
+        if SEPARATE not in backends and (backends[-1] != OWN or _splits(original)):
+            notes.append(_mask_note(original, workload.size))
     if on_cpu and compiled:
         notes.append("compiled code on a CPU shows no kernels in a profile")
-    return {
-        "workload": workload.size.name,
-        "runtime": runtime,
-        "attention_backend": ", ".join(dict.fromkeys(backends)),
-        "kernel_launches": sum(last.values()) or None,
-        "tied_storage": model.out_head.weight.data_ptr() == model.tok_emb.weight.data_ptr(),
-        "graph_breaks": _graph_breaks() if compiled else None,
-        "recompiles": compiled_graphs() - before if compiled else None,
-        "kernels": dict(sorted(last.items(), key=lambda item: (-item[1], item[0]))),
-        "notes": notes,
-    }
+    return Evidence(
+        attention_backend=", ".join(dict.fromkeys(backends)),
+        kernel_launches=sum(last.values()) or None,
+        tied_storage=model.out_head.weight.data_ptr() == model.tok_emb.weight.data_ptr(),
+        graph_breaks=graph_breaks() if compiled else None,
+        recompiles=compiled_graphs() - before if compiled else None,
+        kernels=dict(sorted(last.items(), key=lambda item: (-item[1], item[0]))),
+        notes=tuple(notes),
+    )
 
 
 def attention_backend(kernels: Iterable[str], operations: Iterable[str], compiled: bool = False) -> str:
@@ -135,11 +134,6 @@ def attention_backend(kernels: Iterable[str], operations: Iterable[str], compile
     if "_softmax" in operations or (compiled and not found):
         found.append(SEPARATE)
     return " and ".join(found) or UNKNOWN
-
-
-def forget_compilations() -> None:
-    """Set the counters of torch.compile to zero: to be called before a cell is compiled."""
-    torch._dynamo.utils.counters.clear()
 
 
 def _backend_of_kernels(kernels: Iterable[str]) -> str | None:
@@ -172,7 +166,7 @@ def _kernels(launch: Callable[[], object]) -> Counter[str]:
     return Counter()
 
 
-def _operations(launch: Callable[[], object]) -> Counter[str]:
+def operations_of(launch: Callable[[], object]) -> Counter[str]:
     """The ATen operations of one launch that compute: name → how often."""
     return Counter(
         name
@@ -180,20 +174,6 @@ def _operations(launch: Callable[[], object]) -> Counter[str]:
         if event.device_type == torch.autograd.DeviceType.CPU and event.cpu_parent is None
         for name in _computing(event)
     )
-
-
-@contextmanager
-def _first_block_alone(model: Decoder) -> Iterator[None]:
-    """Our model without all blocks but the first; any other as it is."""
-    if not isinstance(model, Qwen3Model):
-        yield
-        return
-    blocks, regions = model.trf_blocks, model.regions
-    model.trf_blocks, model.regions = blocks[:1], regions[:1]
-    try:
-        yield
-    finally:
-        model.trf_blocks, model.regions = blocks, regions
 
 
 def _profiled(launch: Callable[[], object], activities: Sequence[ProfilerActivity]) -> list[Any]:
@@ -233,7 +213,7 @@ def _computes(name: str) -> bool:
     return not any(getattr(packet, overload).is_view for overload in packet.overloads())
 
 
-def _asked_note(model: Qwen3Model, backends: Iterable[str], compiled: bool) -> list[str]:
+def asked_note(model: Qwen3Model, backends: Iterable[str], compiled: bool) -> list[str]:
     """Whether fused attention ran, and the backend that was forced, where the model asks for it."""
     attend: Any = model.parts.attend
     if not hasattr(attend, "backend"):  # it is not fused
@@ -248,9 +228,9 @@ def _asked_note(model: Qwen3Model, backends: Iterable[str], compiled: bool) -> l
     return [f"{asked} was asked for, {ran} ran" for ran in dict.fromkeys(backends) if ran not in fits | own]
 
 
-def _split_note(model: Qwen3Model, workload: Workload, backend: str) -> list[str]:
+def split_note(model: Qwen3Model, size: WorkloadSize, backend: str) -> list[str]:
     """Whether a single token's query took our kernel, where the model asks for it."""
-    queries, _, _ = forwards(workload.size)[-1]
+    queries, _, _ = forwards(size)[-1]
     if not _splits(model) or queries > 1 or backend == OWN:
         return []
     return [f"flash.decode=split was asked for, {backend} ran: it takes one sequence's token on CUDA, beside mask"]
@@ -260,9 +240,9 @@ def _splits(model: Qwen3Model) -> bool:
     return getattr(model.parts.attend, "split", False)
 
 
-def _mask_note(model: Qwen3Model, workload: Workload) -> str:
+def _mask_note(model: Qwen3Model, size: WorkloadSize) -> str:
     """Whether fused attention is given a mask tensor: what `mask` is worth beside `flash`."""
-    queries, start, _ = forwards(workload.size)[-1]
+    queries, start, _ = forwards(size)[-1]
     weight = model.tok_emb.weight
     if model.parts.attend.mask(model.parts.mask, queries, start, weight.device, weight.dtype) is None:
         return "fused attention without a mask tensor"
@@ -278,12 +258,3 @@ def _unknown_attention(kernels: Iterable[Mapping[str, int]]) -> list[str]:
         if any(word in name.lower() for word in _ATTENTION_WORDS)
         and not any(part in name for part in _ATTENTION_KERNELS)
     ]
-
-
-def compiled_graphs() -> int:
-    """How many graphs torch.compile has made since `forget_compilations`."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-def _graph_breaks() -> int:
-    return sum(torch._dynamo.utils.counters["graph_break"].values())

@@ -8,20 +8,24 @@ away by itself, but not in compiled code before PyTorch 2.14, which cannot tell 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.errors import UserError
 from qwen3bench.model.cache import KVCache
 from qwen3bench.model.checkpoint import EMBEDDING, HEAD
-from qwen3bench.model.decoder import Decoder
+from qwen3bench.model.compiled import CompiledModel, shared_forward
+from qwen3bench.model.decoder import Compile, Decoder, Forward
 from qwen3bench.model.weights import head_is_tied
-from qwen3bench.worker.equivalence.gate import Gate, kv_cache
+from qwen3bench.record.messages import Judgment
+from qwen3bench.worker.equivalence.candidate import Candidate, kv_cache
+from qwen3bench.worker.equivalence.gate import Gate
 
 ATTENTIONS = {"sdpa": "sdpa", "eager": "eager", "sdpa_is_causal": "sdpa"}  # by their names in transformers
 FREQUENCY_ERROR = 1e-6  # relative, of the rotary frequencies, which transformers computes in float32
@@ -53,17 +57,17 @@ def build_peer(
     return TransformersModel(config, cell.partition(":")[2], weights, dtype)
 
 
-def judge_peer(gate: Gate, cell: str) -> dict[str, Any]:
-    """The equivalence gate's verdict on a peer, as the record's `verify` line has it."""
+def judge_peer(gate: Gate, cell: str) -> Judgment:
+    """The equivalence gate's verdict on a peer."""
 
-    def factory(weights: dict[str, Tensor], dtype: torch.dtype) -> TransformersModel:
+    def build(weights: dict[str, Tensor], dtype: torch.dtype) -> TransformersModel:
         return build_peer(cell, gate.config, weights, dtype)
 
     tied = gate.config.tie_word_embeddings  # as its own checkpoints have it
-    return gate.check_model(factory, kv_cache, tied=tied, rope=_their_rope(gate.config))
+    return gate.judge(Candidate(build, kv_cache, tied=tied, rope=transformers_rope(gate.config)))
 
 
-def _their_rope(config: ModelConfig) -> tuple[Tensor, Tensor]:
+def transformers_rope(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Cosine and sine, in float64, of the angles that transformers rounds to float32.
 
     At position 700 these are off by 4e-5, and with peaky attention single logits by 5 × the baseline's maximum error.
@@ -71,7 +75,7 @@ def _their_rope(config: ModelConfig) -> tuple[Tensor, Tensor]:
     where their frequencies are off by more than their rounding.
     """
     with torch.device("cpu"):
-        rotary = type(_on_meta(config, "sdpa", False).model.rotary_emb)(_their_config(config, "sdpa", False))
+        rotary = type(_on_meta(config, "sdpa", False).model.rotary_emb)(transformers_config(config, "sdpa", False))
     frequencies = rotary.inv_freq
     exact = config.rope_base ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
     if rotary.attention_scaling != 1 or not torch.allclose(frequencies.double(), exact, rtol=FREQUENCY_ERROR, atol=0):
@@ -107,19 +111,37 @@ class TransformersModel(Decoder):
         self._static_caches: WeakKeyDictionary[KVCache, Any] = WeakKeyDictionary()
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None, start: int = 0, logits_to_keep: int = 0) -> Tensor:
+        return self._through(self.language_model, tokens, cache, start, logits_to_keep)
+
+    def compiled(self, compile_: Compile) -> CompiledModel:
+        """The whole model compiled, as transformers does."""
+        run = compile_(shared_forward([self.language_model]))
+        call = partial(self._through, partial(run, self.language_model))
+        return CompiledModel(self, call, call)
+
+    def _through(
+        self,
+        language_model: Forward,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        start: int = 0,
+        logits_to_keep: int = 0,
+    ) -> Tensor:
         past = None if cache is None else self._static_cache(cache)
         if past is not None:
             lengths = [layer.cumulative_length for layer in past.layers]
             torch._foreach_zero_(lengths)
             torch._foreach_add_(lengths, start)
         whole = past is None or (start == 0 and tokens.shape[1] > 1)  # no token before these
-        in_plain_graph = self._in_plain_graph(tokens)
+        # Captured as it is, its own float mask fails (it copies a 0 over), and its SDPA cannot read that it needs none.
+        captured = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
+        in_plain_graph = captured and language_model is self.language_model  # and no compiled code
         mask: dict[str, Tensor | None] | None = None
         if whole and (self.attention == "sdpa_is_causal" or (self.attention == "sdpa" and in_plain_graph)):
             mask = {"full_attention": None}
         elif self.attention == "eager" and in_plain_graph:
             mask = {"full_attention": self._additive_mask(tokens, past, start)}
-        output = self.language_model(
+        output = language_model(
             input_ids=tokens,
             attention_mask=mask,
             past_key_values=past,
@@ -129,14 +151,6 @@ class TransformersModel(Decoder):
         logits: Tensor = output.logits
         return logits
 
-    def _in_plain_graph(self, tokens: Tensor) -> bool:
-        """Whether the step is captured as it is: a graph of what transformers launches in eager.
-
-        There its own float mask fails (it copies a 0 over), and its SDPA cannot read that it needs no mask.
-        """
-        compiled = "forward" in vars(self.language_model)
-        return tokens.is_cuda and torch.cuda.is_current_stream_capturing() and not compiled
-
     def _additive_mask(self, tokens: Tensor, past: Any, start: int) -> Tensor:
         """What transformers builds: (1, 1, t, keys), 0 where a query attends and the least number where not."""
         queries = tokens.shape[1]
@@ -144,10 +158,6 @@ class TransformersModel(Decoder):
         dtype = self.tok_emb.weight.dtype
         mask = torch.full((queries, keys), torch.finfo(dtype).min, device=tokens.device, dtype=dtype)
         return mask.triu(diagonal=start + 1)[None, None]
-
-    def split(self) -> Sequence[nn.Module]:
-        """The whole model: what transformers compiles."""
-        return [self.language_model]
 
     def _static_cache(self, cache: KVCache) -> Any:
         """transformers' StaticCache over the tensors of `cache`."""
@@ -176,10 +186,11 @@ def _transformers() -> Any:
 
 def _on_meta(config: ModelConfig, attention: str, tied: bool) -> Any:
     with torch.device("meta"):
-        return _transformers().Qwen3ForCausalLM(_their_config(config, attention, tied))
+        return _transformers().Qwen3ForCausalLM(transformers_config(config, attention, tied))
 
 
-def _their_config(config: ModelConfig, attention: str, tied: bool) -> Any:
+def transformers_config(config: ModelConfig, attention: str, tied: bool) -> Any:
+    """transformers' configuration of the same shape."""
     return _transformers().Qwen3Config(
         vocab_size=config.vocab_size,
         hidden_size=config.emb_dim,

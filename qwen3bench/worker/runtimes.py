@@ -1,6 +1,7 @@
 """How a step is launched: eager, CUDA graph replay, or compiled.
 
-A runtime takes a step, a function that launches one forward, and returns one that does the same work again.
+A runtime prepares a model, then that model's steps: functions that launch one forward each. Of a step it makes a
+launch, which does the same work again.
 """
 
 from __future__ import annotations
@@ -9,20 +10,36 @@ import itertools
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qwen3bench.errors import UserError
-from qwen3bench.model.decoder import Decoder
+from qwen3bench.model.decoder import Compile, Decoder, Forward
+from qwen3bench.worker.compile_counters import compiled_graphs
 from qwen3bench.worker.workloads import Step
 
 Launch = Callable[[], object]
 
 _copies = itertools.count()
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """The model that a runtime launches, and the options of its compiler where there is one."""
+
+    model: Decoder
+    compile_options: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class PreparedStep:
+    """How to launch a step's work again, and the seconds that compiling it took where it was compiled."""
+
+    launch: Launch
+    compile_s: float | None = None
 
 
 @dataclass
@@ -31,20 +48,23 @@ class Runtime:
 
     device: torch.device
     name: str = "eager"
-    compile_s: float | None = field(default=None, init=False)  # of the last `prepare`
-    compile_options: dict[str, Any] | None = field(default=None, init=False)  # of the last model
 
     @property
     def on_device_clock(self) -> bool:
         """Whether CUDA events time it; else the host clock around a synchronize does."""
         return False
 
-    def prepare_model(self, model: Decoder) -> None:
-        """Whatever the runtime does to a model before its first step."""
+    def compilations(self) -> int:
+        """How many graphs torch.compile has made so far in this process; 0 where the runtime uses none."""
+        return 0
 
-    def prepare(self, step: Step) -> Launch:
-        """A function that launches the work of a step that has run before."""
-        return step
+    def prepare_model(self, model: Decoder) -> PreparedModel:
+        """The model whose steps the runtime launches; the given one stays as it is."""
+        return PreparedModel(model)
+
+    def prepare(self, step: Step) -> PreparedStep:
+        """What launches the work of a step of a prepared model."""
+        return PreparedStep(step)
 
 
 @dataclass
@@ -68,7 +88,7 @@ class GraphRuntime(Runtime):
     def on_device_clock(self) -> bool:
         return True
 
-    def prepare(self, step: Step) -> Launch:
+    def prepare(self, step: Step) -> PreparedStep:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for _ in range(self.warm_ups):
@@ -78,7 +98,7 @@ class GraphRuntime(Runtime):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             step()
-        return graph.replay
+        return PreparedStep(graph.replay)
 
 
 @dataclass
@@ -109,31 +129,23 @@ class CompileRuntime(Runtime):
         if self.device.type == "cpu":
             _require_cpp_compiler()
 
-    def prepare_model(self, model: Decoder) -> None:
-        """Raises ValueError where one compilation cannot serve the whole model."""
-        regions = model.split()
-        if len({type(region) for region in regions}) > 1 or any("forward" in vars(region) for region in regions):
-            raise ValueError(
-                "its blocks do not all run the same code, and runtime=compile compiles one for all: "
-                "give them one class, and that a forward"
-            )
-        forward = type(regions[0]).forward
-        options = {"autotune_local_cache": False} | dict(_dotted(self.peers if model.is_peer else self.inductor))
-        self.compile_options = options
-        compiled = _compiled(forward, options)
-        if not model.is_peer and (more := dict(_dotted(self.single_token))):
-            self.compile_options = options | {"single_token": more}
-            compiled = _by_tokens(_compiled(forward, options | more), compiled)
-        for region in regions:
-            region.forward = types.MethodType(compiled, region)
-        model.compiled = regions
+    def compilations(self) -> int:
+        return compiled_graphs()
 
-    def prepare(self, step: Step) -> Launch:
+    def prepare_model(self, model: Decoder) -> PreparedModel:
+        """Raises ValueError where one compilation cannot serve the whole model."""
+        options = {"autotune_local_cache": False} | dict(dotted(self.peers if model.is_peer else self.inductor))
+        more = {} if model.is_peer else dict(dotted(self.single_token))
+        if not more:
+            return PreparedModel(model.compiled(_compiler(options)), options)
+        compiled = model.compiled(_compiler_by_tokens(_compiler(options | more), _compiler(options)))
+        return PreparedModel(compiled, options | {"single_token": more})
+
+    def prepare(self, step: Step) -> PreparedStep:
         started = time.perf_counter()
         for _ in range(self.warm_ups):
             step()
-        self.compile_s = (self.compile_s or 0.0) + time.perf_counter() - started
-        return step
+        return PreparedStep(step, time.perf_counter() - started)
 
 
 @dataclass
@@ -148,52 +160,49 @@ class CompiledGraphRuntime(CompileRuntime):
     def on_device_clock(self) -> bool:
         return True
 
-    def prepare(self, step: Step) -> Launch:
-        super().prepare(step)
-        return self._graphs.prepare(step)
-
-
-@contextmanager
-def uncompiled(model: Decoder) -> Iterator[None]:
-    """Within, the model runs as it did before `prepare_model`."""
-    regions, forwards = model.regions, [vars(each).pop("forward") for each in model.compiled]
-    model.regions = ()
-    try:
-        yield
-    finally:
-        model.regions = regions
-        for each, forward in zip(model.compiled, forwards, strict=True):
-            each.forward = forward
+    def prepare(self, step: Step) -> PreparedStep:
+        compile_s = super().prepare(step).compile_s
+        return replace(self._graphs.prepare(step), compile_s=compile_s)
 
 
 def make_runtime(name: str, device: torch.device, **options: Any) -> Runtime:
     """The runtime of that name on `device`, with the options of its YAML file.
 
-    Raises `UserError` where it does not exist there.
+    Raises `UserError` where there is none of that name, or it does not exist on this device.
     """
-    kinds: dict[str, type[Runtime]] = {"eager": Runtime, "graph": GraphRuntime}
     compiled = CompiledGraphRuntime if device.type == "cuda" else CompileRuntime
-    return kinds.get(name, compiled)(device, **options)
+    kinds: dict[str, type[Runtime]] = {"eager": Runtime, "graph": GraphRuntime, "compile": compiled}
+    if name not in kinds:
+        raise UserError(f"unknown runtime {name!r}; there are {', '.join(kinds)}")
+    return kinds[name](device, **options)
 
 
-def _dotted(options: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def dotted(options: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     """The options with the names that torch.compile knows them by: `triton.autotune_pointwise`."""
     for name, value in options.items():
         if isinstance(value, Mapping):
-            yield from _dotted(value, f"{above}{name}.")
+            yield from dotted(value, f"{above}{name}.")
         else:
             yield above + name, value
 
 
-def _compiled(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
-    return torch.compile(_own_copy(forward), fullgraph=True, options=options)
+def _compiler(options: dict[str, Any]) -> Compile:
+    def compile_(forward: Forward) -> Forward:
+        return torch.compile(_own_copy(forward), fullgraph=True, options=options)
+
+    return compile_
 
 
-def _by_tokens(single: Callable[..., Any], several: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(region: nn.Module, x: Tensor, *rest: Any) -> Any:
-        return (single if x.numel() == x.shape[-1] else several)(region, x, *rest)
+def _compiler_by_tokens(for_single: Compile, for_several: Compile) -> Compile:
+    def compile_(forward: Forward) -> Forward:
+        several, single = for_several(forward), for_single(forward)
 
-    return forward
+        def run(module: nn.Module, x: Tensor, *rest: Any) -> Any:
+            return (single if x.numel() == x.shape[-1] else several)(module, x, *rest)
+
+        return run
+
+    return compile_
 
 
 def _own_copy(function: Any) -> types.FunctionType:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qwen3bench.model.cache import KVCache
-from qwen3bench.model.decoder import Decoder
+from qwen3bench.model.decoder import Decoder, Forward
 
 Step = Callable[[], Tensor]
 
@@ -65,8 +65,11 @@ class Workload:
         """What the KV cache occupies, in bytes."""
         return self.cache.num_bytes if self.cache is not None else 0
 
-    def steps(self, model: Decoder) -> list[Step]:
-        """The forwards of one timed value, each launching its work and returning logits (b, t, vocabulary)."""
+    def steps(self, model: Forward) -> list[Step]:
+        """The forwards of one timed value, each launching its work and returning logits (b, t, vocabulary).
+
+        `model` is called as a Decoder is.
+        """
         prompt, token, cache, n = self.prompt, self.token, self.cache, self.size.prompt_tokens
         if self.size.name == "prefill":
             return [lambda: model(prompt)]
@@ -82,3 +85,14 @@ class Workload:
             return step
 
         return [greedy(prompt, 0)] + [greedy(token, n + i) for i in range(self.size.new_tokens - 1)]
+
+
+def keeping_output(step: Step, outputs: list[Tensor]) -> Step:
+    """The step, its output the one in `outputs`."""
+
+    def run() -> Tensor:
+        outputs.clear()  # first, or two of them would be in memory at once
+        outputs.append(step())
+        return outputs[0]
+
+    return run

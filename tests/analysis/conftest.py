@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from qwen3bench.record.reader import RecordWriter
+from records import write_record
 
 FACTORS = ("flash", "tie", "mlp", "mask", "norm")
 MODEL = {"name": "small", "num_layers": 2, "emb_dim": 64, "vocab_size": 512}
@@ -143,10 +142,7 @@ def write_run(tmp_path: Path) -> Callable[..., Path]:
         lines += extra
         if finished:
             lines.append({"type": "end", "status": "finished", "time": 1e9 + blocks})
-        directory = tmp_path / name
-        with RecordWriter(directory) as writer:
-            writer.append(*lines)
-        return directory
+        return write_record(tmp_path / name, lines)
 
     return write
 

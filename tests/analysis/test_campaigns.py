@@ -11,7 +11,7 @@ from qwen3bench.analysis.contrasts import contrasts, every_cell, shapley_contras
 from qwen3bench.analysis.effects import effects
 from qwen3bench.analysis.frames import BlockMatrix
 from qwen3bench.analysis.significance import ALPHA, holm
-from qwen3bench.analysis.stopping import half_widths, stop_reason
+from qwen3bench.analysis.stopping import Limits, half_widths, stop_reason
 from qwen3bench.analysis.variance import clustered, replicated
 
 CAMPAIGNS = 2_000
@@ -74,6 +74,7 @@ CONDITIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("name", CONDITIONS)
 def test_intervals_cover_and_nothing_is_found_where_nothing_is(name: str, processes: int) -> None:
@@ -90,6 +91,7 @@ def speedup_contrasts(cells: int) -> np.ndarray:
     return np.eye(cells)[0] - np.eye(cells)[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3, 4])
 @pytest.mark.parametrize("process_noise", [0, 0.01])
 @pytest.mark.parametrize("loud", [(), (0,), (-1,), (0, -1)])
@@ -134,6 +136,7 @@ def test_shares_and_speedups_cover_where_processes_differ_more_for_some_cells(pr
         assert covered.mean(axis=0).min() >= 0.91
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3, 6])
 @pytest.mark.parametrize("louder", [1, 4, 10])
 def test_the_ratio_to_another_implementation_covers_however_far_processes_move_it(
@@ -221,27 +224,20 @@ def test_one_percent_is_found_at_one_percent_noise_in_six_blocks(name: str) -> N
     assert found.estimate[:, 2].mean() == pytest.approx(-0.01, abs=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [0.002, 0.003, 0.005])
 def test_intervals_cover_when_their_width_ends_the_campaign(target: float) -> None:
-    most = 24
-    y = simulate(RNG(10), most // PER_PROCESS, process_noise=0.003, drift=0.002)
+    limits = Limits(target=target, max_seconds=1.0, max_blocks=24)
+    y = simulate(RNG(10), 24 // PER_PROCESS, process_noise=0.003, drift=0.002)
     covered = np.zeros(CAMPAIGNS)
     false = np.zeros(CAMPAIGNS, dtype=bool)
     going = np.ones(CAMPAIGNS, dtype=bool)
-    for blocks in range(6, most + 1):
+    for blocks in range(6, 24 + 1):
         found = clustered(y[going, :blocks], process_of(blocks), PLAN)
         half = found.half_width(0.95)
         stops = np.array(
             [
-                stop_reason(
-                    dict(zip("abcde", widths[:5], strict=True)),
-                    blocks,
-                    -(-blocks // PER_PROCESS),
-                    0.0,
-                    target=target,
-                    max_seconds=1.0,
-                    max_blocks=most,
-                )
+                stop_reason(dict(zip("abcde", widths[:5], strict=True)), blocks, -(-blocks // PER_PROCESS), 0.0, limits)
                 is not None
                 for widths in np.expm1(half)
             ]

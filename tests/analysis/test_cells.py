@@ -112,7 +112,7 @@ def test_the_speed_up_of_one_switch_is_its_effect_with_the_same_interval(write_r
     assert speedup == pytest.approx([effect[name] for name in ("estimate", "lo", "hi")])
 
 
-def test_tokens_times_and_utilisation(write_run: Write) -> None:
+def test_tokens_times_and_utilization(write_run: Write) -> None:
     where = {("prefill", "graph"): 0.01, ("decode", "graph"): 0.001, ("generate", "graph"): 0.1}
     cells = table(write_run(factors=FACTORS, baseline_s=where, noise=0.0))
     base = cells[cells["cell"] == "baseline"].set_index("workload")

@@ -5,16 +5,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from records import write_record
 
 import qwen3bench
 from qwen3bench.analysis.contrasts import cell_label, every_cell
 from qwen3bench.analysis.run import EFFECT_COLUMNS, load_run, to_csv, write_derived
 from qwen3bench.errors import UserError
-from qwen3bench.record.reader import encode, read_record
+from qwen3bench.record.lines import SampleLine
+from qwen3bench.record.reader import read_record
 
 Write = Callable[..., Path]
 
@@ -50,6 +53,14 @@ def test_effects_of_a_run_are_what_was_simulated(write_run: Write) -> None:
     memory = run.effects[(run.effects["metric"] == "parameter_bytes") & (run.effects["kind"] == "main")]
     assert memory.set_index("term")["estimate"].to_dict() == dict.fromkeys(truth, 0) | {"tie": -512 * 64 * 2}
     assert memory.set_index("term").loc["tie", "verdict"] == "less"
+
+
+def test_words_in_tables_are_plain(write_run: Write) -> None:
+    """No member of an enumeration, whose repr is another."""
+    failure = {"type": "failure", "cell": "flash", "status": "oom", "reason": "no room"}
+    run = load_run(write_run(factors=("flash", "tie"), extra=[failure]))
+    assert {type(word) for word in run.cells["status"]} == {str}
+    assert {type(word) for word in run.effects["verdict"]} == {str}
 
 
 def test_a_failed_cell_leaves_no_made_up_number(write_run: Write) -> None:
@@ -118,21 +129,22 @@ def test_reading_a_run_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_large_record_is_read_and_analysed_in_little_time_and_memory(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_large_record_is_read_and_analyzed_in_little_time_and_memory(tmp_path: Path) -> None:
     """1,024 cells × 100 blocks, one value a visit."""
     factors = list("abcdefghij")
     cells = [cell_label(c, tuple(factors)) for c in every_cell(10)]
     run = {"type": "run", "config": {}, "factors": factors, "cells": cells, "workloads": ["w"], "runtimes": ["eager"]}
     rng = np.random.default_rng(0)
-    with (tmp_path / "samples.jsonl").open("wb") as file:
-        file.write(encode(run))
-        for block, noise in enumerate(rng.normal(scale=0.01, size=(100, len(cells) + 1))):
-            at = {"workload": "w", "runtime": "eager", "block": block, "process": block // 10, "attempt": 0}
-            for position, (cell, value) in enumerate(zip([*cells, "baseline"], np.exp(noise), strict=True)):
-                here = {**at, "cell": cell, "copy": int(position == len(cells)), "position": position}
-                file.write(encode({"type": "sample", **here, "repeat": 0, "latency_s": value, "time": 1.0 * block}))
-                file.write(encode({"type": "visit", **here, "samples": 1}))
-            file.write(encode({"type": "block", **at, "state": "ok"}))
+    lines: list[dict[str, Any]] = [run]
+    for block, noise in enumerate(rng.normal(scale=0.01, size=(100, len(cells) + 1))):
+        at = {"workload": "w", "runtime": "eager", "block": block, "process": block // 10, "attempt": 0}
+        for position, (cell, value) in enumerate(zip([*cells, "baseline"], np.exp(noise), strict=True)):
+            here = {**at, "cell": cell, "copy": int(position == len(cells)), "position": position}
+            lines.append({"type": "sample", **here, "repeat": 0, "latency_s": value, "time": 1.0 * block})
+            lines.append({"type": "visit", **here, "samples": 1})
+        lines.append({"type": "block", **at, "state": "ok"})
+    write_record(tmp_path, lines)
     code = f"""
 import resource
 from qwen3bench.analysis.run import load_run
@@ -168,4 +180,4 @@ def test_a_thousand_cells_and_a_thousand_terms(write_run: Write) -> None:
     found = set(latency.loc[(latency["kind"] != "shapley") & (latency["verdict"] != "same"), "term"])
     assert found == {"f3"}
     assert latency["p_holm"].lt(0.05).groupby(latency["term"]).any()["f1:f7"]
-    assert len(read_record(directory).of("sample")) == 6 * 1025
+    assert len(read_record(directory).of(SampleLine)) == 6 * 1025

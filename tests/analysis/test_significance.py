@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from statsmodels.stats.multitest import multipletests
 
-from qwen3bench.analysis.significance import holm, verdicts
+from qwen3bench.analysis.significance import OF_TIMES, Gains, holm, verdicts
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)  # multipletests is slow
 @given(st.lists(st.floats(0, 1) | st.just(float("nan")), min_size=1, max_size=40))
 def test_holm_is_statsmodels_holm(p: list[float]) -> None:
@@ -36,4 +37,4 @@ def test_holm_is_statsmodels_holm(p: list[float]) -> None:
     ],
 )
 def test_verdict(gain: float, lo: float, hi: float, p: float, verdict: str) -> None:
-    assert verdicts([gain], [lo], [hi], [p], 0.01, ("faster", "slower")) == [verdict]
+    assert verdicts(Gains([gain], [lo], [hi], [p]), 0.01, OF_TIMES) == [verdict]

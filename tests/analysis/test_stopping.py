@@ -1,17 +1,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from qwen3bench.analysis.run import load_run
-from qwen3bench.analysis.stopping import half_widths, stop_reason
+from qwen3bench.analysis.stopping import Limits, half_widths, stop_reason
+from qwen3bench.record.lines import SampleLine
 from qwen3bench.record.reader import read_record
 
 Write = Callable[..., Path]
-LIMITS = {"target": 0.0025, "max_seconds": 60.0}
+LIMITS = Limits(target=0.0025, max_seconds=60.0, max_blocks=20)
 
 
 def test_half_widths_are_those_of_the_published_intervals(write_run: Write) -> None:
@@ -25,7 +27,7 @@ def test_half_widths_are_those_of_the_published_intervals(write_run: Write) -> N
 
 def test_sample_lines_do_as_well_as_a_table(write_run: Write) -> None:
     directory = write_run(factors=("flash", "tie"), blocks=12)
-    lines = read_record(directory).of("sample")
+    lines = read_record(directory).of(SampleLine)
     assert half_widths(lines, ["flash", "tie"]) == half_widths(load_run(directory).samples, ["flash", "tie"])
 
 
@@ -47,15 +49,15 @@ def test_two_processes_of_one_factor_are_too_few_to_stop(write_run: Write) -> No
 
 
 def test_peers_alone_give_no_half_width(write_run: Write) -> None:
-    lines = read_record(write_run(factors=("flash",), blocks=12)).of("sample")
-    theirs = [line | {"cell": "transformers:sdpa"} for line in lines if line["cell"] == "flash"]
+    lines = read_record(write_run(factors=("flash",), blocks=12)).of(SampleLine)
+    theirs = [replace(line, cell="transformers:sdpa") for line in lines if line.cell == "flash"]
     assert theirs
     assert half_widths(theirs, ["flash"]) == {}
 
 
 def test_nothing_measured_has_no_half_width() -> None:
     assert half_widths([], ["flash"]) == {}
-    assert stop_reason({}, 0, 0, 0.0, **LIMITS) is None
+    assert stop_reason({}, 0, 0, 0.0, LIMITS) is None
 
 
 @pytest.mark.parametrize(
@@ -74,4 +76,4 @@ def test_nothing_measured_has_no_half_width() -> None:
 def test_stop_reason(
     widths: dict[str, float], blocks: int, processes: int, measured_s: float, reason: str | None
 ) -> None:
-    assert stop_reason(widths, blocks, processes, measured_s, **LIMITS, max_blocks=20) == reason
+    assert stop_reason(widths, blocks, processes, measured_s, LIMITS) == reason

@@ -15,12 +15,13 @@ import psutil
 import pytest
 
 from qwen3bench.analysis.run import Run, load_run
-from qwen3bench.campaign import launch as run_module
+from qwen3bench.campaign import launch
 from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.config.cli import compose, guarded
 from qwen3bench.config.settings import Settings
-from qwen3bench.record.card import Monitor, Telemetry
-from qwen3bench.record.messages import answer
+from qwen3bench.record.card import Card
+from qwen3bench.record.lines import Telemetry
+from qwen3bench.record.messages import Request, decode_reply, encode_request
 from qwen3bench.record.reader import Record, read_record
 
 Fault = dict[str, Any]
@@ -60,7 +61,7 @@ def start_fake() -> Callable[..., Start]:
     return make
 
 
-class FakeMonitor(Monitor):
+class FakeCard(Card):
     """A card whose state is told beforehand, one look after another; the last stays."""
 
     def __init__(self, *looks: Telemetry) -> None:
@@ -71,8 +72,8 @@ class FakeMonitor(Monitor):
 
 
 @pytest.fixture
-def fake_monitor() -> type[FakeMonitor]:
-    return FakeMonitor
+def fake_card() -> type[FakeCard]:
+    return FakeCard
 
 
 def gone(pid: int) -> bool:
@@ -139,15 +140,17 @@ class TellingWorker:
     def __exit__(self, *_: object) -> None:
         self.end()
 
-    def ask(self, op: str, timeout_s: float, **arguments: Any) -> dict[str, Any]:
-        self.send(op, **arguments)
-        return self.receive(op, timeout_s)
+    def ask(self, request: Request[Any], timeout_s: float) -> Any:
+        self.send(request)
+        return self.receive(request, timeout_s)
 
-    def send(self, op: str, **arguments: Any) -> None:
+    def send(self, request: Request[Any]) -> None:
+        arguments = json.loads(encode_request(request))
+        op = arguments.pop("op")
         self.reply = {"ok": self.change(op, getattr(self.worker, op)(**arguments))}
 
-    def receive(self, op: str, timeout_s: float) -> dict[str, Any]:
-        return answer(json.dumps(self.reply).encode(), op)
+    def receive(self, request: Request[Any], timeout_s: float) -> Any:
+        return decode_reply(json.dumps(self.reply).encode(), request)
 
     def end(self) -> None:
         """There is no process to end."""
@@ -185,7 +188,7 @@ def measure(
         *overrides: str,
         faults: Sequence[Fault] = (),
         since: int = 0,
-        monitor: Monitor | None = None,
+        card: Card | None = None,
         to: Path | None = None,
         resume: Path | None = None,
         report: bool = False,
@@ -201,8 +204,8 @@ def measure(
         with monkeypatch.context() as patched:
             patched.setattr(sys, "argv", ["qwen3bench", *overrides, where])
             if not report:
-                patched.setattr(run_module, "write_report", lambda run, found: None)
-            status = guarded(lambda: run_module.run(settings, start, monitor))
+                patched.setattr(launch, "write_report", lambda run, found: None)
+            status = guarded(lambda: launch.run(settings, launch.Machine(start, card)))
         out, err = capsys.readouterr()
         return Outcome(directory, status, out, err, pids)
 

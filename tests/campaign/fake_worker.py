@@ -74,7 +74,7 @@ class FakeWorker:
     def prepare(self, cell, copy):
         return {"compile_s": None}
 
-    def visit(self, cell, copy, repeats):
+    def visit(self, cell, copy, repeats=None):
         true_s = 0.01
         for name in cell.split("+"):
             true_s *= EFFECT.get(name, 1.0)

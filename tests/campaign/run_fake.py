@@ -16,11 +16,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from qwen3bench.campaign import launch as run_module
+from qwen3bench.campaign import launch
 from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.config.cli import compose, guarded, main
 from qwen3bench.config.settings import Settings
-from qwen3bench.record.card import Monitor, Telemetry
+from qwen3bench.record.card import Card
+from qwen3bench.record.lines import Telemetry
 
 
 def starter(faults: str) -> Callable[[Path], WorkerProcess]:
@@ -28,14 +29,14 @@ def starter(faults: str) -> Callable[[Path], WorkerProcess]:
     return lambda log: WorkerProcess(log, (sys.executable, "-I", "-S", script, faults))
 
 
-class Fitful(Monitor):
-    """A card that brakes now and then."""
+class Fitful(Card):
+    """A card that is throttled now and then."""
 
     def __init__(self) -> None:
         self.random = random.Random(os.getpid())
 
     def sample(self, own_pids: object = None) -> Telemetry:
-        return Telemetry(throttle_reasons=["hw_slowdown"] if self.random.random() < 0.2 else [])
+        return Telemetry(throttle_reasons=("hw_slowdown",) if self.random.random() < 0.2 else ())
 
 
 def fork_run(settings: Settings, log: Path) -> int:
@@ -46,7 +47,7 @@ def fork_run(settings: Settings, log: Path) -> int:
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.dup2(2, 1)
     sys.argv = ["qwen3bench", f"resume={settings.resume}" if settings.resume else f"run.dir={settings.dir}"]
-    os._exit(guarded(lambda: run_module.run(settings, starter("[]"), Fitful())))
+    os._exit(guarded(lambda: launch.run(settings, launch.Machine(starter("[]"), Fitful()))))
 
 
 def kill(count: int, seed: int, directory: Path, arguments: list[str]) -> None:
@@ -82,8 +83,8 @@ def kill(count: int, seed: int, directory: Path, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_module.write_report = lambda run, _: run.path / "report.html"  # type: ignore[assignment]
+    launch.write_report = lambda run, _: run.path / "report.html"  # type: ignore[assignment]
     mode, *rest = sys.argv[1:]
     if mode == "run":
-        sys.exit(main(rest[1:], lambda settings: run_module.run(settings, starter(rest[0]))))
+        sys.exit(main(rest[1:], lambda settings: launch.run(settings, launch.Machine(starter(rest[0])))))
     kill(int(rest[0]), int(rest[1]), Path(rest[2]), rest[3:])

@@ -15,7 +15,9 @@ from statistics import median
 
 from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.config.cli import compose
-from qwen3bench.record.reader import RecordWriter
+from qwen3bench.record.lines import SampleLine
+from qwen3bench.record.messages import Enter, Open, Prepare, Visit
+from qwen3bench.record.writer import RecordWriter
 
 PAIRS, VALUES, LIMIT_S = 200, 5, 600.0
 SHAPE = ("model=tiny", "model.num_layers=4", "model.emb_dim=256", "model.hidden_dim=1024", "prompt_tokens=64")
@@ -31,19 +33,19 @@ def main(device: str = "cpu", runtime: str = "eager", *overrides: str) -> None:
         RecordWriter(place) as writer,
         WorkerProcess(Path(place) / "worker.log") as worker,
     ):
-        worker.ask("open", LIMIT_S, config=settings.to_dict())
-        worker.ask("enter", LIMIT_S, workload="prefill", runtime=runtime, cell="baseline")
-        worker.ask("prepare", LIMIT_S, cell="baseline", copy=0)
+        worker.ask(Open(config=settings.to_dict()), LIMIT_S)
+        worker.ask(Enter(workload="prefill", runtime=runtime, cell="baseline"), LIMIT_S)
+        worker.ask(Prepare(cell="baseline", copy=0), LIMIT_S)
 
         def ask(repeats: int) -> list[float]:
-            samples = worker.ask("visit", LIMIT_S, cell="baseline", copy=0, repeats=repeats)["samples"]
-            return [sample["latency_s"] for sample in samples]
+            visit = worker.ask(Visit(cell="baseline", copy=0, repeats=repeats), LIMIT_S)
+            return [sample.latency_s for sample in visit.samples]
 
         def supervised() -> float:
             values = []
             for block in range(VALUES):
                 (latency_s,) = ask(1)
-                writer.append({"type": "sample", **where, "block": block, "latency_s": latency_s})
+                writer.append(SampleLine(**where, block=block, latency_s=latency_s))
                 values.append(latency_s)
             return median(values)
 

@@ -21,15 +21,28 @@ from rich.console import Console
 
 from qwen3bench.analysis.frames import SAMPLE_COLUMNS
 from qwen3bench.analysis.run import load_run, write_derived
-from qwen3bench.campaign.blocks import Timings
+from qwen3bench.campaign.context import RunContext
 from qwen3bench.campaign.passes import Campaign
 from qwen3bench.campaign.progress import Reporter
-from qwen3bench.campaign.state import Done
+from qwen3bench.campaign.state import RunState
+from qwen3bench.campaign.worker_pool import WorkerPool
 from qwen3bench.config.choices import choices
 from qwen3bench.config.settings import settings_from
-from qwen3bench.record.card import Telemetry
 from qwen3bench.record.design import block_order
-from qwen3bench.record.reader import RecordWriter, read_record
+from qwen3bench.record.lines import (
+    LINES,
+    BlockLine,
+    EvidenceLine,
+    ProcessLine,
+    RunLine,
+    SampleLine,
+    StopLine,
+    Telemetry,
+    VisitLine,
+)
+from qwen3bench.record.reader import read_record
+from qwen3bench.record.typed import made
+from qwen3bench.record.writer import RecordWriter
 
 Measure = Callable[..., Any]
 FULL = ("design=full", "opt=flash,tie")
@@ -39,31 +52,31 @@ CELLS = ["baseline", "flash", "tie", "flash+tie"]
 def test_a_process_measures_blocks_of_one_workload_alone(measure: Measure) -> None:
     sizes = ["measure.blocks_per_process=2", "measure.max_blocks=5", "measure.min_blocks=5", "measure.repeats=2"]
     done = measure(*FULL, "workload=prefill,generate", *sizes)
-    blocks = done.record.frame("block").groupby("workload")
-    first = done.record.frame("block")["process"].min()
+    blocks = done.record.frame(BlockLine).groupby("workload")
+    first = done.record.frame(BlockLine)["process"].min()
     for workload, processes in (("prefill", [0, 0, 2, 2, 4]), ("generate", [1, 1, 3, 3, 5])):
         rows = blocks.get_group(workload)
         assert list(rows["block"]) == [0, 1, 2, 3, 4]
         assert list(rows["process"] - first) == processes
-    purposes = {line["process"]: line["purpose"] for line in done.record.of("process")}
-    assert [purposes[p] for p in sorted(set(done.record.frame("block")["process"]))] == ["time"] * 6
+    purposes = {line.process: line.purpose for line in done.record.of(ProcessLine)}
+    assert [purposes[p] for p in sorted(set(done.record.frame(BlockLine)["process"]))] == ["time"] * 6
 
 
 def test_one_process_does_not_use_up_the_blocks_of_the_others(measure: Measure) -> None:
     sizes = ["measure.blocks_per_process=50", "measure.max_blocks=7", "measure.min_processes=2"]
-    blocks = measure(*FULL, *sizes).record.frame("block")
-    assert list(blocks["process"] - blocks["process"].iloc[0]) == [0, 0, 0, 0, 1, 1, 1]
+    blocks = measure(*FULL, *sizes).record.frame(BlockLine)
+    assert list(blocks.process - blocks.process.iloc[0]) == [0, 0, 0, 0, 1, 1, 1]
 
 
 def test_blocks_are_visited_in_the_seeded_order_with_the_baseline_twice(measure: Measure) -> None:
     done = measure(*FULL, "measure.repeats=3", "seed=7")
-    samples = done.record.frame("sample")
+    samples = done.record.frame(SampleLine)
     for block in range(3):
         rows = samples[samples["block"] == block].drop_duplicates("position").sort_values("position")
         visited = list(zip(rows["cell"], rows["copy"], strict=True))
         assert visited == block_order(CELLS, 7, "prefill", "eager", block, 0)
     assert all(list(visit) == [0, 1, 2] for _, visit in samples.groupby(["block", "position"])["repeat"])
-    assert all(line["samples"] == 3 for line in done.record.of("visit"))
+    assert all(line.samples == 3 for line in done.record.of(VisitLine))
 
 
 @pytest.mark.parametrize(
@@ -76,50 +89,51 @@ def test_blocks_are_visited_in_the_seeded_order_with_the_baseline_twice(measure:
 )
 def test_it_says_why_it_stops(measure: Measure, overrides: list[str], reason: str) -> None:
     done = measure(*FULL, *overrides)
-    (stop,) = done.record.of("stop")
-    assert stop["reason"] == reason
-    assert stop["blocks"] == len(done.record.of("block"))
-    assert set(stop["half_width"]) == {"flash", "tie"}
+    (stop,) = done.record.of(StopLine)
+    assert stop.reason == reason
+    assert stop.blocks == len(done.record.of(BlockLine))
+    assert set(stop.half_width) == {"flash", "tie"}
     if reason == "target":
-        assert all(width <= 0.5 for width in stop["half_width"].values())
-        assert stop["processes"] >= 2
+        assert all(width <= 0.5 for width in stop.half_width.values())
+        assert stop.processes >= 2
 
 
+@pytest.mark.slow
 def test_getting_more_processes_ready_than_the_least_is_of_the_time_allowed(
     measure: Measure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare = Timings._prepare
+    await_ahead = WorkerPool.await_ahead
 
-    def slowly(timings: Timings, where: tuple[str, str]) -> bool:
+    def slowly(workers: WorkerPool) -> None:
         time.sleep(0.5)
-        return prepare(timings, where)
+        await_ahead(workers)
 
-    monkeypatch.setattr(Timings, "_prepare", slowly)
+    monkeypatch.setattr(WorkerPool, "await_ahead", slowly)
     limits = ("measure.max_seconds=4", "measure.target=1e-9", "measure.max_blocks=14", "measure.min_blocks=2")
     done = measure(*FULL, *limits, "measure.min_processes=2", "measure.blocks_per_process=1")
-    (stop,) = done.record.of("stop")
-    assert stop["reason"] == "max_seconds"
-    assert 3 <= stop["processes"] <= 10  # the least, and as many as get ready within the time
-    assert stop["more_s"] >= 0.5 * (stop["processes"] - 2)
-    begun = Done(settings_from(done.record.of("run")[0]["config"]), done.record).timings[
+    (stop,) = done.record.of(StopLine)
+    assert stop.reason == "max_seconds"
+    assert 3 <= stop.processes <= 10  # the least, and as many as get ready within the time
+    assert stop.more_s >= 0.5 * (stop.processes - 2)
+    begun = RunState(settings_from(done.record.run.config), done.record).timings[
         "prefill", "eager"
     ]  # as a continued run would begin
-    assert begun.more_s == pytest.approx(stop["more_s"])
+    assert begun.more_s == pytest.approx(stop.more_s)
 
 
 def test_narrow_intervals_take_more_processes(measure: Measure) -> None:
     limits = ("measure.target=null", "measure.min_processes=null", "measure.min_blocks=3", "measure.max_blocks=200")
     done = measure(*FULL, "device=cuda", "runtime=eager,graph", *limits, "measure.blocks_per_process=2")
-    stops = {stop["runtime"]: stop for stop in done.record.of("stop")}
-    assert {stop["reason"] for stop in stops.values()} == {"target"}
-    assert stops["graph"]["processes"] == 5
-    assert stops["eager"]["processes"] in (2, 3)
+    stops = {stop.runtime: stop for stop in done.record.of(StopLine)}
+    assert {stop.reason for stop in stops.values()} == {"target"}
+    assert stops["graph"].processes == 5
+    assert stops["eager"].processes in (2, 3)
 
 
 def test_the_blocks_are_shared_among_as_many_processes_as_it_takes(measure: Measure) -> None:
     limits = ("measure.target=null", "measure.min_processes=null", "measure.min_blocks=20", "measure.max_blocks=20")
     done = measure(*FULL, "device=cuda", "runtime=graph", *limits, "measure.blocks_per_process=50")
-    blocks = [line["process"] for line in done.record.of("block")]
+    blocks = [line.process for line in done.record.of(BlockLine)]
     assert [blocks.count(process) for process in dict.fromkeys(blocks)] == [4] * 5
 
 
@@ -134,16 +148,16 @@ def test_the_gate_and_the_evidence_come_before_the_first_timing(measure: Measure
 
 def test_what_a_switch_changed_is_told_by_cells_that_are_not_measured(measure: Measure) -> None:
     done = measure("design=pair", "opt=flash,tie")
-    assert [line["cell"] for line in done.record.of("evidence")] == ["baseline", "flash+tie", "tie", "flash"]
-    assert [line["cell"] for line in done.run.evidence] == ["baseline", "flash+tie"]
-    notes = " ".join(done.run.evidence[1]["notes"])
+    assert [line.cell for line in done.record.of(EvidenceLine)] == ["baseline", "flash+tie", "tie", "flash"]
+    assert [line.cell for line in done.run.evidence] == ["baseline", "flash+tie"]
+    notes = " ".join(done.run.evidence[1].notes)
     assert "flash changed nothing that ran: same kernels as tie" in notes  # the fake worker's cells run alike
     assert set(done.run.cells["cell"]) == {"baseline", "flash+tie"}
 
 
 def test_of_generate_whose_last_step_alone_is_looked_at_nothing_is_said_to_be_the_same(measure: Measure) -> None:
     done = measure(*FULL, "workload=[generate,decode]")
-    said = {line["workload"] for line in done.run.evidence if "changed nothing" in " ".join(line["notes"])}
+    said = {line.workload for line in done.run.evidence if "changed nothing" in " ".join(line.notes)}
     assert said == {"decode"}
 
 
@@ -154,13 +168,21 @@ def test_of_generate_whose_last_step_alone_is_looked_at_nothing_is_said_to_be_th
 def _begun(directory: Path, settings: Any, *lines: dict[str, Any]) -> Iterator[RecordWriter]:
     with RecordWriter(directory) as writer:
         run = {"config": settings.to_dict(), "factors": list(settings.factors), "cells": CELLS}
-        writer.append({"type": "run", **run, "workloads": ["prefill"], "runtimes": ["eager"]}, *lines)
+        begun = RunLine(**run, workloads=("prefill",), runtimes=("eager",))
+        writer.append(begun, *(made(LINES[line["type"]], line) for line in lines))
         yield writer
+
+
+def _campaign(settings: Any, writer: RecordWriter, record: Any, start: Any, card: Any) -> Campaign:
+    state = RunState(settings, record)
+    pool = WorkerPool(settings, writer, start, process=state.process)
+    quiet = Reporter(Console(file=io.StringIO()))
+    return Campaign(RunContext(settings, writer, quiet, state, pool), card)
 
 
 @pytest.fixture
 def campaign(
-    tmp_path: Path, small_settings: Callable[..., Any], telling_worker: Any, fake_monitor: Any
+    tmp_path: Path, small_settings: Callable[..., Any], telling_worker: Any, fake_card: Any
 ) -> Callable[..., Any]:
     """Runs a campaign over a record that holds `lines`; gives the record and the operations asked for."""
 
@@ -173,9 +195,8 @@ def campaign(
 
         settings = small_settings(*FULL).resolved("cpu")
         with _begun(tmp_path, settings, *lines) as writer:
-            monitor = fake_monitor(*(looks or [Telemetry()]))
-            done, quiet = read_record(tmp_path), Reporter(Console(file=io.StringIO()))
-            Campaign(settings, writer, quiet, done, lambda log: telling_worker(note), monitor).run()
+            card = fake_card(*(looks or [Telemetry()]))
+            _campaign(settings, writer, read_record(tmp_path), lambda log: telling_worker(note), card).run()
         return load_run(tmp_path), asked
 
     return go
@@ -210,18 +231,18 @@ def test_a_block_that_was_cut_off_gets_another_attempt_and_counts_once(campaign:
     assert used[used["block"] > 0]["process"].min() > 3
 
 
-def test_brakes_before_the_interruption_count(campaign: Callable[..., Any]) -> None:
-    braked = Telemetry(throttle_reasons=["hw_slowdown"])
+def test_throttling_before_the_interruption_counts(campaign: Callable[..., Any]) -> None:
+    throttled = Telemetry(throttle_reasons=("hw_slowdown",))
     before = [*_block(0, 0, "repeat"), *_block(0, 1, "repeat")]
-    run, _ = campaign(PROCESS, *before, looks=[braked, Telemetry()])
-    states = [(b["block"], b["attempt"], b["state"]) for b in run.record.of("block")]
+    run, _ = campaign(PROCESS, *before, looks=[throttled, Telemetry()])
+    states = [(b.block, b.attempt, b.state) for b in run.record.of(BlockLine)]
     assert states == [(0, 0, "repeat"), (0, 1, "repeat"), (0, 2, "flagged"), (1, 0, "ok"), (2, 0, "ok")]
 
 
 def test_a_run_that_had_enough_blocks_only_says_so(campaign: Callable[..., Any]) -> None:
     run, asked = campaign(PROCESS, *(line for block in range(3) for line in _block(block, 0, "ok")))
     assert "visit" not in asked
-    assert [(line["reason"], line["blocks"], line["measured_s"]) for line in run.record.of("stop")] == [
+    assert [(line.reason, line.blocks, line.measured_s) for line in run.record.of(StopLine)] == [
         ("max_seconds", 3, 15.0)
     ]
 
@@ -265,6 +286,7 @@ SAMPLE = st.dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(
     op=st.sampled_from(["parameters", "verify", "evidence", "cost", "ceilings", "prepare", "visit"]),
     change=CHANGES,
@@ -276,7 +298,7 @@ def test_whatever_a_worker_says_no_traceback_and_no_wrong_cell(
     tmp_path_factory: pytest.TempPathFactory,
     small_settings: Callable[..., Any],
     telling_worker: Any,
-    fake_monitor: Any,
+    fake_card: Any,
     op: str,
     change: dict[str, Any],
     sample: dict[str, Any],
@@ -296,8 +318,7 @@ def test_whatever_a_worker_says_no_traceback_and_no_wrong_cell(
     directory = tmp_path_factory.mktemp("run")
     settings = small_settings(*FULL).resolved("cpu")
     with _begun(directory, settings) as writer:
-        quiet = Reporter(Console(file=io.StringIO()))
-        Campaign(settings, writer, quiet, None, lambda log: telling_worker(confuse), fake_monitor(Telemetry())).run()
+        _campaign(settings, writer, None, lambda log: telling_worker(confuse), fake_card(Telemetry())).run()
     run = load_run(directory)
     assert run.warnings == []
     assert set(run.cells["cell"]) == set(CELLS)

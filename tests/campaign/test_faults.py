@@ -13,9 +13,18 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from qwen3bench.campaign.worker_pool import Workers
-from qwen3bench.record.card import Telemetry
-from qwen3bench.record.reader import RecordWriter
+from qwen3bench.campaign.worker_pool import WorkerPool
+from qwen3bench.record.lines import (
+    BlockLine,
+    EndLine,
+    EvidenceLine,
+    FailureLine,
+    SampleLine,
+    StopLine,
+    Telemetry,
+    VerifyLine,
+)
+from qwen3bench.record.writer import RecordWriter
 
 Measure = Callable[..., Any]
 OPTS = "opt=flash,tie"
@@ -38,7 +47,7 @@ def test_without_faults_every_cell_is_ok(measure: Measure) -> None:
     assert done.status == 0
     assert done.statuses == dict.fromkeys(CELLS, "ok")
     assert _counts(done.run.samples) == {**{(cell, 0): 3 for cell in CELLS}, ("baseline", 1): 3}
-    assert done.record.of("end")[-1]["status"] == "finished"
+    assert done.record.of(EndLine)[-1].status == "finished"
     assert not done.alive
 
 
@@ -62,9 +71,9 @@ def test_a_fault_in_any_step_costs_its_cell_alone(
     assert done.status == 3
     assert "Traceback" not in done.err
     assert done.statuses == {**dict.fromkeys(CELLS, "ok"), "tie": status}
-    (failure,) = done.record.of("failure")
-    assert (failure["cell"], failure["status"]) == ("tie", status)
-    assert reason in failure["reason"]
+    (failure,) = done.record.of(FailureLine)
+    assert (failure.cell, failure.status) == ("tie", status)
+    assert reason in failure.reason
     others = {key: n for key, n in _counts(done.run.samples).items() if key[0] != "tie"}
     assert others == {**{(cell, 0): 3 for cell in CELLS if cell != "tie"}, ("baseline", 1): 3}
     assert not done.alive
@@ -73,7 +82,7 @@ def test_a_fault_in_any_step_costs_its_cell_alone(
 def test_a_worker_killed_amid_a_block_has_the_block_done_again_in_one_process(measure: Measure, tmp_path: Path) -> None:
     done = measure(*FULL, faults=[{**DIES, "op": "visit", "cell": "flash", "once": str(tmp_path / "struck")}])
     assert done.statuses == {**dict.fromkeys(CELLS, "ok"), "flash": "crashed"}
-    samples = done.record.frame("sample")
+    samples = done.record.frame(SampleLine)
     used = done.run.samples
     assert len(samples) > len(used)  # what the killed worker measured stays in the record
     assert set(used.groupby("block")["process"].nunique()) == {1}
@@ -95,9 +104,9 @@ def test_out_of_memory_is_told_with_its_peak(measure: Measure, op: str) -> None:
     done = measure(*FULL, "device=cuda", faults=[fault])
     assert done.status == 3
     assert done.statuses == {**dict.fromkeys(CELLS, "ok"), "flash": "oom"}
-    (failure,) = done.record.of("failure")
-    assert (failure["pass"], failure["peak_allocated_bytes"]) == ("time" if op == "visit" else op, 123)
-    looked_at = [line["cell"] for line in done.record.of("evidence")]
+    (failure,) = done.record.of(FailureLine)
+    assert (failure.pass_, failure.peak_allocated_bytes) == ("time" if op == "visit" else op, 123)
+    looked_at = [line.cell for line in done.record.of(EvidenceLine)]
     assert looked_at == [cell for cell in CELLS if op == "visit" or cell != "flash"]
 
 
@@ -108,7 +117,7 @@ def test_memory_for_no_cache_costs_the_cells_of_that_workload_alone(measure: Mea
     by_workload = done.run.cells.groupby("workload")["status"].unique()
     assert list(by_workload["prefill"]) == ["ok"]
     assert list(by_workload["decode"]) == ["oom"]
-    assert {line["workload"]: line["reason"] for line in done.record.of("stop")} == {
+    assert {line.workload: line.reason for line in done.record.of(StopLine)} == {
         "prefill": "max_blocks",
         "decode": "failed",
     }
@@ -120,7 +129,7 @@ def test_a_worker_that_hangs_times_out_and_its_group_is_ended(measure: Measure) 
     assert time.monotonic() - started < 60
     assert done.status == 3
     assert done.statuses == {**dict.fromkeys(CELLS, "ok"), "flash+tie": "timeout"}
-    assert "said nothing for 0.5 s" in done.record.of("failure")[0]["reason"]
+    assert "said nothing for 0.5 s" in done.record.of(FailureLine)[0].reason
     assert not done.alive
 
 
@@ -152,6 +161,7 @@ def test_a_cell_compiled_again_after_its_warm_up_is_invalid_and_not_timed(measur
     assert "flash" not in set(done.run.samples["cell"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pass_", "fields", "status"),
     [
@@ -181,18 +191,18 @@ def test_a_cell_stays_failed_wherever_the_record_was_cut(
 def test_the_worker_started_ahead_may_die_before_it_is_needed(
     measure: Measure, start_fake: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await_ahead = Workers.await_ahead
+    await_ahead = WorkerPool.await_ahead
 
-    def killed(workers: Workers) -> None:
+    def killed(workers: WorkerPool) -> None:
         await_ahead(workers)
-        for worker in workers._ahead:
+        for worker in workers.ahead:
             os.kill(worker.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(Workers, "await_ahead", killed)
+    monkeypatch.setattr(WorkerPool, "await_ahead", killed)
     done = measure(*FULL, "measure.max_blocks=6", "measure.min_blocks=6")
     assert done.status == 0
-    assert len(done.record.of("block")) == 6
-    assert len({line["process"] for line in done.record.of("block")}) == 3
+    assert len(done.record.of(BlockLine)) == 6
+    assert len({line.process for line in done.record.of(BlockLine)}) == 3
 
 
 def test_without_what_the_gate_said_a_cell_gets_no_speedup(measure: Measure) -> None:
@@ -212,7 +222,7 @@ def test_a_device_that_cannot_tell_its_ceilings_is_measured_all_the_same(measure
     done = measure(*FULL, faults=[{**OUT_OF_MEMORY, "op": "ceilings"}])
     assert done.status == 0
     assert done.run.cells["mfu"].isna().all()
-    assert done.record.of("failure") == []
+    assert done.record.of(FailureLine) == []
 
 
 @pytest.mark.parametrize(
@@ -227,7 +237,7 @@ def test_a_worker_that_cannot_start_is_one_clear_line(measure: Measure, op: str,
 def test_a_later_worker_that_cannot_start_leaves_a_run_that_can_be_continued(measure: Measure) -> None:
     broken = measure(*FULL, faults=[{**DIES, "op": "open"}], since=2)
     assert "no worker could be started" in broken.error
-    assert {line["cell"] for line in broken.record.of("verify")} == set(CELLS)
+    assert {line.cell for line in broken.record.of(VerifyLine)} == set(CELLS)
     assert measure(resume=broken.directory).status == 0
 
 
@@ -265,45 +275,45 @@ def test_missing_cells_give_no_made_up_number(measure: Measure, missing: tuple[s
 # The card
 
 
-BRAKED = Telemetry(throttle_reasons=["hw_thermal_slowdown"], sm_clock_mhz=900)
-COOL = Telemetry(throttle_reasons=["gpu_idle"], sm_clock_mhz=1900)
+THROTTLED = Telemetry(throttle_reasons=("hw_thermal_slowdown",), sm_clock_mhz=900)
+COOL = Telemetry(throttle_reasons=("gpu_idle",), sm_clock_mhz=1900)
 
 
-def test_a_block_under_a_brake_is_done_again(measure: Measure, fake_monitor: Callable[..., Any]) -> None:
-    done = measure(*FULL, monitor=fake_monitor(COOL, BRAKED, COOL))
+def test_a_block_that_was_throttled_is_done_again(measure: Measure, fake_card: Callable[..., Any]) -> None:
+    done = measure(*FULL, card=fake_card(COOL, THROTTLED, COOL))
     assert done.status == 0
-    states = [(line["block"], line["attempt"], line["state"]) for line in done.record.of("block")]
+    states = [(line.block, line.attempt, line.state) for line in done.record.of(BlockLine)]
     assert states == [(0, 0, "ok"), (1, 0, "repeat"), (1, 1, "ok"), (2, 0, "ok")]
     used = done.run.samples
     assert set(used[used["block"] == 1]["attempt"]) == {1}
     assert _counts(used) == {**{(cell, 0): 3 for cell in CELLS}, ("baseline", 1): 3}
 
 
-def test_a_brake_that_stays_is_flagged_and_never_an_empty_row(
-    measure: Measure, fake_monitor: Callable[..., Any]
+def test_throttling_that_stays_is_flagged_and_never_an_empty_row(
+    measure: Measure, fake_card: Callable[..., Any]
 ) -> None:
-    done = measure(*FULL, monitor=fake_monitor(BRAKED))
+    done = measure(*FULL, card=fake_card(THROTTLED))
     assert done.status == 0
-    blocks = done.record.of("block")
-    assert [line["state"] for line in blocks] == 3 * ["repeat", "repeat", "flagged"]
-    assert all(line["flags"] == ["hw_thermal_slowdown"] for line in blocks)
+    blocks = done.record.of(BlockLine)
+    assert [line.state for line in blocks] == 3 * ["repeat", "repeat", "flagged"]
+    assert all(line.flags == ("hw_thermal_slowdown",) for line in blocks)
     assert done.run.cells["latency_s"].notna().all()
 
 
-def test_a_foreign_process_on_the_card_is_flagged(measure: Measure, fake_monitor: Callable[..., Any]) -> None:
-    done = measure(*FULL, monitor=fake_monitor(Telemetry(foreign_processes=[4711])))
-    blocks = done.record.of("block")
-    assert [line["state"] for line in blocks] == 3 * ["repeat", "repeat", "flagged"]
-    assert all(line["flags"] == ["foreign process 4711"] for line in blocks)
-    assert all(line["foreign_processes"] == [4711] for line in blocks)
+def test_a_foreign_process_on_the_card_is_flagged(measure: Measure, fake_card: Callable[..., Any]) -> None:
+    done = measure(*FULL, card=fake_card(Telemetry(foreign_processes=(4711,))))
+    blocks = done.record.of(BlockLine)
+    assert [line.state for line in blocks] == 3 * ["repeat", "repeat", "flagged"]
+    assert all(line.flags == ("foreign process 4711",) for line in blocks)
+    assert all(line.foreign_processes == (4711,) for line in blocks)
 
 
-def test_without_nvml_its_fields_are_empty(measure: Measure, fake_monitor: Callable[..., Any]) -> None:
-    done = measure(*FULL, monitor=fake_monitor(Telemetry()))
+def test_without_nvml_its_fields_are_empty(measure: Measure, fake_card: Callable[..., Any]) -> None:
+    done = measure(*FULL, card=fake_card(Telemetry()))
     names = ("sm_clock_mhz", "memory_clock_mhz", "temperature_c", "power_w", "throttle_reasons", "foreign_processes")
-    for line in done.record.of("block"):
-        assert line["state"] == "ok"
-        assert [line[name] for name in names] == [None] * len(names)
+    for line in done.record.of(BlockLine):
+        assert line.state == "ok"
+        assert [getattr(line, name) for name in names] == [None] * len(names)
 
 
 def test_a_clock_set_back_changes_no_duration(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,10 +323,10 @@ def test_a_clock_set_back_changes_no_duration(measure: Measure, monkeypatch: pyt
     done = measure(*FULL)
     elapsed_s = time.monotonic() - started
     assert done.status == 0
-    durations = [line["elapsed_s"] for line in done.record.of("block")]
-    durations += [line["measured_s"] for line in done.record.of("stop")]
+    durations = [line.elapsed_s for line in done.record.of(BlockLine)]
+    durations += [line.measured_s for line in done.record.of(StopLine)]
     assert all(0 <= duration_s <= elapsed_s for duration_s in durations)
-    blocks = [line["time"] for line in done.record.of("block")]
+    blocks = [line.time for line in done.record.of(BlockLine)]
     assert blocks == sorted(blocks, reverse=True)  # the clock did jump
 
 

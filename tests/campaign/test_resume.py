@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any, Self
@@ -17,11 +18,13 @@ import psutil
 import pytest
 
 from qwen3bench.analysis.run import load_run
-from qwen3bench.campaign import launch as run_module
+from qwen3bench.campaign import continuation, launch
 from qwen3bench.config.cli import compose, main
 from qwen3bench.config.settings import Settings
 from qwen3bench.errors import UserError
-from qwen3bench.record.reader import RecordWriter, read_record
+from qwen3bench.record.lines import EndLine, Line, SessionLine, StopLine, VerifyLine
+from qwen3bench.record.reader import read_record
+from qwen3bench.record.writer import RecordWriter
 
 Measure = Callable[..., Any]
 SOURCE = Path(__file__).parents[2]
@@ -51,6 +54,7 @@ def _keys(directory: Path) -> list[tuple[Any, ...]]:
     return sorted(load_run(directory).samples[KEYS].itertuples(index=False, name=None))
 
 
+@pytest.mark.slow
 def test_killed_at_a_hundred_random_moments_it_ends_with_the_same_samples(tmp_path: Path) -> None:
     sizes = [f"measure.{name}" for name in ("min_blocks=5", "max_blocks=5", "blocks_per_process=2", "repeats=2")]
     arguments = ["model=tiny", "device=cpu", *FULL, "workload=prefill,generate", "measure.target=0.00001", *sizes]
@@ -73,10 +77,11 @@ def test_killed_at_a_hundred_random_moments_it_ends_with_the_same_samples(tmp_pa
         assert _keys(directory) == expected
         used = load_run(directory).samples
         assert set(used.groupby(["workload", "runtime", "block"])["process"].nunique()) == {1}
-        stops = read_record(directory).of("stop")
-        assert sorted((line["workload"], line["blocks"]) for line in stops) == [("generate", 5), ("prefill", 5)]
+        stops = read_record(directory).of(StopLine)
+        assert sorted((line.workload, line.blocks) for line in stops) == [("generate", 5), ("prefill", 5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_children_keeps_the_record_and_tells_how_to_continue(
     tmp_path: Path,
@@ -109,46 +114,48 @@ def test_a_signal_ends_the_children_keeps_the_record_and_tells_how_to_continue(
     assert "Traceback" not in err
     kept = read_record(directory)
     assert kept.warnings == []
-    assert kept.of("end")[-1]["status"] == "interrupted"
+    assert kept.of(EndLine)[-1].status == "interrupted"
     (line,) = (line for line in err.splitlines() if "Continue: " in line)
     python, _, module, *arguments = shlex.split(line.partition("Continue: ")[2])
     assert (python, module) == ("python", "qwen3bench")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_module, "write_report", lambda run, found: None)
-    assert main(arguments, lambda settings: run_module.run(settings, start_fake())) == 0
+    monkeypatch.setattr(launch, "write_report", lambda run, found: None)
+    assert main(arguments, lambda settings: launch.run(settings, launch.Machine(start_fake()))) == 0
     assert set(load_run(directory).cells["status"]) == {"ok"}
 
 
+@pytest.mark.slow
 def test_a_multirun_given_again_measures_the_points_that_are_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start_fake: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_module, "write_report", lambda run, found: None)
+    monkeypatch.setattr(launch, "write_report", lambda run, found: None)
     measured: list[int] = []
 
     def run(settings: Settings) -> int:
         measured.append(settings.seed)
-        return run_module.run(settings, start_fake())
+        return launch.run(settings, launch.Machine(start_fake()))
 
     quick = ["measure.min_blocks=3", "measure.max_blocks=3"]
     command = ["-m", "model=tiny", "design=full", "opt=[flash,tie]", *quick, "run.dir=points"]
-    assert main([*command, "seed=1"], run) == 0
-    assert main([*command, "seed=1,2"], run) == 0
+    finished = launch.finished_status
+    assert main([*command, "seed=1"], run, finished) == 0
+    assert main([*command, "seed=1,2"], run, finished) == 0
     assert measured == [1, 2]
     assert "points/0 holds this point, finished" in capsys.readouterr().out
     for other in ("prompt_tokens=9", "device=cuda"):
-        assert main([*command, "seed=1,2", other], run) == 1  # another run's directory
+        assert main([*command, "seed=1,2", other], run, finished) == 1  # another run's directory
 
 
 def test_a_signal_while_the_report_is_written_asks_for_no_continuation(
     measure: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "write_derived", lambda run: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(launch, "write_derived", lambda run: os.kill(os.getpid(), signal.SIGINT))
     done = measure(*FULL)
     assert done.status == 130
     assert "Continue" not in done.err
     assert f"python -m qwen3bench.report {tmp_path / 'run'}" in done.err
-    assert [line["status"] for line in done.record.of("end")] == ["finished"]
+    assert [line.status for line in done.record.of(EndLine)] == ["finished"]
 
 
 def test_the_newest_run_is_the_latest_though_it_was_interrupted(
@@ -157,12 +164,12 @@ def test_the_newest_run_is_the_latest_though_it_was_interrupted(
     older = measure(*FULL, dir=None)
     assert older.status == 0
     finished = (tmp_path / "results" / "latest").resolve()
-    monkeypatch.setattr(run_module, "datetime", Later)
-    monkeypatch.setattr(run_module.Campaign, "run", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(launch, "datetime", Later)
+    monkeypatch.setattr(launch.Campaign, "run", lambda _: os.kill(os.getpid(), signal.SIGINT))
     assert measure(*FULL, dir=None).status == 130
     latest = (tmp_path / "results" / "latest").resolve()
     assert latest != finished
-    assert read_record(latest).of("end")[-1]["status"] == "interrupted"
+    assert read_record(latest).of(EndLine)[-1].status == "interrupted"
 
 
 class Later(datetime):
@@ -176,7 +183,7 @@ class Later(datetime):
 def test_a_signal_before_anything_is_recorded_asks_for_the_command_again(
     measure: Measure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "_begin", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(continuation, "begin", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     done = measure(*FULL)
     assert done.status == 143
     assert "before anything was recorded: give the same command again" in done.err
@@ -189,23 +196,23 @@ def test_a_signal_just_after_the_last_line_leaves_a_finished_run(
 ) -> None:
     append = RecordWriter.append
 
-    def interrupted(writer: RecordWriter, *lines: dict[str, Any]) -> None:
+    def interrupted(writer: RecordWriter, *lines: Line) -> None:
         append(writer, *lines)
-        if lines[-1]["type"] == "end":
+        if isinstance(lines[-1], EndLine):
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(RecordWriter, "append", interrupted)
     done = measure(*FULL)
     assert done.status == 130
     assert "everything measured. Write the report" in done.err
-    assert [line["status"] for line in done.record.of("end")] == ["finished"]
+    assert [line.status for line in done.record.of(EndLine)] == ["finished"]
 
 
 def test_a_disk_full_of_plots_loses_nothing_measured(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: object) -> None:
         raise UserError("plots/a.svg: cannot be written (No space left on device)")
 
-    monkeypatch.setattr(run_module, "write_derived", full)
+    monkeypatch.setattr(launch, "write_derived", full)
     done = measure(*FULL)
     assert "No space left on device" in done.error
     assert f"everything is measured; write the report: python -m qwen3bench.report {done.directory}" in done.error
@@ -223,7 +230,7 @@ NAMES += ["k=v", "{a: b}", "${oc.env:HOME}", "$HOME", "back\\slash", 'both\\"', 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_line_to_resume_names_any_directory(name: str) -> None:
-    line = run_module._resume_command(Path(name))
+    line = continuation.resume_command(Path(name))
     said = subprocess.run(["sh", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True).stdout
     assert said.splitlines()[:3] == ["python", "-m", "qwen3bench"]
     (override,) = said.splitlines()[3:]
@@ -245,8 +252,8 @@ def test_resume_alone_takes_the_recorded_config(measure: Measure, broken: Any) -
     done = measure(resume=broken.directory)
     assert done.status == 0
     assert set(done.statuses) == {"baseline", "flash", "tie", "flash+tie"}
-    assert len(done.record.of("session")) == 2
-    verified = [line["cell"] for line in done.record.of("verify")]
+    assert len(done.record.of(SessionLine)) == 2
+    verified = [line.cell for line in done.record.of(VerifyLine)]
     assert sorted(verified) == sorted(set(verified))  # nothing was done twice
 
 
@@ -272,7 +279,7 @@ def test_another_config_is_refused_with_the_keys_that_differ(measure: Measure, b
 def test_other_weights_code_torch_or_device_are_refused(
     measure: Measure, broken: Any, tmp_path: Path, part: str, words: str
 ) -> None:
-    fingerprint = {**broken.record.run["fingerprint"], part: "other"}
+    fingerprint = {**broken.record.run.fingerprint, part: "other"}
     fault = {"does": "answer", "fields": {"fingerprint": fingerprint}, "op": "identify"}
     done = measure(resume=broken.directory, faults=[fault])
     assert f"cannot be continued, as {words}" in done.error
@@ -297,8 +304,7 @@ def test_what_is_no_run_is_not_continued(measure: Measure, tmp_path: Path) -> No
 
 
 def test_a_config_of_another_version_is_refused_in_one_line(measure: Measure, broken: Any, tmp_path: Path) -> None:
-    run = {k: v for k, v in broken.record.run.items() if k not in ("v", "type", "crc")}
-    run["config"] = {**run["config"], "unheard_of": 1}
+    run = broken.record.run
     with RecordWriter(tmp_path / "other") as writer:
-        writer.append({"type": "run", **run})
+        writer.append(replace(run, config={**run.config, "unheard_of": 1}))
     assert "holds a config that this qwen3bench does not read" in measure(resume=tmp_path / "other").error

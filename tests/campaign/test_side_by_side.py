@@ -16,10 +16,11 @@ from typing import Any
 import psutil
 import pytest
 
-from qwen3bench.campaign import passes as campaign
-from qwen3bench.campaign.worker_pool import Workers
+from qwen3bench.campaign import passes
+from qwen3bench.campaign.worker_pool import WorkerPool
 from qwen3bench.campaign.worker_process import WorkerProcess
-from qwen3bench.record.card import Telemetry
+from qwen3bench.record.lines import BlockLine, CompileLine, FailureLine, ProcessLine, Telemetry, VerifyLine
+from qwen3bench.record.messages import MeasureMemory, Request, Verify
 
 Measure = Callable[..., Any]
 ON_A_CARD = ("design=full", "opt=flash,tie,mask,norm", "device=cuda", "runtime=graph")
@@ -31,15 +32,15 @@ BABBLES = {"does": "raw", "text": "\xff\x00 {]\n"}
 
 @pytest.fixture(autouse=True)
 def sixteen_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(campaign, "_cores", lambda: 16)
+    monkeypatch.setattr(passes, "usable_cores", lambda: 16)
 
 
 def test_each_cell_is_verified_once_and_the_processes_beside_are_gone(measure: Measure) -> None:
     done = measure(*ON_A_CARD)
     alone = measure(*ON_A_CARD[:2], to=done.directory.with_name("alone"))
     assert done.status == alone.status == 0
-    verified = [line["cell"] for line in done.record.of("verify")]
-    assert sorted(verified) == sorted(line["cell"] for line in alone.record.of("verify"))
+    verified = [line.cell for line in done.record.of(VerifyLine)]
+    assert sorted(verified) == sorted(line.cell for line in alone.record.of(VerifyLine))
     assert len(verified) == len(set(verified)) == 16
     assert len(done.pids) == len(alone.pids) + 3
     assert not done.alive
@@ -53,21 +54,21 @@ def test_no_process_but_the_one_at_work_has_touched_the_card_when_memory_is_meas
     """Those that are to time later have started, and have not been told of a device."""
     opened: set[int] = set()
     living = []
-    send, ask = WorkerProcess.send, Workers.ask
+    send, ask = WorkerProcess.send, WorkerPool.ask
 
-    def noted(self: WorkerProcess, op: str, **arguments: Any) -> None:
+    def noted(self: WorkerProcess, request: Request[Any]) -> None:
         opened.add(self.pid)
-        send(self, op, **arguments)
+        send(self, request)
 
-    def counted(self: Workers, op: str, **arguments: Any) -> dict[str, Any]:
-        if op == "memory":
+    def counted(self: WorkerPool, request: Request[Any]) -> Any:
+        if isinstance(request, MeasureMemory):
             children = psutil.Process().children()
             alive = {child.pid for child in children if child.status() != psutil.STATUS_ZOMBIE}
             living.append((len(alive & opened), len(alive)))
-        return ask(self, op, **arguments)
+        return ask(self, request)
 
     monkeypatch.setattr(WorkerProcess, "send", noted)
-    monkeypatch.setattr(Workers, "ask", counted)
+    monkeypatch.setattr(WorkerPool, "ask", counted)
     measure(*TIMED)
     assert living == [(1, 1 + 4)] * 2 * 16
 
@@ -80,15 +81,15 @@ def test_the_card_has_turned_to_another_process_before_one_is_timed(
     asked: list[tuple[int, str]] = []
     send = WorkerProcess.send
 
-    def noted(self: WorkerProcess, op: str, **arguments: Any) -> None:
-        asked.append((self.pid, op))
-        send(self, op, **arguments)
+    def noted(self: WorkerProcess, request: Request[Any]) -> None:
+        asked.append((self.pid, request.op))
+        send(self, request)
 
     monkeypatch.setattr(WorkerProcess, "send", noted)
     if at_once == "alone":
-        monkeypatch.setattr(campaign, "_cores", lambda: 1)
+        monkeypatch.setattr(passes, "usable_cores", lambda: 1)
     done = measure(*TIMED)
-    timed = {line["pid"] for line in done.record.of("process") if line["purpose"] == "time"}
+    timed = {line.pid for line in done.record.of(ProcessLine) if line.purpose == "time"}
     assert len(timed) >= 4
     for pid in timed:
         mine = [(i, op) for i, (each, op) in enumerate(asked) if each == pid]
@@ -98,10 +99,10 @@ def test_the_card_has_turned_to_another_process_before_one_is_timed(
 
 
 def test_cells_with_the_same_kernels_go_to_the_same_process(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
-    shared: list[list[str]] = []
-    monkeypatch.setattr(Workers, "side_by_side", lambda self, op, shares: shared.extend(shares) or iter(()))
+    shared: list[list[Verify]] = []
+    monkeypatch.setattr(WorkerPool, "side_by_side", lambda self, shares: shared.extend(shares) or iter(()))
     assert measure(*ON_A_CARD).status == 0  # all alone, as none was verified beside others
-    assert [{("flash" in cell, "tie" in cell) for cell in share} for share in shared] == [
+    assert [{("flash" in step.cell, "tie" in step.cell) for step in share} for share in shared] == [
         {(True, True)},
         {(True, False)},
         {(False, True)},
@@ -117,8 +118,8 @@ def test_a_failure_beside_others_is_no_ones_until_it_fails_alone(
     done = measure(*ON_A_CARD, faults=[{**fault, "op": "verify", "cell": cell, "once": str(tmp_path / "struck")}])
     assert done.status == 0
     assert set(done.statuses.values()) == {"ok"}
-    assert not done.record.of("failure")
-    assert len(done.record.of("verify")) == 16
+    assert not done.record.of(FailureLine)
+    assert len(done.record.of(VerifyLine)) == 16
     assert not done.alive
 
 
@@ -131,17 +132,17 @@ def test_a_cell_that_fails_alone_too_fails_and_no_other(
     assert done.status == 3
     assert {name for name, each in done.statuses.items() if each != "ok"} == {cell}
     assert done.statuses[cell] == status
-    assert len(done.record.of("failure")) == 1
-    assert len(done.record.of("verify")) == 15
+    assert len(done.record.of(FailureLine)) == 1
+    assert len(done.record.of(VerifyLine)) == 15
 
 
 def test_a_cell_that_is_not_equivalent_is_recorded_once_with_its_reason(measure: Measure) -> None:
     wrong = {"does": "answer", "op": "verify", "cell": "tie+norm", "fields": {"equivalent": False, "reason": "wrong"}}
     done = measure(*ON_A_CARD, faults=[wrong])
     assert done.statuses["tie+norm"] == "not_equivalent"
-    (failure,) = done.record.of("failure")
-    assert failure["reason"] == "wrong"
-    assert len(done.record.of("verify")) == 16
+    (failure,) = done.record.of(FailureLine)
+    assert failure.reason == "wrong"
+    assert len(done.record.of(VerifyLine)) == 16
 
 
 def test_a_cell_refused_beside_others_is_judged_alone(measure: Measure, tmp_path: Path) -> None:
@@ -151,9 +152,10 @@ def test_a_cell_refused_beside_others_is_judged_alone(measure: Measure, tmp_path
     done = measure(*ON_A_CARD, faults=[{**wrong, **once}])
     assert Path(once["once"]).exists()
     assert set(done.statuses.values()) == {"ok"}
-    assert len(done.record.of("verify")) == 16
+    assert len(done.record.of(VerifyLine)) == 16
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_takes_no_other_with_it(measure: Measure, tmp_path: Path) -> None:
     fault = {"does": "hang", "op": "verify", "cell": "tie", "once": str(tmp_path / "struck")}
     done = measure(*ON_A_CARD, "measure.step_timeout_s=1", faults=[fault])
@@ -164,27 +166,27 @@ def test_a_process_that_hangs_takes_no_other_with_it(measure: Measure, tmp_path:
 def test_a_cell_that_could_not_be_built_is_not_verified(measure: Measure) -> None:
     done = measure(*ON_A_CARD, faults=[{**DIES, "op": "load", "cells": ["mask"]}])
     assert done.statuses["mask"] == "crashed"
-    assert "mask" not in [line["cell"] for line in done.record.of("verify")]
+    assert "mask" not in [line.cell for line in done.record.of(VerifyLine)]
     assert not done.alive
 
 
 def test_a_continued_run_verifies_what_is_left(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Workers.side_by_side
+    whole = WorkerPool.side_by_side
 
-    def cut_off(self: Workers, op: str, shares: Any) -> Any:
-        yield from itertools.islice(whole(self, op, shares), 5)
+    def cut_off(self: WorkerPool, shares: Any) -> Any:
+        yield from itertools.islice(whole(self, shares), 5)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(10)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Workers, "side_by_side", cut_off)
+        patched.setattr(WorkerPool, "side_by_side", cut_off)
         begun = measure(*ON_A_CARD)
     assert begun.status == 130
-    assert len(begun.record.of("verify")) == 5
+    assert len(begun.record.of(VerifyLine)) == 5
     assert not begun.alive
     done = measure(resume=begun.directory)
     assert done.status == 0
-    assert len(done.record.of("verify")) == 16
+    assert len(done.record.of(VerifyLine)) == 16
 
 
 # Getting ready to time
@@ -192,8 +194,8 @@ def test_a_continued_run_verifies_what_is_left(measure: Measure, monkeypatch: py
 
 def _timed_in(done: Any) -> dict[tuple[str, int], int]:
     """The process of each workload's block."""
-    blocks = [line for line in done.record.of("block") if line["state"] == "ok"]
-    return {(line["workload"], line["block"]): line["process"] for line in blocks}
+    blocks = [line for line in done.record.of(BlockLine) if line.state == "ok"]
+    return {(line.workload, line.block): line.process for line in blocks}
 
 
 def test_the_processes_that_time_get_ready_side_by_side(measure: Measure) -> None:
@@ -204,7 +206,7 @@ def test_the_processes_that_time_get_ready_side_by_side(measure: Measure) -> Non
     assert len(processes) == 2 * 3
     # a third block is needed after the two of the first four processes, in a process of its own
     assert len(set(processes.values())) == 6
-    timing = [line["process"] for line in done.record.of("process") if line["purpose"] == "time"]
+    timing = [line.process for line in done.record.of(ProcessLine) if line.purpose == "time"]
     assert sorted(processes.values()) == sorted(timing)
     assert not done.alive
 
@@ -218,16 +220,16 @@ def test_where_the_least_were_not_enough_as_many_again_get_ready_together(measur
     assert not done.alive
 
 
-def test_all_that_live_while_one_is_timed_count_as_the_runs_own(measure: Measure, fake_monitor: Any) -> None:
+def test_all_that_live_while_one_is_timed_count_as_the_runs_own(measure: Measure, fake_card: Any) -> None:
     strangers = []
 
-    class Looking(fake_monitor):  # type: ignore[misc]
+    class Looking(fake_card):  # type: ignore[misc]
         def sample(self, own_pids: Any = None) -> Any:
             alive = {each.pid for each in psutil.Process().children() if each.status() != psutil.STATUS_ZOMBIE}
             strangers.append((alive - own_pids, len(alive)))
             return super().sample(own_pids)
 
-    measure(*TIMED, monitor=Looking(Telemetry()))
+    measure(*TIMED, card=Looking(Telemetry()))
     assert len(strangers) == 2 * 3
     assert not any(stranger for stranger, _ in strangers)
     assert max(count for _, count in strangers) == 5  # the next one stands by
@@ -237,7 +239,7 @@ def test_all_that_live_while_one_is_timed_count_as_the_runs_own(measure: Measure
 def test_no_more_of_them_than_the_card_holds(
     measure: Measure, monkeypatch: pytest.MonkeyPatch, context: int, at_once: int
 ) -> None:
-    monkeypatch.setattr(campaign, "_CONTEXT_BYTES", context)
+    monkeypatch.setattr(passes, "CONTEXT_BYTES", context)
     done = measure(*TIMED)
     assert done.status == 0
     assert ("in 2 processes at a time" in done.err) == (at_once == 2)
@@ -255,7 +257,7 @@ def test_what_fails_beside_others_is_timed_again_alone(
     done = measure(*TIMED, faults=[{**fault, "op": op, "cell": cell, "once": str(struck)}])
     assert struck.exists()
     assert done.status == 0
-    assert not done.record.of("failure")
+    assert not done.record.of(FailureLine)
     assert len(_timed_in(done)) == 2 * 3
     assert not done.alive
 
@@ -264,7 +266,7 @@ def test_what_fails_beside_others_is_timed_again_alone(
 def test_what_fails_alone_too_fails_and_is_timed_no_more(measure: Measure, op: str) -> None:
     done = measure(*TIMED, faults=[{**DIES, "op": op, "cell": "tie"}])
     assert done.status == 3
-    failures = [(line["cell"], line["workload"], line["status"]) for line in done.record.of("failure")]
+    failures = [(line.cell, line.workload, line.status) for line in done.record.of(FailureLine)]
     assert sorted(failures) == [("tie", "decode", "crashed"), ("tie", "prefill", "crashed")]
     assert len(_timed_in(done)) == 2 * 3
     cells = done.run.cells.set_index(["cell", "workload"])["status"]
@@ -274,12 +276,12 @@ def test_what_fails_alone_too_fails_and_is_timed_no_more(measure: Measure, op: s
 def test_compiling_is_done_alone_and_each_process_records_what_it_took(measure: Measure) -> None:
     compiled = {"does": "answer", "op": "prepare", "fields": {"compile_s": 1.5, "compile_options": {"a": 1}}}
     done = measure(*ON_A_CARD[:3], "runtime=graph,compile", *TIMED[4:], faults=[compiled])
-    lines = [line for line in done.record.of("compile") if line["runtime"] == "compile"]
-    blocks = done.record.of("block")
-    by_process = {line["process"] for line in lines}
-    assert by_process == {line["process"] for line in blocks if line["runtime"] == "compile"}
+    lines = [line for line in done.record.of(CompileLine) if line.runtime == "compile"]
+    blocks = done.record.of(BlockLine)
+    by_process = {line.process for line in lines}
+    assert by_process == {line.process for line in blocks if line.runtime == "compile"}
     assert len(by_process) == 2 * 3
-    assert {(line["seconds"], line["options"]["a"]) for line in lines} == {(1.5, 1)}
+    assert {(line.seconds, line.options["a"]) for line in lines} == {(1.5, 1)}
     assert len(lines) == len(by_process) * 17  # the baseline's copy, too
     assert "preparing prefill graph, decode graph in 4 processes at a time" in done.err
     assert "preparing prefill compile in process" in done.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import select
@@ -19,8 +20,21 @@ from hypothesis import strategies as st
 
 from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.errors import UserError
-from qwen3bench.record import messages as protocol
-from qwen3bench.record.messages import CellFailure
+from qwen3bench.record.messages import (
+    REQUESTS,
+    CellFailure,
+    DeviceFound,
+    Load,
+    MeasureMemory,
+    Probe,
+    Request,
+    Touch,
+    Visit,
+    decode_reply,
+    decode_request,
+    encode_reply,
+    encode_request,
+)
 
 SOURCE = Path(__file__).parents[2]
 Talk = Callable[[str], WorkerProcess]
@@ -52,30 +66,31 @@ def _gone(pid: int, limit_s: float = 5.0) -> bool:
 
 
 def test_it_answers_one_request_after_another(talk: Talk) -> None:
-    worker = talk("""while line := r(): w('{"ok":{"said":' + line.strip() + '}}\\n')""")
-    assert worker.ask("first", 10, number=1) == {"said": {"op": "first", "number": 1}}
-    assert worker.ask("second", 10, text="é\n") == {"said": {"op": "second", "text": "é\n"}}
+    worker = talk("""import json
+while line := r(): w('{"ok":' + json.dumps({'device': line.strip()}) + '}\\n')""")
+    for asked in (Probe(device="first"), Probe(device="é\n")):
+        assert decode_request(worker.ask(asked, 10).device.encode()) == asked
 
 
 def test_a_second_line_answers_no_later_request(talk: Talk) -> None:
     worker = talk("""r(); w('{"ok":{}}\\n{"ok":{"stale":1}}\\n'); r(); r()""")
-    assert worker.ask("first", 10) == {}
-    with pytest.raises(CellFailure, match="said what it was not asked, before second"):
-        worker.ask("second", 10)
+    worker.ask(Touch(), 10)
+    with pytest.raises(CellFailure, match="said what it was not asked, before probe"):
+        worker.ask(Probe(device="cpu"), 10)
 
 
 def test_a_line_that_comes_late_answers_no_later_request(talk: Talk) -> None:
     worker = talk("""r(); w('{"ok":{}}\\n'); time.sleep(0.1); w('{"ok":{"stale":1}}\\n'); r(); r()""")
-    assert worker.ask("first", 10) == {}
+    worker.ask(Touch(), 10)
     select.select([worker], [], [], 10)
-    with pytest.raises(CellFailure, match="said what it was not asked, before second"):
-        worker.ask("second", 10)
+    with pytest.raises(CellFailure, match="said what it was not asked, before probe"):
+        worker.ask(Probe(device="cpu"), 10)
 
 
 def test_an_answer_in_pieces_and_one_of_a_megabyte_are_read_whole(talk: Talk) -> None:
-    worker = talk("""r(); w('{"ok":'); time.sleep(0.1); w('{"text":"'); sys.stdout.write('x' * 2**20 + '"}}\\n')
+    worker = talk("""r(); w('{"ok":'); time.sleep(0.1); w('{"device":"'); sys.stdout.write('x' * 2**20 + '"}}\\n')
 sys.stdout.flush(); r()""")
-    assert worker.ask("long", 10) == {"text": "x" * 2**20}
+    assert worker.ask(Probe(device="cpu"), 10) == DeviceFound(device="x" * 2**20)
 
 
 @pytest.mark.parametrize(
@@ -86,44 +101,44 @@ sys.stdout.flush(); r()""")
         ("r(); os.kill(os.getpid(), signal.SIGSEGV)", "crashed", "was ended by SIGSEGV"),
         ("r(); os.kill(os.getpid(), 35)", "crashed", "was ended by signal 35|SIGRTMIN"),
         ("r(); w('half an answer'); sys.exit(0)", "crashed", "ended with exit status 0 without an answer"),
-        ("r(); time.sleep(60)", "timeout", "the worker said nothing for 0.5 s during it"),
-        ("r()\nwhile True: w('x'); time.sleep(0.01)", "timeout", "the worker said nothing for 0.5 s during it"),
-        ("r(); w('{\"ok\":[]}\\n'); r()", "crashed", "the worker's answer to it is no message"),
+        ("r(); time.sleep(60)", "timeout", "the worker said nothing for 0.5 s during touch"),
+        ("r()\nwhile True: w('x'); time.sleep(0.01)", "timeout", "the worker said nothing for 0.5 s during touch"),
+        ("r(); w('{\"ok\":[]}\\n'); r()", "crashed", "the worker's answer to touch is no message"),
     ],
 )
 def test_whatever_goes_wrong_is_one_reason(talk: Talk, code: str, status: str, reason: str) -> None:
     with pytest.raises(CellFailure, match=reason) as caught:
-        talk(code).ask("it", 0.5 if status == "timeout" else 20)
+        talk(code).ask(Touch(), 0.5 if status == "timeout" else 20)
     assert caught.value.status == status
 
 
 def test_a_worker_that_closes_its_output_and_lives_on_is_not_waited_for(
     talk: Talk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen3bench.campaign.worker_process._END_S", 0.2)
+    monkeypatch.setattr("qwen3bench.campaign.worker_process.END_S", 0.2)
     with pytest.raises(CellFailure, match="closed its output"):
-        talk("r(); os.close(1); time.sleep(60)").ask("it", 20)
+        talk("r(); os.close(1); time.sleep(60)").ask(Touch(), 20)
 
 
 def test_an_answer_without_end_is_cut_off(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen3bench.campaign.worker_process._MOST_BYTES", 10_000)
+    monkeypatch.setattr("qwen3bench.campaign.worker_process.MAX_BYTES", 10_000)
     with pytest.raises(CellFailure, match="has no end"):
-        talk("r()\nwhile True: w('x' * 4096)").ask("it", 20)
+        talk("r()\nwhile True: w('x' * 4096)").ask(Touch(), 20)
 
 
 def test_refusals_are_the_users_and_errors_the_cells(talk: Talk) -> None:
     worker = talk("""r(); w('{"error":{"status":"refused","reason":"no such file; name another"}}\\n')
 r(); w('{"error":{"status":"oom","reason":"too much","peak_allocated_bytes":7}}\\n'); r()""")
     with pytest.raises(UserError, match="no such file; name another"):
-        worker.ask("load", 20)
+        worker.ask(Load(cells=("a",)), 20)
     with pytest.raises(CellFailure, match="too much") as caught:
-        worker.ask("memory", 20)
+        worker.ask(MeasureMemory(cell="a", workload="prefill", runtime="eager"), 20)
     assert (caught.value.status, caught.value.peak_allocated_bytes) == ("oom", 7)
 
 
 def test_end_ends_the_whole_group_and_once(talk: Talk) -> None:
-    worker = talk('child = os.fork()\nif child: r(); w(\'{"ok":{"child":%d}}\\n\' % child)\ntime.sleep(60)')
-    child = worker.ask("it", 20)["child"]
+    worker = talk('child = os.fork()\nif child: r(); w(\'{"ok":{"device":"%d"}}\\n\' % child)\ntime.sleep(60)')
+    child = int(worker.ask(Probe(device="cpu"), 20).device)
     assert os.getpgid(child) == worker.pid
     assert os.getpgid(child) != os.getpgid(0)  # Ctrl-C in the terminal is the supervisor's alone
     worker.end()
@@ -135,7 +150,7 @@ def test_end_ends_the_whole_group_and_once(talk: Talk) -> None:
 def test_waiting_takes_no_processor_time(talk: Talk) -> None:
     worker = talk("r(); time.sleep(1); w('{\"ok\":{}}\\n'); r()")
     before = time.process_time()
-    worker.ask("it", 20)
+    worker.ask(Touch(), 20)
     assert time.process_time() - before < 0.1
 
 
@@ -143,8 +158,9 @@ PARENT = """
 import os, sys, time
 from pathlib import Path
 from qwen3bench.campaign.worker_process import WorkerProcess
+from qwen3bench.record.messages import Probe
 worker = WorkerProcess(Path(sys.argv[1]))
-worker.ask("probe", 100, device="cpu")
+worker.ask(Probe(device="cpu"), 100)
 if os.fork() == 0:  # holds the worker's pipes open, so that no end of file tells it
     time.sleep(60)
 print(worker.pid, flush=True)
@@ -152,6 +168,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_the_real_worker_dies_with_its_supervisor(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
     arguments = [sys.executable, "-c", PARENT, str(tmp_path / "worker.log")]
@@ -176,43 +193,73 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
 )
-OPS = st.sampled_from(["probe", "identify", "verify", "visit", "memory", "unheard of"])
+ASKED: list[Request[object]] = [
+    Probe(device="cpu"),
+    MeasureMemory(cell="a", workload="prefill", runtime="eager"),
+    Visit(cell="a", copy=0),
+    *(REQUESTS[op](**fields) for op, fields in (("identify", {}), ("verify", {"cell": "a"}), ("ceilings", {}))),
+]
+FIELDS = sorted({field.name for request in REQUESTS.values() for field in dataclasses.fields(request.reply)})
 
 
-def _accepted(line: bytes, op: str) -> protocol.Message | None:
+def _accepted(line: bytes, request: Request[object]) -> object:
     try:
-        return protocol.answer(line, op)
+        return decode_reply(line, request)
     except (CellFailure, UserError):
         return None
 
 
-@given(st.binary() | JSON.map(lambda value: json.dumps(value).encode()), OPS)
-def test_arbitrary_bytes_are_an_answer_or_one_reason(line: bytes, op: str) -> None:
-    assert isinstance(_accepted(line, op), dict | None)
+@given(st.binary() | JSON.map(lambda value: json.dumps(value).encode()), st.sampled_from(ASKED))
+def test_arbitrary_bytes_are_an_answer_or_one_reason(line: bytes, request: Request[object]) -> None:
+    assert isinstance(_accepted(line, request), request.reply | None)
 
 
-FIELDS = st.dictionaries(st.sampled_from([*protocol._KINDS, "other"]), JSON, max_size=6)
+ANSWERS = st.dictionaries(st.sampled_from([*FIELDS, "other"]), JSON, max_size=6)
 
 
-@given(st.fixed_dictionaries({"ok": FIELDS}) | st.fixed_dictionaries({"error": FIELDS | JSON}), OPS)
+@pytest.mark.slow
+@given(
+    st.fixed_dictionaries({"ok": ANSWERS}) | st.fixed_dictionaries({"error": ANSWERS | JSON}), st.sampled_from(ASKED)
+)
 @settings(max_examples=300)
-def test_what_is_accepted_has_the_kinds_that_others_rely_on(message: object, op: str) -> None:
-    fields = _accepted(json.dumps(message).encode(), op)
-    for name, value in (fields or {}).items():
-        if value is not None and name in protocol._KINDS:
-            assert type(value) in protocol._KINDS[name]
-        for number in value if name == "itl_s" and value is not None else []:
-            assert isinstance(number, (int, float))
-            assert abs(number) < float("inf")
+def test_what_is_accepted_is_typed_and_said_again_the_same(message: object, request: Request[object]) -> None:
+    reply = _accepted(json.dumps(message).encode(), request)
+    if reply is not None:
+        assert decode_reply(encode_reply(reply), request) == reply
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("time", None),
+        ("time", "1"),
+        ("time", True),
+        ("samples", {}),
+        ("samples", [{}]),
+        ("samples", [{"latency_s": 0}]),
+        ("samples", [{"latency_s": -1.0}]),
+        ("samples", [{"latency_s": "1"}]),
+        ("samples", [{"latency_s": True}]),
+        ("samples", [{"latency_s": 1, "itl_s": [1, None]}]),
+        ("samples", [{"latency_s": 1, "ttft_s": [1]}]),
+    ],
+)
+def test_what_others_rely_on_is_refused_where_it_is_of_another_kind(field: str, value: object) -> None:
+    good = {"time": 1.5, "samples": [{"latency_s": 1}]}
+    assert _accepted(json.dumps({"ok": good}).encode(), Visit(cell="a", copy=0)) is not None
+    with pytest.raises(CellFailure, match="is no message"):
+        decode_reply(json.dumps({"ok": {**good, field: value}}).encode(), Visit(cell="a", copy=0))
 
 
 @pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "1e999", "[" * 100_000, "1" * 5000])
 def test_numbers_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(CellFailure, match="is no message"):
-        protocol.answer(f'{{"ok":{{"latency_s":{text}}}}}'.encode(), "visit")
+        decode_reply(f'{{"ok":{{"time":1,"samples":[{{"latency_s":{text}}}]}}}}'.encode(), Visit(cell="a", copy=0))
 
 
-def test_messages_hold_no_number_that_json_does_not_have() -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        protocol.encode({"latency_s": float("nan")})
-    assert protocol.decode(protocol.encode({"a": [1, 2.5, "é\n", None]})) == {"a": [1, 2.5, "é\n", None]}
+def test_a_request_is_read_as_it_was_asked() -> None:
+    for request in ASKED:
+        assert decode_request(encode_request(request)) == request
+    for line in (b'{"op":"unheard of"}', b'{"op":["visit"]}', b'{"op":"visit"}', b'{"op":"probe","device":NaN}', b"[]"):
+        with pytest.raises(ValueError, match=r"no request|missing|finite|object"):
+            decode_request(line)

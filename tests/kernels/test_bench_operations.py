@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from qwen3bench.config.choices import options_of
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.model.attention import AdditiveMask, EagerAttention
-from qwen3bench.model.layers import FeedForward, RMSNorm
-from qwen3bench.model.parts import separate_head
+from qwen3bench.model.layers import FeedForward, RMSNorm, separate_head
 from qwen3bench.opt.flash import FlashAttention
 from qwen3bench.opt.mask import BooleanMask
 from qwen3bench.opt.mlp import FusedFeedForward, silu_mul
@@ -269,7 +268,7 @@ def _launch(operation: Operation, device: torch.device) -> Callable[[], object]:
             operation()
         return operation()
 
-    return make_runtime("graph", device).prepare(several)
+    return make_runtime("graph", device).prepare(several).launch
 
 
 @dataclass

@@ -83,15 +83,15 @@ def test_a_kernel_that_starts_early_reads_what_the_one_before_it_wrote(in_chain:
 
 
 def test_a_cpu_takes_none() -> None:
-    assert not matvec.takes(torch.zeros(1, 1, 8))
+    assert not matvec.takes_token(torch.zeros(1, 1, 8))
 
 
 @pytest.mark.cuda
 def test_a_single_token_is_taken() -> None:
     x = torch.zeros(1, 2, 8, device="cuda")
-    assert matvec.takes(x[:, :1]) is HAS_TRITON
-    assert not matvec.takes(x)
-    assert not matvec.takes(x[:, :1].double())
+    assert matvec.takes_token(x[:, :1]) is HAS_TRITON
+    assert not matvec.takes_token(x)
+    assert not matvec.takes_token(x[:, :1].double())
 
 
 @pytest.mark.cuda

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qwen3bench.config.choices import options_of
 from qwen3bench.kernels.swiglu import TILES, Tile, best_tile, multiprocessors_for_tiles, silu_mul, swiglu_tiles
-from qwen3bench.worker.equivalence.gate import whole_size
+from qwen3bench.worker.equivalence.cases import whole_size
 
 
 def plain(gate_up: Tensor) -> Tensor:

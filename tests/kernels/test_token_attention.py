@@ -37,7 +37,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def test_it_is_attention(heads: int, kv_heads: int, length: int, dtype: torch.dtype, tolerance: float) -> None:
     for dim in (16, 128):
         q, k, v = cached(heads, kv_heads, length, dim, dtype)
-        assert token_attention.takes(q)
+        assert token_attention.takes_query(q)
         contexts = [
             token_attention.split_attention(q, k, v) for _ in range(3)
         ]  # the counters are zero again after each
@@ -63,18 +63,18 @@ def query(*shape: int, dtype: torch.dtype = torch.bfloat16, is_cuda: bool = True
 
 def test_it_takes_one_tokens_query_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_attention, "HAS_TRITON", True)
-    assert token_attention.takes(query(1, 4, 1, 16))
-    assert not token_attention.takes(query(2, 4, 1, 16))
-    assert not token_attention.takes(query(1, 4, 2, 16))
-    assert not token_attention.takes(query(1, 4, 1, 12))
-    assert not token_attention.takes(query(1, 4, 1, 16, dtype=torch.float64))
-    assert not token_attention.takes(query(1, 4, 1, 16, is_cuda=False))
+    assert token_attention.takes_query(query(1, 4, 1, 16))
+    assert not token_attention.takes_query(query(2, 4, 1, 16))
+    assert not token_attention.takes_query(query(1, 4, 2, 16))
+    assert not token_attention.takes_query(query(1, 4, 1, 12))
+    assert not token_attention.takes_query(query(1, 4, 1, 16, dtype=torch.float64))
+    assert not token_attention.takes_query(query(1, 4, 1, 16, is_cuda=False))
     monkeypatch.setattr(token_attention, "HAS_TRITON", False)
-    assert not token_attention.takes(query(1, 4, 1, 16))
+    assert not token_attention.takes_query(query(1, 4, 1, 16))
 
 
 @pytest.mark.cuda
 def test_the_compiler_is_told_what_comes_of_it() -> None:
     arguments = cached(4, 2, 33, 16, torch.float32)
-    operation = flash._compiled_split_attention
+    operation = flash.compiled_split_attention
     torch.library.opcheck(operation, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -2,17 +2,19 @@ import json
 import math
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.config.strict_json import parse_json
 from qwen3bench.errors import UserError
-from qwen3bench.model import weights as weights_module
-from qwen3bench.model.checkpoint import read_header, tensor_shapes
+from qwen3bench.model.checkpoint import locate_tensors, tensor_shapes
 from qwen3bench.model.weights import load_weights
 
 CONFIG = ModelConfig(
@@ -103,19 +105,21 @@ def read_index(directory: Path) -> dict[str, str]:
     return json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
 
 
-def assert_refused(directory: Path, match: str, config: ModelConfig = CONFIG) -> None:
-    """Loading is one error of at most two short lines, and no tensor is allocated before it."""
+def assert_refused(directory: Path, *named: object, config: ModelConfig = CONFIG) -> None:
+    """Loading is one short line that holds each of `named`, and no tensor is allocated before it."""
 
-    def allocate(*args: object) -> None:
+    def allocate(*args: object, **options: object) -> None:
         raise AssertionError("allocated before the checkpoint was judged")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights_module, "_bank", allocate)
-        with pytest.raises(UserError, match=match) as caught:
+        patch.setattr(torch, "empty", allocate)
+        with pytest.raises(UserError) as caught:
             load_weights(directory, config)
-    assert str(directory) in str(caught.value)
-    assert str(caught.value).count("\n") < 2
-    assert len(str(caught.value)) < 400 + 2 * len(str(directory))
+    told = str(caught.value)
+    for each in (directory, *named):
+        assert str(each) in told
+    assert "\n" not in told
+    assert len(told) < 400 + 2 * len(str(directory))
 
 
 def test_the_sound_checkpoints_load(checkpoint: Path) -> None:
@@ -150,69 +154,76 @@ def shifted(header: dict, name: str, by: int) -> dict:
     }
 
 
+# What is done to a sound header, and what the error names beside the file.
 HEADERS = {
-    "overlap": (lambda h: shifted(h, UP, -4), "overlaps the tensor before it"),
-    "same bytes twice": (lambda h: h | {"model.extra": h[UP]}, "overlaps the tensor before it"),
-    "hole": (lambda h: shifted(h, UP, 4), "leaves a hole before it"),
-    "hole at the start": (lambda h: shifted(h, stored_names()[0], 4), "leaves a hole before it"),
-    "unknown dtype": (lambda h: entry(h, UP, dtype="F99"), "up_proj.weight' has dtype 'F99'; only F64"),
-    "integer dtype": (lambda h: entry(h, UP, dtype="I32"), "up_proj.weight' has dtype 'I32'"),
-    "dtype no string": (lambda h: entry(h, UP, dtype=["F32"]), "has dtype"),
-    "fewer bytes than the shape": (
-        lambda h: entry(h, UP, shape=[12, 9]),
-        "384 bytes, not those of F32 .12, 9.",
-    ),
-    "shape beyond memory": (lambda h: entry(h, UP, shape=[2**62, 2**62]), "has 384 bytes, not those of"),
-    "negative size": (lambda h: entry(h, UP, shape=[-12, -8]), "has shape .-12, -8. and data_offsets"),
-    "size no integer": (lambda h: entry(h, UP, shape=[12.0, 8]), "has shape .12.0, 8. and data_offsets"),
-    "size a boolean": (lambda h: entry(h, UP, shape=[True, 96]), "has shape .True, 96. and data_offsets"),
-    "offsets reversed": (lambda h: entry(h, UP, data_offsets=h[UP]["data_offsets"][::-1]), "-384 bytes"),
-    "three offsets": (lambda h: entry(h, UP, data_offsets=[0, 1, 2]), "data_offsets .0, 1, 2."),
-    "entry no object": (lambda h: h | {UP: 7}, "is not described by dtype, shape and data_offsets"),
-    "entry with more": (lambda h: entry(h, UP, pad=1), "is not described by dtype, shape and data_offsets"),
-    "metadata no strings": (lambda h: h | {"__metadata__": {"format": 1}}, "__metadata__"),
-    "metadata no object": (lambda h: h | {"__metadata__": "pt"}, "__metadata__"),
-    "missing tensor": (lambda h: without(h, UP), "'model.layers.1.mlp.up_proj.weight' is missing"),
-    "name of a megabyte's length": (lambda h: entry(h, UP, dtype="X" * 10**5), "has dtype 'XXX"),
+    "overlap": (lambda h: shifted(h, UP, -4), UP),
+    "same bytes twice": (lambda h: h | {"model.extra": h[UP]}, "offset"),  # either of the two is named
+    "hole": (lambda h: shifted(h, UP, 4), UP),
+    "hole at the start": (lambda h: shifted(h, stored_names()[0], 4), stored_names()[0]),
+    "unknown dtype": (lambda h: entry(h, UP, dtype="F99"), "F99"),
+    "integer dtype": (lambda h: entry(h, UP, dtype="I32"), f"'{UP}' has dtype I32"),
+    "eight-bit dtype": (lambda h: without(h, UP) | eight_bit(h), f"'{UP}' has dtype F8_E4M3"),
+    "dtype no string": (lambda h: entry(h, UP, dtype=["F32"]), "expected string"),
+    "fewer bytes than the shape": (lambda h: entry(h, UP, shape=[12, 9]), "invalid shape"),
+    "shape beyond memory": (lambda h: entry(h, UP, shape=[2**62, 2**62]), "overflow"),
+    "negative size": (lambda h: entry(h, UP, shape=[-12, -8]), "-12"),
+    "size no integer": (lambda h: entry(h, UP, shape=[12.0, 8]), "12.0"),
+    "size a boolean": (lambda h: entry(h, UP, shape=[True, 96]), "boolean"),
+    "offsets reversed": (lambda h: entry(h, UP, data_offsets=h[UP]["data_offsets"][::-1]), "offset"),
+    "three offsets": (lambda h: entry(h, UP, data_offsets=[0, 1, 2]), "length 3"),
+    "entry no object": (lambda h: h | {UP: 7}, "integer `7`"),
+    "entry with more": (lambda h: entry(h, UP, pad=1), UP),
+    "metadata no strings": (lambda h: h | {"__metadata__": {"format": 1}}, "expected a string"),
+    "metadata no object": (lambda h: h | {"__metadata__": "pt"}, "expected a map"),
+    "missing tensor": (lambda h: without(h, UP), f"'{UP}' is missing"),
+    "name of a megabyte's length": (lambda h: entry(h, UP, dtype="X" * 10**5), "XXX"),
 }
 
 
-@pytest.mark.parametrize(("change", "match"), HEADERS.values(), ids=HEADERS.keys())
-def test_malformed_header_is_one_error(checkpoint: Path, change, match: str) -> None:
+def eight_bit(header: dict) -> dict:
+    """An entry for `UP` of one byte an element, after the float32 tensors."""
+    end = data_bytes(without(header, UP))
+    shape = header[UP]["shape"]
+    return {UP: {"dtype": "F8_E4M3", "shape": shape, "data_offsets": [end, end + math.prod(shape)]}}
+
+
+@pytest.mark.parametrize(("change", "named"), HEADERS.values(), ids=HEADERS.keys())
+def test_malformed_header_is_one_error(checkpoint: Path, change, named: str) -> None:
     header = change(make_header(stored_names()))
     sizes = [e["data_offsets"][1] for e in header.values() if isinstance(e, dict) and "data_offsets" in e]
     write_tensors(checkpoint / "model.safetensors", header, max(sizes))
-    assert_refused(checkpoint, match)
+    file = ["model.safetensors"] if UP in header else []  # a missing tensor is in no file
+    assert_refused(checkpoint, named, *file)
 
 
 SOUND = json.dumps(make_header(stored_names())).encode()
 DATA = data_bytes(make_header(stored_names()))
 TEXTS = {
-    "bad UTF-8": (SOUND.replace(b"norm", b"n\xffrm", 1), "no valid JSON .'utf-8' codec"),
-    "overlong UTF-8": (SOUND.replace(b"norm", b"\xc0\xae", 1), "no valid JSON .'utf-8' codec"),
-    "byte order mark": (b"\xef\xbb\xbf" + SOUND, "no JSON object"),
-    "no JSON": (b"{" + SOUND, "no valid JSON"),
-    "a list": (b"[" + SOUND + b"]", "no JSON object"),
-    "text after the object": (SOUND + b"{}", "no valid JSON"),
-    "NaN": (SOUND.replace(b"[31, 8]", b"[NaN, 8]"), "NaN is no finite number"),
-    "too many digits": (SOUND.replace(b"[31, 8]", b"[31" + b"0" * 5000 + b", 8]"), "no valid JSON"),
-    "deep nesting": (b'{"a":' * 50_000, "no valid JSON"),
-    "a tensor twice": (SOUND[:-1] + b", " + SOUND[1:], "key 'model.embed_tokens.weight' occurs twice"),
+    "bad UTF-8": (SOUND.replace(b"norm", b"n\xffrm", 1), "UTF-8"),
+    "overlong UTF-8": (SOUND.replace(b"norm", b"\xc0\xae", 1), "UTF-8"),
+    "byte order mark": (b"\xef\xbb\xbf" + SOUND, "JSON"),
+    "no JSON": (b"{" + SOUND, "JSON"),
+    "a list": (b"[" + SOUND + b"]", "JSON"),
+    "text after the object": (SOUND + b"{}", "trailing characters"),
+    "NaN": (SOUND.replace(b"[31, 8]", b"[NaN, 8]"), "JSON"),
+    "too many digits": (SOUND.replace(b"[31, 8]", b"[31" + b"0" * 5000 + b", 8]"), "JSON"),
+    "deep nesting": (b'{"a":' * 50_000, "recursion"),
+    "a tensor twice": (SOUND[:-1] + b", " + SOUND[1:], "'model.embed_tokens.weight' occurs twice"),
     "a key of a tensor twice": (
         SOUND.replace(b'"dtype"', b'"dtype": "F64", "dtype"', 1),
-        "key 'dtype' occurs twice",
+        "dtype",
     ),
     "the metadata twice": (
         b'{"__metadata__":{},"__metadata__":{},' + SOUND[1:],
-        "'__metadata__' occurs twice",
+        "duplicate field `__metadata__`",
     ),
 }
 
 
-@pytest.mark.parametrize(("text", "match"), TEXTS.values(), ids=TEXTS.keys())
-def test_malformed_header_text_is_one_error(checkpoint: Path, text: bytes, match: str) -> None:
+@pytest.mark.parametrize(("text", "named"), TEXTS.values(), ids=TEXTS.keys())
+def test_malformed_header_text_is_one_error(checkpoint: Path, text: bytes, named: str) -> None:
     write_tensors(checkpoint / "model.safetensors", text, DATA)
-    assert_refused(checkpoint, match)
+    assert_refused(checkpoint, "model.safetensors", named)
 
 
 def test_the_spaces_that_writers_pad_a_header_with_are_fine(checkpoint: Path) -> None:
@@ -221,46 +232,40 @@ def test_the_spaces_that_writers_pad_a_header_with_are_fine(checkpoint: Path) ->
 
 
 FILES = {
-    "empty": (lambda b: b"", "truncated, 0 bytes are too few"),
-    "seven bytes": (lambda b: b[:7], "truncated, 7 bytes are too few"),
-    "truncated in the header": (lambda b: b[:100], "truncated, 100 bytes where its header alone takes"),
-    "truncated in the data": (
-        lambda b: b[:-1],
-        f"truncated, {DATA - 1} bytes of data where its header announces {DATA}",
-    ),
-    "no data": (lambda b: b[: 8 + len(SOUND)], "truncated, 0 bytes of data"),
-    "trailing byte": (lambda b: b + b"\0", "1 trailing bytes after the last tensor"),
+    "empty": (lambda b: b"", "too small"),
+    "seven bytes": (lambda b: b[:7], "too small"),
+    "truncated in the header": (lambda b: b[:100], "header"),
+    "truncated in the data": (lambda b: b[:-1], "not fully covered"),
+    "no data": (lambda b: b[: 8 + len(SOUND)], "not fully covered"),
+    "trailing byte": (lambda b: b + b"\0", "not fully covered"),
     "oversized header": (lambda b: b"\0\0\0\0\0\0\0\x01" + b[8:], "oversized header"),
     "largest header": (lambda b: b"\xff" * 8 + b[8:], "oversized header"),
-    "header over the limit, file as large": (
-        lambda b: struct.pack("<Q", 2**21) + b" " * 2**21,
-        "oversized header",
-    ),
-    "empty header": (lambda b: struct.pack("<Q", 0) + b[8:], "no JSON object"),
-    "zip pickle": (lambda b: b"PK\x03\x04" + b[4:], "is a pickle under a safetensors name"),
-    "old pickle": (lambda b: b"\x80\x02\x8a\x0al\xfc\x9cF" + b[8:], "is a pickle under a safetensors name"),
+    "header over the limit, file as large": (lambda b: struct.pack("<Q", 2**21) + b" " * 2**21, "oversized header"),
+    "empty header": (lambda b: struct.pack("<Q", 0) + b[8:], "JSON"),
+    "zip pickle": (lambda b: b"PK\x03\x04" + b[4:], "pickle"),
+    "old pickle": (lambda b: b"\x80\x02\x8a\x0al\xfc\x9cF" + b[8:], "pickle"),
 }
 
 
-@pytest.mark.parametrize(("change", "match"), FILES.values(), ids=FILES.keys())
-def test_malformed_file_is_one_error(checkpoint: Path, change, match: str) -> None:
+@pytest.mark.parametrize(("change", "named"), FILES.values(), ids=FILES.keys())
+def test_malformed_file_is_one_error(checkpoint: Path, change, named: str) -> None:
     path = checkpoint / "model.safetensors"
     path.write_bytes(change(path.read_bytes()))
-    assert_refused(checkpoint, match)
+    assert_refused(checkpoint, path, named)
 
 
 def test_extra_tensor_is_refused(checkpoint: Path) -> None:
     header = make_header(stored_names())
     header |= {"model.layers.2.x": {"dtype": "F32", "shape": [1], "data_offsets": [DATA, DATA + 4]}}
     write_tensors(checkpoint / "model.safetensors", header, DATA + 4)
-    assert_refused(checkpoint, "'model.layers.2.x' is no part of a Qwen3 model")
+    assert_refused(checkpoint, "model.safetensors", "'model.layers.2.x' is no part")
 
 
 @pytest.mark.parametrize("shape", [[8, 12], [96], [12, 8, 1]])
 def test_misshapen_tensor_is_refused_with_both_shapes(checkpoint: Path, shape: list[int]) -> None:
     header = entry(make_header(stored_names()), UP, shape=shape)
     write_tensors(checkpoint / "model.safetensors", header, DATA)
-    assert_refused(checkpoint, rf"{UP} has shape \({', '.join(map(str, shape))},?\), config.json asks for \(12, 8\)")
+    assert_refused(checkpoint, "model.safetensors", UP, tuple(shape), (12, 8))
 
 
 def test_untied_checkpoint_needs_its_head(checkpoint: Path) -> None:
@@ -284,7 +289,7 @@ def test_what_is_no_regular_file_is_refused(checkpoint: Path) -> None:
 def test_pickle_is_refused_unread(checkpoint: Path, name: str) -> None:
     (checkpoint / "model.safetensors").unlink()
     os.mkfifo(checkpoint / name)  # opening it would wait for ever
-    assert_refused(checkpoint, f"{name}: a pickle can run any code when opened and is never read; save")
+    assert_refused(checkpoint, f"{name}: a pickle")
 
 
 def test_pickle_beside_safetensors_is_ignored(checkpoint: Path) -> None:
@@ -294,7 +299,7 @@ def test_pickle_beside_safetensors_is_ignored(checkpoint: Path) -> None:
 
 def test_directory_without_weights_is_refused(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").unlink()
-    assert_refused(checkpoint, "holds no model.safetensors and no index")
+    assert_refused(checkpoint, "no model.safetensors")
 
 
 # The index
@@ -305,7 +310,7 @@ def test_index_that_points_outside_is_refused(sharded: Path, target: str) -> Non
     (sharded.parent / "b.safetensors").write_bytes((sharded / "b.safetensors").read_bytes())
     moved = {name: target if shard == "b.safetensors" else shard for name, shard in read_index(sharded).items()}
     write_index(sharded, moved)
-    assert_refused(sharded, "points outside its directory")
+    assert_refused(sharded, target, "outside")
 
 
 def test_index_with_an_absolute_or_winding_path_is_refused_even_inside(sharded: Path) -> None:
@@ -313,13 +318,13 @@ def test_index_with_an_absolute_or_winding_path_is_refused_even_inside(sharded: 
     for target in (str(sharded / "b.safetensors"), "x/../b.safetensors"):
         moved = {name: target if shard == "b.safetensors" else shard for name, shard in weight_map.items()}
         write_index(sharded, moved)
-        assert_refused(sharded, "points outside its directory")
+        assert_refused(sharded, target, "outside")
 
 
 def test_shard_that_links_outside_is_refused(sharded: Path) -> None:
     outside = (sharded / "b.safetensors").rename(sharded.parent / "outside.safetensors")
     (sharded / "b.safetensors").symlink_to(outside)
-    assert_refused(sharded, "'b.safetensors' points outside its directory")
+    assert_refused(sharded, "'b.safetensors'", "outside")
 
 
 def test_shard_that_links_to_itself_is_refused(sharded: Path) -> None:
@@ -344,91 +349,83 @@ def test_shards_of_the_hub_cache_may_link_to_its_blobs(sharded: Path) -> None:
     assert len(load_weights(snapshot, CONFIG)) == 25
 
 
+# What is done to a sound index, and what the error names.
 INDEXES = {
-    "shard that is not there": (lambda m: m | {UP: "c.safetensors"}, "'c.safetensors' is not there"),
-    "tensor that its shard lacks": (
-        lambda m: m | {"model.x": "b.safetensors"},
-        "'model.x' is listed in the index but not",
-    ),
-    "tensor in the other shard": (
-        lambda m: m | {UP: "a.safetensors"},
-        "up_proj.weight' is listed in the index but not",
-    ),
+    "shard that is not there": (lambda m: m | {UP: "c.safetensors"}, "'c.safetensors'"),
+    "tensor that its shard lacks": (lambda m: m | {"model.x": "b.safetensors"}, "b.safetensors: 'model.x'"),
+    "tensor in the other shard": (lambda m: m | {UP: "a.safetensors"}, f"a.safetensors: '{UP}'"),
     "tensor not listed": (
         lambda m: {name: shard for name, shard in m.items() if name != UP},
-        "up_proj.weight' is in this shard but not listed",
+        f"b.safetensors: '{UP}'",
     ),
-    "pickled shard": (
-        lambda m: m | {UP: "pytorch_model-1.bin"},
-        "'pytorch_model-1.bin' is no safetensors file",
-    ),
-    "empty file name": (lambda m: m | {UP: ""}, "'' is no safetensors file"),
-    "file name too long": (lambda m: m | {UP: "x" * 5000 + ".safetensors"}, "'xxx.* is no file's name"),
-    "NUL in the file name": (lambda m: m | {UP: "b\0.safetensors"}, "is no file's name"),
-    "surrogate in the file name": (lambda m: m | {UP: "\ud800.safetensors"}, "is no file's name"),
-    "no file name": (lambda m: m | {UP: ["b.safetensors"]}, "no file name"),
-    "empty": (lambda m: {}, "holds no weight_map"),
-    "no object": (lambda m: list(m), "holds no weight_map"),
+    "pickled shard": (lambda m: m | {UP: "pytorch_model-1.bin"}, "'pytorch_model-1.bin' is no safetensors"),
+    "empty file name": (lambda m: m | {UP: ""}, "'' is no safetensors"),
+    "file name too long": (lambda m: m | {UP: "x" * 5000 + ".safetensors"}, "xxx"),
+    "NUL in the file name": (lambda m: m | {UP: "b\0.safetensors"}, r"b\x00.safetensors"),
+    "surrogate in the file name": (lambda m: m | {UP: "\ud800.safetensors"}, r"\ud800.safetensors"),
+    "no file name": (lambda m: m | {UP: ["b.safetensors"]}, UP),
+    "empty": (lambda m: {}, "weight_map"),
+    "no object": (lambda m: list(m), "weight_map"),
 }
 
 
-@pytest.mark.parametrize(("change", "match"), INDEXES.values(), ids=INDEXES.keys())
-def test_wrong_index_is_one_error(sharded: Path, change, match: str) -> None:
+@pytest.mark.parametrize(("change", "named"), INDEXES.values(), ids=INDEXES.keys())
+def test_wrong_index_is_one_error(sharded: Path, change, named: str) -> None:
     write_index(sharded, change(read_index(sharded)))
-    assert_refused(sharded, match)
+    assert_refused(sharded, named)
 
 
 JSON_TEXTS = {
-    "truncated": (lambda t: t[:-3], "no valid JSON"),
-    "bad UTF-8": (lambda t: t.replace("m", "\xff", 1).encode("latin-1"), "no valid JSON"),
-    "a list": (lambda t: f"[{t}]", "holds no JSON object"),
-    "empty": (lambda t: "", "no valid JSON"),
-    "larger than any": (lambda t: t + " " * 2**20, "is larger than"),
-    "a key twice": (lambda t: t[:-1] + "," + t[1:], "occurs twice"),
+    "truncated": (lambda t: t[:-3], "JSON"),
+    "bad UTF-8": (lambda t: t.replace("m", "\xff", 1).encode("latin-1"), "utf-8"),
+    "a list": (lambda t: f"[{t}]", "JSON object"),
+    "empty": (lambda t: "", "JSON"),
+    "larger than any": (lambda t: t + " " * 2**20, 2**20),
+    "a key twice": (lambda t: t[:-1] + "," + t[1:], "twice"),
 }
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
-@pytest.mark.parametrize(("change", "match"), JSON_TEXTS.values(), ids=JSON_TEXTS.keys())
-def test_malformed_json_file_is_one_error(sharded: Path, name: str, change, match: str) -> None:
+@pytest.mark.parametrize(("change", "named"), JSON_TEXTS.values(), ids=JSON_TEXTS.keys())
+def test_malformed_json_file_is_one_error(sharded: Path, name: str, change, named: object) -> None:
     text = change((sharded / name).read_text())
     (sharded / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    assert_refused(sharded, match)
+    assert_refused(sharded, name, named)
 
 
 def test_a_tensor_twice_in_the_index_is_refused(sharded: Path) -> None:
     path = sharded / "model.safetensors.index.json"
     path.write_text(path.read_text().replace(f'"{UP}"', f'"{UP}": "a.safetensors", "{UP}"'))
-    assert_refused(sharded, f"the key '{UP}' occurs twice")
+    assert_refused(sharded, path, UP, "twice")
 
 
 # config.json
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "match"),
+    ("key", "value", "named"),
     [
-        ("hidden_size", 16, "emb_dim is 16, not 8 as asked"),
-        ("rope_theta", 1e6, "rope_base is 1000000.0, not 10000.0"),
-        ("rope_theta", 10**400, "10000000000000000000 takes more than 64 bits"),
-        ("rms_norm_eps", 1e-5, "rms_norm_eps is 1e-05, not 1e-06"),
-        ("tie_word_embeddings", "false", "tie_word_embeddings is neither true nor false"),
-        ("model_type", "llama", "model_type is 'llama', not 'qwen3'"),
+        ("hidden_size", 16, ("emb_dim", 16, 8)),
+        ("rope_theta", 1e6, ("rope_base", 1e6, 1e4)),
+        ("rope_theta", 10**400, ("64 bits",)),
+        ("rms_norm_eps", 1e-5, ("rms_norm_eps", 1e-5, 1e-6)),
+        ("tie_word_embeddings", "false", ("tie_word_embeddings",)),
+        ("model_type", "llama", ("model_type", "'llama'", "'qwen3'")),
     ],
 )
-def test_config_of_another_model_is_refused(checkpoint: Path, key: str, value: object, match: str) -> None:
+def test_config_of_another_model_is_refused(checkpoint: Path, key: str, value: object, named: tuple) -> None:
     (checkpoint / "config.json").write_text(json.dumps(CONFIG_JSON | {key: value}))
-    assert_refused(checkpoint, match)
+    assert_refused(checkpoint, "config.json", *named)
 
 
 def test_missing_config_is_refused(checkpoint: Path) -> None:
     (checkpoint / "config.json").unlink()
-    assert_refused(checkpoint, "config.json: there is no such file")
+    assert_refused(checkpoint, "config.json")
 
 
 def test_more_layers_than_memory_are_refused_at_once(checkpoint: Path) -> None:
     (checkpoint / "config.json").write_text(json.dumps(CONFIG_JSON | {"num_hidden_layers": 10**12}))
-    assert_refused(checkpoint, "too few for 1000000000000 layers", ModelConfig.from_pretrained(checkpoint))
+    assert_refused(checkpoint, f"{10**12} layers", config=ModelConfig.from_pretrained(checkpoint))
 
 
 # Arbitrary bytes
@@ -532,16 +529,20 @@ def test_strict_json_reads_what_json_reads_or_refuses(content: bytes) -> None:
 
 
 def test_header_of_the_largest_model_is_far_below_the_limit(tmp_path: Path) -> None:
-    shapes = tensor_shapes(
-        ModelConfig(num_layers=64, emb_dim=5120, num_heads=64, num_kv_heads=8, head_dim=128, hidden_dim=25600)
-    )
+    largest = ModelConfig(num_layers=64, emb_dim=5120, num_heads=64, num_kv_heads=8, head_dim=128, hidden_dim=25600)
     position, header = 0, {}
-    for name, shape in shapes.items():
+    for name, shape in tensor_shapes(largest).items():
         end = position + 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, end]}
         position = end
-    write_tensors(tmp_path / "model.safetensors", header, 0)
-    with (tmp_path / "model.safetensors").open("r+b") as file:
+    path = tmp_path / "model.safetensors"
+    write_tensors(path, header, 0)
+    with path.open("r+b") as file:
         file.truncate(file.seek(0, os.SEEK_END) + position)  # sparse
-    assert read_header(tmp_path / "model.safetensors") == shapes
+    assert locate_tensors(tmp_path, largest, tied=False) == dict.fromkeys(tensor_shapes(largest), path)
     assert len(json.dumps(header)) < 2**20 / 8
+
+
+def test_a_checkpoint_is_judged_without_torch() -> None:
+    code = "import sys, qwen3bench.model.checkpoint; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -114,7 +114,7 @@ def test_config_of_transformers_4_reads_as_that_of_5(tmp_path: Path) -> None:
     old = written | {"rope_theta": 5e5, "rope_scaling": None, "torch_dtype": "float32"}
     (directory / "config.json").write_text(json.dumps(old))
     assert ModelConfig.from_pretrained(directory).rope_base == 5e5
-    with pytest.raises(UserError, match=r"rope_base is 500000.0, not 10000.0"):
+    with pytest.raises(UserError, match=r"rope_base.* 500000.0.* 10000.0"):
         load_weights(directory, config)
 
 
@@ -122,7 +122,7 @@ def test_config_with_a_key_twice_is_refused(tmp_path: Path) -> None:
     directory, _ = save_peer(make_peer(tied=True), tmp_path / "peer")
     text = (directory / "config.json").read_text()
     (directory / "config.json").write_text(text.replace("{", '{"rms_norm_eps": 1e-5,', 1))
-    with pytest.raises(UserError, match=r"config.json: the key 'rms_norm_eps' occurs twice"):
+    with pytest.raises(UserError, match=r"config.json: .*'rms_norm_eps' .*twice"):
         ModelConfig.from_pretrained(directory)
 
 
@@ -145,7 +145,7 @@ def test_head_stored_beside_a_tied_config_counts_by_its_values(tmp_path: Path) -
     weights = load_weights(directory, config)
     assert torch.equal(weights[HEAD], other)
     assert torch.equal(weights[EMBEDDING], embedding)
-    with pytest.raises(UserError, match=r"tie: this checkpoint's head differs from its embedding"):
+    with pytest.raises(UserError, match=r"tie: .*head"):
         refuse_untied(weights)
 
 
@@ -170,7 +170,7 @@ def test_non_finite_value_is_refused_by_name(tmp_path: Path, name: str, value: f
     peer = make_peer(tied=True)
     peer.get_parameter(name).data.view(-1)[-1] = value
     directory, config = save_peer(peer, tmp_path / "peer")
-    with pytest.raises(UserError, match=f"model.safetensors: {name} holds NaN, infinity"):
+    with pytest.raises(UserError, match=f"model.safetensors: {name} .*NaN"):
         load_weights(directory, config)
 
 
@@ -179,14 +179,14 @@ def test_value_that_the_dtype_cannot_hold_is_refused(tmp_path: Path) -> None:
     peer.model.norm.weight.data[0] = 1e6
     directory, config = save_peer(peer, tmp_path / "peer")
     load_weights(directory, config, dtype=torch.bfloat16)
-    with pytest.raises(UserError, match=r"model.norm.weight holds .* beyond torch.float16"):
+    with pytest.raises(UserError, match=r"model.norm.weight .*torch.float16"):
         load_weights(directory, config, dtype=torch.float16)
 
 
 def test_file_that_changes_while_it_is_read_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory, config = save_peer(make_peer(tied=True), tmp_path / "peer")
     monkeypatch.setattr("qwen3bench.model.weights.locate_tensors", lambda *_, **__: {HEAD: directory / "config.json"})
-    with pytest.raises(UserError, match=r"config.json: lm_head.weight cannot be read"):
+    with pytest.raises(UserError, match=r"config.json: lm_head.weight"):
         load_weights(directory, config)
 
 
@@ -318,7 +318,7 @@ def test_hub_that_does_not_answer_is_one_error(monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError("404 Client Error.\n\nRepository Not Found\n")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    with pytest.raises(UserError, match=r"weights Qwen/None: .* \(404 Client Error.\); check") as caught:
+    with pytest.raises(UserError, match=r"Qwen/None.*404 Client Error") as caught:
         load_weights("Qwen/None", CONFIG)
     assert "\n" not in str(caught.value)
 
@@ -326,7 +326,7 @@ def test_hub_that_does_not_answer_is_one_error(monkeypatch: pytest.MonkeyPatch) 
 def test_no_network_is_one_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="check the name and the network, or give a directory") as caught:
+    with pytest.raises(UserError, match=r"Qwen/Qwen3-0\.6B") as caught:
         find_checkpoint("Qwen/Qwen3-0.6B")
     assert "\n" not in str(caught.value)
 
@@ -349,7 +349,7 @@ def test_what_is_neither_directory_nor_hub_id_asks_no_hub(
 
 def test_file_in_place_of_a_directory_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.pt")  # opening it would wait for ever
-    with pytest.raises(UserError, match=r"model.pt: is a file; give the checkpoint's directory"):
+    with pytest.raises(UserError, match=r"model.pt: is a file"):
         load_weights(tmp_path / "model.pt", CONFIG)
 
 
@@ -368,7 +368,7 @@ def test_fingerprint_tells_weights_apart(tmp_path: Path) -> None:
 def test_fingerprint_of_what_is_missing_is_one_error(tmp_path: Path) -> None:
     directory, _ = save_peer(make_peer(tied=True), tmp_path / "peer", max_shard_size="10KB")
     next(directory.glob("*.safetensors")).unlink()
-    with pytest.raises(UserError, match="is not there; is the checkpoint complete"):
+    with pytest.raises(UserError, match=r"\.safetensors. is not there"):
         weights_fingerprint(directory)
 
 
@@ -428,6 +428,7 @@ def write_large(directory: Path) -> int:
     return 8 + len(text) + position
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_memory_stays_below_twice_the_file(tmp_path: Path) -> None:
     small, _ = save_peer(make_peer(tied=False), tmp_path / "small")  # takes what the libraries take once

@@ -15,8 +15,8 @@ from qwen3bench.config.choices import options_of
 from qwen3bench.errors import UserError
 from qwen3bench.kernels import token_attention
 from qwen3bench.model.attention import AdditiveMask, EagerAttention, Mask
+from qwen3bench.model.baseline import BASELINE_PARTS
 from qwen3bench.model.cache import KVCache
-from qwen3bench.model.parts import Parts
 from qwen3bench.opt.flash import BACKENDS, FlashAttention, apply
 from qwen3bench.opt.mask import BooleanMask
 
@@ -124,7 +124,7 @@ def test_context_is_the_eager_one(queries: int, start: int, heads: int, kv_heads
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_forced_backend_is_the_only_one_allowed(backend: str, calls: list[Call]) -> None:
-    attend = apply(Parts(), backend=backend).attend
+    attend = apply(BASELINE_PARTS, backend=backend).attend
     q = torch.randn(1, 2, 4, 16)
     try:
         attend(q, q, q, None, BooleanMask().apply)
@@ -135,7 +135,7 @@ def test_a_forced_backend_is_the_only_one_allowed(backend: str, calls: list[Call
 
 def test_auto_leaves_the_choice_to_pytorch(calls: list[Call]) -> None:
     q = torch.randn(1, 2, 4, 16)
-    apply(Parts()).attend(q, q, q, None, BooleanMask().apply)
+    apply(BASELINE_PARTS).attend(q, q, q, None, BooleanMask().apply)
     assert all(calls[0]["allowed"].values())
 
 
@@ -171,7 +171,7 @@ def test_a_single_query_takes_a_kernel_of_ours_where_it_is_asked_for(
         given.append(k)
         return EagerAttention()(q, k, v, torch.zeros(1, k.shape[-2]), AdditiveMask().apply)
 
-    monkeypatch.setattr(token_attention, "takes", lambda q: q.shape[-2] == 1)
+    monkeypatch.setattr(token_attention, "takes_query", lambda q: q.shape[-2] == 1)
     monkeypatch.setattr(token_attention, "split_attention", attend)
     options = {name: {"decode": decode} if name == "flash" else {} for name in opts}
     logits, expected = (run(tiny, tiny_weights, of, 5, queries) for of in (options, ()))
@@ -181,7 +181,7 @@ def test_a_single_query_takes_a_kernel_of_ours_where_it_is_asked_for(
 
 
 def test_to_the_compiler_the_kernel_is_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_attention, "takes", lambda q: True)
+    monkeypatch.setattr(token_attention, "takes_query", lambda q: True)
     called: list[Any] = []
 
     def backend(graph: torch.fx.GraphModule, given: list[Tensor]) -> Callable[..., Any]:
@@ -203,17 +203,17 @@ def test_where_the_kernel_is_not_for_it_it_is_pytorchs(
 
 def test_pytorchs_kernel_is_the_default_and_either_keeps_the_backend() -> None:
     assert options_of("opt", "flash").items() >= {"backend": "auto", "decode": "sdpa"}.items()
-    assert apply(Parts()).attend == FlashAttention(None, split=False)
+    assert apply(BASELINE_PARTS).attend == FlashAttention(None, split=False)
     for decode, split in (("sdpa", False), ("split", True)):
-        attend = apply(Parts(), backend="math", decode=decode).attend
+        attend = apply(BASELINE_PARTS, backend="math", decode=decode).attend
         assert attend == FlashAttention(BACKENDS["math"], split=split)
 
 
 def test_an_unknown_way_to_decode_is_named_with_those_that_exist() -> None:
     with pytest.raises(UserError, match=r"flash.decode='own' is unknown; choose sdpa or split"):
-        apply(Parts(), decode="own")
+        apply(BASELINE_PARTS, decode="own")
 
 
 def test_an_unknown_backend_is_named_with_those_that_exist() -> None:
     with pytest.raises(UserError, match=r"flash.backend='cudn' is unknown; .* auto, flash, cudnn, efficient, math"):
-        apply(Parts(), backend="cudn")
+        apply(BASELINE_PARTS, backend="cudn")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qwen3bench import ModelConfig, build_model
 from qwen3bench.model.cache import KVCache
+from qwen3bench.model.decoder import Decoder
 from qwen3bench.model.qwen3 import Qwen3Model
 from qwen3bench.opt import gemv
 from qwen3bench.opt.gemv import FusedTokenBlock
@@ -80,10 +81,10 @@ def test_counters_are_zero_whatever_happens_to_the_module(tiny: ModelConfig, tin
 def test_a_single_token_on_cuda(
     tiny: ModelConfig, tiny_weights: dict[str, Tensor], shape: dict[str, Any], length: int, dtype: torch.dtype
 ) -> None:
-    from qwen3bench.worker.equivalence.gate import sensitised
+    from qwen3bench.worker.equivalence.reference import sensitized
 
     config = replace(tiny, context_length=4096, **shape)
-    weights = sensitised(config, torch.device("cuda"), dtype, seed=0)
+    weights = sensitized(config, torch.device("cuda"), dtype, seed=0)
     tokens = random_tokens(config, 1, length).cuda()
     expected, filled = reference(config, weights, tokens)
     plain, _ = decode(build_model(config, (), weights, dtype=dtype), tokens, filled)
@@ -125,7 +126,7 @@ def test_the_compiler_is_told_what_the_block_writes(tiny: ModelConfig, tiny_weig
         patch.setattr(gemv, "token_block", look)
         cache = KVCache(tiny, 1, 8, torch.device("cuda"), torch.float32)
         model(random_tokens(tiny, 1, 1).cuda(), cache, start=4)
-    operation = gemv._compiled_token_block
+    operation = gemv.compiled_token_block
     torch.library.opcheck(operation, given[0], test_utils=("test_schema", "test_faketensor"))
 
 
@@ -138,16 +139,15 @@ def test_replayed_and_compiled_it_computes_the_same(tiny: ModelConfig, tiny_weig
     _, filled = reference(tiny, weights, tokens)
     eager, cache = decode(build_model(tiny, ("gemv",), weights), tokens, filled)
     for name in ("graph", "compile"):
-        model = build_model(tiny, ("gemv",), weights)
         runtime = make_runtime(name, torch.device("cuda"))
-        runtime.prepare_model(model)
+        model = runtime.prepare_model(build_model(tiny, ("gemv",), weights)).model
         outputs: list[Tensor] = []
 
-        def step(model: Qwen3Model = model, outputs: list[Tensor] = outputs) -> Tensor:
+        def step(model: Decoder = model, outputs: list[Tensor] = outputs) -> Tensor:
             outputs[:] = [model(tokens[:, -1:], cache, start=39)]
             return outputs[0]
 
-        launch = runtime.prepare(step)
+        launch = runtime.prepare(step).launch
         for _ in range(3):
             launch()
         torch.testing.assert_close(outputs[0], eager, rtol=1e-4, atol=1e-4)

@@ -154,7 +154,7 @@ def test_a_single_token_takes_two_kernels(tiny: ModelConfig, compiled: bool) -> 
 @pytest.mark.cuda
 def test_the_compiler_is_told_what_comes_of_a_single_token() -> None:
     gate_up, down = torch.randn(2 * 24, 16, device="cuda"), torch.randn(16, 24, device="cuda")
-    operation = mlp._compiled_token_feed_forward
+    operation = mlp.compiled_token_feed_forward
     given = (torch.randn(1, 1, 16, device="cuda"), gate_up, down)
     torch.library.opcheck(operation, given, test_utils=("test_schema", "test_faketensor"))
     torch.testing.assert_close(operation(*given), token_feed_forward(*given))
@@ -172,7 +172,7 @@ needs_tiles = pytest.mark.skipif(
 def test_a_prompts_product_and_swiglu_are_one_kernel(
     tiny: ModelConfig, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(swiglu, "_FULL", 0)
+    monkeypatch.setattr(swiglu, "FULL_WAVE", 0)
     ff = FusedFeedForward(replace(tiny, emb_dim=256, hidden_dim=512)).to("cuda", torch.bfloat16)
     forward = torch.compile(ff.forward, fullgraph=True) if compiled else ff
     with torch.inference_mode():

@@ -12,18 +12,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen3bench import ModelConfig, build_model, choices, optimizations
+from qwen3bench import ModelConfig, build_model
+from qwen3bench.config import catalogue as optimizations
+from qwen3bench.config import choices
 from qwen3bench.errors import UserError
 from qwen3bench.model.attention import AdditiveMask
+from qwen3bench.model.baseline import BASELINE_PARTS, assemble
 from qwen3bench.model.layers import RMSNorm
-from qwen3bench.model.parts import Parts, assemble
+from qwen3bench.model.parts import Parts
 from qwen3bench.opt.norm import apply as fuse_norms
 
 PART = {"flash": "attend", "tie": "head", "mlp": "mlp", "mask": "mask", "norm": "norm"}
 
 
 def changed_parts(parts: Parts) -> set[str]:
-    return {f.name for f in fields(Parts) if getattr(parts, f.name) is not getattr(Parts(), f.name)}
+    return {f.name for f in fields(Parts) if getattr(parts, f.name) is not getattr(BASELINE_PARTS, f.name)}
 
 
 def test_the_five_in_the_order_of_labels(all_opts: tuple[str, ...]) -> None:
@@ -33,12 +36,12 @@ def test_the_five_in_the_order_of_labels(all_opts: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("name", PART)
 def test_a_switch_replaces_its_part_and_no_other(name: str) -> None:
     (switch,) = optimizations.resolve([name]).values()
-    assert changed_parts(switch(Parts())) == {PART[name]}
+    assert changed_parts(switch(BASELINE_PARTS)) == {PART[name]}
 
 
 def test_a_cell_replaces_the_parts_of_its_switches(each_cell: tuple[str, ...]) -> None:
     switches = optimizations.resolve(each_cell)
-    each = [changed_parts(switch(Parts())) for switch in switches.values()]
+    each = [changed_parts(switch(BASELINE_PARTS)) for switch in switches.values()]
     assert changed_parts(assemble(switches)) == set().union(*each)
 
 

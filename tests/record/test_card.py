@@ -1,4 +1,4 @@
-"""The monitor tells brakes from harmless states, and empty from zero."""
+"""A card tells throttling from harmless states, and empty from zero."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from qwen3bench.record import card as monitor
-from qwen3bench.record.card import Monitor, Telemetry, braked, flags
+from qwen3bench.campaign.monitor import disturbances, flags
+from qwen3bench.record import card as module
+from qwen3bench.record.card import GPU_SENSOR, MEMORY_CLOCK, REASONS, SM_CLOCK, Card
+from qwen3bench.record.lines import Telemetry
 
 
 class FakeNvml:
@@ -103,8 +105,8 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
 def test_reads_the_card(nvml: FakeNvml) -> None:
     nvml.reasons = 0x4 | 0x40
     nvml.pids = [(os.getpid(), 7), (4321, 7)]
-    with Monitor(0) as monitor:
-        telemetry = monitor.sample()
+    with Card(0) as card:
+        telemetry = card.sample()
     assert telemetry == Telemetry(
         sm_clock_mhz=1755,
         memory_clock_mhz=2619,
@@ -114,11 +116,11 @@ def test_reads_the_card(nvml: FakeNvml) -> None:
         foreign_processes=[4321],
     )
     assert nvml.shut == 1
-    assert monitor.sample() == Telemetry()
+    assert card.sample() == Telemetry()
 
 
 def test_describes_the_card(nvml: FakeNvml) -> None:
-    assert Monitor(1).describe() == {
+    assert Card(1).describe() == {
         "device": "NVIDIA second",
         "device_memory_bytes": 85_520_809_984,
         "compute_capability": "9.0",
@@ -136,7 +138,6 @@ def test_describes_the_card(nvml: FakeNvml) -> None:
 
 def test_knows_the_names_and_bits_of_nvml() -> None:
     pynvml = pytest.importorskip("pynvml")
-    from qwen3bench.record.card import _GPU_SENSOR, _MEMORY_CLOCK, _REASONS, _SM_CLOCK
 
     names = {
         0x1: "GpuIdle",
@@ -149,16 +150,16 @@ def test_knows_the_names_and_bits_of_nvml() -> None:
         0x80: "HwPowerBrakeSlowdown",
         0x100: "DisplayClockSetting",
     }
-    assert _REASONS.keys() == names.keys()
+    assert REASONS.keys() == names.keys()
     for bit, name in names.items():
         assert getattr(pynvml, f"nvmlClocksThrottleReason{name}") == bit
-        assert _REASONS[bit].replace("_", "") == name.lower()
+        assert REASONS[bit].replace("_", "") == name.lower()
     clocks = (pynvml.NVML_CLOCK_SM, pynvml.NVML_CLOCK_MEM, pynvml.NVML_TEMPERATURE_GPU)
-    assert clocks == (_SM_CLOCK, _MEMORY_CLOCK, _GPU_SENSOR)
+    assert clocks == (SM_CLOCK, MEMORY_CLOCK, GPU_SENSOR)
 
 
 @pytest.mark.parametrize(
-    ("bits", "words", "brakes"),
+    ("bits", "words", "slowed"),
     [
         (0x0, [], []),
         (0x1, ["gpu_idle"], []),
@@ -173,12 +174,12 @@ def test_knows_the_names_and_bits_of_nvml() -> None:
         (0x1201, ["gpu_idle", "reason_0x1200"], []),
     ],
 )
-def test_only_thermal_and_power_brakes_brake(nvml: FakeNvml, bits: int, words: list[str], brakes: list[str]) -> None:
+def test_a_card_slowed_by_heat_is_throttled(nvml: FakeNvml, bits: int, words: list[str], slowed: list[str]) -> None:
     nvml.reasons = bits
-    telemetry = Monitor(0).sample()
-    assert telemetry.throttle_reasons == words
-    assert braked(telemetry) == brakes
-    assert flags(telemetry) == (["sw_power_cap"] if bits == 0x4 else brakes)
+    telemetry = Card(0).sample()
+    assert telemetry.throttle_reasons == tuple(words)
+    assert disturbances(telemetry) == slowed
+    assert flags(telemetry) == (["sw_power_cap"] if bits == 0x4 else slowed)
 
 
 @pytest.mark.parametrize(
@@ -195,16 +196,16 @@ def test_foreign_processes_are_named_only_where_ours_are_seen(
     nvml: FakeNvml, listed: list[tuple[int, int]], foreign: list[int] | None
 ) -> None:
     nvml.pids = listed
-    telemetry = Monitor(0).sample(own_pids={10, 11})
-    assert telemetry.foreign_processes == foreign
-    assert braked(telemetry) == [f"foreign process {pid}" for pid in foreign or []]
+    telemetry = Card(0).sample(own_pids={10, 11})
+    assert telemetry.foreign_processes == (None if foreign is None else tuple(foreign))
+    assert disturbances(telemetry) == [f"foreign process {pid}" for pid in foreign or []]
 
 
 def test_own_processes_are_by_default_this_one_and_its_children(nvml: FakeNvml) -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         nvml.pids = [(child.pid, 0), (os.getppid(), 0)]
-        assert Monitor(0).sample().foreign_processes == [os.getppid()]
+        assert Card(0).sample().foreign_processes == (os.getppid(),)
     finally:
         child.communicate(b"\n")
 
@@ -229,15 +230,15 @@ def test_finds_the_card_that_cuda_sees(
 ) -> None:
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert Monitor(index).describe()["device"] == name
+    assert Card(index).describe()["device"] == name
 
 
 def test_unlike_cards_are_told_apart_as_cuda_numbers_them(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_DEVICE_ORDER")
-    monkeypatch.setattr(monitor, "_uuid", {0: "GPU-b"}.get)
-    assert Monitor(0).describe()["device"] == "NVIDIA second"
+    monkeypatch.setattr(module, "cuda_uuid", {0: "GPU-b"}.get)
+    assert Card(0).describe()["device"] == "NVIDIA second"
     monkeypatch.setattr(nvml, "nvmlDeviceGetName", lambda card: "both", raising=False)
-    assert Monitor(0)._card == "first"
+    assert Card(0).handle == "first"
 
 
 def test_where_the_driver_does_not_tell_unlike_cards_apart_all_is_empty(
@@ -247,23 +248,23 @@ def test_where_the_driver_does_not_tell_unlike_cards_apart_all_is_empty(
         raise OSError
 
     monkeypatch.delenv("CUDA_DEVICE_ORDER")
-    monkeypatch.setattr(monitor, "_uuid", unknown)
-    assert set(Monitor(0).describe().values()) == {None}
+    monkeypatch.setattr(module, "cuda_uuid", unknown)
+    assert set(Card(0).describe().values()) == {None}
 
 
 @pytest.mark.cuda
 def test_the_driver_and_pytorch_mean_the_same_card() -> None:
-    assert monitor._uuid(0) == f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    assert module.cuda_uuid(0) == f"GPU-{torch.cuda.get_device_properties(0).uuid}"
 
 
 def test_each_unsupported_query_is_empty_and_spoils_no_other(nvml: FakeNvml) -> None:
     nvml.pids = [(os.getpid(), 0)]
-    whole, described = Monitor(0).sample(), Monitor(0).describe()
+    whole, described = Card(0).sample(), Card(0).describe()
     assert None not in astuple(whole)
     assert None not in described.values()
     for query in [name for name in dir(nvml) if name.startswith(("nvmlDeviceGet", "nvmlSystemGet"))]:
         nvml.refused = {query}
-        sample, description = Monitor(0).sample(), Monitor(0).describe()
+        sample, description = Card(0).sample(), Card(0).describe()
         assert all(new in (old, None) for new, old in zip(astuple(sample), astuple(whole), strict=True))
         assert all(description[key] in (described[key], None) for key in described)
         if "Handle" not in query and "Count" not in query:
@@ -273,19 +274,19 @@ def test_each_unsupported_query_is_empty_and_spoils_no_other(nvml: FakeNvml) -> 
 
 def test_without_nvml_all_is_empty(monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml) -> None:
     nvml.refused = {"nvmlInit"}
-    assert Monitor(0).sample() == Telemetry()
-    assert set(Monitor(0).describe().values()) == {None}
+    assert Card(0).sample() == Telemetry()
+    assert set(Card(0).describe().values()) == {None}
     monkeypatch.setitem(sys.modules, "pynvml", None)  # importing it fails
-    assert Monitor(0).sample() == Telemetry()
-    assert braked(Telemetry()) == flags(Telemetry()) == []
+    assert Card(0).sample() == Telemetry()
+    assert disturbances(Telemetry()) == flags(Telemetry()) == []
 
 
 @pytest.mark.cuda
 def test_reads_a_real_card() -> None:
-    with Monitor(0) as monitor:
-        telemetry, card = monitor.sample(), monitor.describe()
-    assert card["device"]
+    with Card(0) as card:
+        telemetry, described = card.sample(), card.describe()
+    assert described["device"]
     assert telemetry.sm_clock_mhz
-    assert telemetry.sm_clock_mhz <= card["sm_clock_max_mhz"]
+    assert telemetry.sm_clock_mhz <= described["sm_clock_max_mhz"]
     assert telemetry.temperature_c
     assert telemetry.throttle_reasons is not None

@@ -1,4 +1,4 @@
-"""The environment says what there is; the fingerprint changes exactly when the numbers may."""
+"""The environment says what there is; the fingerprint changes exactly when the numbers may. Without PyTorch."""
 
 from __future__ import annotations
 
@@ -6,16 +6,26 @@ import json
 import shutil
 import socket
 import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import qwen3bench
-from qwen3bench.errors import UserError
 from qwen3bench.record import environment as module
-from qwen3bench.record.environment import code_hash, device_name, differences, environment, fingerprint
+from qwen3bench.record.environment import (
+    MEASURING,
+    PACKAGE,
+    TorchFacts,
+    code_hash,
+    differences,
+    environment,
+    fingerprint,
+    git_state,
+    system_device_name,
+)
 
 CONFIG: dict[str, Any] = {
     "device": "cpu",
@@ -27,11 +37,14 @@ CONFIG: dict[str, Any] = {
 }
 
 
+TORCH = TorchFacts(version="2.99", cuda=None, cudnn=None, threads=3, device_name="abacus")
+
+
 def test_says_what_it_is_measured_on() -> None:
-    found = environment("cpu")
-    assert found["torch"] == torch.__version__
-    assert found["torch_threads"] == torch.get_num_threads()
-    assert found["device"] == found["cpu"] == device_name("cpu")
+    found = environment("cpu", TORCH)
+    assert (found["torch"], found["torch_threads"], found["cuda"], found["cudnn"]) == ("2.99", 3, None, None)
+    assert found["device"] == "abacus"
+    assert found["cpu"] == system_device_name("cpu")
     assert found["memory_bytes"] > 2**28
     assert found["cpu_threads"] >= 1
     assert found["power_limit_w"] is found["compute_capability"] is None
@@ -41,120 +54,125 @@ def test_says_what_it_is_measured_on() -> None:
 
 
 def test_is_json_without_the_name_of_the_host() -> None:
-    found = environment()
+    found = environment("cuda", TORCH)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert socket.gethostname() not in [*found.values(), *str(found["os"]).split("-")]
 
 
-def test_unknown_card_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with pytest.raises(UserError, match="device=cuda:9: PyTorch finds no such card"):
-        environment("cuda:9")
+def test_needs_no_torch() -> None:
+    code = "import sys; from qwen3bench.record.environment import code_hash; print('torch' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "False"
 
 
 @pytest.fixture
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small source tree of its own that takes the place of this one."""
-    (tmp_path / "qwen3bench" / "opt").mkdir(parents=True)
+def package(tmp_path: Path) -> Path:
+    """A small package of the same rooms, in a source tree of its own."""
+    root = tmp_path / "qwen3bench"
+    for name in (*MEASURING, "reporting", "analysis", "config", "worker/equivalence"):
+        (root / name).mkdir(parents=True)
+        (root / name / "part.py").write_text("a = 1\n")
     (tmp_path / "configs").mkdir()
-    (tmp_path / "qwen3bench" / "opt" / "tie.py").write_text("a = 1\n")
     (tmp_path / "configs" / "config.yaml").write_text("a: 1\n")
-    monkeypatch.setattr(module, "_PACKAGE", tmp_path / "qwen3bench")
-    monkeypatch.setattr(module, "_CHECKOUT", tmp_path)
-    return tmp_path
+    return root
 
 
-def test_code_hash_changes_with_code_and_configs_alone(checkout: Path) -> None:
-    seen = [code_hash()]
-    (checkout / "README.md").write_text("words")
-    (checkout / "qwen3bench" / "opt" / "tie.pyc").write_text("compiled")
-    assert code_hash() == seen[0]
-
-    for path, text in [
-        ("qwen3bench/opt/tie.py", "a = 2\n"),
-        ("configs/config.yaml", "a: 2\n"),
-        ("configs/more.yaml", ""),
-        ("qwen3bench/new.py", ""),
-    ]:
-        (checkout / path).write_text(text)
-        seen.append(code_hash())
-    (checkout / "qwen3bench/new.py").rename(checkout / "qwen3bench/newer.py")
-    seen.append(code_hash())
-    assert len(set(seen)) == 6
+def test_what_measures_is_there() -> None:
+    assert MEASURING == ("worker", "campaign", "model", "opt", "kernels", "record")
+    assert all(list((PACKAGE / name).glob("*.py")) for name in MEASURING)
 
 
-def test_code_hash_is_the_same_for_a_checkout_and_an_installed_package(checkout: Path) -> None:
-    before = code_hash()
-    shutil.move(checkout / "configs", checkout / "qwen3bench" / "configs")
-    assert code_hash() == before
+@pytest.mark.parametrize("room", [*MEASURING, "worker/equivalence"])
+def test_code_hash_changes_with_the_code_that_measures(package: Path, room: str) -> None:
+    seen = [code_hash(package)]
+    (package / room / "part.py").write_text("a = 2\n")
+    seen.append(code_hash(package))
+    (package / room / "new.py").write_text("")
+    seen.append(code_hash(package))
+    (package / room / "new.py").rename(package / room / "newer.py")
+    seen.append(code_hash(package))
+    assert len(set(seen)) == 4
 
 
-def test_git_commit_and_dirty_flag(checkout: Path) -> None:
-    def state() -> tuple[object, object]:
-        found = environment("cpu")
-        return found["git_commit"], found["git_dirty"]
+@pytest.mark.parametrize(
+    "path",
+    [
+        "reporting/part.py",
+        "analysis/part.py",
+        "config/part.py",
+        "report.py",
+        "opt/part.pyc",
+        "../README.md",
+        "../configs/config.yaml",  # the composed configuration has a hash of its own
+    ],
+)
+def test_code_hash_stays_where_another_word_stops_nobody(package: Path, path: str) -> None:
+    before = code_hash(package)
+    (package / path).write_text("words = 2\n")
+    assert code_hash(package) == before
 
+
+def test_code_hash_is_the_same_for_a_checkout_and_an_installed_package(package: Path, tmp_path: Path) -> None:
+    before = code_hash(package)
+    installed = shutil.copytree(package, tmp_path / "site-packages" / "qwen3bench")
+    shutil.copytree(tmp_path / "configs", installed / "configs")
+    assert code_hash(installed) == before
+
+
+def test_git_commit_and_dirty_flag(tmp_path: Path) -> None:
     def git(*command: str) -> str:
         identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
         return subprocess.run(
-            ["git", *identity, *command], cwd=checkout, check=True, capture_output=True, text=True
+            ["git", *identity, *command], cwd=tmp_path, check=True, capture_output=True, text=True
         ).stdout.strip()
 
-    assert state() == (None, None)
+    (tmp_path / "file").write_text("a: 1\n")
+    assert git_state(tmp_path) == {"git_commit": None, "git_dirty": None}
     git("init", "-q")
     git("add", ".")
     git("commit", "-q", "-m", "first")
-    assert state() == (git("rev-parse", "HEAD"), False)
-    (checkout / "configs" / "config.yaml").write_text("a: 3\n")
-    assert state() == (git("rev-parse", "HEAD"), True)
+    assert git_state(tmp_path) == {"git_commit": git("rev-parse", "HEAD"), "git_dirty": False}
+    (tmp_path / "file").write_text("a: 3\n")
+    assert git_state(tmp_path) == {"git_commit": git("rev-parse", "HEAD"), "git_dirty": True}
+    assert {key: environment("cpu", TORCH)[key] for key in git_state()} == git_state()
 
 
 def test_fingerprint_ignores_where_a_run_is_written_and_reported() -> None:
-    old = fingerprint(CONFIG, "w")
+    old = fingerprint(CONFIG, "w", TORCH)
     moved = {**CONFIG, "run": {"dir": "elsewhere"}, "report": {"memory_limit_gib": 24}, "resume": "elsewhere"}
-    assert fingerprint(dict(reversed(moved.items())), "w") == old
+    assert fingerprint(dict(reversed(moved.items())), "w", TORCH) == old
     assert list(old) == ["config", "weights", "code", "torch", "device"]
     assert differences(old, old) == []
 
 
 def test_the_version_of_another_implementation_counts_where_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     beside = {**CONFIG, "peer": {"transformers": {"attention": ["sdpa"]}}}
-    monkeypatch.setattr(module, "_version", lambda package: "5.0")
-    old = fingerprint(beside, "w")
-    monkeypatch.setattr(module, "_version", lambda package: "5.1")
-    assert differences(old, fingerprint(beside, "w")) == ["transformers (5.0 then, 5.1 now)"]
-    assert "transformers" not in fingerprint(CONFIG, "w")
+    monkeypatch.setattr(module, "version_of", lambda package: "5.0")
+    old = fingerprint(beside, "w", TORCH)
+    monkeypatch.setattr(module, "version_of", lambda package: "5.1")
+    assert differences(old, fingerprint(beside, "w", TORCH)) == ["transformers (5.0 then, 5.1 now)"]
+    assert "transformers" not in fingerprint(CONFIG, "w", TORCH)
 
 
 @pytest.mark.parametrize("change", [{"batch_size": 2}, {"opt": {}}, {"measure": {"target": 0.02}}])
 def test_another_config_differs(change: dict[str, Any]) -> None:
-    assert differences(fingerprint(CONFIG, "w"), fingerprint({**CONFIG, **change}, "w")) == ["the configuration"]
+    old, new = fingerprint(CONFIG, "w", TORCH), fingerprint({**CONFIG, **change}, "w", TORCH)
+    assert differences(old, new) == ["the configuration"]
 
 
-def test_differences_name_each_part(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = fingerprint(CONFIG, "w")
-    (checkout / "qwen3bench" / "opt" / "tie.py").write_text("a = 2\n")
-    monkeypatch.setattr(torch, "__version__", "9.9.9")
-    monkeypatch.setattr(module, "device_name", lambda _: "abacus")
+def test_the_threads_of_a_cpu_and_cuda_count() -> None:
+    assert fingerprint(CONFIG, "w", TORCH)["device"] == "abacus, 3 threads"
+    on_card = fingerprint({**CONFIG, "device": "cuda"}, "w", replace(TORCH, cuda="13.0"))
+    assert on_card["device"] == "abacus"
+    assert on_card["torch"] == "2.99, CUDA 13.0"
 
-    found = differences(old, fingerprint({**CONFIG, "batch_size": 3}, "x"))
 
+def test_differences_name_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = fingerprint(CONFIG, "w", TORCH)
+    monkeypatch.setattr(module, "code_hash", lambda: "other")
+    newer = replace(TORCH, version="9.9.9", device_name="sliderule")
+    found = differences(old, fingerprint({**CONFIG, "batch_size": 3}, "x", newer))
     assert found[:3] == ["the configuration", "the weights", "the code of qwen3bench"]
-    assert found[3] == f"torch ({old['torch']} then, 9.9.9 now)".replace("9.9.9", new_torch())
-    assert found[4].startswith(f"device ({old['device']} then, abacus")
+    assert found[3] == "torch (2.99 then, 9.9.9 now)"
+    assert found[4] == "device (abacus, 3 threads then, sliderule, 3 threads now)"
     assert differences({}, {"code": "a"}) == ["the code of qwen3bench"]
-
-
-def new_torch() -> str:
-    return f"9.9.9, CUDA {torch.version.cuda}" if torch.version.cuda else "9.9.9"
-
-
-@pytest.mark.cuda
-def test_describes_a_real_card() -> None:
-    found = environment("cuda")
-    properties = torch.cuda.get_device_properties(0)
-    assert found["device"] == properties.name
-    assert found["compute_capability"] == f"{properties.major}.{properties.minor}"
-    assert found["device_memory_bytes"] >= properties.total_memory
-    assert found["driver"]
-    assert found["cuda"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import json
+import lzma
 import os
 import resource
 import signal
@@ -20,38 +22,40 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from qwen3bench.errors import UserError
-from qwen3bench.record import reader as module
-from qwen3bench.record.reader import (
+from qwen3bench.record.files import clean_stale, point_latest, write_atomic
+from qwen3bench.record.lines import (
+    LINES,
     SCHEMA,
-    RecordWriter,
-    clean_stale,
+    EndLine,
+    Line,
+    MemoryLine,
+    RunLine,
+    SampleLine,
+    VerifyLine,
+    VisitLine,
     encode,
-    point_latest,
-    read_record,
-    write_atomic,
 )
+from qwen3bench.record.reader import read_record
+from qwen3bench.record.states import EndStatus
+from qwen3bench.record.typed import fields_of, made, plain
+from qwen3bench.record.writer import RecordWriter
 
-RUN = {
-    "type": "run",
-    "config": {"model": {"name": "tiny"}},
-    "factors": ["flash", "tie"],
-    "cells": ["baseline", "flash+tie"],
-    "workloads": ["prefill"],
-    "runtimes": ["eager"],
-}
+RUN = RunLine(
+    config={"model": {"name": "tiny"}},
+    factors=("flash", "tie"),
+    cells=("baseline", "flash+tie"),
+    workloads=("prefill",),
+    runtimes=("eager",),
+)
+END = EndLine(status=EndStatus.FINISHED)
 fuzz = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def sample(position: int = 0, **more: Any) -> dict[str, Any]:
-    where = {
-        "workload": "prefill",
-        "runtime": "eager",
-        "cell": "baseline",
-        "copy": 0,
-        "process": 1,
-        "block": 0,
-    }
-    return {"type": "sample", **where, "position": position, "latency_s": 0.1 + position / 7, **more}
+WHERE = {"workload": "prefill", "runtime": "eager", "cell": "baseline", "copy": 0, "process": 1, "block": 0}
+
+
+def sample(position: int = 0, **more: Any) -> SampleLine:
+    return SampleLine(**{**WHERE, "position": position, "latency_s": 0.1 + position / 7, **more})
 
 
 def seal(text: str) -> bytes:
@@ -60,14 +64,14 @@ def seal(text: str) -> bytes:
     return body + b',"crc":"' + f"{zlib.crc32(body):08x}".encode() + b'"}\n'
 
 
-def written(directory: Path, *lines: dict[str, Any]) -> Path:
+def written(directory: Path, *lines: Line) -> Path:
     with RecordWriter(directory) as writer:
         writer.append(RUN, *lines)
     return directory / "samples.jsonl"
 
 
 def positions(path: Path) -> list[int]:
-    return [line["position"] for line in read_record(path).of("sample")]
+    return [line.position for line in read_record(path).of(SampleLine)]
 
 
 def python(code: str, *args: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -80,70 +84,79 @@ def python(code: str, *args: object, **options: Any) -> subprocess.CompletedProc
 
 def test_reads_what_was_written(tmp_path: Path) -> None:
     hostile = sample(1, cell='=cmd|"\n\u2028\u0000\udc80</script>', ttft_s=None, itl_s=[0.1, 0.2], repeat=2**53 + 1)
-    path = written(tmp_path, sample(0), hostile, {"type": "end", "status": "finished"})
+    path = written(tmp_path, sample(0), hostile, END)
 
     record = read_record(tmp_path)
 
-    back = [{k: v for k, v in line.items() if k not in ("v", "crc")} for line in record.of("sample")]
-    assert back == [sample(0), hostile]
-    assert record.run["config"] == RUN["config"]
+    assert record.of(SampleLine) == [sample(0), hostile]
+    assert record.run == RUN
     assert record.types == {"run": 1, "sample": 2, "end": 1}
     assert record.warnings == []
-    assert record.of("verify") == []
+    assert record.of(VerifyLine) == []
     assert path.read_bytes().count(b"\n") == 4
 
 
 def test_line_has_the_published_form() -> None:
-    line = encode({"type": "end", "status": "finished", "time": 1.5})
+    line = encode(EndLine(status=EndStatus.FINISHED, time=1.5))
 
     body = b'{"v":1,"type":"end","status":"finished","time":1.5'
     assert line == body + b',"crc":"' + b"%08x" % zlib.crc32(body) + b'"}\n'
 
 
 @pytest.mark.parametrize(
-    "line",
+    "fields",
     [
-        {"type": "smaple"},
-        {"status": "finished"},
-        {"type": "end"},
-        {"type": "end", "status": "finished", "crc": "00000000"},
-        {"type": "end", "status": "finished", "time": float("nan")},
-        {"type": "ceiling", "vendor": {"deep": [1.0, float("-inf")]}},
-        sample(latency_s=0.0),
-        sample(latency_s=-0.1),
-        sample(latency_s=float("nan")),
-        sample(latency_s="0.1"),
-        sample(ttft_s=0),
-        sample(tpot_s="fast"),
-        {**sample(), "cell": None},
+        {"latency_s": 0.0},
+        {"latency_s": -0.1},
+        {"latency_s": float("nan")},
+        {"latency_s": "0.1"},
+        {"latency_s": True},
+        {"ttft_s": 0},
+        {"tpot_s": "fast"},
+        {"cell": None},
+        {"block": -1},
+        {"copy": "x"},
+        {"itl_s": [0.1, None]},
     ],
     ids=str,
 )
-def test_refuses_to_write_what_cannot_be_used(tmp_path: Path, line: dict[str, Any]) -> None:
+def test_no_line_is_made_that_cannot_be_used(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        sample(**fields)
+
+
+@pytest.mark.parametrize("kind", LINES.values(), ids=LINES)
+def test_every_type_of_line_says_what_it_lacks(kind: type[Line]) -> None:
+    needed = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]  # type: ignore[arg-type]
+    for name in needed:
+        with pytest.raises(ValueError, match=name):
+            made(kind, {})
+        break
+    else:
+        assert made(kind, {}) is not None
+
+
+def test_a_number_that_is_not_finite_is_refused_wherever_it_stands(tmp_path: Path) -> None:
     path = written(tmp_path)
     before = path.read_bytes()
-
-    with (
-        RecordWriter(tmp_path) as writer,
-        pytest.raises(ValueError, match=r"no line of a record|JSON compliant"),
-    ):
-        writer.append(sample(), line)
-
+    hostile = made(LINES["ceiling"], {"vendor": {"deep": [1.0, float("-inf")]}})
+    with RecordWriter(tmp_path) as writer, pytest.raises(ValueError, match="JSON compliant"):
+        writer.append(sample(), hostile)
     assert path.read_bytes() == before
 
 
 def test_frame_has_a_column_per_field_and_keeps_order(tmp_path: Path) -> None:
-    written(tmp_path, sample(0), sample(1), {"type": "visit", **{k: sample()[k] for k in list(sample())[1:7]}})
-    assert list(read_record(tmp_path).frame("sample")) == list(sample())[1:]
-    assert read_record(tmp_path).frame("sample")["latency_s"].tolist() == [0.1, 0.1 + 1 / 7]
+    written(tmp_path, sample(0), sample(1), VisitLine(**WHERE))
+    assert set(read_record(tmp_path).frame(SampleLine)) == {*WHERE, "position", "latency_s", "attempt"}
+    assert read_record(tmp_path).frame(SampleLine)["latency_s"].tolist() == [0.1, 0.1 + 1 / 7]
 
     with RecordWriter(tmp_path) as writer:
         writer.append(sample(2, ttft_s=0.05), sample(3))
-    frame = read_record(tmp_path).frame("sample")
+    frame = read_record(tmp_path).frame(SampleLine)
 
     assert frame["position"].tolist() == [0, 1, 2, 3]
     assert frame["ttft_s"].isna().tolist() == [True, True, False, True]
-    assert read_record(tmp_path).frame("memory").empty
+    assert read_record(tmp_path).frame(MemoryLine).empty
 
 
 def test_resumed_record_continues_the_file(tmp_path: Path) -> None:
@@ -173,7 +186,7 @@ def test_torn_last_line_is_dropped_and_cut_off_wherever_it_tore(
         path.write_bytes(whole[:-cut])
 
         record = read_record(path)
-        assert [line["position"] for line in record.of("sample")] == [0]
+        assert [line.position for line in record.of(SampleLine)] == [0]
         assert len(record.warnings) == 1
         assert "line 3: is torn" in record.warnings[0]
 
@@ -226,7 +239,7 @@ def test_every_flipped_bit_of_a_line_is_found_and_named(tmp_path: Path) -> None:
 
             record = read_record(path)
 
-            assert [line["position"] for line in record.of("sample")] == [0, 2, 3], (place, bit)
+            assert [line.position for line in record.of(SampleLine)] == [0, 2, 3], (place, bit)
             assert record.warnings[0].startswith("line 3: the checksum does not match")
 
     damaged = bytearray(whole)
@@ -316,8 +329,8 @@ def test_refuses_what_is_no_record(tmp_path: Path) -> None:
         (b"\n", "is no record"),
         (b"cell,latency_s\nbaseline,1\n", "is no record"),
         (os.urandom(4096), "is no record"),
-        (encode({"type": "end", "status": "finished"}), "is no record"),
-        (seal(json.dumps({"v": 1, **RUN, "factors": [1, 2]})), "factors that are no names"),
+        (encode(END), "is no record"),
+        (seal(json.dumps({"v": 1, "type": "run", **plain(RUN), "factors": [1, 2]})), "factors"),
     ]:
         (tmp_path / "samples.jsonl").write_bytes(content)
         with pytest.raises(UserError, match=why):
@@ -354,9 +367,9 @@ def test_no_damage_gives_a_wrong_number(tmp_path: Path, data: st.DataObject) -> 
         record = read_record(tmp_path)
     except UserError:
         return
-    back = [{k: v for k, v in line.items() if k not in ("v", "crc")} for line in record.of("sample")]
+    back = record.of(SampleLine)
     assert all(line in lines for line in back)
-    assert len(record.frame("sample")) == len(back)
+    assert len(record.frame(SampleLine)) == len(back)
 
 
 json_values = st.recursive(
@@ -367,19 +380,20 @@ json_values = st.recursive(
 
 
 @fuzz
-@given(st.dictionaries(st.sampled_from([*sample(), "v", "itl_s"]), json_values, max_size=4))
+@given(st.dictionaries(st.sampled_from([*fields_of(sample()), "v", "type"]), json_values, max_size=4))
 def test_any_values_under_a_true_checksum_are_used_whole_or_not_at_all(tmp_path: Path, values: dict[str, Any]) -> None:
-    forged = {"v": 1, **sample(), **values}
+    forged = {"v": 1, "type": "sample", **plain(sample()), **values}
     (tmp_path / "samples.jsonl").write_bytes(encode(RUN) + seal(json.dumps(forged)[:-1] + "}"))
     try:
         record = read_record(tmp_path)
     except UserError:
         event("another schema")
         return
-    for line in record.of("sample"):
-        assert {**line, "crc": None} == {**forged, "crc": None}
-        assert 0 < line["latency_s"] < float("inf")
-    record.frame("sample")
+    for line in record.of(SampleLine):
+        assert plain(line) == {name: value for name, value in forged.items() if name in plain(line)}
+        assert all(value is None for name, value in forged.items() if name not in ("v", "type", *plain(line)))
+        assert 0 < line.latency_s < float("inf")
+    record.frame(SampleLine)
 
 
 # --- a disk that refuses ---
@@ -424,9 +438,11 @@ def test_file_size_limit_leaves_whole_lines(tmp_path: Path) -> None:
     (tmp_path / "old.md").write_text("old")
     code = """
 import sys
-from qwen3bench.record.reader import RecordWriter, write_atomic
+from qwen3bench.record.files import write_atomic
+from qwen3bench.record.lines import SessionLine
+from qwen3bench.record.writer import RecordWriter
 from qwen3bench.errors import UserError
-line = {"type": "end", "status": "s" * 1500}
+line = SessionLine(command=("s" * 1500,))
 with RecordWriter(sys.argv[1]) as writer:
     for act in (lambda: [writer.append(line, line) for _ in range(9)],
                 lambda: write_atomic(sys.argv[1] + "/old.md", "x" * 9000)):
@@ -439,7 +455,7 @@ with RecordWriter(sys.argv[1]) as writer:
     result = python(code, tmp_path, preexec_fn=limit)
 
     assert result.stdout.count("File too large") == 2, result.stderr
-    assert read_record(tmp_path).types == {"run": 1, "sample": 1, "end": 4}
+    assert read_record(tmp_path).types == {"run": 1, "sample": 1, "session": 4}
     assert read_record(tmp_path).warnings == []
     assert (tmp_path / "old.md").read_text() == "old"
 
@@ -504,7 +520,7 @@ def test_interrupt_amid_a_write_leaves_no_half_line(tmp_path: Path, monkeypatch:
             patch.setattr(os, "write", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 writer.append(sample(1))
-        writer.append({"type": "end", "status": "interrupted"})
+        writer.append(EndLine(status=EndStatus.INTERRUPTED))
     assert read_record(path).types == {"run": 1, "sample": 1, "end": 1}
     assert read_record(path).warnings == []
 
@@ -513,7 +529,7 @@ def test_interrupt_amid_a_write_leaves_no_half_line(tmp_path: Path, monkeypatch:
 
 HOLD = """
 import sys, time
-from qwen3bench.record.reader import RecordWriter
+from qwen3bench.record.writer import RecordWriter
 with RecordWriter(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
@@ -538,7 +554,7 @@ def test_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -> 
 def test_lock_dies_though_a_child_lives_on(tmp_path: Path) -> None:
     code = """
 import subprocess, sys
-from qwen3bench.record.reader import RecordWriter
+from qwen3bench.record.writer import RecordWriter
 with RecordWriter(sys.argv[1]):
     subprocess.run([sys.executable, "-c", "print('held', flush=True); input()"], close_fds=False)
 """
@@ -566,7 +582,7 @@ def test_a_lock_that_outlives_its_dead_holder_for_a_moment_is_waited_for(tmp_pat
 
 def test_lock_is_free_after_closing_though_a_copy_lives_on(tmp_path: Path) -> None:
     with RecordWriter(tmp_path) as writer:
-        copy = os.dup(writer._lock)  # as a child has it between its fork and its exec
+        copy = os.dup(writer.lock)  # as a child has it between its fork and its exec
     try:
         written(tmp_path, sample(0))
     finally:
@@ -588,11 +604,11 @@ def test_refused_writer_changes_nothing(tmp_path: Path) -> None:
 
 def test_writes_text_and_bytes(tmp_path: Path) -> None:
     write_atomic(tmp_path / "a.md", "é\udc80")
-    write_atomic(tmp_path / "b.png", b"\x89PNG")
-    write_atomic(str(tmp_path / "b.png"), b"new")
+    write_atomic(tmp_path / "b.bin", b"\x89\x00")
+    write_atomic(str(tmp_path / "b.bin"), b"new")
     assert (tmp_path / "a.md").read_bytes() == "é\\udc80".encode()
-    assert (tmp_path / "b.png").read_bytes() == b"new"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.md", "b.png"]
+    assert (tmp_path / "b.bin").read_bytes() == b"new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.md", "b.bin"]
     with pytest.raises(UserError, match="cannot be written"):
         write_atomic(tmp_path / "missing" / "a.md", "text")
 
@@ -602,7 +618,7 @@ def test_death_before_the_rename_leaves_the_old_file_and_a_stale_one(tmp_path: P
     (tmp_path / "plots" / "a.svg").write_text("old")
     code = """
 import os, sys
-from qwen3bench.record.reader import write_atomic
+from qwen3bench.record.files import write_atomic
 os.replace = lambda *_: os._exit(9)
 write_atomic(sys.argv[1], "new" * 1000)
 """
@@ -650,5 +666,23 @@ def test_latest_never_replaces_a_directory(tmp_path: Path) -> None:
 
 
 def test_reader_needs_neither_torch_nor_pandas() -> None:
-    code = f"import sys, {module.__name__}; print({{'torch', 'pandas'}} & set(sys.modules))"
+    code = "import sys, qwen3bench.record.reader; print({'torch', 'pandas'} & set(sys.modules))"
     assert python(code).stdout == "set()\n"
+
+
+# --- compressed ---
+
+
+def test_a_finished_record_may_be_kept_compressed(tmp_path: Path) -> None:
+    path = written(tmp_path, sample(0), sample(1), END)
+    (tmp_path / "samples.jsonl.xz").write_bytes(lzma.compress(path.read_bytes()))
+    plain_lines = read_record(tmp_path).of(SampleLine)
+    path.unlink()
+    assert read_record(tmp_path).of(SampleLine) == plain_lines
+    with pytest.raises(UserError, match=r"compressed.*run\.dir"), RecordWriter(tmp_path):
+        pass
+    whole = (tmp_path / "samples.jsonl.xz").read_bytes()
+    for content in (whole[:-20], whole[:60] + b"\0" + whole[61:], b"", b"no xz"):
+        (tmp_path / "samples.jsonl.xz").write_bytes(content)
+        with pytest.raises(UserError, match=r"samples\.jsonl\.xz: (cannot be decompressed|is empty)"):
+            read_record(tmp_path)

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from records import write_record
 
 from qwen3bench.analysis.run import Run, load_run
-from qwen3bench.record.reader import RecordWriter
 from qwen3bench.reporting.pages import write_report
 
 FACTORS = ("flash", "tie", "mlp", "mask", "norm")
@@ -230,13 +230,6 @@ def record_lines(
     return lines
 
 
-def write_lines(directory: Path, lines: list[Line]) -> Path:
-    """A run's directory that holds these lines as its record."""
-    with RecordWriter(directory) as record:
-        record.append(*lines)
-    return directory
-
-
 @pytest.fixture(name="record_lines", scope="session")
 def record_lines_fixture() -> Callable[..., list[Line]]:
     return record_lines
@@ -245,14 +238,14 @@ def record_lines_fixture() -> Callable[..., list[Line]]:
 @pytest.fixture
 def run_of(tmp_path: Path) -> Callable[[list[Line]], Run]:
     """Loads a run from the lines of its record."""
-    return lambda lines: load_run(write_lines(tmp_path / "run", lines))
+    return lambda lines: load_run(write_record(tmp_path / "run", lines))
 
 
 @pytest.fixture(scope="session")
 def full_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """32 cells, two workloads under two runtimes, finished and quiet. Tests read it and write beside it."""
     lines = record_lines(workloads=("prefill", "decode"), runtimes=("graph", "eager"))
-    return load_run(write_lines(tmp_path_factory.mktemp("full"), lines))
+    return load_run(write_record(tmp_path_factory.mktemp("full"), lines))
 
 
 @pytest.fixture(scope="session")
@@ -262,6 +255,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines[0]["device"] = "<script>alert('device')</script> | *H100*"
     where = {"cell": "flash+tie", "workload": "prefill", "runtime": "graph", "status": "oom", "pass": "time"}
     failure = {"type": "failure", **where, "reason": "no | room <b>left</b>\nsecond line"}
-    directory = write_lines(tmp_path_factory.mktemp("written"), [*lines[:-1], failure, lines[-1]])
+    directory = write_record(tmp_path_factory.mktemp("written"), [*lines[:-1], failure, lines[-1]])
     write_report(load_run(directory))
     return directory

@@ -1,14 +1,16 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from records import write_record
 
 from qwen3bench.analysis.run import Run, load_run
 from qwen3bench.errors import UserError
-from qwen3bench.record.reader import RecordWriter
-from qwen3bench.reporting import figures, plot_across
+from qwen3bench.record.files import COMPRESSED, RECORD
+from qwen3bench.reporting import figures
 from qwen3bench.reporting.across import find_runs, write_overview
 from qwen3bench.reporting.over_runs import dependent, effects_over, over_findings, over_table
 from qwen3bench.reporting.plot_across import regimes, trends
@@ -24,9 +26,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     found = []
     for place, tokens in enumerate((128, 512, 2048)):
         directory = tmp_path_factory.getbasetemp() / "multirun" / str(place)
-        with RecordWriter(directory) as writer:
-            writer.append(*lines(factors=NAMES, prompt_tokens=tokens, copy_shift=0.02 * (place == 2)))
-        found.append(load_run(directory))
+        of_run = lines(factors=NAMES, prompt_tokens=tokens, copy_shift=0.02 * (place == 2))
+        found.append(load_run(write_record(directory, of_run)))
     return found
 
 
@@ -121,14 +122,13 @@ def test_trends_need_three_lengths(runs: list[Run]) -> None:
         assert plot.title == "Faster everywhere: flash"
 
 
-def test_a_map_of_too_many_rows_says_so(runs: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_map_of_too_many_rows_says_so(runs: list[Run]) -> None:
     frame = effects_over(runs)
     conditions = len(frame[["run", "condition"]].drop_duplicates())
     said = f"the first {conditions - 1} of {conditions} conditions"
     for most in (conditions, conditions - 1):
-        monkeypatch.setattr(plot_across, "_ROWS_NAMED", most)
         with figures.style():
-            plot = regimes(frame, NAMES, 0.01)
+            plot = regimes(frame, NAMES, 0.01, most)
         assert plot is not None
         assert any(said in text.get_text() for text in plot.figure.texts) is (most < conditions)
 
@@ -150,7 +150,7 @@ def test_a_trend_is_told_along_one_line_and_not_across_them(runs: list[Run]) -> 
     )
 
 
-def test_the_lines_of_a_trend_differ_in_grey_and_are_named(runs: list[Run]) -> None:
+def test_the_lines_of_a_trend_differ_in_gray_and_are_named(runs: list[Run]) -> None:
     frame = effects_over(runs)
     many = pd.concat([frame.assign(device=f"card {n}") for n in range(21)])
     with figures.style():
@@ -190,11 +190,14 @@ def test_what_single_runs_lack_is_said_first(
 
 def test_the_overview_is_written_with_links_to_its_runs(runs: list[Run], tmp_path: Path) -> None:
     home = runs[0].path.parent
+    for name in ("report.md", "report.html"):
+        (runs[0].path / name).touch()
     path = write_overview(runs, home)
     assert path == home / "report.html"
     assert 'href="0/report.html"' in path.read_text("utf-8")
     text = (home / "report.md").read_text("utf-8")
     assert "](0/report.md)" in text
+    assert "](1)" in text  # a run whose report was not kept: its directory
     assert "3 runs together" in text
     assert text.count("- flash: fused attention") == 1
     assert "Noisy, and left out of the findings: prefill 1×2048 graph." in text
@@ -202,7 +205,8 @@ def test_the_overview_is_written_with_links_to_its_runs(runs: list[Run], tmp_pat
 
 
 def test_what_holds_for_all_runs_is_said_once(runs: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(runs[1].record.run, "created", "2025-02-03T04:05:06+00:00")
+    later = replace(runs[1].record.run, created="2025-02-03T04:05:06+00:00")
+    monkeypatch.setattr(runs[1].record, "run", later)
     home = runs[0].path.parent
     page = write_overview(runs, home).read_text("utf-8")
     for text in (page, (home / "report.md").read_text("utf-8")):
@@ -211,9 +215,9 @@ def test_what_holds_for_all_runs_is_said_once(runs: list[Run], monkeypatch: pyte
 
 
 def test_runs_are_found_below_a_directory_in_the_order_of_their_numbers(tmp_path: Path) -> None:
-    for name in ("10", "2", "1"):
+    for name, file in (("10", RECORD), ("2", COMPRESSED), ("1", RECORD)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "samples.jsonl").write_text("{}\n")
+        (tmp_path / name / file).write_text("{}\n")
     (tmp_path / "stopped").mkdir()
     (tmp_path / "stopped" / "samples.jsonl").touch()  # before anything was recorded
     (tmp_path / "latest").symlink_to("2")

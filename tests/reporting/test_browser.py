@@ -11,6 +11,7 @@ from qwen3bench.compare import main
 CHROMIUM = Path("/usr/bin/chromium")
 pytestmark = [
     pytest.mark.browser,
+    pytest.mark.slow,
     pytest.mark.skipif(not CHROMIUM.exists(), reason=f"there is no {CHROMIUM} (apt-get install chromium)"),
 ]
 playwright = pytest.importorskip("playwright.sync_api")

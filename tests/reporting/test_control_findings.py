@@ -8,7 +8,7 @@ from qwen3bench.analysis.run import Run
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.control_findings import aa_series, heard, noise, sentences
 from qwen3bench.reporting.findings import findings
-from qwen3bench.reporting.plot_controls import controls as controls_plot
+from qwen3bench.reporting.plot_controls import controls_plot
 
 Lines = list[dict[str, Any]]
 

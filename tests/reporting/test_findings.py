@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,11 @@ from matplotlib.text import Text
 from scipy import special
 
 from qwen3bench.analysis.run import Run
-from qwen3bench.reporting import figures, findings_cells, findings_effects
+from qwen3bench.reporting import figures, findings_cells
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.findings import findings, grouped
 from qwen3bench.reporting.findings_cells import shown_faster
+from qwen3bench.reporting.findings_undecided import Judged, allowed_variance, processes_needed, would_decide
 from qwen3bench.reporting.over_runs import effects_over, over_findings
 from qwen3bench.reporting.plot_across import regimes
 from qwen3bench.reporting.plot_effects import by_condition, forest
@@ -194,8 +194,8 @@ def test_as_many_processes_as_are_asked_for_decide(full_run: Run, estimate: floa
     """By the interval that so many would give: its degrees of freedom grow with them, so it shrinks by more than √n."""
     condition, se = conditions(full_run)[0], 0.02
     half = se * special.stdtrit(2, 0.975)
-    known = {"estimate": estimate, "lo": estimate * math.exp(-half), "hi": estimate * math.exp(half), "df": 2}
-    needed = findings_effects._processes_needed(full_run, condition, SimpleNamespace(**known), 3)
+    effect = Judged("flash", estimate, estimate * math.exp(-half), estimate * math.exp(half), 2, "undecided")
+    needed = processes_needed(full_run, condition, effect, 3)
 
     def decided(processes: int) -> bool:
         df, error = processes - 1, se * math.sqrt(3 / processes)
@@ -212,10 +212,10 @@ def test_processes_limit_where_they_make_half_of_what_a_verdict_allows(
 ) -> None:
     """Blocks lessen only what processes do not make of the error's variance."""
     condition = conditions(small_run)[0]
-    row = SimpleNamespace(estimate=1.002, lo=1.002 * math.exp(-0.02), hi=1.002 * math.exp(0.02), df=5)
-    allowed = findings_effects._allowed(small_run, condition, row, row.df)
-    row.process_share = share = of_allowed * allowed
-    said = findings_effects._would_decide(small_run, condition, [row])
+    effect = Judged("flash", 1.002, 1.002 * math.exp(-0.02), 1.002 * math.exp(0.02), 5, "undecided")
+    allowed = allowed_variance(small_run, condition, effect, effect.df)
+    share = of_allowed * allowed
+    said = would_decide(small_run, condition, [replace(effect, process_share=share)])
     assert f" {limit} instead of " in said
     if limit == "blocks":
         needed = int(said.split()[1])

@@ -2,15 +2,16 @@ import pandas as pd
 import pytest
 
 from qwen3bench.analysis.run import Run
+from qwen3bench.record.lines import EvidenceLine
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.tables import (
     Entry,
     Table,
-    cells_table,
     drop_empty,
     effects_table,
     evidence_table,
     mapping_table,
+    ranking_table,
     signed_bytes,
 )
 
@@ -25,7 +26,7 @@ def cells(full_run: Run) -> pd.DataFrame:
 
 
 def test_cells_come_fastest_first_with_one_unit_per_column(cells: pd.DataFrame) -> None:
-    table = cells_table(cells)
+    table = ranking_table(cells)
     latency = [float(text) for text in column(table, "latency (ms)")]
     assert latency == sorted(latency)
     assert column(table, "cell")[-1] == "baseline"
@@ -33,14 +34,14 @@ def test_cells_come_fastest_first_with_one_unit_per_column(cells: pd.DataFrame) 
 
 
 def test_what_never_varies_is_said_once(cells: pd.DataFrame) -> None:
-    table = cells_table(cells)
+    table = ranking_table(cells)
     assert ("samples", "18") in table.constants
     assert ("status", "ok") in table.constants
     assert "samples" not in table.headings
 
 
 def test_a_single_cell_keeps_its_columns(cells: pd.DataFrame) -> None:
-    table = cells_table(cells[cells["cell"] == "baseline"])
+    table = ranking_table(cells[cells["cell"] == "baseline"])
     assert column(table, "status") == ["ok"]
     assert not table.constants
 
@@ -48,7 +49,7 @@ def test_a_single_cell_keeps_its_columns(cells: pd.DataFrame) -> None:
 def test_missing_values_are_empty_and_sort_last(cells: pd.DataFrame) -> None:
     lost = cells.copy()
     lost.loc[lost["cell"] == "flash", ["latency_s", "speedup", "status"]] = [None, None, "oom"]
-    table = cells_table(lost)
+    table = ranking_table(lost)
     assert column(table, "cell")[-1] == "flash"
     row = table.rows[-1]
     assert [row[table.headings.index(name)] for name in ("latency (ms)", "speed-up over baseline")] == [Entry("")] * 2
@@ -56,12 +57,12 @@ def test_missing_values_are_empty_and_sort_last(cells: pd.DataFrame) -> None:
 
 
 def test_a_column_without_any_value_is_left_out(cells: pd.DataFrame) -> None:
-    table = cells_table(cells.assign(peak_allocated_bytes=pd.NA))
+    table = ranking_table(cells.assign(peak_allocated_bytes=pd.NA))
     assert not [name for name in (*table.headings, *dict(table.constants)) if name.startswith("peak allocated")]
 
 
 def test_ttft_of_prefill_does_not_repeat_the_latency(cells: pd.DataFrame) -> None:
-    assert not [name for name in cells_table(cells).headings if "TTFT" in name]
+    assert not [name for name in ranking_table(cells).headings if "TTFT" in name]
 
 
 def test_high_interactions_without_a_direction_are_counted_not_listed(full_run: Run) -> None:
@@ -91,7 +92,7 @@ def test_the_reason_of_an_empty_effect_is_shown(full_run: Run) -> None:
 
 
 def test_evidence_shows_what_differs(full_run: Run) -> None:
-    table = evidence_table(full_run.record.of("evidence"))
+    table = evidence_table(full_run.record.of(EvidenceLine))
     assert set(column(table, "attention")) == {"none", "cudnn", "flash_attention"}
     assert ("recompiles", "0") in table.constants
 
@@ -121,6 +122,6 @@ def test_a_cell_that_failed_has_no_rank(full_run: Run) -> None:
     cells = conditions(full_run)[0].select(full_run.cells).astype({"status": object})
     fastest = cells["latency_s"].idxmin()
     cells.loc[fastest, "status"] = "not_equivalent"
-    order = [row[0].text for row in cells_table(cells).rows]
+    order = [row[0].text for row in ranking_table(cells).rows]
     assert order[-1] == cells.loc[fastest, "cell"]
     assert order[:-1] == list(cells.drop(fastest).sort_values("latency_s")["cell"])

@@ -46,8 +46,8 @@ def main(device: str = "cpu", *overrides: str) -> None:
             order = list(range(COPIES)) * VISITS
             random.Random(0).shuffle(order)
             for copy in order:
-                samples = worker.ask("visit", LIMIT_S, cell=cell, copy=copy, repeats=3)["samples"]
-                values[copy].append(1e3 * median(sample["latency_s"] for sample in samples))
+                samples = worker.ask("visit", LIMIT_S, cell=cell, copy=copy, repeats=3).samples
+                values[copy].append(1e3 * median(sample.latency_s for sample in samples))
         latencies = sorted(map(median, values))
         spread = latencies[-1] / latencies[0] - 1
         print(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qwen3bench.record.messages import Ceilings
 from qwen3bench.worker import ceilings
 from qwen3bench.worker.ceilings import measure_ceilings, vendor_figures
 from qwen3bench.worker.clock import TimedValue
@@ -16,14 +17,13 @@ def test_rates_are_work_over_the_median_time(monkeypatch: pytest.MonkeyPatch) ->
         return [TimedValue(latency_s) for latency_s in (9.0, 0.5, 0.25)]
 
     monkeypatch.setattr(ceilings, "time_host", time_host)
-    monkeypatch.setattr(ceilings, "_COPY_BYTES", {"cpu": 4096})
-    monkeypatch.setattr(ceilings, "_MATRIX_ROWS", {"cpu": 16})
-    assert measure_ceilings("cpu", torch.bfloat16) == {
-        "copy_bytes_per_s": 2 * 4096 / 0.5,  # read and written
-        "matmul_flops_per_s": 2 * 16**3 / 0.5,
-        "dtype": "bfloat16",
-        "vendor": None,
-    }
+    monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 4096})
+    monkeypatch.setattr(ceilings, "MATRIX_ROWS", {"cpu": 16})
+    assert measure_ceilings("cpu", torch.bfloat16) == Ceilings(
+        copy_bytes_per_s=2 * 4096 / 0.5,  # read and written
+        matmul_flops_per_s=2 * 16**3 / 0.5,
+        dtype="bfloat16",
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,8 +72,8 @@ def test_devices_that_only_sound_alike_have_no_figures(name: str) -> None:
 @pytest.mark.cuda
 def test_a_gpu_reaches_a_part_of_what_its_vendor_states() -> None:
     measured = measure_ceilings("cuda", torch.bfloat16)
-    vendor = measured["vendor"]
+    vendor = measured.vendor
     if vendor is None:
         pytest.skip("no figures of this device")
-    assert 0.5 < measured["copy_bytes_per_s"] / vendor["bytes_per_s"] < 1.05
-    assert 0.4 < measured["matmul_flops_per_s"] / vendor["flops_per_s"] < 1.05
+    assert 0.5 < measured.copy_bytes_per_s / vendor["bytes_per_s"] < 1.05
+    assert 0.4 < measured.matmul_flops_per_s / vendor["flops_per_s"] < 1.05

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.model.build import build_model
+from qwen3bench.record.messages import Cost
 from qwen3bench.worker.costs import causal_pairs, cell_cost, forward_flops, forwards
 from qwen3bench.worker.workloads import Workload, WorkloadSize
 
@@ -46,7 +47,7 @@ def test_causal_attention_counts_each_pair_once(size: WorkloadSize) -> None:
     )
     blocked = sum(t * (t - 1) // 2 for t, _, _ in forwards(size))
     per_pair = 4 * SMALL.head_dim * SMALL.num_heads * SMALL.num_layers * size.batch_size
-    assert cell_cost(SMALL, False, size, 4)["flops"] == all_pairs - per_pair * blocked
+    assert cell_cost(SMALL, False, size, 4).flops == all_pairs - per_pair * blocked
 
 
 @pytest.mark.parametrize(("queries", "start"), [(1, 0), (1, 9), (5, 0), (4, 3)])
@@ -62,32 +63,32 @@ def test_a_decode_step_reads_the_weights_and_the_cache_once() -> None:
     stream = 2 * SMALL.num_layers * 3 * SMALL.emb_dim * 4
     logits = 3 * SMALL.vocab_size * 4
     expected = model.parameter_bytes + work.cache_bytes + stream + logits + work.token.nbytes
-    assert cell_cost(SMALL, True, size, 4)["bytes"] == expected
+    assert cell_cost(SMALL, True, size, 4).bytes == expected
 
 
 def test_an_untied_model_also_reads_the_rows_of_its_tokens() -> None:
     size = WorkloadSize("decode", 3, 17, 1)
-    more = cell_cost(SMALL, False, size, 2)["bytes"] - cell_cost(SMALL, True, size, 2)["bytes"]
+    more = cell_cost(SMALL, False, size, 2).bytes - cell_cost(SMALL, True, size, 2).bytes
     assert more == 3 * SMALL.emb_dim * 2
 
 
 def test_a_prefill_has_no_cache_and_all_logits() -> None:
-    one, two = (cell_cost(SMALL, True, WorkloadSize("prefill", 1, n, 0), 2)["bytes"] for n in (10, 11))
+    one, two = (cell_cost(SMALL, True, WorkloadSize("prefill", 1, n, 0), 2).bytes for n in (10, 11))
     assert two - one == 2 * (2 * SMALL.num_layers * SMALL.emb_dim + SMALL.vocab_size) + 8
 
 
 def test_generation_is_its_prefill_and_its_steps() -> None:
-    def cost(size: WorkloadSize) -> dict[str, int]:
+    def cost(size: WorkloadSize) -> Cost:
         return cell_cost(SMALL, True, size, 2)
 
     generate = cost(WorkloadSize("generate", 2, 11, 4))
     first = cost(WorkloadSize("generate", 2, 11, 1))
     steps = [cost(WorkloadSize("decode", 2, 11 + i, 1)) for i in range(3)]
     for kind in ("flops", "bytes"):
-        assert generate[kind] == first[kind] + sum(step[kind] for step in steps)
+        assert getattr(generate, kind) == getattr(first, kind) + sum(getattr(step, kind) for step in steps)
 
 
 def test_the_floor_of_a_decode_step_of_the_small_qwen3() -> None:
     # 596 M weights of 2 bytes and 512 cached positions of 114,688 bytes: 1.25 GB, 0.42 ms at 2.98 TB/s.
-    moved = cell_cost(QWEN3_06B, True, WorkloadSize("decode", 1, 512, 1), 2)["bytes"]
+    moved = cell_cost(QWEN3_06B, True, WorkloadSize("decode", 1, 512, 1), 2).bytes
     assert moved == pytest.approx(2 * 596_049_920 + 513 * 114_688, rel=1e-3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -19,17 +18,17 @@ from qwen3bench.model.build import build_model
 from qwen3bench.model.qwen3 import Qwen3Model
 from qwen3bench.model.weights import load_weights
 from qwen3bench.record.design import design_cells, label
+from qwen3bench.record.messages import Evidence
+from qwen3bench.worker.compile_counters import forget_compilations
 from qwen3bench.worker.evidence import (
     OWN,
     SEPARATE,
     UNKNOWN,
-    _asked_note,
-    _first_block_alone,
-    _operations,
-    _split_note,
+    asked_note,
     attention_backend,
     collect,
-    forget_compilations,
+    operations_of,
+    split_note,
 )
 from qwen3bench.worker.runtimes import GraphRuntime, Runtime
 from qwen3bench.worker.workloads import Workload, WorkloadSize
@@ -43,7 +42,7 @@ FIVE = ("flash", "tie", "mlp", "mask", "norm")
 
 def evidence(
     opts: Any = (), size: WorkloadSize = PREFILL, config: ModelConfig = SMALL, runtime: str = "eager"
-) -> dict[str, Any]:
+) -> Evidence:
     model = build_model(config, opts)
     return collect(model, Workload(size, model), runtime)
 
@@ -60,7 +59,7 @@ def evidence(
 )
 @pytest.mark.parametrize("size", [PREFILL, DECODE], ids=["prefill", "decode"])
 def test_the_backend_that_ran_on_a_cpu(opts: Any, backend: str, size: WorkloadSize) -> None:
-    assert evidence(opts, size)["attention_backend"] == backend
+    assert evidence(opts, size).attention_backend == backend
 
 
 @pytest.mark.parametrize("backend", ["cudnn", "efficient"])
@@ -71,14 +70,14 @@ def test_a_forced_backend_that_is_not_there_raises(backend: str) -> None:
 
 def test_a_cpus_kernels_are_the_operations_that_compute() -> None:
     found = evidence()
-    kernels = found["kernels"]
+    kernels = found.kernels
     # q, k, v, out, gate, up, down, head; scores and context; embedding; five norms of one reciprocal root each
     wanted = {"mm": 8, "bmm": 2, "index_select": 1, "rsqrt": 5, "_softmax": 1, "silu": 1}
     assert {name: kernels.get(name) for name in wanted} == wanted
     assert not set(kernels) & {"view", "transpose", "as_strided", "empty", "linear", "matmul", "to", "add_"}
-    assert found["kernel_launches"] == sum(kernels.values())
-    assert found["graph_breaks"] is found["recompiles"] is None
-    assert (found["workload"], found["runtime"], found["notes"]) == ("prefill", "eager", [])
+    assert found.kernel_launches == sum(kernels.values())
+    assert found.graph_breaks is found.recompiles is None
+    assert found.notes == ()
 
 
 @pytest.mark.parametrize(
@@ -90,38 +89,36 @@ def test_a_cpus_kernels_are_the_operations_that_compute() -> None:
     ],
 )
 def test_it_says_whether_fused_attention_is_given_a_mask(opts: tuple[str, ...], note: list[str]) -> None:
-    assert evidence(opts)["notes"] == note
+    assert evidence(opts).notes == tuple(note)
 
 
 def test_each_layer_adds_the_same_operations() -> None:
-    one, two, three = (evidence(config=replace(SMALL, num_layers=n))["kernel_launches"] for n in (1, 2, 3))
+    one, two, three = (evidence(config=replace(SMALL, num_layers=n)).kernel_launches for n in (1, 2, 3))
     assert three - two == two - one > 20
 
 
 @pytest.mark.parametrize("opts", [(), ("flash",), {"flash": {"backend": "math"}}, FIVE])
-@pytest.mark.parametrize("split", [False, True])
-def test_the_first_block_alone_tells_of_the_same_attention(opts: Any, split: bool) -> None:
-    model = build_model(replace(SMALL, num_layers=3), opts)
-    if split:
-        model.split()
-    (step,) = Workload(PREFILL, model).steps(model)
-    whole = _operations(step)
-    with suppress(ZeroDivisionError), _first_block_alone(model):
-        part = _operations(step)
-        raise ZeroDivisionError
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_first_block_alone_tells_of_the_same_attention(opts: Any, compiled: bool) -> None:
+    original = build_model(replace(SMALL, num_layers=3), opts)
+    model = original.compiled(lambda forward: forward) if compiled else original
+    workload = Workload(PREFILL, model)
+    (whole,), (part,) = (
+        [operations_of(step) for step in workload.steps(run)] for run in (model, model.first_block_alone())
+    )
     assert sum(part.values()) < sum(whole.values()) / 2
     assert attention_backend((), part) == attention_backend((), whole)
-    assert len(model.trf_blocks) == 3
-    assert len(model.regions) == (3 if split else 0)
+    assert len(original.trf_blocks) == 3
+    assert [operations_of(step) for step in workload.steps(model)] == [whole]
 
 
 def test_one_gate_up_product_is_one_product_less() -> None:
-    assert evidence(("mlp",))["kernels"]["mm"] == evidence()["kernels"]["mm"] - 1
+    assert evidence(("mlp",)).kernels["mm"] == evidence().kernels["mm"] - 1
 
 
 @pytest.mark.parametrize(("opts", "tied"), [((), False), (("tie",), True), (("flash", "tie"), True)])
 def test_tied_storage_is_one_address(opts: tuple[str, ...], tied: bool) -> None:
-    assert evidence(opts)["tied_storage"] is tied
+    assert evidence(opts).tied_storage is tied
 
 
 class _Steps:
@@ -141,20 +138,20 @@ class _Steps:
 
 def test_generation_names_the_backends_of_prefill_and_step_and_counts_the_step() -> None:
     found = collect(build_model(SMALL), _Steps())  # type: ignore[arg-type]
-    assert found["attention_backend"] == "math, FlashAttention"
-    assert found["kernels"] == {"_scaled_dot_product_flash_attention_for_cpu": 1, "cos": 1}
-    assert found["kernel_launches"] == 2
+    assert found.attention_backend == "math, FlashAttention"
+    assert found.kernels == {"_scaled_dot_product_flash_attention_for_cpu": 1, "cos": 1}
+    assert found.kernel_launches == 2
 
 
 def test_generation_has_one_argmax_a_step() -> None:
-    assert evidence(("flash",), WorkloadSize("generate", 2, 9, 3))["kernels"]["argmax"] == 1
+    assert evidence(("flash",), WorkloadSize("generate", 2, 9, 3)).kernels["argmax"] == 1
 
 
 # Compiled
 
 
 def compiled(size: WorkloadSize) -> tuple[Qwen3Model, Workload]:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     forget_compilations()
     model = build_model(SMALL)
     work = Workload(size, model)
@@ -168,14 +165,14 @@ def test_warm_compiled_code_recompiles_nothing() -> None:
     with torch.no_grad():
         work.steps(model)[0]()
     found = collect(model, work, "compile")
-    assert (found["graph_breaks"], found["recompiles"]) == (0, 0)
-    assert (found["kernels"], found["kernel_launches"]) == ({}, None)
-    assert found["notes"] == ["compiled code on a CPU shows no kernels in a profile"]
+    assert (found.graph_breaks, found.recompiles) == (0, 0)
+    assert (found.kernels, found.kernel_launches) == ({}, None)
+    assert found.notes == ("compiled code on a CPU shows no kernels in a profile",)
 
 
 def test_a_compilation_while_looking_is_counted() -> None:
     model, work = compiled(PREFILL)
-    assert collect(model, work, "compile")["recompiles"] == 1
+    assert collect(model, work, "compile").recompiles == 1
 
 
 def test_graph_breaks_are_counted() -> None:
@@ -191,7 +188,7 @@ def test_graph_breaks_are_counted() -> None:
     block.compile(backend="eager")
     with torch.no_grad():
         work.steps(model)[0]()
-    assert collect(model, work, "compile")["graph_breaks"] >= 1
+    assert collect(model, work, "compile").graph_breaks >= 1
 
 
 # Names of kernels
@@ -248,8 +245,8 @@ def test_all_that_ran_is_named() -> None:
 )
 def test_another_backend_than_the_one_asked_for_is_named(asked: str, ran: str, compiled: bool, note: str) -> None:
     model = build_model(SMALL, {"flash": {"backend": asked}})
-    assert " ".join(_asked_note(model, [ran], compiled)) == note
-    assert not _asked_note(build_model(SMALL), [SEPARATE], compiled)
+    assert " ".join(asked_note(model, [ran], compiled)) == note
+    assert not asked_note(build_model(SMALL), [SEPARATE], compiled)
 
 
 @pytest.mark.parametrize(
@@ -266,21 +263,21 @@ def test_it_says_whether_our_kernel_ran_where_it_was_asked_for(
     opts: Any, size: WorkloadSize, ran: str, note: list[str]
 ) -> None:
     model = build_model(SMALL, opts)
-    notes = _split_note(model, Workload(size, model), ran)
+    notes = split_note(model, size, ran)
     assert [said.partition(":")[0] for said in notes] == note
 
 
 def test_our_kernel_beside_a_forced_backend_was_asked_for_too() -> None:
     model = build_model(SMALL, {"flash": {"backend": "cudnn", "decode": "split"}, "mask": {}})
-    assert not _asked_note(model, ["cuDNN", OWN], False)
-    assert _asked_note(model, ["FlashAttention", OWN], False) == ["cuDNN was asked for, FlashAttention ran"]
+    assert not asked_note(model, ["cuDNN", OWN], False)
+    assert asked_note(model, ["FlashAttention", OWN], False) == ["cuDNN was asked for, FlashAttention ran"]
 
 
 # Requested against effective
 
 
-def ran(kernels: Mapping[str, int], backend: str = SEPARATE, tied: bool = False) -> dict[str, Any]:
-    return {"kernels": dict(kernels), "attention_backend": backend, "tied_storage": tied}
+def ran(kernels: Mapping[str, int], backend: str = SEPARATE, tied: bool = False) -> Evidence:
+    return Evidence(kernels=dict(kernels), attention_backend=backend, tied_storage=tied)
 
 
 def test_a_switch_without_effect_is_named() -> None:
@@ -322,13 +319,13 @@ CUDA = replace(
 LARGE = [WorkloadSize("prefill", 2, 200, 0), WorkloadSize("decode", 2, 200, 1)]
 
 
-def on_cuda(opts: Any, size: WorkloadSize, runtime: str = "eager", config: ModelConfig = CUDA) -> dict[str, Any]:
+def on_cuda(opts: Any, size: WorkloadSize, runtime: str = "eager", config: ModelConfig = CUDA) -> Evidence:
     device = torch.device("cuda")
     model = build_model(config, opts, load_weights("random", config, device=device, dtype=torch.bfloat16))
     work = Workload(size, model)
     launcher = {"eager": Runtime, "graph": GraphRuntime}[runtime](device)
     with torch.no_grad():
-        launches = [launcher.prepare(step) for step in work.steps(model)]
+        launches = [launcher.prepare(step).launch for step in work.steps(model)]
         return collect(model, work, runtime, launches)
 
 
@@ -337,11 +334,11 @@ def on_cuda(opts: Any, size: WorkloadSize, runtime: str = "eager", config: Model
 @pytest.mark.parametrize("cell", design_cells("full", FIVE), ids=label)
 def test_a_replay_shows_the_kernels_of_the_step(cell: tuple[str, ...], size: WorkloadSize) -> None:
     eager, graph = (on_cuda(cell, size, runtime) for runtime in ("eager", "graph"))
-    assert eager["attention_backend"] == graph["attention_backend"] != UNKNOWN
-    assert (eager["attention_backend"] == SEPARATE) == ("flash" not in cell)
-    assert eager["kernel_launches"] == graph["kernel_launches"] > 20
-    assert eager["notes"] == graph["notes"]
-    assert graph["tied_storage"] == ("tie" in cell)
+    assert eager.attention_backend == graph.attention_backend != UNKNOWN
+    assert (eager.attention_backend == SEPARATE) == ("flash" not in cell)
+    assert eager.kernel_launches == graph.kernel_launches > 20
+    assert eager.notes == graph.notes
+    assert graph.tied_storage == ("tie" in cell)
 
 
 @pytest.mark.cuda
@@ -356,12 +353,12 @@ def test_every_switch_changes_what_runs_on_cuda(size: WorkloadSize) -> None:
     ("backend", "name"),
     [("flash", "FlashAttention"), ("cudnn", "cuDNN"), ("efficient", "memory-efficient"), ("math", "math")],
 )
-def test_a_forced_backend_is_recognised_on_cuda(backend: str, name: str) -> None:
+def test_a_forced_backend_is_recognized_on_cuda(backend: str, name: str) -> None:
     if backend == "cudnn" and torch.cuda.get_device_capability()[0] < 8:
         pytest.skip("cuDNN's attention needs compute capability 8.0")
     config = replace(CUDA, num_kv_heads=CUDA.num_heads)  # memory-efficient attention refuses grouped heads
     opts = {"flash": {"backend": backend}, "mask": {}}
-    assert on_cuda(opts, LARGE[0], config=config)["attention_backend"] == name
+    assert on_cuda(opts, LARGE[0], config=config).attention_backend == name
 
 
 @pytest.mark.cuda

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from qwen3bench.__main__ import main
 from qwen3bench.analysis.run import load_run
 from qwen3bench.config.choices import options_of
-from qwen3bench.config.cli import compose, main
+from qwen3bench.config.cli import compose
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.errors import UserError
 from qwen3bench.model.build import build_model
@@ -21,9 +22,11 @@ from qwen3bench.model.decoder import Decoder
 from qwen3bench.model.weights import load_weights
 from qwen3bench.worker import peers
 from qwen3bench.worker.bank import Bank
-from qwen3bench.worker.equivalence.gate import Gate, kv_cache
-from qwen3bench.worker.evidence import collect, forget_compilations
-from qwen3bench.worker.peers import TransformersModel, _their_rope, build_peer, judge_peer, require_peer
+from qwen3bench.worker.compile_counters import compiled_graphs, forget_compilations
+from qwen3bench.worker.equivalence.candidate import Candidate, kv_cache
+from qwen3bench.worker.equivalence.gate import Gate
+from qwen3bench.worker.evidence import collect
+from qwen3bench.worker.peers import TransformersModel, build_peer, judge_peer, require_peer, transformers_rope
 from qwen3bench.worker.runtimes import make_runtime
 from qwen3bench.worker.workloads import Workload, WorkloadSize
 
@@ -135,6 +138,7 @@ def test_a_head_that_differs_is_not_tied(tiny: ModelConfig, tiny_weights: dict[s
     assert torch.allclose(peer(tokens), 2 * build_peer(PEERS[0], tiny, tiny_weights)(tokens))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES[:2], ids=lambda size: size.name)
 def test_compiles_whole_without_breaks(size: WorkloadSize) -> None:
     config = ModelConfig(**{**options_of("model", "tiny"), "num_layers": 1})  # compiling two takes twice as long
@@ -143,12 +147,13 @@ def test_compiles_whole_without_breaks(size: WorkloadSize) -> None:
     expected = workload.steps(peer)[-1]()
     runtime = make_runtime("compile", CPU, **options_of("runtime", "compile"))
     forget_compilations()
-    runtime.prepare_model(peer)
-    assert runtime.compile_options == {"autotune_local_cache": False, "coordinate_descent_tuning": False}
-    launches = [runtime.prepare(step) for step in workload.steps(peer)]
-    evidence = collect(peer, workload, "compile", launches)
-    assert (evidence["graph_breaks"], evidence["recompiles"]) == (0, 0)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    prepared = runtime.prepare_model(peer)
+    assert prepared.compile_options == {"autotune_local_cache": False, "coordinate_descent_tuning": False}
+    launches = [runtime.prepare(step).launch for step in workload.steps(prepared.model)]
+    evidence = collect(prepared.model, workload, "compile", launches)
+    assert (evidence.graph_breaks, evidence.recompiles) == (0, 0)
+    assert compiled_graphs() == 1
+    assert torch.equal(workload.steps(prepared.model.original)[-1](), expected)
     logits = launches[-1]()
     assert isinstance(logits, Tensor)
     assert (logits - expected).abs().max() <= 1e-4
@@ -158,14 +163,16 @@ def test_compiles_whole_without_breaks(size: WorkloadSize) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gate_accepts_it(tiny: ModelConfig, peer: str, dtype: torch.dtype) -> None:
     verdict = judge_peer(Gate(tiny, device="cpu", dtype=dtype, sizes=[(1, 2048)]), peer)
-    assert verdict["equivalent"], verdict["reason"]
+    assert verdict.equivalent, verdict.reason
 
 
 def test_rotary_frequencies_that_are_not_ours_are_refused(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs = peers._their_config
-    monkeypatch.setattr(peers, "_their_config", lambda config, *a: theirs(replace(config, rope_base=1.00003e6), *a))
+    theirs = peers.transformers_config
+    monkeypatch.setattr(
+        peers, "transformers_config", lambda config, *a: theirs(replace(config, rope_base=1.00003e6), *a)
+    )
     with pytest.raises(ValueError, match="rotary frequencies"):
-        _their_rope(tiny)
+        transformers_rope(tiny)
 
 
 def wrong_eps(peer: TransformersModel) -> None:
@@ -198,9 +205,9 @@ def test_the_gate_rejects_a_broken_one(tiny: ModelConfig, mistake: Callable[[Tra
         mistake(peer)
         return peer
 
-    verdict = gate.check_model(broken, kv_cache, rope=_their_rope(gate.config))
-    assert not verdict["equivalent"]
-    assert "error" in verdict["reason"]
+    verdict = gate.judge(Candidate(broken, kv_cache, rope=transformers_rope(gate.config)))
+    assert not verdict.equivalent
+    assert "error" in verdict.reason
 
 
 def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,8 +219,8 @@ def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("peer.transformers.attention=sdpa", "peer.transformers needs a list of its cells"),
-        ("+peer.transformers.dtype=float32", "peer.transformers needs a list of its cells and nothing else"),
+        ("peer.transformers.attention=sdpa", "peer.transformers must be a list of its cells"),
+        ("+peer.transformers.dtype=float32", "peer.transformers must be a list of its cells and nothing else"),
     ],
 )
 def test_settings_refuse_what_a_peer_does_not_have(override: str, message: str) -> None:
@@ -233,6 +240,7 @@ def test_labels_come_after_our_own() -> None:
     assert chosen.labels == ["baseline", "transformers:eager"]
 
 
+@pytest.mark.slow
 def test_a_run_measures_it_in_the_same_blocks(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     argv = ["model=tiny", "opt=flash", "peer=transformers", "peer.transformers.attention=[sdpa]", "prompt_tokens=16"]
@@ -272,8 +280,8 @@ def test_captures_in_a_cuda_graph(tiny: ModelConfig, peer: str, size: WorkloadSi
         return run
 
     runtime = make_runtime(runtime_name, device)
-    runtime.prepare_model(theirs)
-    launches = [runtime.prepare(kept(step)) for step in workload.steps(theirs)]
+    theirs = runtime.prepare_model(theirs).model
+    launches = [runtime.prepare(kept(step)).launch for step in workload.steps(theirs)]
     captured = outputs[-1]  # what the last graph writes
     captured.zero_()
     for launch in launches:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import types
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,9 @@ from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.errors import UserError
 from qwen3bench.model.build import build_model
 from qwen3bench.model.cache import KVCache
-from qwen3bench.model.layers import TransformerBlock
 from qwen3bench.model.qwen3 import Qwen3Model
-from qwen3bench.worker.runtimes import CompileRuntime, _dotted, make_runtime, uncompiled
+from qwen3bench.worker.compile_counters import compiled_graphs, forget_compilations, graph_breaks
+from qwen3bench.worker.runtimes import CompileRuntime, PreparedModel, PreparedStep, dotted, make_runtime
 from qwen3bench.worker.workloads import Workload, WorkloadSize
 
 CPU = torch.device("cpu")
@@ -32,7 +30,7 @@ def model(tiny: ModelConfig, tiny_weights: dict[str, Tensor]) -> Qwen3Model:
 
 
 @pytest.fixture
-def _dynamo() -> Iterator[None]:
+def dynamo() -> Iterator[None]:
     """What a runtime sets for its process, set back."""
     import torch._dynamo
 
@@ -43,10 +41,15 @@ def _dynamo() -> Iterator[None]:
 def test_eager_is_the_step_itself(model: Qwen3Model) -> None:
     (step,) = Workload(WorkloadSize("prefill", 1, 4, 0), model).steps(model)
     runtime = make_runtime("eager", CPU)
-    runtime.prepare_model(model)
-    assert runtime.prepare(step) is step
+    assert runtime.prepare_model(model) == PreparedModel(model)
+    assert runtime.prepare(step) == PreparedStep(step)
     assert not runtime.on_device_clock
-    assert runtime.compile_s is None
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_unknown_runtime_is_refused_with_those_that_exist(device: str) -> None:
+    with pytest.raises(UserError, match=r"unknown runtime 'compiled'; there are eager, graph, compile"):
+        make_runtime("compiled", torch.device(device))
 
 
 def test_graphs_are_refused_on_a_cpu() -> None:
@@ -54,30 +57,31 @@ def test_graphs_are_refused_on_a_cpu() -> None:
         make_runtime("graph", CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
-@pytest.mark.usefixtures("_dynamo")
+@pytest.mark.usefixtures("dynamo")
 def test_compiled_generation_matches_eager_and_compiles_nothing_when_warm(model: Qwen3Model) -> None:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
+    torch.compiler.reset()
+    forget_compilations()
     workload = Workload(WorkloadSize("generate", 1, 6, 4), model)
     with torch.no_grad():
         expected = [step().clone() for step in workload.steps(model)]
         runtime = make_runtime("compile", CPU)
-        runtime.prepare_model(model)
-        launches = [runtime.prepare(step) for step in workload.steps(model)]
-        counters = torch._dynamo.utils.counters["stats"]
-        compiled = counters["unique_graphs"]
-        assert compiled > 0
-        assert runtime.compile_s is not None
-        assert runtime.compile_s > 0
+        prepared = [runtime.prepare(step) for step in workload.steps(runtime.prepare_model(model).model)]
+        compiled = compiled_graphs()
+        assert runtime.compilations() == compiled > 0
+        assert all(step.compile_s is not None and step.compile_s > 0 for step in prepared)
         for _ in range(2):
-            for launch, logits in zip(launches, expected, strict=True):
-                torch.testing.assert_close(launch(), logits, rtol=1e-4, atol=1e-4)
-        assert counters["unique_graphs"] == compiled
-    assert not torch._dynamo.utils.counters["graph_break"]
+            for step, logits in zip(prepared, expected, strict=True):
+                torch.testing.assert_close(step.launch(), logits, rtol=1e-4, atol=1e-4)
+        assert compiled_graphs() == compiled
+        for step, logits in zip(workload.steps(model), expected, strict=True):  # the original, in eager
+            assert torch.equal(step(), logits)
+        assert compiled_graphs() == compiled
+    assert graph_breaks() == 0
 
 
-@pytest.mark.usefixtures("_dynamo")
+@pytest.mark.usefixtures("dynamo")
 def test_without_a_compiler_compile_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import cpp_builder
     from torch._inductor.exc import InvalidCxxCompiler
@@ -104,8 +108,8 @@ def test_replayed_graphs_match_eager(
         expected = [step().argmax(-1).clone() for step in inputs.steps(model)]
         token = inputs.token.clone()
         runtime = make_runtime(name, device, **options_of("runtime", name))
-        runtime.prepare_model(model)
-        launches = [runtime.prepare(step) for step in inputs.steps(model)]
+        prepared = runtime.prepare_model(model).model
+        launches = [runtime.prepare(step).launch for step in inputs.steps(prepared)]
         assert runtime.on_device_clock
         inputs.token.zero_()
         for launch in launches:
@@ -132,7 +136,7 @@ def test_kernels_that_start_early_read_what_those_before_them_wrote(
     outputs: list[Tensor] = []
 
     def step() -> Tensor:
-        outputs[:] = [model(token, caches[1], start=32)]
+        outputs[:] = [prepared(token, caches[1], start=32)]
         return outputs[0]
 
     with torch.no_grad():
@@ -141,9 +145,9 @@ def test_kernels_that_start_early_read_what_those_before_them_wrote(
         others = torch.randint(tiny.vocab_size, (count, 1, 1), device=device)
         expected = [model(other, caches[0], start=32).clone() for other in others]
         runtime = make_runtime("compile", device, **options_of("runtime", "compile"))
-        runtime.prepare_model(model)
+        prepared = runtime.prepare_model(model).model
         step()
-        launch = runtime.prepare(step)
+        launch = runtime.prepare(step).launch
         for other, logits in zip(others, expected, strict=True):
             token.copy_(other)
             launch()  # once: a second time it could read what the first had written too late
@@ -155,11 +159,10 @@ def test_what_a_process_chose_by_timing_is_not_kept_for_the_next(
     model: Qwen3Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model.cuda()
     runtime = make_runtime("compile", torch.device("cuda"), inductor={"combo_kernels": False})
-    runtime.prepare_model(model)
-    (step,) = Workload(WorkloadSize("prefill", 1, 64, 0), model).steps(model)
+    (step,) = Workload(WorkloadSize("prefill", 1, 64, 0), model).steps(runtime.prepare_model(model).model)
     with torch.no_grad():
         runtime.prepare(step)
     assert list(tmp_path.rglob("*.py"))
@@ -194,12 +197,12 @@ def test_code_for_a_single_token_has_options_of_its_own(
     model: Qwen3Model, compiled_with: list[dict[str, Any]], tokens: tuple[int, int], single: bool
 ) -> None:
     runtime = CompileRuntime(torch.device("meta"), **OPTIONS)
-    runtime.prepare_model(model)
-    model(torch.zeros(tokens, dtype=torch.long))
+    prepared = runtime.prepare_model(model)
+    prepared.model(torch.zeros(tokens, dtype=torch.long))
     ours = {"autotune_local_cache": False, "combo_kernels": True, "triton.autotune_pointwise": False}
     more = {"coordinate_descent_tuning": True}
     assert compiled_with == [ours | more if single else ours] * model.config.num_layers
-    assert runtime.compile_options == ours | {"single_token": more}
+    assert prepared.compile_options == ours | {"single_token": more}
 
 
 def test_a_peer_is_compiled_with_options_of_its_own(
@@ -207,16 +210,16 @@ def test_a_peer_is_compiled_with_options_of_its_own(
 ) -> None:
     monkeypatch.setattr(model, "is_peer", True)
     runtime = CompileRuntime(torch.device("meta"), **OPTIONS)
-    runtime.prepare_model(model)
-    model(torch.zeros((1, 1), dtype=torch.long))
+    prepared = runtime.prepare_model(model)
+    prepared.model(torch.zeros((1, 1), dtype=torch.long))
     theirs = {"autotune_local_cache": False, "freezing": True}
     assert compiled_with == [theirs] * model.config.num_layers
-    assert runtime.compile_options == theirs
+    assert prepared.compile_options == theirs
 
 
 def test_nothing_of_ours_is_chosen_by_timing_and_inductor_knows_the_options() -> None:
     configured = options_of("runtime", "compile")
-    ours, single, peers = (dict(_dotted(configured[name])) for name in ("inductor", "single_token", "peers"))
+    ours, single, peers = (dict(dotted(configured[name])) for name in ("inductor", "single_token", "peers"))
     assert set(ours) | set(single) | set(peers) <= set(torch._inductor.list_options())
     assert ours["deterministic"] is True
     assert ours["triton.autotune_pointwise"] is False
@@ -226,30 +229,18 @@ def test_nothing_of_ours_is_chosen_by_timing_and_inductor_knows_the_options() ->
 
 
 def test_blocks_that_do_not_run_the_same_code_are_not_compiled_as_if_they_did(model: Qwen3Model) -> None:
-    runtime = CompileRuntime(torch.device("meta"))
-    last = model.trf_blocks[-1]
-    last.forward = types.MethodType(lambda block, x, *rest: x, last)
+    model.trf_blocks[-1] = build_model(model.config, ("gemv",)).trf_blocks[-1]
     with pytest.raises(ValueError, match="do not all run the same code"):
-        runtime.prepare_model(model)
-    del last.forward
-    model.trf_blocks[-1] = Whole(model.config, model.parts)
-    with pytest.raises(ValueError, match="do not all run the same code"):
-        runtime.prepare_model(model)
-
-
-class Whole(TransformerBlock):
-    def forward(self, x: Tensor, *rest: Any) -> Tensor:
-        return x
+        CompileRuntime(torch.device("meta")).prepare_model(model)
 
 
 def test_a_compiled_model_can_be_run_as_it_was(model: Qwen3Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda *_, **__: lambda region, x, normed, *rest: (2 * x, 2 * normed))
     tokens = torch.arange(5)[None]
     before = model(tokens)
-    CompileRuntime(torch.device("meta")).prepare_model(model)
-    compiled = model(tokens)
+    prepared = CompileRuntime(torch.device("meta")).prepare_model(model).model
+    compiled = prepared(tokens)
     assert not torch.allclose(compiled, before)
-    with suppress(ZeroDivisionError), uncompiled(model):
-        assert torch.equal(model(tokens), before)
-        raise ZeroDivisionError
-    assert torch.equal(model(tokens), compiled)
+    assert prepared.original is model
+    assert torch.equal(model(tokens), before)
+    assert torch.equal(prepared(tokens), compiled)

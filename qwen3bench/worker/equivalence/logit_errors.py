@@ -1,4 +1,4 @@
-"""How far logits are from a reference, and whether that is too far; see `equivalence` for the criteria."""
+"""How far logits are from a reference, case by case and pooled."""
 
 from __future__ import annotations
 
@@ -8,12 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-MAX_RATIO = 2.0
-RMS_RATIO = 2.0  # in float32
-RMS_RATIO_RUN = 1.25  # in the run's dtype
-RELATIVE_L2 = 1e-3
-TOP1_AGREEMENT = 0.99
 
 
 class WrongLogitsError(Exception):
@@ -65,7 +59,7 @@ class Errors:
     """The errors of one model, by case, and pooled over all of them."""
 
     by_case: Mapping[str, CaseErrors]
-    stood_in: int = 0  # cases of which another model's are taken
+    fallbacks: int = 0  # cases whose errors are another model's
 
     def only(self, names: Sequence[str]) -> Errors:
         """The errors of these cases alone."""
@@ -105,46 +99,3 @@ class Errors:
 
     def _all(self, field: str) -> Tensor:
         return torch.cat([getattr(case, field).flatten() for case in self.by_case.values()])
-
-
-class Comparison:
-    """A cell's errors held against the baseline's; `reason` says in words which check fails first."""
-
-    def __init__(
-        self,
-        cell: Errors,
-        baseline: Errors,
-        dtype: torch.dtype,
-        is_run_dtype: bool,
-    ) -> None:
-        rounding = torch.finfo(dtype).eps / 2
-        base_max = max(baseline.max, rounding * cell.largest_reference)
-        base_rms = max(baseline.rms, rounding * cell.rms_reference)
-        self.checks = {
-            "max_error": cell.max,
-            "rms_error": cell.rms,
-            "max_ratio": cell.max / base_max,
-            "rms_ratio": cell.rms / base_rms,
-            "relative_l2": cell.rms / cell.rms_reference,
-        }
-        self.top1_agreement = cell.top1_agreement(2 * base_max)
-        exact = dtype is torch.float32
-        rms_limit = RMS_RATIO if exact else RMS_RATIO_RUN
-        reasons = []
-        for kind, error, base, limit in (
-            ("maximum", cell.max, base_max, MAX_RATIO),
-            ("root-mean-square", cell.rms, base_rms, rms_limit),
-        ):
-            if not error <= limit * base:
-                reasons.append(
-                    f"the {kind} error {error:.2g} is {error / base:.3g} × the baseline's {base:.2g} "
-                    f"(limit {limit:g} ×), worst in {cell.worst_case}"
-                )
-        if exact and not self.checks["relative_l2"] <= RELATIVE_L2:
-            reasons.append(f"the relative L2 error {self.checks['relative_l2']:.2g} is above {RELATIVE_L2:g}")
-        if is_run_dtype and self.top1_agreement is not None and self.top1_agreement < TOP1_AGREEMENT:
-            reasons.append(
-                f"the most likely token is the same in {self.top1_agreement:.1%} of the clear positions "
-                f"(limit {TOP1_AGREEMENT:.0%})"
-            )
-        self.reason = reasons[0] if reasons else None

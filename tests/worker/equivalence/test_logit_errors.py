@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen3bench.worker.equivalence.logit_errors import Comparison, Errors, case_errors
+from qwen3bench.worker.equivalence.logit_errors import Errors, case_errors
+from qwen3bench.worker.equivalence.verdict import ErrorComparison
 
 
 def errors_of(error: float, count: int = 1000, reference: Tensor | None = None) -> Errors:
@@ -28,19 +29,19 @@ def errors_of(error: float, count: int = 1000, reference: Tensor | None = None) 
 )
 def test_limits(factor: float, dtype: torch.dtype, accepted: bool) -> None:
     base = 100 * torch.finfo(dtype).eps
-    compared = Comparison(errors_of(factor * base), errors_of(base), dtype, is_run_dtype=True)
+    compared = ErrorComparison(errors_of(factor * base), errors_of(base), dtype, is_run_dtype=True)
     assert (compared.reason is None) == accepted
     assert compared.checks["max_ratio"] == pytest.approx(factor)
 
 
 def test_a_baseline_without_error_counts_as_one_that_rounds_its_logits() -> None:
     rounding = torch.finfo(torch.float32).eps / 2
-    assert Comparison(errors_of(rounding), errors_of(0.0), torch.float32, True).reason is None
-    assert Comparison(errors_of(3 * rounding), errors_of(0.0), torch.float32, True).reason is not None
+    assert ErrorComparison(errors_of(rounding), errors_of(0.0), torch.float32, True).reason is None
+    assert ErrorComparison(errors_of(3 * rounding), errors_of(0.0), torch.float32, True).reason is not None
 
 
 def test_the_relative_error_has_a_limit_of_its_own() -> None:
-    reason = Comparison(errors_of(0.002), errors_of(0.002), torch.float32, True).reason
+    reason = ErrorComparison(errors_of(0.002), errors_of(0.002), torch.float32, True).reason
     assert reason is not None
     assert "relative L2" in reason
 
@@ -58,7 +59,7 @@ def test_the_top_token_counts_where_the_margin_is_clear() -> None:
     assert wrong.top1_agreement(0.2) == pytest.approx(49 / 50)
     assert wrong.top1_agreement(2.0) is None
     baseline = SimpleNamespace(max=0.1, rms=1.0)
-    reason = Comparison(replace_max(wrong, 0.1), baseline, torch.bfloat16, True).reason  # type: ignore[arg-type]
+    reason = ErrorComparison(replace_max(wrong, 0.1), baseline, torch.bfloat16, True).reason  # type: ignore[arg-type]
     assert reason == "the most likely token is the same in 98.0% of the clear positions (limit 99%)"
 
 

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -22,7 +23,9 @@ from qwen3bench.model.layers import FeedForward, RMSNorm, apply_rope
 from qwen3bench.opt.flash import FlashAttention
 from qwen3bench.opt.mask import BooleanMask
 from qwen3bench.opt.mlp import FusedFeedForward
-from qwen3bench.worker.equivalence.gate import Gate, kv_cache
+from qwen3bench.record.messages import Judgment
+from qwen3bench.worker.equivalence.candidate import Candidate, kv_cache
+from qwen3bench.worker.equivalence.gate import Gate
 
 TINY = ModelConfig(
     num_layers=2,
@@ -449,37 +452,42 @@ def bfloat_gate() -> Gate:
     return BfloatGate(TINY, device="cpu", dtype=torch.bfloat16)
 
 
-def judged(gate: Gate, name: str) -> dict[str, Any]:
+def judged(gate: Gate, name: str) -> Judgment:
     label, build_mutant = MUTANTS[name]
 
     def factory(weights: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
-        return build_mutant(gate.config, cell_of(label), weights, gate.device, dtype)
+        return build_mutant(gate.config, cell_of(label), weights, gate.reference.device, dtype)
 
-    return gate.check_model(factory, kv_cache, tied="tie" in cell_of(label))
+    return gate.judge(Candidate(factory, kv_cache, tied="tie" in cell_of(label)))
+
+
+@cache
+def is_right(gate: Gate, label: str) -> bool:
+    """Whether the cell is accepted without a bug."""
+    return gate.judge_cell(cell_of(label)).equivalent
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_each_mutant_is_rejected_by_a_wide_margin(gate: Gate, name: str) -> None:
-    assert gate.check(cell_of(MUTANTS[name][0]))["equivalent"]  # without the bug
+    assert is_right(gate, MUTANTS[name][0])
     verdict = judged(gate, name)
-    assert not verdict["equivalent"]
-    assert verdict["reason"].startswith("float32: ")
+    assert not verdict.equivalent
+    assert verdict.reason.startswith("float32: ")
     # A limit that a bug passes by little would be one that rounding on another machine fails.
-    assert verdict["checks"].get("float32_max_ratio", float("inf")) > 50
+    assert verdict.checks.get("float32_max_ratio", float("inf")) > 50
 
 
 @pytest.mark.parametrize("name", HIDDEN_IN_BFLOAT16)
 def test_a_check_in_bfloat16_alone_is_blind(bfloat_gate: Gate, name: str) -> None:
-    assert judged(bfloat_gate, name)["equivalent"]
+    assert judged(bfloat_gate, name).equivalent
 
 
 def test_the_documents_feed_forward_does_not_even_run_where_the_widths_differ() -> None:
-    gate = Gate(replace(TINY, hidden_dim=96), device="cpu", dtype=torch.float32, build=MUTANTS["fc2 chained to fc1"][1])
-    verdict = gate.check(())
-    assert not verdict["equivalent"]
-    assert not verdict["ran"]
-    assert "does not run" in verdict["reason"]
-    assert "shapes cannot be multiplied" in verdict["reason"]
+    verdict = judged(Gate(replace(TINY, hidden_dim=96), device="cpu", dtype=torch.float32), "fc2 chained to fc1")
+    assert not verdict.equivalent
+    assert not verdict.ran
+    assert "does not run" in verdict.reason
+    assert "shapes cannot be multiplied" in verdict.reason
 
 
 @pytest.mark.parametrize("cell", [(), ("flash", "mask")])
@@ -490,4 +498,4 @@ def test_all_positions_shifted_alike_are_the_same_function(gate: Gate, cell: tup
         model.cos, model.sin = model.cos.roll(-1, 0), model.sin.roll(-1, 0)
         return model
 
-    assert gate.check_model(shifted, kv_cache)["equivalent"]
+    assert gate.judge(Candidate(shifted, kv_cache)).equivalent

@@ -1,0 +1,70 @@
+"""What every pass shares: the settings, the record, the workers, what is done; and whose failure a failure is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from qwen3bench.campaign.progress import Reporter
+from qwen3bench.campaign.state import Place, RunState, Where
+from qwen3bench.campaign.worker_pool import WorkerPool
+from qwen3bench.config.settings import Settings
+from qwen3bench.record.lines import FailureLine, Line
+from qwen3bench.record.messages import CellFailure
+from qwen3bench.record.writer import RecordWriter
+
+
+@dataclass
+class Outcome:
+    """Whether a step failed."""
+
+    failed: bool = False
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """A run's settings, record, progress, state and workers."""
+
+    settings: Settings
+    writer: RecordWriter
+    progress: Reporter
+    state: RunState
+    workers: WorkerPool
+
+    def cells(self, where: Where) -> list[str]:
+        """The cells that are still to be run there."""
+        return [cell for cell in self.settings.labels if self.state.runs(Place(cell, *where))]
+
+    @contextmanager
+    def failing(self, pass_: str, place: Place) -> Iterator[Outcome]:
+        """A step of a cell: where it fails, the worker, poisoned, is ended and the failure recorded.
+
+        While other processes stand by on the same device the failure may be of their making. Then they are ended too,
+        and nothing is recorded: only asking again, alone, tells.
+        """
+        outcome = Outcome()
+        try:
+            yield outcome
+        except CellFailure as failure:
+            outcome.failed = True
+            self.workers.end()
+            if self.workers.dismiss():
+                self.progress.note(f"{place.cell}: {failure.status} beside other processes, to be run again alone")
+            else:
+                self.fail(pass_, place, failure)
+
+    def fail(self, pass_: str, place: Place, failure: CellFailure, *answer: Line) -> None:
+        """Record a failure, and the answer that told of it: both or none, and never the answer without its failure."""
+        line = FailureLine(
+            cell=place.cell,
+            workload=place.workload,
+            runtime=place.runtime,
+            status=failure.status,
+            reason=failure.reason,
+            pass_=pass_,
+            peak_allocated_bytes=failure.peak_allocated_bytes,
+        )
+        self.writer.append(line, *answer)
+        self.state.failures[place] = failure.status
+        self.progress.note(f"{place.cell}: {failure.status} in the {pass_} pass: {failure.reason}")

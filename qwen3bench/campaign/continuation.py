@@ -1,0 +1,126 @@
+"""How a record begins, and whether a run may be continued: nothing may have changed that its numbers depend on."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from qwen3bench.campaign.worker_pool import QUIET_S
+from qwen3bench.campaign.worker_process import WorkerProcess
+from qwen3bench.config.settings import Settings, settings_from
+from qwen3bench.errors import UserError
+from qwen3bench.record.environment import CHANGES_NO_NUMBER, differences
+from qwen3bench.record.files import write_atomic
+from qwen3bench.record.lines import EndLine, RunLine
+from qwen3bench.record.messages import CellFailure, Identify, Identity, Open, Probe
+from qwen3bench.record.reader import Record
+from qwen3bench.record.states import EndStatus
+from qwen3bench.record.typed import flat
+from qwen3bench.record.writer import RecordWriter
+
+_PLAIN_PATH = re.compile(r"(?!(?i:null|true|false|inf|nan)$)[A-Za-z_/][\w./-]*", re.ASCII)
+_MAX_KEYS = 6  # named where a config changed
+
+
+def identified(settings: Settings, worker: WorkerProcess, directory: Path) -> tuple[Settings, Identity]:
+    """The settings on the device that is there, which the worker has taken, and what machine and code that is.
+
+    Raises `UserError` where the worker cannot tell.
+    """
+    try:
+        settings = settings.resolved(worker.ask(Probe(device=settings.device), QUIET_S).device)
+        worker.ask(Open(config=settings.to_dict()), QUIET_S)
+        return settings, worker.ask(Identify(), settings.measure.step_timeout_s)
+    except CellFailure as failure:
+        raise UserError(f"no worker could be started: {failure.reason}; see {directory / 'worker.log'}") from None
+
+
+def begin(settings: Settings, writer: RecordWriter, identity: Identity) -> None:
+    """Write environment.json, config.yaml and the record's first line."""
+    directory = writer.directory
+    config = replace(settings, dir=directory, resume=None).to_dict()
+    write_atomic(directory / "environment.json", json.dumps(identity.environment, indent=2) + "\n")
+    write_atomic(directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+    writer.append(first_line(settings, config, identity))
+
+
+def first_line(settings: Settings, config: dict[str, Any], identity: Identity) -> RunLine:
+    """The record's first line."""
+    return RunLine(
+        created=datetime.now().astimezone().isoformat(timespec="seconds"),
+        config=config,
+        factors=settings.factors,
+        cells=tuple(settings.labels),
+        workloads=tuple(settings.workloads),
+        runtimes=tuple(settings.runtimes),
+        model=settings.model.name,
+        device=identity.environment.get("device"),
+        dtype=settings.dtype,
+        fingerprint=dict(identity.fingerprint),
+    )
+
+
+def refuse_finished(done: Record, directory: Path) -> None:
+    """Raise `UserError` where nothing is left to continue."""
+    if any(line.status == EndStatus.FINISHED for line in done.of(EndLine)):
+        raise UserError(
+            f"{directory}: holds a finished run; name another run.dir, or rebuild its report with "
+            f"{report_command(directory)}"
+        )
+
+
+def refuse_changed(done: Record, settings: Settings, identity: Identity, directory: Path) -> None:
+    """Raise `UserError` where something differs that would make the old samples and the new ones two things."""
+    changed = differences(done.run.fingerprint or {}, identity.fingerprint)
+    if not changed:
+        return
+    keys = config_differences(done.run.config, settings.to_dict())
+    words = [f"the configuration ({'; '.join(keys)})" if keys and w == "the configuration" else w for w in changed]
+    advice = f"or continue it as it was with {_override('resume', directory)} alone" if keys else ""
+    raise UserError(
+        f"{directory}: cannot be continued, as {', '.join(words)} changed since it began\n"
+        f"start a new run with another run.dir {advice}".rstrip()
+    )
+
+
+def config_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two resolved configs, in words: key, old value, new value; where a run is written apart."""
+    before, after = (dict(flat({k: v for k, v in c.items() if k not in CHANGES_NO_NUMBER})) for c in (old, new))
+    keys = [key for key in dict.fromkeys((*before, *after)) if before.get(key) != after.get(key)]
+    words = [f"{key}: {before.get(key)!r:.60} then, {after.get(key)!r:.60} now" for key in keys]
+    return words if len(words) <= _MAX_KEYS else [*words[:_MAX_KEYS], f"and {len(words) - _MAX_KEYS} more"]
+
+
+def recorded_settings(done: Record, directory: Path) -> Settings:
+    """The settings that a record began with. Raises `UserError` where this version does not read them."""
+    try:
+        return settings_from({**done.run.config, "resume": str(directory)})
+    except UserError as error:
+        raise UserError(f"{directory}: holds a config that this qwen3bench does not read ({error})") from None
+
+
+def report_command(directory: Path) -> str:
+    """The line that writes this run's report."""
+    return f"python -m qwen3bench.report {shlex.quote(str(directory))}"
+
+
+def resume_command(directory: Path) -> str:
+    """The line that continues this run."""
+    return f"python -m qwen3bench {_override('resume', directory)}"
+
+
+def _override(key: str, path: Path) -> str:
+    """KEY=PATH as the shell, Hydra and OmegaConf want it quoted."""
+    text = str(path)
+    if not _PLAIN_PATH.fullmatch(text):
+        # Hydra takes backslashes literally but before its own quote; OmegaConf reads ${…}.
+        text = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + ('\\"' if m[2] else ""), text).replace("${", "\\${")
+        text = f'"{text}"'
+    return shlex.quote(f"{key}={text}")

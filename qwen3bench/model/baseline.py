@@ -1,0 +1,45 @@
+"""The parts of the baseline, and how optimizations put others in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+
+from qwen3bench.errors import UserError
+from qwen3bench.model.attention import AdditiveMask, EagerAttention
+from qwen3bench.model.layers import FeedForward, GroupedQueryAttention, RMSNorm, TransformerBlock, separate_head
+from qwen3bench.model.parts import Parts
+
+Optimization = Callable[[Parts], Parts]
+
+BASELINE_PARTS = Parts(
+    block=TransformerBlock,
+    attention=GroupedQueryAttention,
+    attend=EagerAttention(),
+    mask=AdditiveMask(),
+    norm=RMSNorm,
+    mlp=FeedForward,
+    head=separate_head,
+)
+
+
+def assemble(optimizations: Mapping[str, Optimization]) -> Parts:
+    """The baseline's parts with each optimization's put in their place, whatever the order.
+
+    Each optimization sees the baseline, so none can depend on another. Raises `UserError` where two claim one part.
+    """
+    claims: dict[str, str] = {}
+    parts = BASELINE_PARTS
+    for name, optimization in optimizations.items():
+        changed = optimization(BASELINE_PARTS)
+        for field in (f.name for f in fields(Parts)):
+            part = getattr(changed, field)
+            if part is getattr(BASELINE_PARTS, field):
+                continue
+            if field in claims:
+                raise UserError(
+                    f"optimizations {claims[field]} and {name} both replace the part '{field}'; switch one of them off"
+                )
+            claims[field] = name
+            parts = replace(parts, **{field: part})
+    return parts

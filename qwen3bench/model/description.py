@@ -1,0 +1,42 @@
+"""A model's tree, its parameter counts and its memory as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from qwen3bench.config.model_config import ModelConfig
+from qwen3bench.model.build import build_model
+
+_RULE = "=" * 50  # as wide as the seed document's
+_GIB = 2**30
+_FLOAT32_BYTES = 4
+_BFLOAT16_BYTES = 2
+
+
+def description(config: ModelConfig, opts: Iterable[str] | Mapping[str, Mapping[str, Any]] = ()) -> str:
+    """Tree, parameter counts and memory of the model with `opts` on, in the layout of the seed document.
+
+    Built on `meta`, so any size prints at once. Raises `UserError` for an unknown optimization or a conflict.
+    """
+    model = build_model(config, opts, device="meta")
+    parameters = model.num_parameters
+    trained = 2 * parameters + model.cos.numel() + model.sin.numel()  # with gradients and RoPE buffers
+    return "\n".join(
+        (
+            _RULE,
+            str(model),
+            _RULE,
+            f"Total number of parameters: {parameters:,}",
+            "",
+            f"Total number of unique parameters: {model.num_unique_parameters:,}",
+            _RULE,
+            f"float32 (PyTorch default): {trained * _FLOAT32_BYTES / _GIB:.2f} GB",
+            f"bfloat16: {trained * _BFLOAT16_BYTES / _GIB:.2f} GB",
+            _RULE,
+            "Memory is (parameters + gradients + RoPE buffers) × element size; its GB are GiB (2^30 bytes).",
+            f"Weights alone: {parameters * _FLOAT32_BYTES / _GIB:.2f} GiB in float32, "
+            f"{parameters * _BFLOAT16_BYTES / _GIB:.2f} GiB in bfloat16.",
+            f"Non-embedding parameters: {model.num_non_embedding_parameters:,}",
+        )
+    )

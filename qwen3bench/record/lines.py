@@ -1,0 +1,307 @@
+"""The lines of a record: one frozen dataclass for each type, checked as it is made, whether it is read or written.
+
+On disk a line is a JSON object with its schema version `v`, its `type` and, last, the checksum of all before it. What
+is None is left out: not measured.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from qwen3bench.record.messages import Ceilings, Cost, Evidence, Judgment, ParameterCounts, PeakMemory, Timed
+from qwen3bench.record.states import BlockState, CellStatus, EndStatus, Purpose, StopReason
+from qwen3bench.record.typed import Count, Names, Number, json_line, made, parsed_line, plain, typed
+
+SCHEMA = 1
+_TAIL = b',"crc":"%08x"}'
+_TAIL_BYTES = len(_TAIL % 0)
+
+
+class Line:
+    """A line of a record; `type` is its name on disk."""
+
+    __slots__ = ()
+    type: ClassVar[str]
+
+
+@typed
+class RunLine(Line):
+    """The first line: what is measured. `config` is the resolved one; `fingerprint` what a continued run must keep."""
+
+    type: ClassVar = "run"
+    created: str | None = None
+    config: dict[str, Any]
+    factors: Names
+    cells: Names
+    workloads: Names
+    runtimes: Names
+    model: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    fingerprint: dict[str, Any] | None = None
+
+
+@typed
+class SessionLine(Line):
+    """A command began or continued the run, at `time` (seconds since the epoch)."""
+
+    type: ClassVar = "session"
+    command: Names = ()
+    time: Number | None = None
+
+
+@typed
+class ProcessLine(Line):
+    """A worker process was put to work."""
+
+    type: ClassVar = "process"
+    process: Count
+    pid: Count | None = None
+    purpose: Annotated[Purpose, Field(strict=False)] | None = None
+    time: Number | None = None
+
+
+@typed
+class ParametersLine(ParameterCounts, Line):
+    """A cell's parameter counts."""
+
+    type: ClassVar = "parameters"
+    cell: str
+
+
+@typed
+class VerifyLine(Judgment, Line):
+    """The equivalence gate's verdict on a cell."""
+
+    type: ClassVar = "verify"
+    cell: str
+
+
+@typed
+class MemoryLine(PeakMemory, Line):
+    """A cell's peak memory in a workload and runtime."""
+
+    type: ClassVar = "memory"
+    cell: str
+    workload: str
+    runtime: str
+
+
+@typed
+class EvidenceLine(Evidence, Line):
+    """What really ran in a cell."""
+
+    type: ClassVar = "evidence"
+    cell: str
+    workload: str
+    runtime: str
+
+
+@typed
+class CostLine(Cost, Line):
+    """The least that a cell's workload costs."""
+
+    type: ClassVar = "cost"
+    cell: str
+    workload: str
+
+
+@typed
+class CeilingLine(Ceilings, Line):
+    """What the device reaches."""
+
+    type: ClassVar = "ceiling"
+
+
+@typed
+class CompileLine(Line):
+    """How long a cell took to compile in a process, in seconds, and the compiler's options."""
+
+    type: ClassVar = "compile"
+    cell: str
+    workload: str
+    runtime: str
+    process: Count | None = None
+    seconds: Number | None = None
+    options: dict[str, Any] | None = None
+
+
+@typed
+class SampleLine(Timed, Line):
+    """One timed value, where it was taken, and when its visit began.
+
+    `copy` 1 is the second copy of the baseline; `attempt` counts how often the block was begun; `position` is the
+    visit's place in the block, `repeat` the value's in the visit.
+    """
+
+    type: ClassVar = "sample"
+    workload: str
+    runtime: str
+    cell: str
+    copy: Count = 0
+    process: Count = 0
+    block: Count
+    attempt: Count = 0
+    position: Count | None = None
+    repeat: Count | None = None
+    time: Number | None = None
+
+
+@typed
+class VisitLine(Line):
+    """A visit is complete, with so many samples."""
+
+    type: ClassVar = "visit"
+    workload: str
+    runtime: str
+    cell: str
+    copy: Count = 0
+    process: Count = 0
+    block: Count
+    attempt: Count = 0
+    position: Count | None = None
+    samples: Count | None = None
+
+
+@typed
+class Telemetry:
+    """One look at a card; None is what could not be read.
+
+    `throttle_reasons` are NVML's names, harmless ones too; `foreign_processes` the ids of other processes on the card.
+    """
+
+    sm_clock_mhz: Count | None = None
+    memory_clock_mhz: Count | None = None
+    temperature_c: int | None = None
+    power_w: Number | None = None
+    throttle_reasons: Names | None = None
+    foreign_processes: Annotated[tuple[int, ...], Field(strict=False)] | None = None
+
+
+@typed
+class BlockLine(Telemetry, Line):
+    """An attempt at a block is complete, and the card's state after it.
+
+    `elapsed_s`: seconds of measuring; `more_s`: of getting its process ready, where the time allowed covers that.
+    """
+
+    type: ClassVar = "block"
+    workload: str
+    runtime: str
+    process: Count = 0
+    block: Count
+    attempt: Count = 0
+    state: Annotated[BlockState, Field(strict=False)]
+    flags: Names = ()
+    time: Number | None = None
+    elapsed_s: Number | None = None
+    more_s: Number | None = None
+
+
+@typed
+class FailureLine(Line):
+    """A cell failed in a pass: everywhere, or in one workload and runtime."""
+
+    type: ClassVar = "failure"
+    cell: str
+    workload: str | None = None
+    runtime: str | None = None
+    status: Annotated[CellStatus, Field(strict=False)]
+    reason: str | None = None
+    pass_: str | None = None
+    peak_allocated_bytes: Count | None = None
+
+
+@typed
+class StopLine(Line):
+    """Measuring of a workload in a runtime ended. `half_width`: relative, of each main effect; None where unknown."""
+
+    type: ClassVar = "stop"
+    workload: str
+    runtime: str
+    reason: Annotated[StopReason, Field(strict=False)]
+    half_width: dict[str, Number | None] = Field(default_factory=dict)
+    blocks: Count | None = None
+    processes: Count | None = None
+    measured_s: Number | None = None
+    more_s: Number | None = None
+
+
+@typed
+class EndLine(Line):
+    """A session of the run ended."""
+
+    type: ClassVar = "end"
+    status: Annotated[EndStatus, Field(strict=False)]
+    time: Number | None = None
+
+
+LINES: dict[str, type[Line]] = {
+    line.type: line
+    for line in (
+        RunLine,
+        SessionLine,
+        ProcessLine,
+        ParametersLine,
+        VerifyLine,
+        MemoryLine,
+        EvidenceLine,
+        CostLine,
+        CeilingLine,
+        CompileLine,
+        SampleLine,
+        VisitLine,
+        BlockLine,
+        FailureLine,
+        StopLine,
+        EndLine,
+    )
+}
+
+
+class OtherSchemaError(Exception):
+    """A line of another schema version, which is the argument."""
+
+
+class UnknownTypeError(Exception):
+    """A line of a type that this version does not know, which is the argument."""
+
+
+def encode(line: Line) -> bytes:
+    """One line of the record, with its version, checksum and newline.
+
+    Raises ValueError where it holds a number that is not finite.
+    """
+    # ASCII alone: no byte that is no UTF-8, no character that some reader takes for the end of a line.
+    text = json_line({"v": SCHEMA, "type": line.type, **plain(line)})[:-1]
+    return text + _TAIL % zlib.crc32(text) + b"\n"
+
+
+def decode(raw: bytes) -> Line:
+    """The line as it was written.
+
+    Raises ValueError with what is wrong with it in words, `OtherSchemaError` and `UnknownTypeError`.
+    """
+    if not raw.endswith(b"\n"):
+        raise ValueError("is torn")
+    text, tail = raw[: -_TAIL_BYTES - 1], raw[-_TAIL_BYTES - 1 : -1]
+    if tail != _TAIL % zlib.crc32(text):
+        raise ValueError("the checksum does not match")
+    try:
+        fields = parsed_line(raw)
+    except ValueError as error:
+        raise ValueError(f"is no JSON object of finite numbers ({error})") from None
+    version, type_ = fields.pop("v", None), fields.pop("type", None)
+    if type(version) is not int or not isinstance(type_, str):
+        raise ValueError("is no line of a record")
+    if version != SCHEMA:
+        raise OtherSchemaError(version)
+    if type_ not in LINES:
+        raise UnknownTypeError(type_)
+    try:
+        return made(LINES[type_], fields)
+    except ValueError as error:
+        raise ValueError(f"is no {type_} line: {error}") from None

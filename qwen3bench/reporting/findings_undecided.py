@@ -1,0 +1,143 @@
+"""Findings on what has no verdict: which effects, and how much more measuring would decide."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pandas as pd
+from scipy import special
+
+from qwen3bench.analysis.effects import process_shares
+from qwen3bench.analysis.frames import analysis_setting, block_matrix
+from qwen3bench.record.states import Verdict
+from qwen3bench.reporting import control_findings
+from qwen3bench.reporting.conditions import Condition
+from qwen3bench.reporting.lookup import (
+    BASELINE,
+    LATENCY,
+    all_on,
+    band,
+    factors,
+    rows,
+    samples_of_usable,
+    terms,
+    usable,
+)
+from qwen3bench.reporting.units import count, is_number, listing, ratio
+from qwen3bench.reporting.wording import Finding, NoVerdict, verdict_of
+
+if TYPE_CHECKING:
+    from qwen3bench.analysis.run import Run
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An effect on latency with its interval and verdict; `process_share` of its error's variance is of processes."""
+
+    term: str
+    estimate: float
+    lo: float
+    hi: float
+    df: float
+    verdict: str
+    process_share: float = math.nan
+
+
+def undecided(run: Run, condition: Condition) -> Iterator[Finding]:
+    """What has no verdict, and what would give one: switches, or all together where none can be told, and pairs."""
+    main = _judged(run, condition, terms(run, condition, LATENCY, "main")) or _together_alone(run, condition)
+    joint_effects = terms(run, condition, LATENCY, "interaction")
+    pairs = _judged(run, condition, joint_effects[joint_effects["term"].str.count(":") == 1])
+    yield from _undecided(run, condition, main)
+    yield from _undecided(run, condition, pairs, "Interactions: ")
+
+
+def _undecided(run: Run, condition: Condition, effects: list[Judged], what: str = "") -> Iterator[Finding]:
+    blocks = condition.select(run.samples)["block"].nunique()
+    unknown = [
+        effect
+        for effect in effects
+        if control_findings.heard(run, condition, effect.verdict, effect.estimate) == Verdict.UNDECIDED
+    ]
+    blind = [effect for effect in unknown if not is_number(effect.lo)]
+    around = [effect for effect in unknown if is_number(effect.lo) and effect.lo <= 1 <= effect.hi]
+    apart = [effect for effect in unknown if is_number(effect.lo) and not effect.lo <= 1 <= effect.hi]
+    if around:
+        advice = would_decide(run, condition, around)
+        yield Finding(f"{what}{_listed(around)} ({condition}). If the estimates stay, {advice}.", "undecided")
+    if blind:
+        text = f"{what}{_listed(blind)} ({condition}): {count(blocks, 'block')} gives no interval; more would."
+        yield Finding(text, "undecided")
+    if apart:
+        advice = "the interval leaves out 1, but p, corrected for the number of terms, is not below 0.05"
+        text = f"{what}{_listed(apart)} ({condition}): {advice}. More processes would decide."
+        yield Finding(text, "undecided")
+
+
+def _listed(effects: Sequence[Judged]) -> str:
+    return listing([f"{effect.term} {ratio(effect.estimate, effect.lo, effect.hi)}" for effect in effects])
+
+
+def _judged(run: Run, condition: Condition, effects: pd.DataFrame) -> list[Judged]:
+    """Rows of effects; each with its `process_share` where one of them is undecided."""
+    unsure = (effects["verdict"] == Verdict.UNDECIDED).any()
+    shares = process_shares(samples_of_usable(run, condition), factors(run)) if unsure else {}
+    return [
+        Judged(row.term, row.estimate, row.lo, row.hi, row.df, row.verdict, shares.get(row.term, math.nan))
+        for row in rows(effects)
+    ]
+
+
+def _together_alone(run: Run, condition: Condition) -> list[Judged]:
+    """The speed-up of all switches as an effect with its verdict."""
+    good = {row.cell: row for row in rows(usable(condition.select(run.cells))) if is_number(row.speedup)}
+    row = good.get(all_on(run))
+    if row is None or row.cell == BASELINE:
+        return []
+    lo, hi = row.speedup_lo, row.speedup_hi
+    verdict = verdict_of(lo, hi, band(run))
+    known = Verdict.UNDECIDED if verdict == NoVerdict.MISSING else verdict
+    error = block_matrix(condition.select(run.samples), list(good)).log_ratios(BASELINE, [row.cell])
+    return [Judged(row.cell, row.speedup, lo, hi, float(error.df[0]), known, float(error.process_share[0]))]
+
+
+def would_decide(run: Run, condition: Condition, effects: Sequence[Judged]) -> str:
+    """How many blocks give each of these effects a verdict, or processes where these limit any of the intervals.
+
+    Processes limit where what they make of the variance is more than half of what a verdict allows.
+    """
+    samples = condition.select(run.samples)
+    blocks, processes = samples["block"].nunique(), samples["process"].nunique()
+    allowed = [(allowed_variance(run, condition, effect, effect.df), effect.process_share) for effect in effects]
+    if any(share > part / 2 for part, share in allowed):
+        needed = max(processes_needed(run, condition, effect, processes) for effect in effects)
+        said = f"about {needed:,} processes instead of {processes} would decide"
+        return f"{said}; more blocks in the same ones do not lessen what differs between processes"
+    needed = max(math.ceil(blocks * (1 - share) / (part - share)) + 1 for part, share in allowed)
+    return f"about {needed:,} blocks instead of {blocks} would decide"
+
+
+def allowed_variance(run: Run, condition: Condition, effect: Judged, df: float) -> float:
+    """The error's variance with which an effect has a verdict at these degrees of freedom, over the present one.
+
+    Its interval then lies inside the band, or leaves 1 by Holm's p too, in the hardest case: 5 % over the number of
+    terms.
+    """
+    tested = condition.select(run.effects)
+    tested = tested[(tested["metric"] == LATENCY) & (tested["kind"] != "shapley") & tested["p"].notna()]
+    level = (1 + analysis_setting(run.record, "confidence")) / 2
+    usual, strict = special.stdtrit(df, [level, max(level, 1 - 0.025 / max(1, len(tested)))])
+    distance = abs(math.log(effect.estimate))
+    se = math.log(effect.hi / effect.lo) / 2 / special.stdtrit(effect.df, level)
+    return float((max(distance / strict, (band(run) - distance) / usual) / se) ** 2)
+
+
+def processes_needed(run: Run, condition: Condition, effect: Judged, processes: int) -> int:
+    """Processes of as many blocks each with which an effect has a verdict; each gives a degree of freedom more."""
+    enough_with_many = processes / allowed_variance(run, condition, effect, math.inf)
+    more = itertools.count(max(processes + 1, math.floor(enough_with_many)))
+    return next(n for n in more if processes / n <= allowed_variance(run, condition, effect, effect.df + n - processes))

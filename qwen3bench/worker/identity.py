@@ -1,0 +1,45 @@
+"""Where a worker runs: what PyTorch tells of itself and the device, in the run's environment and fingerprint."""
+
+from __future__ import annotations
+
+import torch
+
+from qwen3bench.config.settings import Settings
+from qwen3bench.errors import UserError
+from qwen3bench.model.weights import weights_fingerprint
+from qwen3bench.record.environment import TorchFacts, environment, fingerprint, system_device_name
+from qwen3bench.record.messages import Identity
+
+
+def identify(settings: Settings) -> Identity:
+    """The `environment` of a run, and the `fingerprint` that must not change when it is continued.
+
+    Raises `UserError` where there is no such device, or the weights cannot be read.
+    """
+    weights = weights_fingerprint(settings.weights, settings.seed)
+    facts = torch_facts(settings.device)
+    return Identity(
+        environment=environment(settings.device, facts),
+        fingerprint=fingerprint(settings.to_dict(), weights, facts),
+    )
+
+
+def torch_facts(device: str) -> TorchFacts:
+    """What PyTorch tells of itself and of `device`. Raises `UserError` where there is no such device."""
+    return TorchFacts(
+        version=torch.__version__,
+        cuda=torch.version.cuda,
+        cudnn=torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
+        threads=torch.get_num_threads(),
+        device_name=device_name(device),
+    )
+
+
+def device_name(device: str) -> str:
+    """The name of the card or, for "cpu", of the processor. Raises `UserError` where there is no such card."""
+    if name := system_device_name(device):  # PyTorch would start CUDA in this process
+        return name
+    try:
+        return torch.cuda.get_device_name(int(device.partition(":")[2] or 0))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(f"device={device}: PyTorch finds no such card; use device=cpu or mend the driver") from error

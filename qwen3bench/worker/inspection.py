@@ -1,0 +1,181 @@
+"""What is told of one cell at a time and never timed: parameters, equivalence, memory, cost, evidence; and ceilings."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from qwen3bench.model.decoder import Decoder
+from qwen3bench.record.design import cell_of, is_peer
+from qwen3bench.record.messages import Ceilings, Cost, Evidence, Judgment, ParameterCounts, PeakMemory
+from qwen3bench.worker.ceilings import measure_ceilings
+from qwen3bench.worker.clock import time_host
+from qwen3bench.worker.compile_counters import forget_compilations
+from qwen3bench.worker.costs import cell_cost
+from qwen3bench.worker.evidence import collect
+from qwen3bench.worker.peers import judge_peer
+from qwen3bench.worker.runtimes import Launch
+from qwen3bench.worker.session import InvalidCell, Session
+from qwen3bench.worker.workloads import Workload, keeping_output
+
+# By the bytes of a number: compiled, a model of 28 layers in bfloat16 rounds otherwise by some 0.01 of its logits. That
+# it is the same function is the gate's to say, in eager; this says that it is that forward which is launched.
+LAUNCH_ERROR = {8: 1e-6, 4: 1e-3, 2: 0.1}
+_COMPARED = 16  # tokens: the last ones' logits tell of all before them
+_EAGER_PASSES = 3  # a median of three leaves out one that was held up
+
+
+@dataclass(frozen=True)
+class Warm:
+    """A cell that has run, and how to run it again."""
+
+    where: tuple[str, str, str]  # cell, workload, runtime
+    model: Decoder  # whose steps are launched
+    workload: Workload
+    launches: Sequence[Launch]
+    outputs: list[torch.Tensor]  # the logits of the last launch
+
+
+class Inspection:
+    """Looks at single cells of a session."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._warm: Warm | None = None  # what the memory pass leaves for evidence of the same cell
+        self._workload: Workload | None = None  # of the last cell that evidence had to build
+
+    def release(self) -> None:
+        """Let go of what one look leaves for the next."""
+        self._warm = self._workload = None
+
+    def parameters(self, cell: str) -> ParameterCounts:
+        """The three parameter counts and the bytes, from the model's own tensors."""
+        model = self.session.build(cell)
+        return ParameterCounts(
+            num_parameters=model.num_parameters,
+            num_unique_parameters=model.num_unique_parameters,
+            num_non_embedding_parameters=model.num_non_embedding_parameters,
+            parameter_bytes=model.parameter_bytes,
+        )
+
+    def verify(self, cell: str) -> Judgment:
+        """The equivalence gate's verdict."""
+        self.release()
+        self.session.free()
+        gate = self.session.gate
+        return judge_peer(gate, cell) if is_peer(cell) else gate.judge_cell(cell_of(cell))
+
+    def memory(self, cell: str, workload: str, runtime: str) -> PeakMemory:
+        """Peak CUDA memory of one forward with this cell alone resident, on weights of its own, in bytes.
+
+        The allocator's peaks (torch.cuda.max_memory_allocated and _reserved) from an empty device until the cell has
+        run in `runtime`; what its libraries keep outside the allocator is the same for every cell and not counted.
+        """
+        self.release()
+        self.session.forget_everything()
+        torch._C._cuda_clearCublasWorkspaces()
+        device = self.session.device
+        model = self.session.alone(cell)
+        inputs = self.session.inputs(workload, model)
+        torch.cuda.empty_cache()  # making the weights needed more for a moment than keeping them does
+        torch.cuda.reset_peak_memory_stats(device)
+        self._warm = self._warmed_up((cell, workload, runtime), model, inputs)
+        torch.cuda.synchronize(device)
+        return PeakMemory(
+            peak_allocated_bytes=torch.cuda.max_memory_allocated(device),
+            peak_reserved_bytes=torch.cuda.max_memory_reserved(device),
+            cache_bytes=inputs.cache_bytes or None,
+        )
+
+    def cost(self, cell: str, workload: str) -> Cost:
+        """The least operations and bytes of one timed value."""
+        model = self.session.build(cell)
+        tied = model.out_head.weight is model.tok_emb.weight
+        itemsize = self.session.dtype.itemsize
+        return cell_cost(self.session.settings.model, tied, self.session.size(workload), itemsize)
+
+    def evidence(self, cell: str, workload: str, runtime: str) -> Evidence:
+        """What really ran, from a profile of its own: of what the memory pass left where that was just this cell.
+
+        Raises `InvalidCell` where it computes something else than when PyTorch launches it.
+        """
+        where = cell, workload, runtime
+        warm, self._warm = self._warm, None
+        if warm is None or warm.where != where:
+            del warm
+            self.session.free()
+            model = self.session.on_bank(cell)
+            if self._workload is None or self._workload.size.name != workload:
+                self._workload = self.session.inputs(workload, model)
+            warm = self._warmed_up(where, model, self._workload)
+        found = collect(warm.model, warm.workload, runtime, warm.launches)
+        if runtime != "eager":
+            error = error_against_eager(warm)
+            if not error <= (limit := LAUNCH_ERROR[self.session.dtype.itemsize]):
+                raise InvalidCell(
+                    f"in {runtime} its logits differ by {error:.2g} of their size from those of eager (limit {limit:g})"
+                )
+        # Where eager is timed it is known better.
+        beside = runtime == "graph" and "eager" not in self.session.settings.runtimes
+        return replace(found, eager_s=self._eager_s(warm)) if beside else found
+
+    def ceilings(self) -> Ceilings:
+        """What the device reaches: a large copy and a large matrix product."""
+        self.release()
+        self.session.forget_everything()
+        return measure_ceilings(self.session.device, self.session.dtype)
+
+    def _warmed_up(self, where: tuple[str, str, str], model: Decoder, workload: Workload) -> Warm:
+        """A cell's launches; where the first differs from the others, after that one."""
+        name = where[2]
+        if name == "compile":
+            forget_compilations()
+        outputs: list[torch.Tensor] = []
+        runtime = self.session.runtime(name)
+        model = runtime.prepare_model(model).model
+        steps = [keeping_output(step, outputs) for step in workload.steps(model)]
+        launches = [runtime.prepare(step).launch for step in steps]
+        if self.session.device.type == "cuda" or name == "compile":
+            for launch in launches:
+                launch()
+        return Warm(where, model, workload, launches, outputs)
+
+    def _eager_s(self, warm: Warm) -> float:
+        """About how long the same work takes in eager, on the host's clock: how far the host would hold it up.
+
+        The median of three passes; one, where a pass has many steps.
+        """
+        steps = warm.workload.steps(warm.model.original)
+        passes = _EAGER_PASSES if len(steps) == 1 else 1
+        values = time_host(steps, passes, 1, self.session.synchronize)
+        return statistics.median(value.latency_s for value in values)
+
+
+def error_against_eager(warm: Warm) -> float:
+    """How far the last tokens' logits of the last launch are from those of eager, relative (L2).
+
+    The last step alone, on the same tokens: in `generate` one token chosen otherwise would change all that follow.
+    Launched on other tokens first: what read a value before it was written would else find the same one there.
+    """
+    *before, last = warm.launches
+    given = warm.workload.prompt, warm.workload.token
+    saved = [tokens.clone() for tokens in given]
+    for tokens in given:
+        tokens.add_(1).remainder_(warm.model.config.vocab_size)
+    for launch in warm.launches:
+        launch()
+    for tokens, ids in zip(given, saved, strict=True):
+        tokens.copy_(ids)
+    for launch in before:
+        launch()
+    token = warm.workload.token.clone() if before else None
+    last()
+    launched = warm.outputs[0][:, -_COMPARED:].double()
+    if token is not None:
+        warm.workload.token.copy_(token)
+    steps = warm.workload.steps(warm.model.original)  # what the gate judged
+    expected = steps[-1]()[:, -_COMPARED:].double()
+    return float((launched - expected).norm() / expected.norm())

@@ -1,0 +1,50 @@
+"""The equivalence gate alone: the cells of a command, judged on the device here without a run."""
+
+from __future__ import annotations
+
+import torch
+
+from qwen3bench.config.settings import Settings
+from qwen3bench.record.design import cell_of, is_peer
+from qwen3bench.record.messages import Judgment
+from qwen3bench.worker.bank import Bank
+from qwen3bench.worker.device import device_here, is_out_of_memory, use_device
+from qwen3bench.worker.equivalence.gate import Gate
+from qwen3bench.worker.peers import judge_peer
+
+
+class Verification:
+    """The gate for the cells of `settings`, whose `device` is then the one present.
+
+    Judges on random weights of the gate's own, whatever `weights` says: what is compared are functions. Raises
+    `UserError` where these weights cannot be loaded, or a cell cannot be built on them.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings = settings.resolved(device_here(settings.device))
+        device, dtype = use_device(settings.device), getattr(torch, settings.dtype)
+        if settings.weights != "random":  # what a run of these weights would refuse
+            bank = Bank(settings.model, settings.weights, device, dtype, settings.seed, settings.opts)
+            for cell in settings.labels:
+                if not is_peer(cell):
+                    bank.build(cell_of(cell))
+            del bank
+        self._gate = Gate(
+            settings.model,
+            device=device,
+            dtype=dtype,
+            seed=settings.seed,
+            opts=settings.opts,
+            sizes=settings.prompt_sizes,
+        )
+        self.config = self._gate.config  # of the model judged: fewer layers and tokens
+
+    def judge(self, cell: str) -> Judgment:
+        """The verdict on the cell of that label; one for which memory does not suffice did not run."""
+        try:
+            return judge_peer(self._gate, cell) if is_peer(cell) else self._gate.judge_cell(cell_of(cell))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        reason = "out of memory; free some or name a smaller model"
+        return Judgment(equivalent=False, ran=False, reason=reason)

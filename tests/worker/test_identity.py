@@ -1,0 +1,44 @@
+"""A worker tells of the machine, PyTorch and the device that it runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from qwen3bench.config.settings import Settings
+from qwen3bench.errors import UserError
+from qwen3bench.record.environment import environment
+from qwen3bench.worker.identity import device_name, identify, torch_facts
+
+
+def test_it_tells_what_pytorch_says() -> None:
+    facts = torch_facts("cpu")
+    found = environment("cpu", facts)
+    assert found["torch"] == torch.__version__
+    assert found["torch_threads"] == torch.get_num_threads()
+    assert found["device"] == found["cpu"] == device_name("cpu")
+
+
+def test_it_identifies_a_run(small_settings: Callable[..., Settings]) -> None:
+    identity = identify(small_settings().resolved("cpu"))
+    assert identity.environment["code"] == identity.fingerprint["code"]
+    assert identity.fingerprint["weights"] == "random:seed=0"
+
+
+def test_unknown_card_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UserError, match="device=cuda:9: PyTorch finds no such card"):
+        torch_facts("cuda:9")
+
+
+@pytest.mark.cuda
+def test_describes_a_real_card() -> None:
+    found = environment("cuda", torch_facts("cuda"))
+    properties = torch.cuda.get_device_properties(0)
+    assert found["device"] == properties.name
+    assert found["compute_capability"] == f"{properties.major}.{properties.minor}"
+    assert found["device_memory_bytes"] >= properties.total_memory
+    assert found["driver"]
+    assert found["cuda"]

@@ -1,0 +1,142 @@
+"""Cells of one workload are made ready and visited, all at one pace."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qwen3bench.config.settings import Settings
+from qwen3bench.record.messages import CellFailure, Preparation
+from qwen3bench.worker import timed_pass
+from qwen3bench.worker.clock import TimedValue
+from qwen3bench.worker.runtimes import PreparedStep, Runtime
+from qwen3bench.worker.serve import Worker
+from qwen3bench.worker.session import Session
+from qwen3bench.worker.timed_pass import Pace, PreparedCell
+
+Ask = Callable[..., Any]
+
+
+@pytest.mark.parametrize("workload", ["prefill", "decode", "generate"])
+def test_a_cell_is_prepared_and_visited(opened: Ask, workload: str) -> None:
+    opened("load", cells=["baseline", "flash+tie"])
+    opened("enter", workload=workload, runtime="eager", cell="flash+tie")
+    for cell, copy in (("baseline", 0), ("flash+tie", 0), ("baseline", 1)):
+        assert opened("prepare", cell=cell, copy=copy) == Preparation()
+    samples = opened("visit", cell="baseline", copy=1, repeats=3).samples
+    assert len(samples) == 3
+    for sample in samples:
+        assert sample.latency_s > 0
+        assert (sample.ttft_s is not None) == (workload == "generate")
+        if workload == "generate":
+            assert len(sample.itl_s) == 2
+            assert sample.ttft_s + sum(sample.itl_s) == pytest.approx(sample.latency_s, rel=1e-6)
+            assert sample.tpot_s == pytest.approx(sum(sample.itl_s) / 2)
+
+
+class Replayed(Runtime):
+    """A graph's behavior on a CPU: a step is launched twice, and what is timed is a replay that runs no Python."""
+
+    @property
+    def on_device_clock(self) -> bool:
+        return True
+
+    def prepare(self, step: Callable[[], Tensor]) -> PreparedStep:
+        step()
+        step()
+        return PreparedStep(lambda: None)
+
+
+@pytest.mark.parametrize("workload", ["prefill", "generate"])
+@pytest.mark.parametrize("finite", [True, False])
+def test_what_a_graph_writes_is_looked_at_too(
+    opened: Ask, worker: Worker, overflowing: Settings, monkeypatch: pytest.MonkeyPatch, workload: str, finite: bool
+) -> None:
+    monkeypatch.setattr(Session, "runtime", lambda session, name: Replayed(torch.device("cpu")))
+    monkeypatch.setattr(timed_pass, "time_device", lambda launches, repeats, inner: [TimedValue(1.0)] * repeats)
+    if not finite:
+        opened("open", config=replace(overflowing, workloads=worker.session.settings.workloads).to_dict())
+    opened("enter", workload=workload, runtime="eager", cell="baseline")
+    if finite:
+        opened("prepare", cell="baseline", copy=0)
+        (prepared,) = worker.timed_pass.ready.values()
+        assert len(prepared.launches) == (3 if workload == "generate" else 1)
+    else:
+        with pytest.raises(CellFailure, match="logits are not finite"):
+            opened("prepare", cell="baseline", copy=0)
+
+
+def test_cells_have_as_many_values_however_fast_they_are(opened: Ask, worker: Worker) -> None:
+    """And as many launches in a value: enough for the fastest of them."""
+    opened("enter", workload="prefill", runtime="eager", cell="baseline")
+    opened("prepare", cell="baseline", copy=0)
+    timed = worker.timed_pass
+    model = timed.ready["baseline", 0].model
+    asleep_s = {"baseline": 0.008, "flash": 0.0004}
+    launched = dict.fromkeys(asleep_s, 0)
+
+    def launch(cell: str) -> None:
+        launched[cell] += 1
+        time.sleep(asleep_s[cell])
+
+    for cell in asleep_s:
+        timed.ready[cell, 0] = PreparedCell(model, [partial(launch, cell)])
+    values = {cell: len(opened("visit", cell=cell, copy=0, repeats=None).samples) for cell in asleep_s}
+    assert timed.pace is not None
+    assert 2 <= timed.pace.inner <= 3
+    assert values == dict.fromkeys(asleep_s, 1)
+    before = dict(launched)
+    for cell in asleep_s:
+        opened("visit", cell=cell, copy=0, repeats=None)
+        assert launched[cell] - before[cell] == 1 + timed.pace.inner
+
+
+def test_one_generated_token_has_no_time_between_tokens(ask: Ask, small_settings: Callable[..., Settings]) -> None:
+    settings = small_settings("workload=generate", "new_tokens=1", "prompt_tokens=4").resolved("cpu")
+    ask("open", config=settings.to_dict())
+    ask("enter", workload="generate", runtime="eager", cell="baseline")
+    ask("prepare", cell="baseline", copy=0)
+    (sample,) = ask("visit", cell="baseline", copy=0, repeats=1).samples
+    assert sample.latency_s > 0
+    assert sample.tpot_s is None
+
+
+class Recompiling(Runtime):
+    """Its first launch compiles, as one does whose code was made for other shapes."""
+
+    launched = 0
+
+    def compilations(self) -> int:
+        return min(1, self.launched)
+
+    def launch(self) -> None:
+        self.launched += 1
+
+    def prepare(self, step: Callable[[], Tensor]) -> PreparedStep:
+        return PreparedStep(self.launch)
+
+
+def test_a_compilation_in_the_untimed_launch_counts_too(opened: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Session, "runtime", lambda session, name: Recompiling(torch.device("cpu")))
+    monkeypatch.setattr(timed_pass, "pace_of", lambda cells, synchronize: Pace(inner=1, repeats=1))
+    opened("enter", workload="prefill", runtime="eager", cell="baseline")
+    opened("prepare", cell="baseline", copy=0)
+    with pytest.raises(CellFailure, match="compiled again"):
+        opened("visit", cell="baseline", copy=0, repeats=1)
+
+
+def test_logits_that_are_not_finite_are_never_timed(ask: Ask, overflowing: Settings) -> None:
+    ask("open", config=overflowing.to_dict())
+    ask("enter", workload="prefill", runtime="eager", cell="baseline")
+    with pytest.raises(CellFailure, match="logits are not finite") as caught:
+        ask("prepare", cell="baseline", copy=0)
+    assert caught.value.status == "invalid"
+    with pytest.raises(CellFailure):  # it was not made ready
+        ask("visit", cell="baseline", copy=0, repeats=1)
