@@ -4,11 +4,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from records import write_record
 
+from qwen3bench.analysis.run import load_run
 from qwen3bench.report import main
+from qwen3bench.reporting.pages import switches
 
 DEVICE = "a device"
 
@@ -17,11 +20,12 @@ DEVICE = "a device"
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     """Writes the record of a run of the baseline and flash, 3 % apart, under a name."""
 
-    def write(name: str, finished: bool = True) -> Path:
+    def write(name: str, finished: bool = True, workload: str = "prefill", more: dict[str, Any] | None = None) -> Path:
         config = {"batch_size": 1, "prompt_tokens": 8, "new_tokens": 1, "analysis": {"band": 0.01, "confidence": 0.95}}
-        first = {"factors": ["flash"], "cells": ["baseline", "flash"], "workloads": ["prefill"], "runtimes": ["eager"]}
+        config |= more or {}
+        first = {"factors": ["flash"], "cells": ["baseline", "flash"], "workloads": [workload], "runtimes": ["eager"]}
         lines = [{"type": "run", "config": config, **first, "model": "tiny", "device": DEVICE, "dtype": "float32"}]
-        where = {"workload": "prefill", "runtime": "eager", "attempt": 0}
+        where = {"workload": workload, "runtime": "eager", "attempt": 0}
         for block in range(6):
             here = {**where, "block": block, "process": block // 3}
             for position, (cell, copy) in enumerate((("baseline", 0), ("flash", 0), ("baseline", 1))):
@@ -121,3 +125,33 @@ def test_help_is_quick_and_needs_no_torch() -> None:
     done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, check=True)
     assert "RUN [RUN ...]" in done.stdout
     assert "torch" not in done.stderr
+
+
+# A record is data
+
+
+def test_nothing_that_a_record_names_is_imported(
+    make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "__init__.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (tmp_path / "evil" / "mod.py").write_text('"""Sweet words."""')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = make_run("run", more={"opt": {"flash": {"_target_": "evil.mod.apply"}}})
+    assert main([str(run)]) == 0
+    assert not (tmp_path / "ran").exists()
+    assert switches([load_run(run)]) == []  # what the catalogue's function does says nothing of another one
+
+
+def test_a_record_does_not_choose_where_files_go(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_run("run", workload="../../escaped")
+    (run / "plots" / "effects-..").mkdir(parents=True)
+    assert main([str(run)]) == 0
+    assert list(tmp_path.rglob("*escaped*")) == list((run / "plots").glob("*-escaped-*"))
+
+
+def test_a_config_of_any_shape_is_no_traceback(make_run: Callable[..., Path]) -> None:
+    odd: dict[str, Any] = {"opt": [1], "report": "x", "analysis": 3, "model": [], "weights": {"a": "${b}"}}
+    run = make_run("run", more={**odd, "workload": 7})
+    assert main([str(run)]) == 0
+    assert "flash" in (run / "report.md").read_text("utf-8")

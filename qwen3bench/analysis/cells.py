@@ -26,6 +26,7 @@ from qwen3bench.record.lines import (
     Line,
     MemoryLine,
     ParametersLine,
+    RunLine,
     VerifyLine,
 )
 from qwen3bench.record.reader import Record
@@ -93,25 +94,22 @@ def cells_table(record: Record, samples: pd.DataFrame | None = None) -> pd.DataF
 
 def _grid(record: Record, samples: pd.DataFrame) -> pd.DataFrame:
     """A row per planned cell × workload × runtime, with what the configuration says about it."""
-    run, config = record.run, record.run.config
+    run = record.run
     planned = [(c, w, r) for w in run.workloads for r in run.runtimes for c in run.cells]
     measured = samples[_KEYS].drop_duplicates().itertuples(index=False, name=None)
     table = pd.DataFrame(list(dict.fromkeys([*planned, *measured])), columns=_KEYS, dtype=object)
-    model = config.get("model")
-    table["model"] = run.model or (model.get("name") if isinstance(model, dict) else model)
+    table["model"] = run.model or run.setting("model", "name")
     table["device"], table["dtype"] = run.device, run.dtype
     for field in ("batch_size", "prompt_tokens", "new_tokens"):
-        sizes = {w: _size(config, w, field) for w in table["workload"].unique()}
+        sizes = {w: _size(run, w, field) for w in table["workload"].unique()}
         table[field] = pd.array([sizes[w] for w in table["workload"]], dtype="Int64")
     return table
 
 
-def _size(config: dict[str, Any], workload: str, field: str) -> int | None:
-    own = config.get("workload")
-    own = own.get(workload) if isinstance(own, dict) else None
-    value = own.get(field) if isinstance(own, dict) else None
+def _size(run: RunLine, workload: str, field: str) -> int | None:
+    value = run.setting("workload", workload, field)
     if value is None and not (field == "new_tokens" and workload != "generate"):
-        value = config.get(field)
+        value = run.setting(field)
     return value if type(value) is int else None
 
 

@@ -96,7 +96,7 @@ def _tie_latency(effects: pd.DataFrame) -> pd.DataFrame:
 
 def _tie_memory(record: Record) -> pd.DataFrame:
     columns = ["cell", "saved_bytes", "head_bytes", "ok"]
-    factors, model = record.run.factors, record.run.config.get("model")
+    factors, model = record.run.factors, record.run.setting("model")
     item_bytes = _ITEM_BYTES.get(str(record.run.dtype).removeprefix("torch."))
     if "tie" not in factors or not isinstance(model, dict) or not item_bytes:
         return pd.DataFrame(columns=columns)

@@ -31,8 +31,7 @@ SAMPLE_COLUMNS = (
 
 def analysis_setting(record: Record, name: str) -> float:
     """`analysis.band` or `analysis.confidence` of a run, its usual value where the record has none."""
-    settings = record.run.config.get("analysis")
-    value = settings.get(name) if isinstance(settings, dict) else None
+    value = record.run.setting("analysis", name)
     return float(value) if isinstance(value, (int, float)) and 0 < value < 1 else _USUAL[name]
 
 

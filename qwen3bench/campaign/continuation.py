@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 from qwen3bench.campaign.worker_pool import QUIET_S
 from qwen3bench.campaign.worker_process import WorkerProcess
+from qwen3bench.config.choices import choices, content_of
 from qwen3bench.config.settings import Settings, settings_from
 from qwen3bench.errors import UserError
 from qwen3bench.record.environment import CHANGES_NO_NUMBER, differences
@@ -47,7 +49,7 @@ def begin(settings: Settings, writer: RecordWriter, identity: Identity) -> None:
     directory = writer.directory
     config = replace(settings, dir=directory, resume=None).to_dict()
     write_atomic(directory / "environment.json", json.dumps(identity.environment, indent=2) + "\n")
-    write_atomic(directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+    write_atomic(directory / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     writer.append(first_line(settings, config, identity))
 
 
@@ -99,11 +101,31 @@ def config_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def recorded_settings(done: Record, directory: Path) -> Settings:
-    """The settings that a record began with. Raises `UserError` where this version does not read them."""
+    """The settings that a record began with.
+
+    Raises `UserError` where this version does not read them, or they name code or a compiler's options that this
+    project's configs do not: a record is data, and may be somebody else's.
+    """
+    for key, value in _named_by_record_alone(done.run):
+        raise UserError(
+            f"{directory}: its record asks for {key}={value!r:.60}, which configs/ does not have\n"
+            f"if you trust it, give the whole command that began it, with {_override('resume', directory)}"
+        )
     try:
         return settings_from({**done.run.config, "resume": str(directory)})
     except UserError as error:
         raise UserError(f"{directory}: holds a config that this qwen3bench does not read ({error})") from None
+
+
+def _named_by_record_alone(run: RunLine) -> Iterator[tuple[str, Any]]:
+    """Settings of optimizations and runtimes that no YAML file has, and functions other than the YAML file's."""
+    for group in ("opt", "runtime"):
+        recorded = run.setting(group)
+        for name, options in recorded.items() if isinstance(recorded, dict) else ():
+            known = dict(flat(content_of(group, name))) if name in choices(group) else {}
+            for key, value in flat(options) if isinstance(options, dict) else ():
+                if key not in known or (key == "_target_" and value != known[key]):
+                    yield f"{group}.{name}.{key}", value
 
 
 def report_command(directory: Path) -> str:

@@ -99,9 +99,9 @@ def finished_status(settings: Settings) -> int | None:
     if not (file and file.stat().st_size):
         return None
     done = load_run(file.parent)
-    recorded = done.record.run.config
-    same = settings.device in ("auto", recorded["device"])
-    same = same and not continuation.config_differences(recorded, settings.resolved(recorded["device"]).to_dict())
+    recorded, device = done.record.run.config, done.record.run.setting("device")
+    same = device in ("cpu", "cuda", settings.device) and settings.device in ("auto", device)
+    same = same and not continuation.config_differences(recorded, settings.resolved(device).to_dict())
     return _status(done) if done.finished and same else None
 
 

@@ -32,12 +32,18 @@ def declared(name: str) -> dict[str, Any]:
     return content_of("opt", name)
 
 
-def described(content: Mapping[str, Any]) -> str:
-    """What an optimization is, in a line, as declared in YAML: how its module's docstring begins, and its options.
+def described(name: str, recorded: Any = None) -> str:
+    """What an optimization of the catalogue is, in a line: how its module's docstring begins, and its recorded options.
 
-    Empty where there is no such module or it says nothing. The module is read and not imported, which takes seconds.
+    `recorded`, from a record, is data: nothing that it names is looked up. Empty where the catalogue has no such name,
+    or another function under it. The module is read and not imported, which takes seconds.
     """
-    module = str(content.get("_target_", "")).rpartition(".")[0]
+    own = declared(name) if name in choices("opt") else {}
+    content = recorded if isinstance(recorded, Mapping) else {}
+    target = own.get("_target_", "")
+    if content.get("_target_", target) != target:
+        return ""
+    module = target.rpartition(".")[0]
     try:
         spec = find_spec(module)
         source = Path(spec.origin).read_text("utf-8") if spec and spec.origin else ""
@@ -47,7 +53,7 @@ def described(content: Mapping[str, Any]) -> str:
     line = " ".join(docstring.partition("\n\n")[0].split()).rstrip(".")
     if line.startswith("`"):  # its name
         line = line.partition("`: ")[2] or line
-    options = ", ".join(f"{key}={value}".lower() for key, value in _options(content).items())
+    options = ", ".join(f"{key}={value}".lower() for key, value in _options(content).items() if key in own)
     return f"{line} ({options})" if line and options else line
 
 

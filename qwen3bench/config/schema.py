@@ -142,13 +142,17 @@ def read_config(config: DictConfig | Mapping[str, Any]) -> Config:
 
     Raises `UserError` on an unknown key, a missing value, or one of the wrong type or size; it names the key.
     """
+    plain = _resolved(config) if isinstance(config, DictConfig) else dict(config)  # plain data names nothing
+    return validated(_adapter(), plain | {group: _in_order(plain[group]) for group in SEVERAL if group in plain})
+
+
+def _resolved(config: DictConfig) -> dict[Any, Any]:
     try:
-        node = config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
-        plain = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"the config cannot be resolved: {' '.join(str(error).split())}") from error
     assert isinstance(plain, dict)
-    return validated(_adapter(), plain | {group: _in_order(plain[group]) for group in SEVERAL if group in plain})
+    return plain
 
 
 @cache

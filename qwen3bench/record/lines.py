@@ -43,6 +43,13 @@ class RunLine(Line):
     dtype: str | None = None
     fingerprint: dict[str, Any] | None = None
 
+    def setting(self, *path: str) -> Any:
+        """What the config says there; None where it says nothing, or has no group on the way."""
+        found: Any = self.config
+        for name in path:
+            found = found.get(name) if isinstance(found, dict) else None
+        return found
+
 
 @typed
 class SessionLine(Line):

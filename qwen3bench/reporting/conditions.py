@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,8 @@ class Condition:
     @property
     def slug(self) -> str:
         """Name for files and anchors, for example `prefill-graph`."""
-        return f"{self.workload}-{self.runtime}"
+        # A record chooses these names; as a file's they lead nowhere else.
+        return re.sub(r"[^\w-]+", "-", f"{self.workload}-{self.runtime}", flags=re.ASCII)[:80]
 
     def select(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Rows of a table of cells, effects or samples that belong to this condition."""

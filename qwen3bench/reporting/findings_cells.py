@@ -46,7 +46,7 @@ def recommended(run: Run, condition: Condition) -> Iterator[Finding]:
     if control_findings.noise(run, condition):
         yield Finding(f"No recommendation for {condition}: it is noisy.", "recommended")
         return
-    limit_gib = (run.config.get("report") or {}).get("memory_limit_gib")
+    limit_gib = run.record.run.setting("report", "memory_limit_gib")
     within = f" within {limit_gib:g} GiB" if is_number(limit_gib) else ""
     if limit_gib is not None and within:
         measured = cells.dropna(subset=[MEMORY])

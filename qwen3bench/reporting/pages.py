@@ -111,11 +111,9 @@ def about(run: Run) -> list[tuple[str, str]]:
 
 
 def switches(runs: Iterable[Run]) -> list[tuple[str, str]]:
-    """Each switch of the runs and what it is, where its module is here to tell."""
-    declared: dict[str, Any] = {}
-    for run in runs:
-        declared |= {name: (run.config.get("opt") or {}).get(name) or {} for name in factors(run)}
-    return [(name, told) for name, content in declared.items() if (told := described(content))]
+    """Each switch of the runs and what it is, where the catalogue can tell."""
+    recorded = {name: run.record.run.setting("opt", name) for run in runs for name in factors(run)}
+    return [(name, told) for name, options in recorded.items() if (told := described(name, options))]
 
 
 def moment(text: object) -> str:

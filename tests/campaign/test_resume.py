@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import psutil
 import pytest
+import yaml
 
 from qwen3bench.analysis.run import load_run
 from qwen3bench.campaign import continuation, launch
@@ -308,3 +309,38 @@ def test_a_config_of_another_version_is_refused_in_one_line(measure: Measure, br
     with RecordWriter(tmp_path / "other") as writer:
         writer.append(replace(run, config={**run.config, "unheard_of": 1}))
     assert "holds a config that this qwen3bench does not read" in measure(resume=tmp_path / "other").error
+
+
+@pytest.mark.parametrize(
+    ("group", "options"),
+    [
+        ("opt", {"flash": {"_target_": "evil.mod.apply"}}),
+        ("opt", {"mine": {"_target_": "evil.mod.apply"}}),
+        ("runtime", {"compile": {"inductor": {"cpp": {"cxx": "/tmp/evil"}}}}),
+    ],
+    ids=str,
+)
+def test_code_that_a_record_alone_names_is_not_run(
+    measure: Measure, broken: Any, tmp_path: Path, group: str, options: dict[str, Any]
+) -> None:
+    run = broken.record.run
+    with RecordWriter(tmp_path / "other") as writer:
+        writer.append(replace(run, config={**run.config, group: {**run.config[group], **options}}))
+    done = measure(resume=tmp_path / "other")
+    assert f"its record asks for {group}." in done.error
+    assert done.pids == []
+
+
+def test_a_recorded_text_is_never_resolved(broken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "told")
+    with RecordWriter(tmp_path / "other") as writer:
+        writer.append(replace(broken.record.run, config={**broken.record.run.config, "weights": "${oc.env:SECRET}"}))
+    settings = continuation.recorded_settings(read_record(tmp_path / "other"), tmp_path / "other")
+    assert settings.weights == "${oc.env:SECRET}"
+
+
+@pytest.mark.parametrize("name", ["${oc.env:HOME}", "${", "a: b"])
+def test_a_run_in_a_directory_of_any_name_is_measured(measure: Measure, tmp_path: Path, name: str) -> None:
+    done = measure(to=tmp_path / name)
+    assert done.status == 0
+    assert yaml.safe_load((tmp_path / name / "config.yaml").read_text())["run"]["dir"] == str(tmp_path / name)

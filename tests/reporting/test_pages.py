@@ -51,7 +51,7 @@ def text(written: Path) -> str:
 
 def test_each_switch_is_explained_once(page: str, text: str) -> None:
     for name in ("flash", "tie", "mask"):
-        what = optimizations.described({"_target_": f"qwen3bench.opt.{name}.apply"})
+        what = optimizations.described(name)
         assert what
         assert page.count(f"<dd>{name}: {html.escape(what)}.</dd>") == 1
         assert text.count(f"\n- {name}: {markdown(what)}.\n") == 1
