@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from qwen3bench.config.cli import Parser, guarded
 from qwen3bench.errors import UserError
+
+if TYPE_CHECKING:
+    from qwen3bench.analysis.run import Run
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,8 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(arguments: list[str] | None) -> int:
     options = _parser().parse_args(arguments)
-    _rebuild([Path(name) for name in options.runs], options.out)
-    return 0
+    return _rebuild([Path(name) for name in options.runs], options.out)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,33 +38,50 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _rebuild(paths: list[Path], out: Path | None) -> None:
-    from qwen3bench.analysis.run import load_run, write_derived
-    from qwen3bench.record.files import clean_stale
+def _rebuild(paths: list[Path], out: Path | None) -> int:
+    """The worst exit status of the runs: one that is damaged costs its own page alone."""
     from qwen3bench.reporting.across import find_runs, write_overview
-    from qwen3bench.reporting.findings import findings
-    from qwen3bench.reporting.pages import write_report
-    from qwen3bench.reporting.terminal import terminal_summary
 
     console = Console()
     directories = find_runs(paths)
     if out and len(directories) == 1:
         raise UserError(f"--out is for the page over several runs; {directories[0]} is one, and keeps its report")
-    runs = []
+    runs: list[Run] = []
+
+    def rebuild(directory: Path) -> int:
+        runs.append(_rebuilt(directory, console, alone=len(directories) == 1))
+        return 0
+
+    worst = 0
     for directory in directories:
-        clean_stale(directory)
-        run = load_run(directory)
-        write_derived(run)
-        found = findings(run)
-        report = write_report(run, found)
-        runs.append(run)
-        if len(directories) == 1:
-            terminal_summary(run, found, console)
-        else:
-            console.print(f"Report: {report}", soft_wrap=True, markup=False, highlight=False)
+        status = guarded(partial(rebuild, directory))
+        if status > 1:  # interrupted
+            return status
+        worst = max(worst, status)
     if len(runs) > 1:
         overview = write_overview(runs, out or _home(paths, directories))
         console.print(f"Over all runs: {overview}", soft_wrap=True, markup=False, highlight=False)
+    return worst
+
+
+def _rebuilt(directory: Path, console: Console, *, alone: bool) -> Run:
+    """One run, its tables and report written."""
+    from qwen3bench.analysis.run import load_run, write_derived
+    from qwen3bench.record.files import clean_stale
+    from qwen3bench.reporting.findings import findings
+    from qwen3bench.reporting.pages import write_report
+    from qwen3bench.reporting.terminal import terminal_summary
+
+    run = load_run(directory)
+    clean_stale(directory)
+    write_derived(run)
+    found = findings(run)
+    report = write_report(run, found)
+    if alone:
+        terminal_summary(run, found, console)
+    else:
+        console.print(f"Report: {report}", soft_wrap=True, markup=False, highlight=False)
+    return run
 
 
 def _home(paths: list[Path], directories: list[Path]) -> Path:

@@ -1,5 +1,6 @@
 """`python -m qwen3bench.report` from its command line."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -155,3 +156,40 @@ def test_a_config_of_any_shape_is_no_traceback(make_run: Callable[..., Path]) ->
     run = make_run("run", more={**odd, "workload": 7})
     assert main([str(run)]) == 0
     assert "flash" in (run / "report.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a":' * 500 + b"1" + b"}" * 500, None, "endless"], ids=repr)
+def test_an_environment_that_cannot_be_used_is_one_line(make_run: Callable[..., Path], content: Any) -> None:
+    run = make_run("run")
+    if content is None:
+        os.mkfifo(run / "environment.json")
+    else:
+        with (run / "environment.json").open("wb") as file:
+            file.truncate(10 * 2**30) if content == "endless" else file.write(content)
+    os.mkfifo(run / "config.yaml")
+    (warning,) = load_run(run).warnings
+    assert warning.startswith("environment.json cannot be used (")
+    assert load_run(run).environment["device"] == DEVICE
+
+
+@pytest.mark.slow
+def test_one_damaged_run_costs_its_own_page_alone(
+    make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = [make_run("runs/0"), make_run("runs/3")]
+    for name, content in (("runs/1", b"rust\n"), ("runs/2", b"")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "samples.jsonl").write_bytes(content)
+    (tmp_path / "runs" / "4").mkdir()
+    os.mkfifo(tmp_path / "runs" / "4" / "samples.jsonl")
+    assert main([str(tmp_path / "runs")]) == 1
+    out, err = capsys.readouterr()
+    assert err.count("qwen3bench: error: ") == len(err.splitlines()) == 2  # an empty one stopped before anything
+    assert "runs/1" in err.splitlines()[0]
+    assert "runs/4" in err.splitlines()[1]
+    assert all((run / "report.html").is_file() for run in good)
+    assert f"Over all runs: {tmp_path / 'runs' / 'report.html'}" in out
+    (good[0] / "report.html").unlink()
+    assert main([str(tmp_path / "empty"), str(good[0])]) == 1
+    assert (good[0] / "report.html").is_file()
+    assert "empty: holds no record" in capsys.readouterr().err

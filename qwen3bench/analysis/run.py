@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ from qwen3bench.analysis.controls import Controls, controls
 from qwen3bench.analysis.effective import compare_effective
 from qwen3bench.analysis.effects import COLUMNS, effects
 from qwen3bench.analysis.frames import analysis_setting, used_samples
-from qwen3bench.record.files import write_atomic
+from qwen3bench.record.files import small_file, write_atomic
 from qwen3bench.record.lines import EndLine, EvidenceLine
 from qwen3bench.record.reader import Record, read_record
 from qwen3bench.record.states import CellStatus, EndStatus
+from qwen3bench.record.typed import parsed_line
 
 EFFECT_COLUMNS = ["workload", "runtime", "metric", *COLUMNS]
 _TIMES = ("latency_s", "ttft_s", "tpot_s")
@@ -156,9 +156,10 @@ _NUMBERS = ("estimate", "lo", "hi", "p_holm", "p", "df")
 
 def _environment(record: Record) -> dict[str, Any]:
     try:
-        found = json.loads((record.path.parent / "environment.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if isinstance(found, dict):
-        return found
+        return parsed_line(small_file(record.path.parent / "environment.json"), "utf-8")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        record.warnings.append(f"environment.json cannot be used ({why}); the first line says less of the machine")
     return {"device": record.run.device, "dtype": record.run.dtype, **(record.run.fingerprint or {})}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,12 +16,28 @@ from qwen3bench.errors import UserError
 
 RECORD = "samples.jsonl"
 COMPRESSED = "samples.jsonl.xz"  # as a finished record may be kept
+_SMALL_BYTES = 2**20  # environment.json has some 2**12
 _STALE = re.compile(r"\..+\.tmp-(\d{1,9})")
 
 
 def record_file(directory: Path) -> Path | None:
     """The record in a run's directory, as it is written or compressed; None where there is none."""
     return next((file for name in (RECORD, COMPRESSED) if (file := directory / name).is_file()), None)
+
+
+def small_file(path: Path) -> bytes:
+    """What a regular file of a run's directory holds.
+
+    Raises OSError where it cannot be read, and where it is no regular file or larger than any of these.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+        data = file.read(_SMALL_BYTES + 1)
+    if len(data) > _SMALL_BYTES:
+        raise OSError(errno.EFBIG, f"Over {_SMALL_BYTES:,} bytes", str(path))
+    return data
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
@@ -33,7 +51,8 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     try:
         with _removed_on_failure(temporary):
-            with temporary.open("wb") as file:
+            temporary.unlink(missing_ok=True)  # a link there would lead elsewhere
+            with temporary.open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())

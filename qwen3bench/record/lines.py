@@ -16,15 +16,21 @@ from qwen3bench.record.states import BlockState, CellStatus, EndStatus, Purpose,
 from qwen3bench.record.typed import Count, Names, Number, json_line, made, parsed_line, plain, typed
 
 SCHEMA = 1
+_PLACE = ("cell", "workload", "runtime")
+_ATTEMPT = ("workload", "runtime", "process", "block", "attempt")
 _TAIL = b',"crc":"%08x"}'
 _TAIL_BYTES = len(_TAIL % 0)
 
 
 class Line:
-    """A line of a record; `type` is its name on disk."""
+    """A line of a record; `type` is its name on disk.
+
+    `key` names the fields that tell it from the others of its type; without any, each line counts.
+    """
 
     __slots__ = ()
     type: ClassVar[str]
+    key: ClassVar[Names] = ()
 
 
 @typed
@@ -32,6 +38,7 @@ class RunLine(Line):
     """The first line: what is measured. `config` is the resolved one; `fingerprint` what a continued run must keep."""
 
     type: ClassVar = "run"
+    key: ClassVar = ("type",)
     created: str | None = None
     config: dict[str, Any]
     factors: Names
@@ -76,6 +83,7 @@ class ParametersLine(ParameterCounts, Line):
     """A cell's parameter counts."""
 
     type: ClassVar = "parameters"
+    key: ClassVar = ("cell",)
     cell: str
 
 
@@ -84,6 +92,7 @@ class VerifyLine(Judgment, Line):
     """The equivalence gate's verdict on a cell."""
 
     type: ClassVar = "verify"
+    key: ClassVar = ("cell",)
     cell: str
 
 
@@ -92,6 +101,7 @@ class MemoryLine(PeakMemory, Line):
     """A cell's peak memory in a workload and runtime."""
 
     type: ClassVar = "memory"
+    key: ClassVar = _PLACE
     cell: str
     workload: str
     runtime: str
@@ -102,6 +112,7 @@ class EvidenceLine(Evidence, Line):
     """What really ran in a cell."""
 
     type: ClassVar = "evidence"
+    key: ClassVar = _PLACE
     cell: str
     workload: str
     runtime: str
@@ -145,6 +156,7 @@ class SampleLine(Timed, Line):
     """
 
     type: ClassVar = "sample"
+    key: ClassVar = (*_ATTEMPT, "cell", "copy", "position", "repeat")
     workload: str
     runtime: str
     cell: str
@@ -162,6 +174,7 @@ class VisitLine(Line):
     """A visit is complete, with so many samples."""
 
     type: ClassVar = "visit"
+    key: ClassVar = (*_ATTEMPT, "cell", "copy", "position")
     workload: str
     runtime: str
     cell: str
@@ -196,6 +209,7 @@ class BlockLine(Telemetry, Line):
     """
 
     type: ClassVar = "block"
+    key: ClassVar = _ATTEMPT
     workload: str
     runtime: str
     process: Count = 0
@@ -213,6 +227,7 @@ class FailureLine(Line):
     """A cell failed in a pass: everywhere, or in one workload and runtime."""
 
     type: ClassVar = "failure"
+    key: ClassVar = (*_PLACE, "pass_")
     cell: str
     workload: str | None = None
     runtime: str | None = None
@@ -227,6 +242,7 @@ class StopLine(Line):
     """Measuring of a workload in a runtime ended. `half_width`: relative, of each main effect; None where unknown."""
 
     type: ClassVar = "stop"
+    key: ClassVar = ("workload", "runtime")
     workload: str
     runtime: str
     reason: Annotated[StopReason, Field(strict=False)]

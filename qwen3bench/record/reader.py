@@ -7,10 +7,10 @@ import lzma
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwen3bench.errors import UserError
-from qwen3bench.record.files import RECORD, record_file
+from qwen3bench.record.files import RECORD, record_file, small_file
 from qwen3bench.record.lines import SCHEMA, Line, OtherSchemaError, RunLine, UnknownTypeError, decode
 
 if TYPE_CHECKING:
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 L = TypeVar("L", bound=Line)
 _MAX_NAMED = 20  # damaged lines that get a warning of their own; the rest are counted
+_MAX_DAMAGED = 100_000  # more is no record that rusted
+LINE_LIMIT_BYTES = 2**22  # the longest line, of 40,960 generated tokens, has under 2**20
+RECORD_LIMIT_BYTES = 2**30  # a thorough run of 64 cells has some 2**25
 
 
 class Record:
@@ -31,15 +34,22 @@ class Record:
         self.run = run
         self.warnings: list[str] = []
         self._lines: dict[type[Line], list[Line]] = {}
+        self._keys: set[tuple[Any, ...]] = set()
 
     @property
     def types(self) -> dict[str, int]:
         """The number of usable lines of each type that occurs."""
         return {kind.type: len(lines) for kind, lines in self._lines.items()}
 
-    def add(self, line: Line) -> None:
-        """Take in one more line."""
+    def add(self, line: Line) -> bool:
+        """Take in one more line; False, and it does not count, where one with its key stands before it."""
+        if line.key:
+            key = (line.type, *(getattr(line, name) for name in line.key))
+            if key in self._keys:
+                return False
+            self._keys.add(key)
         self._lines.setdefault(type(line), []).append(line)
+        return True
 
     def of(self, kind: type[L]) -> list[L]:
         """All usable lines of one type, in the order they were written."""
@@ -61,12 +71,13 @@ class Record:
 def read_record(path: str | Path) -> Record:
     """The record in a run's directory (or in the file itself), damaged lines dropped and named in `warnings`.
 
-    Raises `UserError` where there is none, where its first line (which describes the run) is damaged, and
-    where it has another schema.
+    Of lines with one key the first counts. Raises `UserError` where there is none, where its first line (which
+    describes the run) is damaged, where it has another schema, and where it is larger than any record.
     """
     file = _find(Path(path))
     record: Record | None = None
     damaged: list[str] = []
+    repeated: dict[str, list[int]] = {}
     unknown: Counter[str] = Counter()
     for number, raw in enumerate(_raw_lines(file), start=1):
         try:
@@ -77,22 +88,29 @@ def read_record(path: str | Path) -> Record:
                 "use the version of qwen3bench that wrote it"
             ) from None
         except UnknownTypeError as other:
-            unknown[str(other)] += 1
+            unknown[f"{other!s:.80}"] += 1
             continue
         except ValueError as fault:
             damaged.append(f"line {number}: {fault}; it is dropped and not used")
+            if len(damaged) > _MAX_DAMAGED:
+                raise UserError(f"{file}: has over {_MAX_DAMAGED:,} damaged lines; name a copy that is whole") from None
             line = None
         if record is None:
             if not isinstance(line, RunLine):
                 raise UserError(_no_record(file, damaged))
             record = Record(file, line)
-        if line is not None:
-            record.add(line)
+        if line is not None and not record.add(line):
+            repeated.setdefault(line.type, []).append(number)
     if record is None:
         raise UserError(_no_record(file, damaged) if unknown else f"{file}: is empty; nothing was recorded there")
     record.warnings += damaged[:_MAX_NAMED]
     if len(damaged) > _MAX_NAMED:
         record.warnings.append(f"{len(damaged) - _MAX_NAMED} more damaged lines are dropped and not used")
+    for type_, numbers in repeated.items():
+        record.warnings.append(
+            f"{len(numbers)} {type_} line{'s' * (len(numbers) > 1)} (line {numbers[0]} first) "
+            "tell again what an earlier one told; each counts once, as it was told first"
+        )
     record.warnings += [f"{count} lines of the unknown type {name!r} are ignored" for name, count in unknown.items()]
     return record
 
@@ -108,7 +126,7 @@ def _no_record(file: Path, damaged: list[str]) -> str:
 def _find(path: Path) -> Path:
     try:
         if path.is_file() and path.name == "latest":  # see point_latest
-            path = path.parent / path.read_text(encoding="utf-8", errors="replace").strip()
+            path = path.parent / Path(small_file(path).decode("utf-8", "replace").strip()).name
         if (file := record_file(path) if path.is_dir() else path) and file.is_file():
             return file
     except (OSError, ValueError):  # a name that no file can have
@@ -117,9 +135,22 @@ def _find(path: Path) -> Path:
 
 
 def _raw_lines(path: Path) -> Iterator[bytes]:
+    read = 0
     try:
         with lzma.open(path, "rb") if path.suffix == ".xz" else path.open("rb") as file:
-            yield from file
+            while line := file.readline(LINE_LIMIT_BYTES + 1):
+                read += len(line)
+                if len(line) > LINE_LIMIT_BYTES:
+                    raise UserError(
+                        f"{path}: has a line of over {LINE_LIMIT_BYTES:,} bytes, which no run writes; "
+                        "name a copy that is whole"
+                    )
+                if read > RECORD_LIMIT_BYTES:
+                    raise UserError(
+                        f"{path}: holds over {RECORD_LIMIT_BYTES:,} bytes, which no run writes; "
+                        "name a copy that is whole"
+                    )
+                yield line
     except (lzma.LZMAError, EOFError) as error:
         raise UserError(f"{path}: cannot be decompressed ({error}); name a copy that is whole") from error
     except OSError as error:

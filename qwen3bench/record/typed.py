@@ -18,6 +18,7 @@ Number = Annotated[int | float, Field(gt=-(2.0**1023), lt=2.0**1023)]
 Seconds = Annotated[float, Field(gt=0, lt=1e9)]  # no time is longer
 Names = Annotated[tuple[Annotated[str, Field(strict=True)], ...], Field(strict=False)]
 Times = Annotated[tuple[Annotated[Seconds, Field(strict=True)], ...], Field(strict=False)]
+_MAX_DEPTH = 32  # of JSON; what is written has under 10
 _OF_UNION = ("int", "float")  # which pydantic adds to the name of a field of type Number
 _CONFIG = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
@@ -81,15 +82,26 @@ def json_line(message: Mapping[str, Any]) -> bytes:
     return json.dumps(message, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
-def parsed_line(text: bytes) -> dict[str, Any]:
-    """The JSON object of one line. Raises ValueError where it is none, or holds a number that is not finite."""
+def parsed_line(text: bytes, encoding: str = "ascii") -> dict[str, Any]:
+    """The JSON object of one line, or of a small file.
+
+    Raises ValueError where it is none, is nested too deep, or holds a number that is not finite.
+    """
     try:
-        value = json.loads(text.decode("ascii"), parse_constant=_finite, parse_float=_finite)
+        value = json.loads(text.decode(encoding), parse_constant=_finite, parse_float=_finite)
     except RecursionError:
         raise ValueError("nested too deep") from None
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
+    if text.count(b"{") + text.count(b"[") > _MAX_DEPTH and _deeper(value, _MAX_DEPTH):
+        raise ValueError("nested too deep")
     return value
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether a JSON value is nested deeper than so many levels."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_deeper(each, levels - 1) for each in inner)
 
 
 def _finite(text: str) -> float:

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import stat
 import time
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,7 @@ import psutil
 from qwen3bench.errors import UserError
 from qwen3bench.record.files import COMPRESSED, RECORD, sync_directory
 from qwen3bench.record.lines import SCHEMA, Line, encode
-from qwen3bench.record.reader import read_record
+from qwen3bench.record.reader import LINE_LIMIT_BYTES, read_record
 
 _BEGINNING = b'{"v":%d,"type":"run",' % SCHEMA
 _MOMENT_S = 5.0  # a child that a killed run was just starting has its lock for less
@@ -80,9 +81,11 @@ class RecordWriter:
     def append(self, *lines: Line) -> None:
         """Writes lines to the disk, all or none, even where an interrupt strikes.
 
-        Raises `UserError` where the disk refuses, ValueError for a number that is not finite.
+        Raises `UserError` where the disk refuses or the directory was removed, ValueError for a number that is not
+        finite.
         """
         data = memoryview(b"".join(map(encode, lines)))
+        self._refuse_removed()
         good_bytes = os.fstat(self._file).st_size
         try:
             while data:
@@ -98,6 +101,18 @@ class RecordWriter:
                     f"what it holds is safe: make room and continue with resume={self.directory}"
                 ) from error
             raise
+
+    def _refuse_removed(self) -> None:
+        """Raise `UserError` where the record no longer stands under its name: what is appended would be lost."""
+        mine = os.fstat(self._file)
+        try:
+            there: os.stat_result | None = self.path.stat()
+        except OSError:
+            there = None
+        if there is None or not os.path.samestat(mine, there):
+            what = "removed" if mine.st_nlink == 0 else "moved away or replaced"
+            lost = "what it held is lost" if mine.st_nlink == 0 else "it holds what was measured until now"
+            raise UserError(f"{self.path}: was {what} while the run wrote there; {lost}, so start the run again")
 
     def _take_lock(self) -> None:
         try:
@@ -133,6 +148,8 @@ class RecordWriter:
 
     def _check_first_line(self) -> None:
         """Refuse what is no record before anything of it is changed; a torn first line is what a run begins with."""
+        if stat.S_ISFIFO(os.fstat(self._file).st_mode):
+            raise UserError(f"{self.path}: is a pipe and no file; name another directory with run.dir=DIR")
         if self.empty:
             return
         first = os.pread(self._file, len(_BEGINNING), 0)
@@ -143,6 +160,8 @@ class RecordWriter:
     def _cut_torn_line(self) -> None:
         size = end = os.fstat(self._file).st_size
         while end and os.pread(self._file, 1, end - 1) != b"\n":
+            if size - end > LINE_LIMIT_BYTES:
+                read_record(self.path)  # which says that no run writes such a line
             start = max(0, end - 65536)
             newline = os.pread(self._file, end - start, start).rfind(b"\n")
             end = start + newline + 1

@@ -28,7 +28,7 @@ _ROWS = 200  # of the table in report.md; the page holds all
 def find_runs(paths: Iterable[Path]) -> list[Path]:
     """Directories of runs: each path that is one, and every run below a path that holds runs, once each.
 
-    Raises UserError where a path holds no run.
+    A path that holds none is among them: reading it says so, and the others keep their pages.
     """
     found: dict[Path, Path] = {}
     for path in paths:
@@ -36,10 +36,9 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
             below = [path]  # what is no run after all is named when it is read
         else:
             files = (file for name in (RECORD, COMPRESSED) for file in path.rglob(name))
-            homes = {file.parent for file in files if file.stat().st_size}  # empty: it stopped before anything
-            below = sorted(homes, key=_by_number)
-        if not below:
-            raise UserError(f"{path}: holds no run, nor any directory with one; name the directory of a run")
+            # An empty file: it stopped before anything. What is no file is named when it is read.
+            homes = {file.parent for file in files if not file.is_file() or file.stat().st_size}
+            below = sorted(homes, key=_by_number) or [path]
         for run in below:
             found.setdefault(run.resolve(), run)
     return list(found.values())

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from pandas.testing import assert_frame_equal
 
 from qwen3bench.analysis.cells import cells_table, columns
 from qwen3bench.analysis.run import load_run
+from qwen3bench.record.lines import SampleLine, encode
 from qwen3bench.record.reader import read_record
 
 Write = Callable[..., Path]
@@ -191,3 +194,12 @@ def test_a_record_without_samples_still_has_its_cells(write_run: Write) -> None:
     assert cells["latency_s"].isna().all()
     assert cells["status"].isna().all()
     assert (cells["parameter_bytes"] > 0).all()
+
+
+def test_samples_that_stand_twice_count_once(write_run: Write) -> None:
+    directory = write_run(factors=("flash",), worth={"flash": 1.5})
+    before = table(directory)
+    slow = [replace(line, latency_s=9 * line.latency_s) for line in read_record(directory).of(SampleLine)]
+    with (directory / "samples.jsonl").open("ab") as file:
+        file.write(b"".join(encode(line) for line in slow if line.cell == "flash") * 9)
+    assert_frame_equal(table(directory), before)

@@ -9,17 +9,21 @@ import json
 import lzma
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from records import lines_of
 
 from qwen3bench.errors import UserError
 from qwen3bench.record.files import clean_stale, point_latest, write_atomic
@@ -418,7 +422,7 @@ def test_full_disk_leaves_whole_lines_and_recovers(tmp_path: Path) -> None:
             done = 0
             with pytest.raises(UserError, match="No space left"):  # noqa: PT012
                 for done in range(10_000):
-                    writer.append(sample(done), sample(done))
+                    writer.append(sample(done, repeat=0), sample(done, repeat=1))
             with pytest.raises(UserError, match="No space left"):
                 write_atomic(tmp_path / "report.md", "new" * 20_000)
             assert (tmp_path / "report.md").read_text() == "old"
@@ -686,3 +690,163 @@ def test_a_finished_record_may_be_kept_compressed(tmp_path: Path) -> None:
         (tmp_path / "samples.jsonl.xz").write_bytes(content)
         with pytest.raises(UserError, match=r"samples\.jsonl\.xz: (cannot be decompressed|is empty)"):
             read_record(tmp_path)
+
+
+# --- what stands twice, and what is no record at all ---
+
+
+def test_what_stands_twice_counts_once_and_is_named(tmp_path: Path) -> None:
+    where = {"workload": "prefill", "runtime": "eager"}
+    lines = lines_of(
+        [
+            {"type": "parameters", "cell": "baseline", "num_parameters": 7},
+            {"type": "verify", "cell": "baseline", "equivalent": True},
+            {"type": "memory", "cell": "baseline", **where, "peak_allocated_bytes": 7},
+            {"type": "evidence", "cell": "baseline", **where, "kernel_launches": 7},
+            {"type": "sample", **WHERE, "position": 0, "repeat": 0, "latency_s": 0.1},
+            {"type": "visit", **WHERE, "position": 0, "samples": 1},
+            {"type": "block", **where, "block": 0, "state": "ok"},
+            {"type": "failure", "cell": "flash", "status": "oom", "pass": "verify"},
+            {"type": "stop", **where, "reason": "target"},
+        ]
+    )
+    path = written(tmp_path, *lines)
+    for line in lines:
+        later = {**plain(line), "reason": "max_blocks", "status": "crashed", "equivalent": False, "latency_s": 9.0}
+        later |= {
+            "state": "flagged",
+            "peak_allocated_bytes": 9,
+            "num_parameters": 9,
+            "kernel_launches": 9,
+            "samples": 9,
+        }
+        with path.open("ab") as file:
+            file.write(3 * encode(made(type(line), later)))
+    with path.open("ab") as file:
+        file.write(encode(dataclasses.replace(RUN, factors=())))
+
+    record = read_record(path)
+
+    for line in lines:
+        assert record.of(type(line)) == [line]
+    assert record.run == RUN
+    assert len(record.warnings) == len(lines) + 1
+    assert "3 sample lines (line 23 first) tell again" in " ".join(record.warnings)
+
+
+def test_what_a_run_may_write_twice_counts_as_it_is(tmp_path: Path) -> None:
+    attempts = [sample(0, attempt=attempt, repeat=0) for attempt in (0, 1)]
+    repeats = [sample(1, repeat=repeat) for repeat in (0, 1)]
+    copies = [sample(2, copy=copy, repeat=0) for copy in (0, 1)]
+    compiled = [made(LINES["compile"], {**WHERE, "seconds": 1.0})] * 2  # of the baseline and its copy
+    written(tmp_path, *attempts, *repeats, *copies, *compiled, END, END)
+    record = read_record(tmp_path)
+    assert record.types == {"run": 1, "sample": 6, "compile": 2, "end": 2}
+    assert record.warnings == []
+
+
+def endless(path: Path) -> None:
+    with path.open("ab") as file:
+        file.truncate(10 * 2**30)  # sparse: it takes no room
+
+
+def many_lines(path: Path) -> None:
+    path.write_bytes(encode(RUN) + b"\n" * 2**21)
+
+
+@pytest.mark.parametrize("spoil", [endless, many_lines])
+@pytest.mark.parametrize("whole", [True, False], ids=["behind a whole record", "alone"])
+def test_a_record_without_an_end_is_one_clear_line(tmp_path: Path, spoil: Callable[[Path], None], whole: bool) -> None:
+    path = written(tmp_path, sample()) if whole else tmp_path / "samples.jsonl"
+    spoil(path)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"which no run writes|over 100,000 damaged lines"):
+        read_record(tmp_path)
+    assert time.monotonic() - started < 10
+    if spoil is endless:
+        with pytest.raises(UserError, match="which no run writes"), RecordWriter(tmp_path):
+            raise AssertionError("taken for a record")
+        assert path.stat().st_size == 10 * 2**30  # and nothing of it was cut off
+
+
+def test_a_compressed_record_without_an_end_is_one_clear_line(tmp_path: Path) -> None:
+    bomb = lzma.LZMACompressor(preset=0)
+    with (tmp_path / "samples.jsonl.xz").open("wb") as file:
+        file.write(bomb.compress(encode(RUN)))
+        for _ in range(2**6):
+            file.write(bomb.compress(bytes(2**20)))
+        file.write(bomb.flush())
+    with pytest.raises(UserError, match="which no run writes"):
+        read_record(tmp_path)
+
+
+def test_a_record_larger_than_any_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen3bench.record.reader.RECORD_LIMIT_BYTES", 1000)
+    written(tmp_path, *map(sample, range(9)))
+    with pytest.raises(UserError, match="holds over 1,000 bytes, which no run writes"):
+        read_record(tmp_path)
+
+
+def test_a_first_line_nested_deep_is_one_clear_line(tmp_path: Path) -> None:
+    for depth in (500, 100_000):
+        deep = '{"v":1,"type":"run","config":' + '{"a":' * depth + "1" + "}" * depth + ',"x":1}'
+        (tmp_path / "samples.jsonl").write_bytes(seal(deep))
+        with pytest.raises(UserError, match="nested too deep"):
+            read_record(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["samples.jsonl", "samples.jsonl.xz", "latest"])
+def test_a_pipe_is_no_record_and_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="holds no record"):
+        read_record(tmp_path / name if name == "latest" else tmp_path)
+    if name != "latest":
+        with pytest.raises(UserError, match=r"is a pipe|holds a finished run"), RecordWriter(tmp_path):
+            raise AssertionError("taken for a record")
+
+
+def test_a_file_latest_names_a_run_beside_it_and_nothing_else(tmp_path: Path) -> None:
+    written(tmp_path / "elsewhere")
+    (tmp_path / "results").mkdir()
+    latest = tmp_path / "results" / "latest"
+    latest.write_text(str(tmp_path / "elsewhere"))
+    with pytest.raises(UserError, match="holds no record"):
+        read_record(latest)
+    endless(latest)
+    with pytest.raises(UserError, match="holds no record"):
+        read_record(latest)
+
+
+# --- removed while it runs ---
+
+
+def removed(directory: Path) -> None:
+    shutil.rmtree(directory)
+
+
+def removed_and_made_again(directory: Path) -> None:
+    shutil.rmtree(directory)
+    directory.mkdir()
+    (directory / "samples.jsonl").touch()
+
+
+def moved(directory: Path) -> None:
+    directory.rename(directory.with_name("away"))
+
+
+@pytest.mark.parametrize(
+    ("lose", "told"),
+    [
+        (removed, "was removed .* what it held is lost"),
+        (removed_and_made_again, "was removed .* what it held is lost"),
+        (moved, "was moved away"),
+    ],
+)
+def test_a_directory_that_is_removed_while_it_is_written_is_named(
+    tmp_path: Path, lose: Callable[[Path], None], told: str
+) -> None:
+    with RecordWriter(tmp_path / "run") as writer:
+        writer.append(RUN)
+        lose(tmp_path / "run")
+        with pytest.raises(UserError, match=told):
+            writer.append(sample())

@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -225,9 +226,14 @@ def test_runs_are_found_below_a_directory_in_the_order_of_their_numbers(tmp_path
     assert find_runs([tmp_path / "2", tmp_path / "latest"]) == [tmp_path / "2"]
 
 
-def test_a_directory_without_runs_is_a_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no run"):
-        find_runs([tmp_path])
+def test_what_is_no_run_is_left_to_be_named_when_it_is_read(tmp_path: Path) -> None:
+    assert find_runs([tmp_path]) == [tmp_path]
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / RECORD)
+    assert find_runs([tmp_path]) == [tmp_path / "pipe"]
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(UserError, match="holds no record"):
+            load_run(path)
 
 
 def test_what_an_average_hides_is_told(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:
