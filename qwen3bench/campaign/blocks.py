@@ -15,12 +15,13 @@ from qwen3bench.campaign.progress import duration
 from qwen3bench.campaign.state import Place, Timing, Where
 from qwen3bench.record.card import Card
 from qwen3bench.record.design import BASELINE, block_order
-from qwen3bench.record.lines import BlockLine, CompileLine, SampleLine, StopLine, Telemetry, VisitLine
+from qwen3bench.record.lines import BlockLine, CompileLine, SampleLine, StopLine, VisitLine
 from qwen3bench.record.messages import CellFailure, Enter, Prepare, Request, TimedVisit, Visit
 from qwen3bench.record.states import BlockState, CellStatus, Purpose, StopReason
 from qwen3bench.record.typed import fields_of
 
 MEASURED_PER_SETUP = 0.25  # of the time that a process takes to be ready, at least so much again is measured in it
+PAUSED = "paused (its process was stopped, or the machine suspended)"  # of a block's flags
 _PASS = "time"
 
 
@@ -200,13 +201,14 @@ class Blocks:
             attempt = timing.attempts
             timing.attempts += 1
             started = time.monotonic()
-            samples = self._visits(where, timing.blocks, attempt)
-            if samples is None:
+            visits = self._visits(where, timing.blocks, attempt)
+            if visits is None:
                 return False
             elapsed_s = time.monotonic() - started
             timing.measured_s += elapsed_s
             telemetry = self._card.sample(self._workers.pids)
-            state = self._state_of(timing, telemetry, attempt)
+            paused = [PAUSED] * any(visit.paused for visit, _ in visits)
+            state = self._state_of(timing, [*disturbances(telemetry), *paused], attempt)
             self._context.writer.append(
                 BlockLine(
                     workload=where[0],
@@ -215,7 +217,7 @@ class Blocks:
                     block=timing.blocks,
                     attempt=attempt,
                     state=state,
-                    flags=tuple(flags(telemetry)),
+                    flags=(*flags(telemetry), *paused),
                     time=time.time(),
                     elapsed_s=elapsed_s,
                     more_s=more_s,
@@ -223,15 +225,14 @@ class Blocks:
                 )
             )
             if state != BlockState.REPEAT:
-                timing.samples += samples
+                timing.samples += [sample for _, samples in visits for sample in samples]
                 timing.blocks += 1
                 timing.attempts = timing.disturbed = 0
                 timing.processes.add(self._workers.process)
                 return True
 
-    def _state_of(self, timing: Timing, telemetry: Telemetry, attempt: int) -> BlockState:
+    def _state_of(self, timing: Timing, disturbed: Sequence[str], attempt: int) -> BlockState:
         """Whether an attempt at a block counts: a disturbed one is measured again, `max_attempts` times in all."""
-        disturbed = disturbances(telemetry)
         if not disturbed:
             return BlockState.OK
         timing.disturbed += 1
@@ -240,11 +241,11 @@ class Blocks:
         self._progress.note(f"block {timing.blocks}, attempt {attempt + 1}: {state} ({', '.join(disturbed)})")
         return state
 
-    def _visits(self, where: Where, block: int, attempt: int) -> list[SampleLine] | None:
-        """All visits of one block, in its random order; None where a cell failed."""
+    def _visits(self, where: Where, block: int, attempt: int) -> list[tuple[VisitLine, list[SampleLine]]] | None:
+        """All visits of one block, in its random order, with their samples; None where a cell failed."""
         workload, runtime = where
         order = block_order(self._context.cells(where), self._settings.seed, workload, runtime, block, attempt)
-        taken: list[SampleLine] = []
+        taken: list[tuple[VisitLine, list[SampleLine]]] = []
         repeats = self._settings.measure.repeats
         with self._progress.stage(self._block_title(where), len(order)) as stage:
             for position, (cell, copy) in enumerate(order):
@@ -264,10 +265,11 @@ class Blocks:
                         attempt=attempt,
                         position=position,
                         samples=len(answer.samples),
+                        paused=answer.paused,
                     )
                     samples = _samples(visit, answer)
                     self._context.writer.append(*samples, visit)
-                    taken += samples
+                    taken.append((visit, samples))
                 if outcome.failed:
                     return None
         return taken
@@ -347,7 +349,7 @@ def _company(left: list[Where], at_once: int) -> tuple[list[Where], list[Where]]
 
 def _samples(visit: VisitLine, answer: TimedVisit) -> list[SampleLine]:
     """The samples of a visit, as the record has them."""
-    where = {name: value for name, value in fields_of(visit).items() if name != "samples"}
+    where = {name: value for name, value in fields_of(visit).items() if name not in ("samples", "paused")}
     return [
         SampleLine(**fields_of(value), **where, repeat=repeat, time=answer.time)
         for repeat, value in enumerate(answer.samples)

@@ -200,4 +200,5 @@ class WorkerPool:
         return self.ahead.pop(0) if self.ahead else self._launched()
 
     def _launched(self) -> WorkerProcess:
+        self._writer.refuse_removed()  # or it would be the worker's log that is missed
         return self._stack.enter_context(self._start(self._writer.directory / "worker.log"))

@@ -171,7 +171,7 @@ class SampleLine(Timed, Line):
 
 @typed
 class VisitLine(Line):
-    """A visit is complete, with so many samples."""
+    """A visit is complete, with so many samples; `paused` as in `TimedVisit`."""
 
     type: ClassVar = "visit"
     key: ClassVar = (*_ATTEMPT, "cell", "copy", "position")
@@ -184,6 +184,7 @@ class VisitLine(Line):
     attempt: Count = 0
     position: Count | None = None
     samples: Count | None = None
+    paused: bool | None = None
 
 
 @typed

@@ -140,9 +140,13 @@ def _timed(value: Any) -> Timed:
 
 @typed
 class TimedVisit:
-    """The timed values of one visit, which began at `time` (seconds since the epoch)."""
+    """The timed values of one visit, which began at `time` (seconds since the epoch).
+
+    `paused`: the process was stopped, or the machine suspended, in them.
+    """
 
     time: Number
+    paused: bool | None = None
     samples: Annotated[tuple[Annotated[Timed, BeforeValidator(_timed)], ...], Field(strict=False)]
 
 

@@ -85,7 +85,7 @@ class RecordWriter:
         finite.
         """
         data = memoryview(b"".join(map(encode, lines)))
-        self._refuse_removed()
+        self.refuse_removed()
         good_bytes = os.fstat(self._file).st_size
         try:
             while data:
@@ -102,7 +102,7 @@ class RecordWriter:
                 ) from error
             raise
 
-    def _refuse_removed(self) -> None:
+    def refuse_removed(self) -> None:
         """Raise `UserError` where the record no longer stands under its name: what is appended would be lost."""
         mine = os.fstat(self._file)
         try:

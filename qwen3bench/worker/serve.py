@@ -44,6 +44,7 @@ from qwen3bench.record.states import CellStatus
 from qwen3bench.worker.device import device_here, is_out_of_memory
 from qwen3bench.worker.identity import identify
 from qwen3bench.worker.inspection import Inspection
+from qwen3bench.worker.pauses import watch_pauses
 from qwen3bench.worker.session import InvalidCell, Session
 from qwen3bench.worker.timed_pass import TimedPass
 
@@ -150,6 +151,7 @@ def main() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     # A machine that shuts down sends this to all; that is the end of the run, and no cell's failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
+    watch_pauses()
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     gc.freeze()  # what imports made stays; collecting between cells need not look at it

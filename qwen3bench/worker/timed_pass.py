@@ -12,6 +12,7 @@ import torch
 from qwen3bench.model.decoder import Decoder
 from qwen3bench.record.messages import Preparation, Timed, TimedVisit
 from qwen3bench.worker.clock import TimedValue, inner_repeats, time_device, time_host, visit_repeats
+from qwen3bench.worker.pauses import unpaused
 from qwen3bench.worker.runtimes import Launch
 from qwen3bench.worker.session import InvalidCell, Session
 from qwen3bench.worker.workloads import keeping_output
@@ -76,17 +77,24 @@ class TimedPass:
     def visit(self, cell: str, copy: int, repeats: int | None) -> TimedVisit:
         """An untimed launch, then `repeats` timed values (None: as the slowest cell asks), in seconds.
 
-        Raises `InvalidCell` where something was compiled meanwhile.
+        Where a pause of the process or the machine struck, it is made again once. Raises `InvalidCell` where something
+        was compiled meanwhile.
         """
         launches = self.ready[cell, copy].launches
         compilations = self.runtime.compilations()
-        if self.pace is None:
-            self.pace = pace_of([prepared.launches for prepared in self.ready.values()], self.session.synchronize)
-        started = time.time()
-        values = self._time(launches, repeats or self.pace.repeats, self.pace.inner)
+        paces_paused = False
+        pace = self.pace
+        if pace is None:
+            cells = [prepared.launches for prepared in self.ready.values()]
+            pace, paces_paused = unpaused(lambda: pace_of(cells, self.session.synchronize))
+            self.pace = None if paces_paused else pace
+        count, inner = repeats or pace.repeats, pace.inner
+        (started, values), paused = unpaused(lambda: (time.time(), self._time(launches, count, inner)))
         if self.runtime.compilations() != compilations:
             raise InvalidCell("it was compiled again while it was timed, so its latency may hold a compilation")
-        return TimedVisit(time=started, samples=tuple(_timed(value) for value in values))
+        return TimedVisit(
+            time=started, samples=tuple(_timed(value) for value in values), paused=paused or paces_paused or None
+        )
 
     def _time(self, launches: Sequence[Launch], repeats: int, inner: int) -> list[TimedValue]:
         if self.runtime.on_device_clock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from qwen3bench.campaign.blocks import PAUSED
 from qwen3bench.campaign.worker_pool import WorkerPool
 from qwen3bench.record.lines import (
     BlockLine,
@@ -23,6 +25,7 @@ from qwen3bench.record.lines import (
     StopLine,
     Telemetry,
     VerifyLine,
+    VisitLine,
 )
 from qwen3bench.record.writer import RecordWriter
 
@@ -298,6 +301,52 @@ def test_throttling_that_stays_is_flagged_and_never_an_empty_row(
     assert [line.state for line in blocks] == 3 * ["repeat", "repeat", "flagged"]
     assert all(line.flags == ("hw_thermal_slowdown",) for line in blocks)
     assert done.run.cells["latency_s"].notna().all()
+
+
+def test_a_block_with_a_pause_is_done_again(measure: Measure, tmp_path: Path) -> None:
+    fault = {
+        "does": "answer",
+        "op": "visit",
+        "cell": "tie",
+        "fields": {"paused": True},
+        "once": str(tmp_path / "paused"),
+    }
+    done = measure(*FULL, faults=[fault])
+    assert done.status == 0
+    blocks = done.record.of(BlockLine)
+    assert [(line.block, line.state) for line in blocks] == [(0, "repeat"), (0, "ok"), (1, "ok"), (2, "ok")]
+    assert blocks[0].flags == (PAUSED,)
+    assert [(line.cell, line.attempt) for line in done.record.of(VisitLine) if line.paused] == [("tie", 0)]
+    assert set(done.run.samples[done.run.samples["block"] == 0]["attempt"]) == {1}
+
+
+def test_pauses_that_stay_are_flagged(measure: Measure) -> None:
+    done = measure(*FULL, faults=[{"does": "answer", "op": "visit", "cell": "tie", "fields": {"paused": True}}])
+    blocks = done.record.of(BlockLine)
+    assert [line.state for line in blocks] == 3 * ["repeat", "repeat", "flagged"]
+    assert all(line.flags == (PAUSED,) for line in blocks)
+
+
+# The results directory
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_directory_that_is_removed_while_it_runs_is_named(
+    measure: Measure, fake_card: Any, tmp_path: Path, after: int
+) -> None:
+    class Removing(fake_card):  # type: ignore[misc]
+        looked = 0
+
+        def sample(self, own_pids: object = None) -> Telemetry:
+            self.looked += 1
+            if self.looked == after:
+                shutil.rmtree(tmp_path / "run")
+            return COOL
+
+    done = measure(*FULL, card=Removing(COOL))
+    assert "was removed while the run wrote there; what it held is lost, so start the run again" in done.error
+    assert not (tmp_path / "run").exists()
+    assert done.alive == []
 
 
 def test_a_foreign_process_on_the_card_is_flagged(measure: Measure, fake_card: Callable[..., Any]) -> None:
