@@ -7,7 +7,6 @@ replaced; its cell is recorded with a status and a reason, and the others go on.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,6 +15,7 @@ from qwen3bench.campaign.context import RunContext
 from qwen3bench.campaign.state import Place
 from qwen3bench.record.card import Card
 from qwen3bench.record.design import label, neighbours
+from qwen3bench.record.host import usable_cpus
 from qwen3bench.record.lines import (
     CeilingLine,
     CostLine,
@@ -194,7 +194,7 @@ class Campaign:
 
 def usable_cores() -> int:
     """How many cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(usable_cpus())
 
 
 def _told_by(answer: object) -> CellFailure | None:

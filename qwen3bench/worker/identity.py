@@ -8,6 +8,7 @@ from qwen3bench.config.settings import Settings
 from qwen3bench.errors import UserError
 from qwen3bench.model.weights import weights_fingerprint
 from qwen3bench.record.environment import TorchFacts, environment, fingerprint, system_device_name
+from qwen3bench.record.host import Host
 from qwen3bench.record.messages import Identity
 
 
@@ -17,10 +18,10 @@ def identify(settings: Settings) -> Identity:
     Raises `UserError` where there is no such device, or the weights cannot be read.
     """
     weights = weights_fingerprint(settings.weights, settings.seed)
-    facts = torch_facts(settings.device)
+    facts, host = torch_facts(settings.device), Host.here()
     return Identity(
-        environment=environment(settings.device, facts),
-        fingerprint=fingerprint(settings.to_dict(), weights, facts),
+        environment=environment(settings.device, facts, host),
+        fingerprint=fingerprint(settings.to_dict(), weights, facts, host),
     )
 
 
@@ -31,6 +32,7 @@ def torch_facts(device: str) -> TorchFacts:
         cuda=torch.version.cuda,
         cudnn=torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
         threads=torch.get_num_threads(),
+        interop_threads=torch.get_num_interop_threads(),
         device_name=device_name(device),
     )
 

@@ -15,7 +15,7 @@ import sys
 import time
 
 EFFECT = {"flash": 0.9, "tie": 1.0, "mlp": 0.97, "mask": 0.99, "norm": 0.8}
-FINGERPRINT = {"weights": "seeded", "code": "this", "torch": "none", "device": "fake"}
+FINGERPRINT = {"weights": "seeded", "code": "this", "torch": "none", "device": "fake", "usable CPUs": "2"}
 APART = ("run", "resume", "report")
 
 
