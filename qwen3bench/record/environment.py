@@ -9,6 +9,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from typing import Any
 import psutil
 
 import qwen3bench
+from qwen3bench.errors import UserError
 from qwen3bench.record.card import Card
 from qwen3bench.record.host import Host, ranges
+from qwen3bench.record.messages import RunningCode
 
 PACKAGE = Path(qwen3bench.__file__).resolve().parent
 CHANGES_NO_NUMBER = ("run", "resume", "report", "hydra")
@@ -97,6 +100,26 @@ def code_hash(package: Path = PACKAGE) -> str:
         digest.update(f"{path.relative_to(package).as_posix()}\0{len(content)}\0".encode())
         digest.update(content)
     return digest.hexdigest()
+
+
+@cache
+def running_code() -> RunningCode:
+    """The code that this process runs, as its files are when this is asked first."""
+    return RunningCode(package=str(PACKAGE), code=code_hash())
+
+
+def refuse_other_code(theirs: RunningCode) -> None:
+    """Raise `UserError` where a worker runs other code than this process."""
+    ours = running_code()
+    if theirs.package != ours.package:
+        raise UserError(
+            f"{theirs.package}: a worker runs this qwen3bench, and the run that of {ours.package}; keep one of them"
+        )
+    if theirs.code != ours.code:
+        raise UserError(
+            f"{ours.package}: its code has changed since this run began, and a new worker would measure with another\n"
+            "restore it and continue with resume=DIR, or begin a new run"
+        )
 
 
 def fingerprint(config: dict[str, Any], weights_fingerprint: str, torch: TorchFacts, host: Host) -> dict[str, str]:

@@ -41,6 +41,14 @@ class DeviceFound:
 
 
 @typed
+class RunningCode:
+    """Which qwen3bench a process runs: where its package lies, and the hash of the code that measures."""
+
+    package: str
+    code: str
+
+
+@typed
 class Identity:
     """The machine and its software, and what must not change when a run is continued."""
 
@@ -178,11 +186,11 @@ class Probe(Request[DeviceFound]):
 
 
 @typed
-class Open(Request[Done]):
-    """Take the resolved settings."""
+class Open(Request[RunningCode]):
+    """Take the resolved settings, and say which code will measure them."""
 
     op: ClassVar = "open"
-    reply: ClassVar = Done
+    reply: ClassVar = RunningCode
     config: dict[str, Any]
 
 
