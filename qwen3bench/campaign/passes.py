@@ -69,16 +69,27 @@ class Campaign:
         self._cuda = context.settings.device.startswith("cuda")
         self.blocks = Blocks(context, card)
 
+    def check(self) -> None:
+        """Build every cell once: what the user can mend is refused before anything is measured.
+
+        Raises as `run` does; its processes end with the pool that they are in.
+        """
+        self._workers.start_ahead(len(self._shares()))  # that verify, while nothing is measured
+        left = [cell for cell in self._settings.labels if self._state.is_left(CountParameters(cell=cell))]
+        with self._progress.stage("loading the weights, building every cell", len(left)) as stage:
+            for cell in left:
+                stage.step(cell)
+                with self._context.failing(Load.op, Place(cell)):
+                    self._workers.ask(Load(cells=(cell,)))
+
     def run(self) -> None:
-        """All passes that are not done yet. Every process it started has ended when it returns or raises.
+        """All passes that are not done yet, after `check`. Every process has ended when it returns or raises.
 
         Raises `UserError` where no worker can be started, where one refuses what the user asked for, and where the
         record cannot be written.
         """
         with self._workers:
             shares = self._shares()
-            self._workers.start_ahead(len(shares))  # that verify, while nothing is measured
-            self._check()
             timing = min(self._max_at_once, len(self.blocks.processes_needed))
             self._workers.start_ahead(len(shares) - 1 + timing)  # and the first that time
             self._take("counting parameters", (CountParameters(cell=cell) for cell in self._settings.labels))
@@ -102,15 +113,6 @@ class Campaign:
         return max(1, min(self._max_at_once, int(self._card_bytes / (_SLACK * peak + CONTEXT_BYTES))))
 
     # One step for each cell
-
-    def _check(self) -> None:
-        """Build every cell once: what the user can mend is refused before anything is measured."""
-        left = [cell for cell in self._settings.labels if self._state.is_left(CountParameters(cell=cell))]
-        with self._progress.stage("loading the weights, building every cell", len(left)) as stage:
-            for cell in left:
-                stage.step(cell)
-                with self._context.failing(Load.op, Place(cell)):
-                    self._workers.ask(Load(cells=(cell,)))
 
     def _shares(self) -> list[list[Verify]]:
         """The cells to verify, shared out among as many processes as can work side by side.
