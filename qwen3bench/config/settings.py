@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from qwen3bench.config.catalogue import all_options
+from qwen3bench.config.checkpoint_source import checkpoint_shape
 from qwen3bench.config.choices import choices, no_such_choice, options_of
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.config.schema import Measure, Options, PeerOptions, Sizes, read_config
@@ -180,14 +181,14 @@ class Settings:
 
 
 def with_checkpoint_shape(settings: Settings, overrides: Iterable[str]) -> Settings:
-    """These settings with the model's shape from config.json where the weights are a local directory.
+    """These settings with the model's shape from the checkpoint's config.json, unless the weights are random.
 
-    Raises `UserError` where that file is missing or no Qwen3's, or `overrides` ask for a model of another shape.
+    Raises `UserError` where there is no such checkpoint or it is no dense Qwen3's, and where `overrides` ask for a
+    model of another shape.
     """
-    directory = Path(settings.weights).expanduser()
-    if settings.weights == "random" or not directory.is_dir():
+    if settings.weights == "random":
         return settings
-    model = ModelConfig.from_pretrained(directory)
+    model = checkpoint_shape(settings.weights)
     for override in overrides:
         group, _, name = override.lstrip("+").partition("=")[0].partition(".")
         if group == "model":

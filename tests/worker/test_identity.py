@@ -29,6 +29,15 @@ def test_it_identifies_a_run(small_settings: Callable[..., Settings]) -> None:
     assert set(HOST_KEYS) - set(identity.fingerprint) <= {"CPU quota", "CPU governor"}  # which are not known everywhere
 
 
+def test_weights_beyond_memory_are_refused_before_they_are_hashed(
+    small_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen3bench.worker.identity.available_memory_bytes", lambda: 1000)
+    monkeypatch.setattr("qwen3bench.worker.identity.weights_fingerprint", lambda *_: pytest.fail("hashed them"))
+    with pytest.raises(UserError, match="the weights need"):
+        identify(small_settings().resolved("cpu"))
+
+
 def test_unknown_card_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(UserError, match="device=cuda:9: PyTorch finds no such card"):
