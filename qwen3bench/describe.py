@@ -5,18 +5,16 @@ usage: python -m qwen3bench.describe [+opt=NAME,…] [model=NAME] [KEY=VALUE …
   python -m qwen3bench.describe                       the baseline of Qwen3-0.6B
   python -m qwen3bench.describe +opt=flash,tie        ONE model with both on
   python -m qwen3bench.describe model=32b             another size; its shape: model.num_layers=2, …
-  python -m qwen3bench.describe weights=DIR           the shape in DIR/config.json
+  python -m qwen3bench.describe weights=DIR           the shape in DIR/config.json; a hub id too: Qwen/Qwen3-8B
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from qwen3bench.config.cli import compose
 from qwen3bench.config.entry import guarded
-from qwen3bench.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,8 +27,6 @@ def _describe(argv: Sequence[str]) -> int:
         print((__doc__ or "").strip())
         return 0
     settings = compose(argv)
-    if settings.weights != "random" and not Path(settings.weights).expanduser().is_dir():
-        raise UserError(f"weights={settings.weights}: no such directory; give a checkpoint's, or a size: model=8b")
     from qwen3bench.model.description import description  # late: --help and mistakes need no torch
 
     print(description(settings.model, settings.opts))

@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The message names the thing, what is wrong with it, and what to do.
     """
+
+
+class Refused(UserError):
+    """What was asked of a run cannot be measured here; a new run leaves nothing behind."""

@@ -106,7 +106,8 @@ def test_the_largest_allocates_nothing(opts: str, capsys: pytest.CaptureFixture[
     assert "Total number of unique parameters: 31,984,210,944\n" in capsys.readouterr().out
 
 
-def test_a_checkpoints_directory_gives_the_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
     (tmp_path / "config.json").write_text(
         json.dumps(
             {
@@ -124,14 +125,39 @@ def test_a_checkpoints_directory_gives_the_shape(tmp_path: Path, capsys: pytest.
             }
         )
     )
-    assert main([f"weights={tmp_path}"]) == 0
+    return tmp_path
+
+
+def test_a_hub_id_gives_the_shape(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(checkpoint))
+    assert main(["weights=Qwen/Qwen3-Tiny"]) == 0
+    assert "(tok_emb): Embedding(999, 24)" in capsys.readouterr().out
+    assert main(["weights=Qwen/Qwen3-Tiny", "model=8b"]) == 1
+    assert "leave model=qwen3-8b out" in capsys.readouterr().err
+
+
+def test_a_hub_that_cannot_be_asked_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert main(["weights=Qwen/Qwen3-0.6B"]) == 1
+    told = capsys.readouterr().err
+    assert "the hub did not give it" in told
+    assert told.count("\n") == 1
+
+
+def test_a_checkpoints_directory_gives_the_shape(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([f"weights={checkpoint}"]) == 0
     out = capsys.readouterr().out
     assert "(tok_emb): Embedding(999, 24)" in out
     assert "(W_key): Linear(in_features=24, out_features=10, bias=False)" in out
-    assert main([f"weights={tmp_path}", "model.num_layers=3"]) == 0
+    assert main([f"weights={checkpoint}", "model.num_layers=3"]) == 0
     assert capsys.readouterr().out == out
     for override, said in (("model=8b", "num_layers is 3, not 36"), ("model.head_dim=12", "head_dim is 10, not 12")):
-        assert main([f"weights={tmp_path}", override]) == 1
+        assert main([f"weights={checkpoint}", override]) == 1
         captured = capsys.readouterr()
         assert said in captured.err
         assert f"leave {override.replace('8b', 'qwen3-8b')} out" in captured.err

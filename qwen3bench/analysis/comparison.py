@@ -84,7 +84,7 @@ def compare(a: Run, b: Run) -> Comparison:
     confidence = analysis_setting(b.record, "confidence")
     return Comparison(
         config=_differences(a.config, b.config),
-        environment=_differences(a.environment, b.environment),
+        environment=_differences(*_known_to_both(a.environment, b.environment)),
         status=_status(a, b),
         cells=_cells(a, b, band, confidence),
         effects=_effects(a, b, band, confidence),
@@ -100,6 +100,14 @@ def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> pd.DataFrame:
     keys = [k for k in dict.fromkeys([*flat_a, *flat_b]) if not k.startswith(_NOT_COMPARED)]
     rows = [(k, flat_a.get(k), flat_b.get(k)) for k in keys if flat_a.get(k) != flat_b.get(k)]
     return pd.DataFrame(rows, columns=["key", "a", "b"], dtype=object)
+
+
+def _known_to_both(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Two environments without what an older version did not write down: not known then is no difference."""
+    if not (a and b):
+        return a, b
+    known = [key for key in a if key in b]
+    return {key: a[key] for key in known}, {key: b[key] for key in known}
 
 
 def _status(a: Run, b: Run) -> pd.DataFrame:

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -17,17 +18,18 @@ from qwen3bench.campaign.worker_pool import QUIET_S
 from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.config.choices import choices, content_of
 from qwen3bench.config.settings import Settings, settings_from
-from qwen3bench.errors import UserError
+from qwen3bench.errors import Refused, UserError
 from qwen3bench.record.environment import CHANGES_NO_NUMBER, differences
-from qwen3bench.record.files import write_atomic
-from qwen3bench.record.lines import EndLine, RunLine
+from qwen3bench.record.files import RECORD, write_atomic
+from qwen3bench.record.lines import EndLine, ProcessLine, RunLine, SessionLine
 from qwen3bench.record.messages import CellFailure, Identify, Identity, Open, Probe
-from qwen3bench.record.reader import Record
+from qwen3bench.record.reader import Record, read_record
 from qwen3bench.record.states import EndStatus
 from qwen3bench.record.typed import flat
 from qwen3bench.record.writer import RecordWriter
 
 _PLAIN_PATH = re.compile(r"(?!(?i:null|true|false|inf|nan)$)[A-Za-z_/][\w./-]*", re.ASCII)
+_BEGUN = (RECORD, ".lock", "worker.log", "environment.json", "config.yaml")  # what a run lays down at first
 _MAX_KEYS = 6  # named where a config changed
 
 
@@ -42,6 +44,30 @@ def identified(settings: Settings, worker: WorkerProcess, directory: Path) -> tu
         return settings, worker.ask(Identify(), settings.measure.step_timeout_s)
     except CellFailure as failure:
         raise UserError(f"no worker could be started: {failure.reason}; see {directory / 'worker.log'}") from None
+
+
+@contextmanager
+def no_trace_where_refused(directory: Path) -> Iterator[None]:
+    """Leave a new directory as it was where what is asked of the run is refused before anything is measured."""
+    missing = [place for place in (directory, *directory.parents) if not place.exists()]
+    new = bool(missing) or not any(directory.iterdir())
+    try:
+        yield
+    except Refused:
+        if new and _nothing_measured(directory):
+            for name in _BEGUN:
+                (directory / name).unlink(missing_ok=True)
+            with suppress(OSError):  # what lies there is not this run's
+                for place in missing:
+                    place.rmdir()
+        raise
+
+
+def _nothing_measured(directory: Path) -> bool:
+    record = directory / RECORD
+    if not (record.exists() and record.stat().st_size):
+        return True
+    return set(read_record(directory).types) <= {line.type for line in (RunLine, SessionLine, ProcessLine)}
 
 
 def begin(settings: Settings, writer: RecordWriter, identity: Identity) -> None:

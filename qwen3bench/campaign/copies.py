@@ -85,9 +85,10 @@ class CopiesOutcome:
 def measure(settings: Settings, count: int) -> int:
     """Run `count` campaigns, write aa.csv and aa.md, print what came out; the exit status."""
     directory = settings.dir or Path("results") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}-aa-{settings.model.name}"
-    directory.mkdir(parents=True, exist_ok=True)
-    with WorkerProcess(directory / "worker.log") as worker:
-        settings, identity = continuation.identified(settings, worker, directory)
+    with continuation.no_trace_where_refused(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        with WorkerProcess(directory / "worker.log") as worker:
+            settings, identity = continuation.identified(settings, worker, directory)
     outcomes: list[CopiesOutcome] = []
     print(f"{count} A/A campaigns on {len(settings.cells)} copies of {settings.model.name}; in {directory}")
     for number in range(1, count + 1):

@@ -63,9 +63,10 @@ def run(settings: Settings, machine: Machine | None = None) -> int:
     reporter = Reporter()
     writer = RecordWriter(directory)
     try:
-        with _signals(), writer, reporter.running():
+        with _signals(), continuation.no_trace_where_refused(directory), writer, reporter.running():
             with _interruption_recorded(writer), ExitStack() as workers:
                 campaign = _campaign(settings, writer, reporter, workers, machine or Machine())
+                campaign.check()
                 if directory.resolve().parent == RESULTS.resolve():
                     point_latest(directory)
                 campaign.run()
@@ -184,7 +185,7 @@ def _campaign(
         continuation.refuse_changed(done, settings, identity, directory)
     writer.append(SessionLine(command=("python", "-m", "qwen3bench", *sys.argv[1:]), time=time.time()))
     state = RunState(settings, done)
-    pool = WorkerPool(settings, writer, machine.start_worker, worker, state.process)
+    pool = workers.enter_context(WorkerPool(settings, writer, machine.start_worker, worker, state.process))
     found = identity.environment
     card_bytes = None if found.get("mig") else found.get("device_memory_bytes")  # of a part nothing is known
     card = machine.card or Card.of(settings.device)

@@ -7,7 +7,6 @@ replaced; its cell is recorded with a status and a reason, and the others go on.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,6 +15,7 @@ from qwen3bench.campaign.context import RunContext
 from qwen3bench.campaign.state import Place
 from qwen3bench.record.card import Card
 from qwen3bench.record.design import label, neighbours
+from qwen3bench.record.host import usable_cpus
 from qwen3bench.record.lines import (
     CeilingLine,
     CostLine,
@@ -69,16 +69,27 @@ class Campaign:
         self._cuda = context.settings.device.startswith("cuda")
         self.blocks = Blocks(context, card)
 
+    def check(self) -> None:
+        """Build every cell once: what the user can mend is refused before anything is measured.
+
+        Raises as `run` does; its processes end with the pool that they are in.
+        """
+        self._workers.start_ahead(len(self._shares()))  # that verify, while nothing is measured
+        left = [cell for cell in self._settings.labels if self._state.is_left(CountParameters(cell=cell))]
+        with self._progress.stage("loading the weights, building every cell", len(left)) as stage:
+            for cell in left:
+                stage.step(cell)
+                with self._context.failing(Load.op, Place(cell)):
+                    self._workers.ask(Load(cells=(cell,)))
+
     def run(self) -> None:
-        """All passes that are not done yet. Every process it started has ended when it returns or raises.
+        """All passes that are not done yet, after `check`. Every process has ended when it returns or raises.
 
         Raises `UserError` where no worker can be started, where one refuses what the user asked for, and where the
         record cannot be written.
         """
         with self._workers:
             shares = self._shares()
-            self._workers.start_ahead(len(shares))  # that verify, while nothing is measured
-            self._check()
             timing = min(self._max_at_once, len(self.blocks.processes_needed))
             self._workers.start_ahead(len(shares) - 1 + timing)  # and the first that time
             self._take("counting parameters", (CountParameters(cell=cell) for cell in self._settings.labels))
@@ -102,15 +113,6 @@ class Campaign:
         return max(1, min(self._max_at_once, int(self._card_bytes / (_SLACK * peak + CONTEXT_BYTES))))
 
     # One step for each cell
-
-    def _check(self) -> None:
-        """Build every cell once: what the user can mend is refused before anything is measured."""
-        left = [cell for cell in self._settings.labels if self._state.is_left(CountParameters(cell=cell))]
-        with self._progress.stage("loading the weights, building every cell", len(left)) as stage:
-            for cell in left:
-                stage.step(cell)
-                with self._context.failing(Load.op, Place(cell)):
-                    self._workers.ask(Load(cells=(cell,)))
 
     def _shares(self) -> list[list[Verify]]:
         """The cells to verify, shared out among as many processes as can work side by side.
@@ -194,7 +196,7 @@ class Campaign:
 
 def usable_cores() -> int:
     """How many cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(usable_cpus())
 
 
 def _told_by(answer: object) -> CellFailure | None:

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from qwen3bench.errors import UserError
-from qwen3bench.record.messages import CellFailure, Request, decode_reply, encode_request
+from qwen3bench.record.environment import PACKAGE, refuse_other_code, running_code
+from qwen3bench.record.messages import CellFailure, Request, RunningCode, decode_reply, encode_request
 from qwen3bench.record.states import CellStatus
 
 R = TypeVar("R")
-WORKER = (sys.executable, "-m", "qwen3bench.worker.serve")
+WORKER = (sys.executable, "-P", str(PACKAGE / "worker" / "boot.py"))
 MAX_BYTES = 1 << 26  # of one answer; the longest real one, a profile's kernels, has some 10 kB
 END_S = 3.0  # for a process to be gone that has closed its output, or that was killed
 
@@ -34,6 +35,7 @@ class WorkerProcess:
 
     def __init__(self, log: Path, command: tuple[str, ...] = WORKER) -> None:
         """Start `command`; its standard error goes to the end of the file `log`."""
+        running_code()  # as it is now; a worker that comes later must run the same
         self._log = log
         with log.open("ab") as errors:
             self._log_start = errors.tell()
@@ -88,8 +90,14 @@ class WorkerProcess:
             raise self._died() from None
 
     def receive(self, request: Request[R], timeout_s: float) -> R:
-        """The answer to the request sent before. Raises as `ask` does."""
-        return decode_reply(self._line(timeout_s, request.op), request)
+        """The answer to the request sent before.
+
+        Raises as `ask` does, and `UserError` where the worker runs other code than this process.
+        """
+        answer = decode_reply(self._line(timeout_s, request.op), request)
+        if isinstance(answer, RunningCode):
+            refuse_other_code(answer)
+        return answer
 
     def fileno(self) -> int:
         """What to wait on (select) for an answer to come."""

@@ -62,17 +62,26 @@ def resolve(opts: Iterable[str] | Mapping[str, Mapping[str, Any]]) -> dict[str, 
 
     `opts` are names, or a mapping of names to options. Raises `UserError` for an unknown name or option.
     """
-    names = [opts] if isinstance(opts, str) else opts
-    given: dict[str, Mapping[str, Any]] = {name: opts[name] if isinstance(opts, Mapping) else {} for name in names}
-    declarations = {name: declared(name) for name in given}
-    resolved: dict[str, Callable[[Any], Any]] = {}
-    for name in sorted(given, key=choices("opt").index):
-        defaults, asked = _options(declarations[name]), _options(given[name])
-        if unknown := sorted(set(asked) - set(defaults)):
-            raise UserError(f"{name} has no option {', '.join(unknown)}; it has: {', '.join(defaults) or 'none'}")
-        function = _loaded(name, given[name].get("_target_", declarations[name]["_target_"]))
-        resolved[name] = partial(function, **{**defaults, **asked})
-    return resolved
+    declarations = {name: declared(name) for name in ([opts] if isinstance(opts, str) else opts)}
+    given: Mapping[str, Mapping[str, Any]] = opts if isinstance(opts, Mapping) else {}
+    return {
+        name: partial(_loaded(name, given.get(name, {}).get("_target_", declarations[name]["_target_"])), **options)
+        for name, options in all_options({name: given.get(name, {}) for name in declarations}).items()
+    }
+
+
+def all_options(opts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """All options of the named optimizations, in the order of labels: those given, and what their YAML files declare.
+
+    Raises `UserError` for an unknown name or option; nothing is imported.
+    """
+    declarations = {name: _options(declared(name)) for name in opts}
+    given = {name: _options(opts[name]) for name in sorted(opts, key=choices("opt").index)}
+    for name, options in given.items():
+        if unknown := sorted(set(options) - set(declarations[name])):
+            known = ", ".join(declarations[name]) or "none"
+            raise UserError(f"{name} has no option {', '.join(unknown)}; it has: {known}")
+    return {name: {**declarations[name], **options} for name, options in given.items()}
 
 
 def _loaded(name: str, target: str) -> Callable[[Any], Any]:

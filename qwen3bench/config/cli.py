@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import hydra
@@ -56,6 +56,7 @@ def compose(argv: Sequence[str] | None = None) -> Settings:
 def _launch(argv: Sequence[str], run: Run, finished: Finished) -> int:
     statuses = [0]
     points: list[Path] = []  # of a multirun
+    homes: list[Path] = []  # that Hydra made for them
     full_error = os.environ.get(FULL_ERROR)
 
     def job(config: DictConfig) -> int:
@@ -70,6 +71,8 @@ def _launch(argv: Sequence[str], run: Run, finished: Finished) -> int:
     def task(config: DictConfig) -> None:
         with _environment(FULL_ERROR, full_error):
             statuses.append(guarded(lambda: job(config)))
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            homes.append(Path(HydraConfig.get().runtime.output_dir))
         if statuses[-1] >= _INTERRUPTED:  # the rest of a multirun is not wanted either
             raise SystemExit(statuses[-1])
 
@@ -82,6 +85,7 @@ def _launch(argv: Sequence[str], run: Run, finished: Finished) -> int:
             program()
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    _drop_empty(homes)
     if len(points) > 1:
         print(f"One page over these runs: python -m qwen3bench.report {shlex.quote(str(points[0].parent))}")
     return max(statuses, key=(0, 3, 1).index)
@@ -95,6 +99,17 @@ def _job_settings(config: DictConfig) -> Settings:
         directory = config.get("run", {}).get("dir")
         config.run.dir = str(Path(directory) / str(job.job.num)) if directory else _from_here(job.runtime.output_dir)
     return with_checkpoint_shape(settings_from(config), job.overrides.task)
+
+
+def _drop_empty(homes: Sequence[Path]) -> None:
+    """Remove the directories that Hydra made for points of a multirun where these were refused."""
+    for home in homes:
+        with suppress(OSError):  # it holds a run
+            home.rmdir()
+    for parent in {home.parent for home in homes}:
+        if [each.name for each in parent.glob("*")] == ["multirun.yaml"]:  # Hydra's
+            (parent / "multirun.yaml").unlink()
+            parent.rmdir()
 
 
 def _from_here(path: str) -> str:

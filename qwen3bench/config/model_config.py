@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import with_config
 
-from qwen3bench.config.strict_json import read_json_object
+from qwen3bench.config.strict_json import read_json_object, shortened
 from qwen3bench.config.validation import AnyCount, AnyText, Flag, PositiveAsIs, check_fields
 from qwen3bench.errors import UserError
 
@@ -30,8 +30,8 @@ _HF_FIXED = {
     "hidden_act": "silu",
     "attention_bias": False,
     "use_sliding_window": False,
-    "quantization_config": None,
 }
+_QUANTIZED = ("quantization_config", "compression_config", "quantization")  # the last is MLX's
 
 
 @with_config(extra="forbid")
@@ -75,9 +75,11 @@ class ModelConfig:
             raise UserError(
                 f"{source}: model_type is {hf.get('model_type')!r}, not 'qwen3'; only dense Qwen3 checkpoints load"
             )
+        if any(hf.get(key) for key in _QUANTIZED):
+            raise UserError(f"{source}: is of a quantized checkpoint, which does not load; use the unquantized one")
         for key, only in _HF_FIXED.items():
             if hf.get(key, only) != only:
-                raise UserError(f"{source}: {key}={hf[key]!r} is not supported (only {only!r} is)")
+                raise UserError(f"{source}: {key}={shortened(hf[key])} is not supported (only {only!r} is)")
         if others := sorted({str(kind) for kind in hf.get("layer_types") or ()} - {"full_attention"}):
             raise UserError(f"{source}: layer_types has {', '.join(others)}; only full_attention is supported")
         missing = [key for key in _HF_NAMES.values() if key not in hf and key != "tie_word_embeddings"]
@@ -108,7 +110,7 @@ def _rope_base(hf: dict[str, Any], source: str) -> float:
     for key in ("rope_scaling", "rope_parameters"):
         rope = hf.get(key) or {}
         if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise UserError(f"{source}: rotary scaling {key}={rope!r} is not supported (only the default is)")
+            raise UserError(f"{source}: rotary scaling {key}={shortened(rope)} is not supported (only the default is)")
         bases.append(rope.get("rope_theta", bases[-1]))
     base = bases[-1]
     if base is None:

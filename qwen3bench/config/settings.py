@@ -10,10 +10,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from qwen3bench.config.catalogue import all_options
+from qwen3bench.config.checkpoint_source import checkpoint_shape
 from qwen3bench.config.choices import choices, no_such_choice, options_of
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.config.schema import Measure, Options, PeerOptions, Sizes, read_config
-from qwen3bench.errors import UserError
+from qwen3bench.errors import Refused, UserError
 from qwen3bench.record.design import Cell, design_cells, label
 
 _PROMPT_TOKENS = {"cuda": 2048, "cpu": 16}  # 2048 on two CPU cores would take minutes a block
@@ -91,7 +93,7 @@ class Settings:
     def resolved(self, device: str) -> Settings:
         """These settings on `device` (`cpu`, `cuda`, `cuda:1`): no `auto` and no open size is left.
 
-        Raises `UserError` where the device cannot run them or a sequence is longer than the model's context.
+        Raises `Refused` where the device cannot run them or a sequence is longer than the model's context.
         """
         kind = device.partition(":")[0]
         runtimes: dict[str, dict[str, Any]] = {}
@@ -100,7 +102,7 @@ class Settings:
                 name = "graph" if kind == "cuda" else "eager"
                 options = options_of("runtime", name)
             if name == "graph" and kind != "cuda":
-                raise UserError(f"runtime=graph replays CUDA graphs and the device is {device}; use runtime=eager")
+                raise Refused(f"runtime=graph replays CUDA graphs and the device is {device}; use runtime=eager")
             runtimes.setdefault(name, options)
         dtype = _DTYPE[kind] if self.dtype == "auto" else self.dtype
         context = self.model.context_length
@@ -112,7 +114,7 @@ class Settings:
         for name, sizes in workloads.items():
             tokens = (sizes.prompt_tokens or 0) + sizes.new_tokens
             if tokens > context:
-                raise UserError(
+                raise Refused(
                     f"workload.{name} needs {tokens} tokens and {self.model.name} has a context of {context}"
                     "; lower prompt_tokens or new_tokens"
                 )
@@ -179,14 +181,14 @@ class Settings:
 
 
 def with_checkpoint_shape(settings: Settings, overrides: Iterable[str]) -> Settings:
-    """These settings with the model's shape from config.json where the weights are a local directory.
+    """These settings with the model's shape from the checkpoint's config.json, unless the weights are random.
 
-    Raises `UserError` where that file is missing or no Qwen3's, or `overrides` ask for a model of another shape.
+    Raises `UserError` where there is no such checkpoint or it is no dense Qwen3's, and where `overrides` ask for a
+    model of another shape.
     """
-    directory = Path(settings.weights).expanduser()
-    if settings.weights == "random" or not directory.is_dir():
+    if settings.weights == "random":
         return settings
-    model = ModelConfig.from_pretrained(directory)
+    model = checkpoint_shape(settings.weights)
     for override in overrides:
         group, _, name = override.lstrip("+").partition("=")[0].partition(".")
         if group == "model":
@@ -204,9 +206,14 @@ def with_checkpoint_shape(settings: Settings, overrides: Iterable[str]) -> Setti
 def settings_from(config: DictConfig | Mapping[str, Any]) -> Settings:
     """The settings that a composed config describes.
 
-    Raises `UserError` on an unknown key, a missing value, or one of the wrong type or size; it names the key.
+    Raises `UserError` on an unknown key, name or option, a missing value, or one of the wrong type or size.
     """
     read = read_config(config)
+    for group, chosen in (("peer", list(read.peer)), ("opt", list(read.opt))):
+        for name in chosen:
+            if name not in choices(group):
+                raise UserError(no_such_choice(group, name))
+    all_options(read.opt)
     return Settings(
         model=read.model,
         batch_size=read.batch_size,

@@ -26,12 +26,13 @@ BASELINE_PARTS = Parts(
 def assemble(optimizations: Mapping[str, Optimization]) -> Parts:
     """The baseline's parts with each optimization's put in their place, whatever the order.
 
-    Each optimization sees the baseline, so none can depend on another. Raises `UserError` where two claim one part.
+    Each optimization sees the baseline, so none can depend on another. Raises `UserError` where two claim one part, and
+    where one fails or gives no parts.
     """
     claims: dict[str, str] = {}
     parts = BASELINE_PARTS
     for name, optimization in optimizations.items():
-        changed = optimization(BASELINE_PARTS)
+        changed = _changed_by(name, optimization)
         for field in (f.name for f in fields(Parts)):
             part = getattr(changed, field)
             if part is getattr(BASELINE_PARTS, field):
@@ -43,3 +44,18 @@ def assemble(optimizations: Mapping[str, Optimization]) -> Parts:
             claims[field] = name
             parts = replace(parts, **{field: part})
     return parts
+
+
+def _changed_by(name: str, optimization: Optimization) -> Parts:
+    try:
+        changed = optimization(BASELINE_PARTS)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's own function raises
+        why = " ".join(str(error).split())
+        raise UserError(
+            f"{name}: its function raised {type(error).__name__}: {why}; mend it or leave it out"
+        ) from error
+    if not isinstance(changed, Parts):
+        raise UserError(f"{name}: its function gives {type(changed).__name__} and not Parts; return replace(parts, …)")
+    return changed

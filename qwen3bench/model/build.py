@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qwen3bench.config.catalogue import resolve
 from qwen3bench.config.model_config import ModelConfig
+from qwen3bench.errors import UserError
 from qwen3bench.model.baseline import assemble
 from qwen3bench.model.checkpoint import EMBEDDING, HEAD
 from qwen3bench.model.qwen3 import Qwen3Model, rope_tables
@@ -29,6 +30,7 @@ _BLOCK_NAMES = {
     "norm1": "input_layernorm",
     "norm2": "post_attention_layernorm",
 }
+_MEND = "leave out the optimization whose module this is, or mend the module"
 
 
 def hf_names(config: ModelConfig) -> dict[str, str]:
@@ -54,11 +56,13 @@ def build_model(
     many models can share one set; without `tie` the head gets a copy where the weights share it with the embedding.
     `device` and `dtype` default to the weights' own, else CPU and float32; device "meta" allocates nothing.
 
-    Raises `UserError` for an unknown optimization, two that claim one part, and `tie` on weights that are not tied.
+    Raises `UserError` for an unknown optimization, two that claim one part, one whose modules hold what no checkpoint
+    has a value for, and `tie` on weights that are not tied.
     """
     parts = assemble(resolve(opts))
     with torch.device("meta"):
         model = Qwen3Model(config, parts)
+    _refuse_unnamed(model)
     if weights is None and torch.device(device or "cpu").type != "meta":
         weights = load_weights("random", config, device=device or "cpu", dtype=dtype or torch.float32)
     if weights is not None:
@@ -67,6 +71,8 @@ def build_model(
         model.to(dtype=dtype)
     embedding = model.tok_emb.weight
     model.cos, model.sin = _shared_rope_tables(config, embedding.device, embedding.dtype)
+    if not embedding.is_meta:
+        _refuse_without_value(model)
     return model.eval().requires_grad_(False)
 
 
@@ -88,6 +94,32 @@ def _assign(
     for module in model.modules():
         if callable(pack := getattr(module, "pack", None)):
             pack()
+
+
+def _refuse_unnamed(model: Qwen3Model) -> None:
+    """Raise `UserError` where the checkpoint names a module that `model` lacks, or lacks a parameter that it holds."""
+    paths = hf_names(model.config)
+    modules = dict(model.named_modules())
+    for path in paths:
+        if path not in modules:
+            raise UserError(f"{path} is no module of this model, and the checkpoint names its weight; {_MEND}")
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        if name.rpartition(".")[0] not in paths or not name.endswith(".weight"):
+            raise _without_value(name, paths)
+
+
+def _refuse_without_value(model: Qwen3Model) -> None:
+    """Raise `UserError` where a module was given a buffer or a tensor on `meta`, and nothing has filled it in."""
+    for path, module in model.named_modules():
+        held = {**dict(module.named_buffers(recurse=False)), **vars(module)}
+        for name, value in held.items():
+            if isinstance(value, Tensor) and value.is_meta:
+                raise _without_value(f"{path}.{name}", hf_names(model.config))
+
+
+def _without_value(name: str, paths: Mapping[str, str]) -> UserError:
+    named = "weight" if name.rpartition(".")[0] in paths else "nothing there"
+    return UserError(f"{name} has no value: the checkpoint names {named}; {_MEND}")
 
 
 @lru_cache(maxsize=2)

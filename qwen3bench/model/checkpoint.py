@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -18,6 +19,7 @@ from qwen3bench.errors import UserError
 
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
+_BACKBONE = "model."  # how the names of a backbone's tensors begin inside a whole model
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
 # Rotary frequencies that older transformers stored; they follow from the config.
@@ -50,34 +52,51 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes | {"model.norm.weight": (width,), HEAD: (config.vocab_size, width)}
 
 
-def locate_tensors(directory: Path, config: ModelConfig, *, tied: bool) -> dict[str, Path]:
-    """The file that holds each of `tensor_shapes(config)`, in order; a `tied` checkpoint may lack the head.
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is stored: its file, and its name there."""
 
-    Reads headers only. Raises `UserError` naming the file where one is malformed, or a tensor is missing,
-    extra or misshapen.
+    path: Path
+    name: str
+
+
+def locate_tensors(directory: Path, config: ModelConfig, *, tied: bool) -> dict[str, StoredTensor]:
+    """Where each of `tensor_shapes(config)` is stored, in order.
+
+    A backbone (an embedding or reranking model) has the same names without `model.`. It may lack the head, and so may a
+    `tied` checkpoint. Reads headers only. Raises `UserError` naming the file where one is malformed, or a tensor is
+    missing, extra or misshapen.
     """
     headers = {}
     for path, listed in weight_files(directory).items():
         headers[path] = _read_header(path)
         if listed is not None:
             _check_listed(path, headers[path].keys(), listed)
-    found = {name: path for path, header in headers.items() for name in header if not _IGNORED.fullmatch(name)}
+    stored_names = {name for header in headers.values() for name in header}
+    backbone = not any(name.startswith(_BACKBONE) for name in stored_names)
+    found = {
+        _BACKBONE * (backbone and name != HEAD) + name: StoredTensor(path, name)
+        for path, header in headers.items()
+        for name in header
+    }
+    found = {name: stored for name, stored in found.items() if not _IGNORED.fullmatch(name)}
     if config.num_layers > len(found):  # before a hostile config.json makes the list of names long
         raise UserError(
             f"{directory}: {len(found)} tensors are too few for {config.num_layers} layers; is it complete?"
         )
     shapes = tensor_shapes(config)
-    if tied and HEAD not in found:
+    if (tied or backbone) and HEAD not in found:
         del shapes[HEAD]
     if missing := [name for name in shapes if name not in found]:
         raise UserError(f"{directory}: {_some(missing)} missing from the checkpoint; is it complete?")
-    if extra := [name for name in found if name not in shapes]:
-        raise UserError(f"{found[extra[0]]}: {_some(extra)} no part of a Qwen3 model of this config; use another")
+    if extra := [stored for name, stored in found.items() if name not in shapes]:
+        names = _some([stored.name for stored in extra])
+        raise UserError(f"{extra[0].path}: {names} no part of a Qwen3 model of this config; use another")
     for name, shape in shapes.items():
-        stored = headers[found[name]][name]
-        if stored != shape:
+        path, own = found[name].path, found[name].name
+        if headers[path][own] != shape:
             raise UserError(
-                f"{found[name]}: {name} has shape {shortened(stored)}, config.json asks for {shape}; "
+                f"{path}: {own} has shape {shortened(headers[path][own])}, config.json asks for {shape}; "
                 "use the config.json that belongs to this checkpoint"
             )
     return {name: found[name] for name in shapes}
@@ -194,7 +213,10 @@ def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
             raise UserError(f"{path}: {shortened(name)} has more than dtype, shape and data_offsets; {again}")
     for name, dtype in dtypes.items():
         if dtype not in _DTYPES:
-            raise UserError(f"{path}: {shortened(name)} has dtype {dtype}; convert it to one of {', '.join(_DTYPES)}")
+            raise UserError(
+                f"{path}: {shortened(name)} has dtype {dtype}, as in a quantized checkpoint; "
+                f"use the unquantized one ({', '.join(_DTYPES)})"
+            )
     return shapes
 
 

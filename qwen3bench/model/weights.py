@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,17 +13,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qwen3bench.config.checkpoint_source import find_checkpoint
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.errors import UserError
 from qwen3bench.model.checkpoint import (
     EMBEDDING,
     HEAD,
+    StoredTensor,
     check_config,
     index_path,
     locate_tensors,
     tensor_shapes,
     weight_files,
 )
+from qwen3bench.record.host import available_memory_bytes
 
 # Projections of the same input, stored as row slices of one tensor so that a fused layout is a view.
 _STACKS = (
@@ -45,44 +49,43 @@ def load_weights(
     `source` is "random" (seeded: on one device the same values in every dtype, rounded), a directory in
     Hugging Face's layout, or a hub id such as "Qwen/Qwen3-0.6B". In each layer q, k, v and gate, up are
     consecutive rows of one tensor (see `stacked`). A tied head, and the random one, IS the embedding tensor.
-    Raises `UserError` where the checkpoint is malformed or not of `config`.
+    Raises `UserError` where the checkpoint is malformed or not of `config`, or memory does not suffice.
     """
+    device = torch.device(device)
     if str(source) == "random":
-        return _random_weights(config, torch.device(device), dtype, seed)
-    return _read_weights(find_checkpoint(source), config, torch.device(device), dtype)
+        return _random_weights(config, device, dtype, seed)
+    return _read_weights(find_checkpoint(source), config, device, dtype)
 
 
-def find_checkpoint(source: str | Path) -> Path:
-    """The local directory of a checkpoint; a hub id is fetched (JSON and safetensors files only).
+def judge_weights(source: str, config: ModelConfig, dtype: torch.dtype, memory_bytes: int | None) -> None:
+    """Raise `UserError` where these weights are malformed, not of `config`, or larger than `memory_bytes`.
 
-    Raises `UserError` where `source` is neither, or the hub cannot be asked.
+    Reads the headers of a checkpoint only.
     """
-    try:
-        path = Path(source).expanduser()
-        if path.is_dir():
-            return path
-        if path.exists():
-            raise UserError(f"{path}: is a file; give the checkpoint's directory (config.json, *.safetensors)")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"weights {str(source)!r}: cannot be looked up ({error}); give a directory") from error
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source), re.ASCII):
+    shapes = tensor_shapes(config)
+    if source != "random":
+        directory = find_checkpoint(source)
+        located = locate_tensors(directory, config, tied=check_config(directory, config))
+        shapes = {name: shapes[name] for name in located}
+    else:
+        del shapes[HEAD]
+    _refuse_too_large(shapes, dtype, memory_bytes)
+
+
+def _refuse_too_large(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, memory_bytes: int | None) -> None:
+    needed = sum(map(math.prod, shapes.values())) * dtype.itemsize
+    if memory_bytes is not None and needed > memory_bytes:
         raise UserError(
-            f"weights {str(source)!r}: no such directory; give a checkpoint's directory, a hub id or random"
+            f"the weights need {needed / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')}, and there are "
+            f"{memory_bytes / 2**30:.1f} GiB of memory; name a smaller model or another device"
         )
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise UserError(
-            f"weights {source}: no such directory, and the hub needs pip install huggingface_hub"
-        ) from error
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # its own, its HTTP client's and the system's errors share no base class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(
-            f"weights {source}: no such directory, and the hub did not give it ({reason}); "
-            "check the name and the network, or give a directory"
-        ) from error
+
+
+def _memory_bytes(device: torch.device) -> int | None:
+    """What weights on `device` may take: a card's whole memory, or what a program may still ask the host for."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return available_memory_bytes() if device.type == "cpu" else None
 
 
 def weights_fingerprint(source: str | Path, seed: int = 0) -> str:
@@ -149,7 +152,11 @@ def refuse_untied(weights: Mapping[str, Tensor]) -> None:
 
 
 def _bank(shapes: dict[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Empty tensors of `shapes`, the `_STACKS` of each layer as row slices of one allocation."""
+    """Empty tensors of `shapes`, the `_STACKS` of each layer as row slices of one allocation.
+
+    Raises `UserError` where memory does not suffice, before any is asked for.
+    """
+    _refuse_too_large(shapes, dtype, _memory_bytes(device))
     bank: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         if name in bank:
@@ -196,15 +203,16 @@ def _read_weights(directory: Path, config: ModelConfig, device: torch.device, dt
     shapes = tensor_shapes(config)
     weights = _bank({name: shapes[name] for name in files}, device, dtype)
     for name, tensor in weights.items():
-        _read_tensor(files[name], name, tensor)
+        _read_tensor(files[name], tensor)
     # A head stored beside a config that ties counts by its values, as in transformers.
     if HEAD not in weights or (tied and head_is_tied(weights)):
         weights[HEAD] = weights[EMBEDDING]
     return weights
 
 
-def _read_tensor(path: Path, name: str, tensor: Tensor) -> None:
-    """Fill `tensor` from the file. Raises `UserError` where it cannot be read or holds NaN or infinity."""
+def _read_tensor(stored: StoredTensor, tensor: Tensor) -> None:
+    """Fill `tensor` from its file. Raises `UserError` where it cannot be read or holds NaN or infinity."""
+    path, name = stored.path, stored.name
     try:
         # Opened anew for each tensor: what is mapped stays resident until the file is closed.
         with safe_open(path, framework="pt", device=str(tensor.device)) as file:

@@ -7,7 +7,9 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,25 +17,39 @@ from typing import Any
 import psutil
 
 import qwen3bench
+from qwen3bench.errors import UserError
 from qwen3bench.record.card import Card
+from qwen3bench.record.host import Host, ranges
+from qwen3bench.record.messages import RunningCode
 
 PACKAGE = Path(qwen3bench.__file__).resolve().parent
 CHANGES_NO_NUMBER = ("run", "resume", "report", "hydra")
+HOST_KEYS = (
+    "usable CPUs",
+    "CPU quota",
+    "CPU governor",
+    "threads",
+    "variables",
+)  # of a fingerprint; older ones lack them
 MEASURING = ("worker", "campaign", "model", "opt", "kernels", "record")  # packages whose code may change a number
 
 
 @dataclass(frozen=True)
 class TorchFacts:
-    """What PyTorch alone can tell: its version, CUDA's and cuDNN's, its threads, and the device's name."""
+    """What PyTorch alone can tell: its version, CUDA's and cuDNN's, its threads, and the device's name.
+
+    `threads` share one operation; `interop_threads` run operations beside each other.
+    """
 
     version: str
     cuda: str | None
     cudnn: int | None
     threads: int
+    interop_threads: int
     device_name: str
 
 
-def environment(device: str, torch: TorchFacts) -> dict[str, Any]:
+def environment(device: str, torch: TorchFacts, host: Host) -> dict[str, Any]:
     """The machine and the software of a run, for environment.json; what is unknown is None.
 
     device: as PyTorch writes it ("cuda", "cuda:1", "cpu"). The host's name stays private.
@@ -53,8 +69,15 @@ def environment(device: str, torch: TorchFacts) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpu_cores": psutil.cpu_count(logical=False),
         "cpu_threads": os.cpu_count(),
+        "usable_cpus": ranges(host.cpus),
+        "usable_cores": host.cores,
+        "cpu_quota": _limit(host.cpu_quota),
+        "cpu_governor": host.governor,
         "torch_threads": torch.threads,
+        "torch_interop_threads": torch.interop_threads,
+        "variables": _assignments(host.variables),
         "memory_bytes": psutil.virtual_memory().total,
+        "memory_limit_bytes": _limit(host.memory_limit_bytes),
         **git_state(),
         "code": code_hash(),
     }
@@ -79,10 +102,35 @@ def code_hash(package: Path = PACKAGE) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(config: dict[str, Any], weights_fingerprint: str, torch: TorchFacts) -> dict[str, str]:
+@cache
+def running_code() -> RunningCode:
+    """The code that this process runs, as its files are when this is asked first."""
+    return RunningCode(package=str(PACKAGE), code=code_hash())
+
+
+def refuse_other_code(theirs: RunningCode) -> None:
+    """Raise `UserError` where a worker runs other code than this process."""
+    ours = running_code()
+    if theirs.package != ours.package:
+        raise UserError(
+            f"{theirs.package}: a worker runs this qwen3bench, and the run that of {ours.package}; keep one of them"
+        )
+    if theirs.code != ours.code:
+        raise UserError(
+            f"{ours.package}: its code has changed since this run began, and a new worker would measure with another\n"
+            "restore it and continue with resume=DIR, or begin a new run"
+        )
+
+
+def fingerprint(config: dict[str, Any], weights_fingerprint: str, torch: TorchFacts, host: Host) -> dict[str, str]:
     """What must not change between a run's sessions: config, weights, code, what compiles and runs kernels, device.
 
     config: the resolved configuration; where the run is written and how it is reported are not part of it.
+
+    The host is part of it on a card too: eager latency there is the time in which the host launches kernels, which
+    fewer CPUs, a quota, another clock or other threads change. Which CPUs they are does not count, only how many on how
+    many cores: a scheduler hands out others each time. The memory limit changes no latency. What of the host is unknown
+    is left out.
     """
     device = str(config.get("device") or "cpu")
     measured = {key: value for key, value in config.items() if key not in CHANGES_NO_NUMBER}
@@ -96,13 +144,27 @@ def fingerprint(config: dict[str, Any], weights_fingerprint: str, torch: TorchFa
         "torch": f"{torch.version}, CUDA {torch.cuda}" if torch.cuda else torch.version,
         **{package: version for package in packages if (version := version_of(package))},
         "device": torch.device_name if on_cuda else f"{torch.device_name}, {torch.threads} threads",
+        **_of_host(torch, host),
     }
 
 
+def _of_host(torch: TorchFacts, host: Host) -> dict[str, str]:
+    """The host's part of a fingerprint: `HOST_KEYS`, less what is unknown."""
+    known = {
+        "usable CPUs": f"{len(host.cpus)}" + ("" if host.cores is None else f" on {host.cores} cores"),
+        "CPU quota": None if host.cpu_quota is None else str(_limit(host.cpu_quota)),
+        "CPU governor": host.governor,
+        "threads": f"{torch.threads} in an operation, {torch.interop_threads} between operations",
+        "variables": _assignments(host.variables),
+    }
+    return {key: value for key, value in known.items() if value is not None}
+
+
 def differences(old: dict[str, str], new: dict[str, str]) -> list[str]:
-    """Which parts of two fingerprints differ, in words."""
+    """Which parts of two fingerprints differ, in words; what of the host one of them does not know is no difference."""
     words = {"config": "the configuration", "weights": "the weights", "code": "the code of qwen3bench"}
-    changed = [key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key)]
+    keys = [key for key in dict.fromkeys((*old, *new)) if key not in HOST_KEYS or (key in old and key in new)]
+    changed = [key for key in keys if old.get(key) != new.get(key)]
     return [words.get(key) or f"{key} ({old.get(key)} then, {new.get(key)} now)" for key in changed]
 
 
@@ -112,6 +174,15 @@ def version_of(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _assignments(variables: Mapping[str, str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in variables.items()) or "none"
+
+
+def _limit(limit: float | None) -> float | str | None:
+    """A limit as JSON has it, which knows no infinity."""
+    return "no limit" if limit == float("inf") else limit
 
 
 def _cpu_name() -> str | None:

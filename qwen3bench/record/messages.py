@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 from pydantic import BeforeValidator, Field
 
-from qwen3bench.errors import UserError
+from qwen3bench.errors import Refused
 from qwen3bench.record.states import CellStatus
 from qwen3bench.record.typed import (
     Count,
@@ -38,6 +38,14 @@ class DeviceFound:
     """The device that a name means: `cpu`, `cuda`, `cuda:1`."""
 
     device: str
+
+
+@typed
+class RunningCode:
+    """Which qwen3bench a process runs: where its package lies, and the hash of the code that measures."""
+
+    package: str
+    code: str
 
 
 @typed
@@ -182,11 +190,11 @@ class Probe(Request[DeviceFound]):
 
 
 @typed
-class Open(Request[Done]):
-    """Take the resolved settings."""
+class Open(Request[RunningCode]):
+    """Take the resolved settings, and say which code will measure them."""
 
     op: ClassVar = "open"
-    reply: ClassVar = Done
+    reply: ClassVar = RunningCode
     config: dict[str, Any]
 
 
@@ -363,7 +371,7 @@ def encode_reply(reply: object) -> bytes:
 def decode_reply(line: bytes, request: Request[R]) -> R:
     """The reply to `request`.
 
-    Raises `CellFailure` where it is an error or no reply, and `UserError` where it refuses what the user asked for.
+    Raises `CellFailure` where it is an error or no reply, and `Refused` where it refuses what the user asked for.
     """
     try:
         fields = parsed_line(line)
@@ -376,7 +384,7 @@ def decode_reply(line: bytes, request: Request[R]) -> R:
         raise CellFailure(CellStatus.CRASHED, text) from None
     reason = failure.reason or "no reason given"
     if failure.status == REFUSED:
-        raise UserError(reason)
+        raise Refused(reason)
     failures = set(CellStatus) - {CellStatus.OK}
     status = CellStatus(failure.status) if failure.status in failures else CellStatus.CRASHED
     raise CellFailure(status, reason, failure.peak_allocated_bytes)

@@ -6,21 +6,26 @@ import torch
 
 from qwen3bench.config.settings import Settings
 from qwen3bench.errors import UserError
-from qwen3bench.model.weights import weights_fingerprint
+from qwen3bench.model.weights import judge_weights, weights_fingerprint
 from qwen3bench.record.environment import TorchFacts, environment, fingerprint, system_device_name
+from qwen3bench.record.host import Host, available_memory_bytes
 from qwen3bench.record.messages import Identity
 
 
 def identify(settings: Settings) -> Identity:
     """The `environment` of a run, and the `fingerprint` that must not change when it is continued.
 
-    Raises `UserError` where there is no such device, or the weights cannot be read.
+    Raises `UserError` where there is no such device, or the weights cannot be read or are larger than its memory.
     """
+    facts, host = torch_facts(settings.device), Host.here()
+    found = environment(settings.device, facts, host)
+    on_card = settings.device.startswith("cuda")
+    memory_bytes = found["device_memory_bytes"] if on_card else available_memory_bytes()
+    judge_weights(settings.weights, settings.model, getattr(torch, settings.dtype), memory_bytes)  # sooner than hashed
     weights = weights_fingerprint(settings.weights, settings.seed)
-    facts = torch_facts(settings.device)
     return Identity(
-        environment=environment(settings.device, facts),
-        fingerprint=fingerprint(settings.to_dict(), weights, facts),
+        environment=found,
+        fingerprint=fingerprint(settings.to_dict(), weights, facts, host),
     )
 
 
@@ -31,6 +36,7 @@ def torch_facts(device: str) -> TorchFacts:
         cuda=torch.version.cuda,
         cudnn=torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
         threads=torch.get_num_threads(),
+        interop_threads=torch.get_num_interop_threads(),
         device_name=device_name(device),
     )
 

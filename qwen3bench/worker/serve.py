@@ -1,6 +1,6 @@
 """The process that runs models: it takes one request at a time on standard input and answers on standard output.
 
-`python -m qwen3bench.worker.serve`, started by a campaign. It knows cells and clocks, not designs or records.
+Started by a campaign, through boot.py. It knows cells and clocks, not designs or records.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from qwen3bench.config.settings import settings_from
 from qwen3bench.errors import UserError
+from qwen3bench.record.environment import running_code
 from qwen3bench.record.messages import (
     REFUSED,
     CollectEvidence,
@@ -34,6 +35,7 @@ from qwen3bench.record.messages import (
     Prepare,
     Probe,
     Request,
+    RunningCode,
     Touch,
     Verify,
     Visit,
@@ -91,12 +93,12 @@ class Worker:
         assert self.timed_pass is not None
         return self.timed_pass
 
-    def open(self, asked: Open) -> Done:
+    def open(self, asked: Open) -> RunningCode:
         """Take the resolved settings; nothing is loaded yet."""
         self.timed_pass = None
         self.session = Session(settings_from(asked.config))
         self.inspection = Inspection(self.session)
-        return Done()
+        return running_code()
 
     def touch(self, asked: Touch) -> Done:
         """Run a kernel, so that the device turns to this process."""
@@ -154,9 +156,6 @@ def main() -> None:
     watch_pauses()
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    running_code()  # as it is now that it was imported
     gc.freeze()  # what imports made stays; collecting between cells need not look at it
     serve(sys.stdin.buffer, replies, Worker())
-
-
-if __name__ == "__main__":
-    main()

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from qwen3bench.config.catalogue import resolve
 from qwen3bench.config.settings import Settings
 from qwen3bench.kernels.token_attention import forget_counters
+from qwen3bench.model.baseline import assemble
 from qwen3bench.model.build import build_model, forget_rope_tables
 from qwen3bench.model.decoder import Decoder
 from qwen3bench.model.weights import load_weights
@@ -30,9 +32,12 @@ class Session:
     """The resolved settings of a run on a device of this process. The weights are loaded when a cell needs them."""
 
     def __init__(self, settings: Settings) -> None:
-        """Raises `UserError` where a peer does not exist here."""
+        """Raises `UserError` where a peer does not exist here, and where the switches of a cell do not go together."""
         for cell in filter(is_peer, settings.labels):
             require_peer(cell)
+        switches = resolve(settings.opts)
+        for chosen in settings.cells:
+            assemble({name: switches[name] for name in chosen})
         self.settings = settings
         self.device = use_device(settings.device)
         self.dtype: torch.dtype = getattr(torch, settings.dtype)

@@ -99,6 +99,20 @@ def test_differences_of_settings_come_first(write_run: Write, capsys: pytest.Cap
     assert order == sorted(order)
 
 
+def test_another_host_is_told_and_one_not_written_down_is_no_difference(
+    write_run: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b, older = write_run("a"), write_run("b"), write_run("older")
+    (a / "environment.json").write_text('{"torch": "2.11", "usable_cpus": "0-1", "cpu_quota": "no limit"}')
+    (b / "environment.json").write_text('{"torch": "2.11", "usable_cpus": "0", "cpu_quota": 0.5}')
+    (older / "environment.json").write_text('{"torch": "2.11"}')
+    told = section(output(capsys, a, b)[1], "Environment")
+    assert "| usable_cpus | 0-1 | 0 |" in told
+    assert "| cpu_quota | no limit | 0.5 |" in told
+    for pair in ((older, b), (b, older)):
+        assert "No difference." in section(output(capsys, *pair)[1], "Environment")
+
+
 def test_a_noisy_or_partial_run_is_warned_of(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = write_run("a", copy_ratio=1.02), write_run("b", seed=2, finished=False)
     _, text = output(capsys, a, b)

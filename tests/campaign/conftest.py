@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -20,6 +20,7 @@ from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.config.cli import compose, guarded
 from qwen3bench.config.settings import Settings
 from qwen3bench.record.card import Card
+from qwen3bench.record.environment import running_code
 from qwen3bench.record.lines import Telemetry
 from qwen3bench.record.messages import Request, decode_reply, encode_request
 from qwen3bench.record.reader import Record, read_record
@@ -51,7 +52,8 @@ def start_fake() -> Callable[..., Start]:
             text = json.dumps(list(faults) if started >= since else [])
             started += 1
             script = str(Path(__file__).with_name("fake_worker.py"))
-            worker = WorkerProcess(log, (sys.executable, "-I", "-S", script, text))
+            code = json.dumps(asdict(running_code()))
+            worker = WorkerProcess(log, (sys.executable, "-I", "-S", script, text, code))
             if pids is not None:
                 pids.append(worker.pid)
             return worker
@@ -132,7 +134,7 @@ class TellingWorker:
 
     def __init__(self, change: Callable[[str, dict[str, Any]], dict[str, Any]]) -> None:
         self.change = change
-        self.worker = self.module.FakeWorker()
+        self.worker = self.module.FakeWorker(asdict(running_code()))
 
     def __enter__(self) -> TellingWorker:
         return self

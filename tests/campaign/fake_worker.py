@@ -1,9 +1,10 @@
 """A worker without PyTorch: answers at once with seeded numbers, or fails as it is told.
 
-`python -I -S fake_worker.py FAULTS`. FAULTS: a JSON list of objects. `does` says what happens: die (SIGKILL), exit
-(status 0), hang, close, raw (writes `text`), error (`status`, `reason`), answer (`fields` over the usual ones). It
-happens where every other key, but for `times` and `once`, equals the request's argument of that name; `times`: only
-this many times in one process; `once`: a file that is made then, and after that it never happens again.
+`python -I -S fake_worker.py FAULTS CODE`. CODE: what it says of the code that it runs, in JSON. FAULTS: a JSON list of
+objects. `does` says what happens: die (SIGKILL), exit (status 0), hang, close, raw (writes `text`), error (`status`,
+`reason`), answer (`fields` over the usual ones). It happens where every other key, but for `times` and `once`, equals
+the request's argument of that name; `times`: only this many times in one process; `once`: a file that is made then, and
+after that it never happens again.
 """
 
 import hashlib
@@ -15,14 +16,15 @@ import sys
 import time
 
 EFFECT = {"flash": 0.9, "tie": 1.0, "mlp": 0.97, "mask": 0.99, "norm": 0.8}
-FINGERPRINT = {"weights": "seeded", "code": "this", "torch": "none", "device": "fake"}
+FINGERPRINT = {"weights": "seeded", "code": "this", "torch": "none", "device": "fake", "usable CPUs": "2"}
 APART = ("run", "resume", "report")
 
 
 class FakeWorker:
     """The answers of one process."""
 
-    def __init__(self) -> None:
+    def __init__(self, code: dict[str, str]) -> None:
+        self.code = code
         self.random = random.Random(0)
         self.workload = ""
 
@@ -31,7 +33,7 @@ class FakeWorker:
 
     def open(self, config):
         self.config = config
-        return {}
+        return self.code
 
     def touch(self):
         return {}
@@ -125,7 +127,7 @@ def suffer(fault, usual):
 
 def main():
     faults = json.loads(sys.argv[1])
-    worker = FakeWorker()
+    worker = FakeWorker(json.loads(sys.argv[2]))
     for line in sys.stdin.buffer:
         request = json.loads(line)
         arguments = {key: value for key, value in request.items() if key != "op"}

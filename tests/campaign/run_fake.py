@@ -7,13 +7,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from qwen3bench.campaign import launch
@@ -21,12 +22,14 @@ from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.config.cli import compose, guarded, main
 from qwen3bench.config.settings import Settings
 from qwen3bench.record.card import Card
+from qwen3bench.record.environment import running_code
 from qwen3bench.record.lines import Telemetry
 
 
 def starter(faults: str) -> Callable[[Path], WorkerProcess]:
     script = str(Path(__file__).with_name("fake_worker.py"))
-    return lambda log: WorkerProcess(log, (sys.executable, "-I", "-S", script, faults))
+    code = json.dumps(asdict(running_code()))
+    return lambda log: WorkerProcess(log, (sys.executable, "-I", "-S", script, faults, code))
 
 
 class Fitful(Card):

@@ -196,7 +196,9 @@ def campaign(
         settings = small_settings(*FULL).resolved("cpu")
         with _begun(tmp_path, settings, *lines) as writer:
             card = fake_card(*(looks or [Telemetry()]))
-            _campaign(settings, writer, read_record(tmp_path), lambda log: telling_worker(note), card).run()
+            begun = _campaign(settings, writer, read_record(tmp_path), lambda log: telling_worker(note), card)
+            begun.check()
+            begun.run()
         return load_run(tmp_path), asked
 
     return go
@@ -318,7 +320,9 @@ def test_whatever_a_worker_says_no_traceback_and_no_wrong_cell(
     directory = tmp_path_factory.mktemp("run")
     settings = small_settings(*FULL).resolved("cpu")
     with _begun(directory, settings) as writer:
-        _campaign(settings, writer, None, lambda log: telling_worker(confuse), fake_card(Telemetry())).run()
+        begun = _campaign(settings, writer, None, lambda log: telling_worker(confuse), fake_card(Telemetry()))
+        begun.check()
+        begun.run()
     run = load_run(directory)
     assert run.warnings == []
     assert set(run.cells["cell"]) == set(CELLS)

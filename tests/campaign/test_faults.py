@@ -244,6 +244,22 @@ def test_a_later_worker_that_cannot_start_leaves_a_run_that_can_be_continued(mea
     assert measure(resume=broken.directory).status == 0
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"package": "/other/qwen3bench"}, "/other/qwen3bench: a worker runs this"),
+        ({"code": "0"}, "its code has changed"),
+    ],
+)
+def test_a_worker_that_runs_other_code_measures_nothing(measure: Measure, fields: dict[str, str], said: str) -> None:
+    fault = {"does": "answer", "fields": fields, "op": "open"}
+    assert said in measure(*FULL, faults=[fault]).error
+    broken = measure(*FULL, faults=[fault], since=2)
+    assert said in broken.error
+    assert {line.process for line in broken.record.of(SampleLine)} <= {0, 1}
+    assert measure(resume=broken.directory).status == 0
+
+
 def test_every_cell_failing_is_said_and_leaves_a_report_that_says_why(measure: Measure) -> None:
     done = measure(*FULL, faults=[{**DIES, "op": "prepare"}], report=True)
     assert done.status == 3

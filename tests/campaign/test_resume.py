@@ -275,9 +275,15 @@ def test_another_config_is_refused_with_the_keys_that_differ(measure: Measure, b
 
 @pytest.mark.parametrize(
     ("part", "words"),
-    [("weights", "the weights"), ("code", "the code"), ("torch", "torch (none then, other now)"), ("device", "device")],
+    [
+        ("weights", "the weights"),
+        ("code", "the code"),
+        ("torch", "torch (none then, other now)"),
+        ("device", "device"),
+        ("usable CPUs", "usable CPUs (2 then, other now)"),
+    ],
 )
-def test_other_weights_code_torch_or_device_are_refused(
+def test_other_weights_code_torch_device_or_host_are_refused(
     measure: Measure, broken: Any, tmp_path: Path, part: str, words: str
 ) -> None:
     fingerprint = {**broken.record.run.fingerprint, part: "other"}
@@ -285,6 +291,12 @@ def test_other_weights_code_torch_or_device_are_refused(
     done = measure(resume=broken.directory, faults=[fault])
     assert f"cannot be continued, as {words}" in done.error
     assert "configuration" not in done.error
+
+
+def test_a_run_that_did_not_write_its_threads_down_can_be_continued(measure: Measure, broken: Any) -> None:
+    fingerprint = {**broken.record.run.fingerprint, "threads": "2 in an operation, 2 between operations"}
+    fault = {"does": "answer", "fields": {"fingerprint": fingerprint}, "op": "identify"}
+    assert measure(resume=broken.directory, faults=[fault]).status == 0
 
 
 def test_a_finished_run_is_not_continued(measure: Measure) -> None:

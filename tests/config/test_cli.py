@@ -211,6 +211,9 @@ def test_no_argument_gives_a_traceback(
         (["--experimental-rerun=config.pickle"], ["--experimental-rerun reads a pickle"]),
         (["-sc", "=="], ["'=='"]),
         (["hydra/launcher=joblib"], ["'hydra/launcher/joblib'"]),
+        (["opt=flash", "+opt.flash.nosuch=1"], ["flash has no option nosuch"]),
+        (["+opt.flsh._target_=a.b"], ["'flsh'", "did you mean flash?"]),
+        (["+peer.vllm.attention=[sdpa]"], ["'vllm'", "there are: transformers"]),
         (["batch_size=many"], ["batch_size must be a whole number", "'many'"]),
     ],
 )
@@ -260,6 +263,15 @@ def test_multirun_runs_each_point_in_a_directory_of_its_own(
     *_, last, page = capsys.readouterr().out.splitlines()
     assert last == "#3: model=tiny opt=tie seed=2"
     assert page == f"One page over these runs: python -m qwen3bench.report {runs[0].dir.parent if runs[0].dir else ''}"
+
+
+def test_a_refused_multirun_leaves_no_directory(
+    run: Callable[[Settings], int], runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["-m", "model=tiny", "opt=flash", "+opt.flash.nosuch=1", "seed=1,2"], run=run) == 1
+    assert capsys.readouterr().err.count("flash has no option nosuch; it has: backend, decode") == 2
+    assert runs == []
+    assert list((tmp_path / "results").iterdir()) == []
 
 
 def test_a_finished_point_of_a_multirun_is_not_run_again(run: Callable[[Settings], int], runs: Runs) -> None:

@@ -159,7 +159,9 @@ def test_where_the_rotary_base_may_stand(rope: dict[str, Any]) -> None:
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"quantization_config": {"bits": 4, "ignore": ["x" * 9999]}}, "is of a quantized checkpoint"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "is of a quantized checkpoint"),
+        ({"hidden_act": "x" * 9999}, "hidden_act="),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "linear"),
         (

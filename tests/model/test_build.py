@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from qwen3bench import ModelConfig, build_model, load_weights
 from qwen3bench.errors import UserError
+from qwen3bench.model.baseline import BASELINE_PARTS
 from qwen3bench.model.build import forget_rope_tables, hf_names
 from qwen3bench.model.checkpoint import tensor_shapes
-from qwen3bench.model.layers import Embedding, Linear
+from qwen3bench.model.layers import Embedding, FeedForward, Linear, RMSNorm
 
 TOKENS = (2, 13)
 
@@ -140,6 +142,56 @@ def test_order_and_repeats_of_names_do_not_matter(
 def test_mistakes_in_opts(tiny: ModelConfig, opts: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
         build_model(tiny, opts, device="meta")
+
+
+class Scaled(torch.nn.Module):
+    """A norm whose parameter has another name."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.empty(dim))
+
+
+class Buffered(RMSNorm):
+    """A norm with a constant that is made on `meta`, as the whole model is."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__(dim, eps)
+        self.register_buffer("ones", torch.ones(dim), persistent=False)
+
+
+class Wider(FeedForward):
+    """An MLP with one projection more."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.fc4 = Linear(config.hidden_dim, config.emb_dim)
+
+
+class Narrower(FeedForward):
+    """An MLP with one projection less."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        del self.fc2
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ({"norm": Scaled}, r"trf_blocks\.0\.\S*norm\.scale has no value: the checkpoint names weight; leave out"),
+        ({"norm": Buffered}, r"trf_blocks\.0\.\S*norm\.ones has no value: the checkpoint names weight; leave out"),
+        ({"mlp": Wider}, r"trf_blocks\.0\.ff\.fc4\.weight has no value: the checkpoint names nothing there"),
+        ({"mlp": Narrower}, r"trf_blocks\.0\.ff\.fc2 is no module of this model, and the checkpoint names its weight"),
+    ],
+)
+def test_what_the_checkpoint_has_no_value_for_is_one_error(
+    tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch, part: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr("qwen3bench.model.build.assemble", lambda _: replace(BASELINE_PARTS, **part))
+    with pytest.raises(UserError, match=said) as caught:
+        build_model(tiny)
+    assert "\n" not in str(caught.value)
 
 
 def test_tie_is_refused_where_it_would_change_the_function(tiny: ModelConfig, tiny_weights: dict[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.config.strict_json import parse_json
 from qwen3bench.errors import UserError
-from qwen3bench.model.checkpoint import locate_tensors, tensor_shapes
+from qwen3bench.model.checkpoint import StoredTensor, locate_tensors, tensor_shapes
 from qwen3bench.model.weights import load_weights
 
 CONFIG = ModelConfig(
@@ -539,7 +539,8 @@ def test_header_of_the_largest_model_is_far_below_the_limit(tmp_path: Path) -> N
     write_tensors(path, header, 0)
     with path.open("r+b") as file:
         file.truncate(file.seek(0, os.SEEK_END) + position)  # sparse
-    assert locate_tensors(tmp_path, largest, tied=False) == dict.fromkeys(tensor_shapes(largest), path)
+    expected = {name: StoredTensor(path, name) for name in tensor_shapes(largest)}
+    assert locate_tensors(tmp_path, largest, tied=False) == expected
     assert len(json.dumps(header)) < 2**20 / 8
 
 

@@ -5,19 +5,21 @@ import struct
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from qwen3bench.config.checkpoint_source import checkpoint_shape, find_checkpoint
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.errors import UserError
-from qwen3bench.model.checkpoint import tensor_shapes
+from qwen3bench.model.checkpoint import StoredTensor, tensor_shapes
 from qwen3bench.model.weights import (
-    find_checkpoint,
     head_is_tied,
+    judge_weights,
     load_weights,
     refuse_untied,
     stacked,
@@ -185,7 +187,10 @@ def test_value_that_the_dtype_cannot_hold_is_refused(tmp_path: Path) -> None:
 
 def test_file_that_changes_while_it_is_read_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory, config = save_peer(make_peer(tied=True), tmp_path / "peer")
-    monkeypatch.setattr("qwen3bench.model.weights.locate_tensors", lambda *_, **__: {HEAD: directory / "config.json"})
+    monkeypatch.setattr(
+        "qwen3bench.model.weights.locate_tensors",
+        lambda *_, **__: {HEAD: StoredTensor(directory / "config.json", HEAD)},
+    )
     with pytest.raises(UserError, match=r"config.json: lm_head.weight"):
         load_weights(directory, config)
 
@@ -313,6 +318,19 @@ def test_hub_id_is_fetched_without_pickles(tmp_path: Path, monkeypatch: pytest.M
     assert asked == [("Qwen/Qwen3-0.6B", ["*.json", "*.safetensors"])]
 
 
+def test_hub_id_gives_the_shape_from_its_config_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, config = save_peer(make_peer(tied=True), tmp_path / "0123abcd")
+    asked = []
+
+    def snapshot_download(repo_id: str, allow_patterns: list[str]) -> str:
+        asked.append((repo_id, allow_patterns))
+        return str(directory)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert checkpoint_shape("Qwen/Qwen3-0.6B") == replace(config, name="Qwen3-0.6B")
+    assert asked == [("Qwen/Qwen3-0.6B", ["config.json"])]
+
+
 def test_hub_that_does_not_answer_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def snapshot_download(*args: object, **options: object) -> str:
         raise RuntimeError("404 Client Error.\n\nRepository Not Found\n")
@@ -372,7 +390,76 @@ def test_fingerprint_of_what_is_missing_is_one_error(tmp_path: Path) -> None:
         weights_fingerprint(directory)
 
 
+# A backbone
+
+
+def save_backbone(peer: Qwen3ForCausalLM, directory: Path) -> ModelConfig:
+    """Save the peer as embedding and reranking models are published: without the head, and without `model.`."""
+    peer.model.save_pretrained(directory)
+    assert "embed_tokens.weight" in load_file(directory / "model.safetensors")
+    assert json.loads((directory / "config.json").read_text())["architectures"] == ["Qwen3Model"]
+    return ModelConfig.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "10KB"}])
+def test_a_backbone_loads_as_in_transformers(tmp_path: Path, shards: dict[str, str]) -> None:
+    peer = make_peer(tied=True)
+    config = save_backbone(peer, tmp_path)
+    if shards:
+        (tmp_path / "model.safetensors").unlink()
+        peer.model.save_pretrained(tmp_path, **shards)
+    weights = load_weights(tmp_path, config)
+    assert_equal(weights, AutoModelForCausalLM.from_pretrained(tmp_path).state_dict())
+    assert_bank(weights, config)
+
+
+def test_a_backbone_that_does_not_tie_has_the_embedding_for_a_head(tmp_path: Path) -> None:
+    peer = make_peer(tied=False)
+    weights = load_weights(tmp_path, save_backbone(peer, tmp_path))
+    assert weights[HEAD] is weights[EMBEDDING]
+    assert_equal(
+        {name: weights[name] for name in weights if name != HEAD},
+        {name: tensor for name, tensor in peer.state_dict().items() if name != HEAD},
+    )
+
+
+def test_what_is_wrong_with_a_backbone_is_told_by_its_own_name(tmp_path: Path) -> None:
+    config = save_backbone(make_peer(tied=True), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"layers.0.extra": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"'layers\.0\.extra' is no part"):
+        load_weights(tmp_path, config)
+    save_file(tensors | {"norm.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r": norm\.weight has shape \(3,\)"):
+        load_weights(tmp_path, config)
+
+
 # Memory
+
+
+@pytest.mark.parametrize("source", ["random", "checkpoint"])
+def test_more_than_memory_is_refused_before_any_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    directory, config = save_peer(make_peer(tied=True), tmp_path / "checkpoint")
+    place = "random" if source == "random" else str(directory)
+    needed = 4 * sum(math.prod(shape) for name, shape in tensor_shapes(config).items() if name != HEAD)
+    monkeypatch.setattr("qwen3bench.model.weights.available_memory_bytes", lambda: needed)
+    load_weights(place, config)
+    monkeypatch.setattr("qwen3bench.model.weights.available_memory_bytes", lambda: needed - 1)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: pytest.fail("asked for memory"))
+    with pytest.raises(UserError, match=r"the weights need .* GiB in float32, and there are .* GiB of memory"):
+        load_weights(place, config)
+
+
+def test_a_sparse_file_of_512_gib_is_refused_unread(tmp_path: Path) -> None:
+    vocabulary = 2**37 // CONFIG.emb_dim // 2
+    huge = replace(CONFIG, vocab_size=vocabulary, tie_word_embeddings=True)
+    assert write_sparse(tmp_path / "huge", huge) > 2**39  # its head is stored beside the embedding
+    with pytest.raises(UserError, match=r"the weights need 512\.0 GiB in float32, and there are 64\.0 GiB of memory"):
+        judge_weights(str(tmp_path / "huge"), huge, torch.float32, 2**36)
+    judge_weights(str(tmp_path / "huge"), huge, torch.float32, None)
+
 
 LARGE = ModelConfig(
     num_layers=4, emb_dim=768, num_heads=8, num_kv_heads=4, head_dim=64, hidden_dim=2048, vocab_size=8192
@@ -399,27 +486,28 @@ MEASURE = """
 """
 
 
-def write_large(directory: Path) -> int:
-    """A sparse float32 checkpoint of `LARGE`, all zeros; its size in bytes."""
+def write_sparse(directory: Path, shape: ModelConfig) -> int:
+    """A sparse float32 checkpoint of `shape`, all zeros; its size in bytes."""
     config = {
         "model_type": "qwen3",
-        "vocab_size": LARGE.vocab_size,
-        "num_hidden_layers": LARGE.num_layers,
-        "hidden_size": LARGE.emb_dim,
-        "num_attention_heads": LARGE.num_heads,
-        "num_key_value_heads": LARGE.num_kv_heads,
-        "head_dim": LARGE.head_dim,
-        "intermediate_size": LARGE.hidden_dim,
-        "max_position_embeddings": LARGE.context_length,
-        "rms_norm_eps": LARGE.rms_norm_eps,
-        "rope_theta": LARGE.rope_base,
+        "vocab_size": shape.vocab_size,
+        "num_hidden_layers": shape.num_layers,
+        "hidden_size": shape.emb_dim,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "intermediate_size": shape.hidden_dim,
+        "max_position_embeddings": shape.context_length,
+        "rms_norm_eps": shape.rms_norm_eps,
+        "rope_theta": shape.rope_base,
+        "tie_word_embeddings": shape.tie_word_embeddings,
     }
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
     position, header = 0, {}
-    for name, shape in tensor_shapes(LARGE).items():
-        end = position + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [position, end]}
+    for name, sizes in tensor_shapes(shape).items():
+        end = position + 4 * math.prod(sizes)
+        header[name] = {"dtype": "F32", "shape": sizes, "data_offsets": [position, end]}
         position = end
     text = json.dumps(header).encode()
     with (directory / "model.safetensors").open("wb") as file:
@@ -435,7 +523,7 @@ def test_memory_stays_below_twice_the_file(tmp_path: Path) -> None:
     # The peak is the process's, so what must stay lowest comes first.
     names = ("truncated", "oversized", "nan", "sound")
     for name in names:
-        file_bytes = write_large(tmp_path / name)
+        file_bytes = write_sparse(tmp_path / name, LARGE)
     with (tmp_path / "truncated" / "model.safetensors").open("r+b") as file:
         file.truncate(file_bytes - 1)
     with (tmp_path / "oversized" / "model.safetensors").open("r+b") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import qwen3bench
 from qwen3bench.record import environment as module
 from qwen3bench.record.environment import (
+    HOST_KEYS,
     MEASURING,
     PACKAGE,
     TorchFacts,
@@ -26,6 +28,7 @@ from qwen3bench.record.environment import (
     git_state,
     system_device_name,
 )
+from qwen3bench.record.host import Host
 
 CONFIG: dict[str, Any] = {
     "device": "cpu",
@@ -37,11 +40,19 @@ CONFIG: dict[str, Any] = {
 }
 
 
-TORCH = TorchFacts(version="2.99", cuda=None, cudnn=None, threads=3, device_name="abacus")
+TORCH = TorchFacts(version="2.99", cuda=None, cudnn=None, threads=3, interop_threads=2, device_name="abacus")
+HOST = Host(
+    cpus=(0, 1, 2, 3),
+    cores=2,
+    cpu_quota=1.5,
+    memory_limit_bytes=2**30,
+    governor="performance",
+    variables={"OMP_NUM_THREADS": "3"},
+)
 
 
 def test_says_what_it_is_measured_on() -> None:
-    found = environment("cpu", TORCH)
+    found = environment("cpu", TORCH, HOST)
     assert (found["torch"], found["torch_threads"], found["cuda"], found["cudnn"]) == ("2.99", 3, None, None)
     assert found["device"] == "abacus"
     assert found["cpu"] == system_device_name("cpu")
@@ -54,7 +65,7 @@ def test_says_what_it_is_measured_on() -> None:
 
 
 def test_is_json_without_the_name_of_the_host() -> None:
-    found = environment("cuda", TORCH)
+    found = environment("cuda", TORCH, HOST)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert socket.gethostname() not in [*found.values(), *str(found["os"]).split("-")]
 
@@ -134,45 +145,92 @@ def test_git_commit_and_dirty_flag(tmp_path: Path) -> None:
     assert git_state(tmp_path) == {"git_commit": git("rev-parse", "HEAD"), "git_dirty": False}
     (tmp_path / "file").write_text("a: 3\n")
     assert git_state(tmp_path) == {"git_commit": git("rev-parse", "HEAD"), "git_dirty": True}
-    assert {key: environment("cpu", TORCH)[key] for key in git_state()} == git_state()
+    assert {key: environment("cpu", TORCH, HOST)[key] for key in git_state()} == git_state()
 
 
 def test_fingerprint_ignores_where_a_run_is_written_and_reported() -> None:
-    old = fingerprint(CONFIG, "w", TORCH)
+    old = fingerprint(CONFIG, "w", TORCH, HOST)
     moved = {**CONFIG, "run": {"dir": "elsewhere"}, "report": {"memory_limit_gib": 24}, "resume": "elsewhere"}
-    assert fingerprint(dict(reversed(moved.items())), "w", TORCH) == old
-    assert list(old) == ["config", "weights", "code", "torch", "device"]
+    assert fingerprint(dict(reversed(moved.items())), "w", TORCH, HOST) == old
+    assert list(old) == ["config", "weights", "code", "torch", "device", *HOST_KEYS]
     assert differences(old, old) == []
 
 
 def test_the_version_of_another_implementation_counts_where_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     beside = {**CONFIG, "peer": {"transformers": {"attention": ["sdpa"]}}}
     monkeypatch.setattr(module, "version_of", lambda package: "5.0")
-    old = fingerprint(beside, "w", TORCH)
+    old = fingerprint(beside, "w", TORCH, HOST)
     monkeypatch.setattr(module, "version_of", lambda package: "5.1")
-    assert differences(old, fingerprint(beside, "w", TORCH)) == ["transformers (5.0 then, 5.1 now)"]
-    assert "transformers" not in fingerprint(CONFIG, "w", TORCH)
+    assert differences(old, fingerprint(beside, "w", TORCH, HOST)) == ["transformers (5.0 then, 5.1 now)"]
+    assert "transformers" not in fingerprint(CONFIG, "w", TORCH, HOST)
 
 
 @pytest.mark.parametrize("change", [{"batch_size": 2}, {"opt": {}}, {"measure": {"target": 0.02}}])
 def test_another_config_differs(change: dict[str, Any]) -> None:
-    old, new = fingerprint(CONFIG, "w", TORCH), fingerprint({**CONFIG, **change}, "w", TORCH)
+    old, new = fingerprint(CONFIG, "w", TORCH, HOST), fingerprint({**CONFIG, **change}, "w", TORCH, HOST)
     assert differences(old, new) == ["the configuration"]
 
 
 def test_the_threads_of_a_cpu_and_cuda_count() -> None:
-    assert fingerprint(CONFIG, "w", TORCH)["device"] == "abacus, 3 threads"
-    on_card = fingerprint({**CONFIG, "device": "cuda"}, "w", replace(TORCH, cuda="13.0"))
+    assert fingerprint(CONFIG, "w", TORCH, HOST)["device"] == "abacus, 3 threads"
+    on_card = fingerprint({**CONFIG, "device": "cuda"}, "w", replace(TORCH, cuda="13.0"), HOST)
     assert on_card["device"] == "abacus"
     assert on_card["torch"] == "2.99, CUDA 13.0"
 
 
 def test_differences_name_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    old = fingerprint(CONFIG, "w", TORCH)
+    old = fingerprint(CONFIG, "w", TORCH, HOST)
     monkeypatch.setattr(module, "code_hash", lambda: "other")
     newer = replace(TORCH, version="9.9.9", device_name="sliderule")
-    found = differences(old, fingerprint({**CONFIG, "batch_size": 3}, "x", newer))
+    found = differences(old, fingerprint({**CONFIG, "batch_size": 3}, "x", newer, HOST))
     assert found[:3] == ["the configuration", "the weights", "the code of qwen3bench"]
     assert found[3] == "torch (2.99 then, 9.9.9 now)"
     assert found[4] == "device (abacus, 3 threads then, sliderule, 3 threads now)"
     assert differences({}, {"code": "a"}) == ["the code of qwen3bench"]
+
+
+def test_what_a_run_may_use_of_its_machine_is_written_down() -> None:
+    found = environment("cpu", TORCH, HOST)
+    assert (found["usable_cpus"], found["usable_cores"], found["cpu_quota"]) == ("0-3", 2, 1.5)
+    assert (found["cpu_governor"], found["memory_limit_bytes"]) == ("performance", 2**30)
+    assert (found["torch_threads"], found["torch_interop_threads"]) == (3, 2)
+    assert found["variables"] == "OMP_NUM_THREADS=3"
+    free = environment("cpu", TORCH, replace(HOST, cpu_quota=math.inf, memory_limit_bytes=math.inf, variables={}))
+    assert (free["cpu_quota"], free["memory_limit_bytes"], free["variables"]) == ("no limit", "no limit", "none")
+    assert json.loads(json.dumps(free, allow_nan=False)) == free
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("host", "said"),
+    [
+        ({"cpus": (0,), "cores": 1}, "usable CPUs (4 on 2 cores then, 1 on 1 cores now)"),
+        ({"cores": 4}, "usable CPUs (4 on 2 cores then, 4 on 4 cores now)"),
+        ({"cpu_quota": math.inf}, "CPU quota (1.5 then, no limit now)"),
+        ({"governor": "powersave"}, "CPU governor (performance then, powersave now)"),
+        ({"variables": {}}, "variables (OMP_NUM_THREADS=3 then, none now)"),
+    ],
+)
+def test_another_host_differs(device: str, host: dict[str, Any], said: str) -> None:
+    config = {**CONFIG, "device": device}
+    old, new = (fingerprint(config, "w", TORCH, each) for each in (HOST, replace(HOST, **host)))
+    assert differences(old, new) == [said]
+
+
+def test_threads_between_operations_count() -> None:
+    old, new = (fingerprint(CONFIG, "w", each, HOST) for each in (TORCH, replace(TORCH, interop_threads=1)))
+    said = "threads (3 in an operation, 2 between operations then, 3 in an operation, 1 between operations now)"
+    assert differences(old, new) == [said]
+
+
+def test_other_cpus_of_the_same_kind_and_another_memory_limit_are_no_difference() -> None:
+    moved = replace(HOST, cpus=(4, 5, 6, 7), memory_limit_bytes=2**31)
+    assert differences(fingerprint(CONFIG, "w", TORCH, HOST), fingerprint(CONFIG, "w", TORCH, moved)) == []
+
+
+def test_what_was_not_known_then_is_no_difference() -> None:
+    new = fingerprint(CONFIG, "w", TORCH, HOST)
+    older = {key: value for key, value in new.items() if key not in HOST_KEYS}
+    assert differences(older, new) == differences(new, older) == []
+    unknown = fingerprint(CONFIG, "w", TORCH, replace(HOST, cpu_quota=None, governor=None))
+    assert differences(new, unknown) == differences(unknown, new) == []

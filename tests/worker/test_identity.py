@@ -9,13 +9,14 @@ import torch
 
 from qwen3bench.config.settings import Settings
 from qwen3bench.errors import UserError
-from qwen3bench.record.environment import environment
+from qwen3bench.record.environment import HOST_KEYS, environment
+from qwen3bench.record.host import Host
 from qwen3bench.worker.identity import device_name, identify, torch_facts
 
 
 def test_it_tells_what_pytorch_says() -> None:
     facts = torch_facts("cpu")
-    found = environment("cpu", facts)
+    found = environment("cpu", facts, Host.here())
     assert found["torch"] == torch.__version__
     assert found["torch_threads"] == torch.get_num_threads()
     assert found["device"] == found["cpu"] == device_name("cpu")
@@ -25,6 +26,16 @@ def test_it_identifies_a_run(small_settings: Callable[..., Settings]) -> None:
     identity = identify(small_settings().resolved("cpu"))
     assert identity.environment["code"] == identity.fingerprint["code"]
     assert identity.fingerprint["weights"] == "random:seed=0"
+    assert set(HOST_KEYS) - set(identity.fingerprint) <= {"CPU quota", "CPU governor"}  # which are not known everywhere
+
+
+def test_weights_beyond_memory_are_refused_before_they_are_hashed(
+    small_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen3bench.worker.identity.available_memory_bytes", lambda: 1000)
+    monkeypatch.setattr("qwen3bench.worker.identity.weights_fingerprint", lambda *_: pytest.fail("hashed them"))
+    with pytest.raises(UserError, match="the weights need"):
+        identify(small_settings().resolved("cpu"))
 
 
 def test_unknown_card_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,7 +46,7 @@ def test_unknown_card_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.cuda
 def test_describes_a_real_card() -> None:
-    found = environment("cuda", torch_facts("cuda"))
+    found = environment("cuda", torch_facts("cuda"), Host.here())
     properties = torch.cuda.get_device_properties(0)
     assert found["device"] == properties.name
     assert found["compute_capability"] == f"{properties.major}.{properties.minor}"

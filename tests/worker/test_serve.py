@@ -16,7 +16,8 @@ import torch
 
 from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.config.settings import Settings
-from qwen3bench.errors import UserError
+from qwen3bench.errors import Refused, UserError
+from qwen3bench.record.environment import HOST_KEYS
 from qwen3bench.record.lines import FailureLine
 from qwen3bench.record.messages import (
     REQUESTS,
@@ -65,7 +66,7 @@ def test_it_touches_a_card_with_a_kernel(ask: Ask, settings: Settings) -> None:
 
 def test_it_tells_what_must_not_change(opened: Ask) -> None:
     identity = opened("identify")
-    assert set(identity.fingerprint) == {"config", "weights", "code", "torch", "device"}
+    assert set(identity.fingerprint) - set(HOST_KEYS) == {"config", "weights", "code", "torch", "device"}
     assert identity.environment["torch"] == torch.__version__
 
 
@@ -99,6 +100,29 @@ def test_what_cannot_be_loaded_is_refused_as_the_users(ask: Ask, settings: Setti
     ask("open", config=replace(settings, weights=str(tmp_path / "none")).to_dict())
     with pytest.raises(UserError, match="none"):
         ask("load", cells=["baseline"])
+
+
+FLASH = "qwen3bench.opt.flash.apply"
+
+
+@pytest.mark.parametrize(
+    ("opts", "said"),
+    [
+        ({"flash": {"_target_": FLASH, "backend": "nonsense"}}, "flash.backend='nonsense' is unknown"),
+        ({"flash": {"_target_": "no.such.module"}}, "flash: its _target_ no.such.module cannot be loaded"),
+        ({"flash": {"_target_": FLASH}, "tie": {"_target_": FLASH}}, "flash and tie both replace the part"),
+        ({"flash": {"_target_": FLASH}, "tie": {"_target_": "builtins.len"}}, "tie: its function raised TypeError"),
+        ({"tie": {"_target_": "builtins.repr"}}, "tie: its function gives str and not Parts"),
+    ],
+)
+def test_what_a_config_asks_for_is_refused_when_it_opens(ask: Ask, settings: Settings, opts: Any, said: str) -> None:
+    with pytest.raises(Refused, match=said):
+        ask("open", config=replace(settings, opts=opts, design="full").to_dict())
+
+
+def test_switches_that_are_never_on_together_may_claim_one_part(ask: Ask, settings: Settings) -> None:
+    opts = {"flash": {"_target_": FLASH}, "tie": {"_target_": FLASH}}
+    ask("open", config=replace(settings, opts=opts, design="each").to_dict())
 
 
 def test_errors_become_a_status_and_one_line() -> None:
