@@ -33,6 +33,7 @@ class Doubt:
     - `names`: what it is about: cells, terms, or the runs that lack a control
     - `apart`: by how much the two copies of the baseline differ in A and in B, as fractions
     - `processes`: about how many in each run would tell; None where that is not known, or too many
+    - `tolerance`: the least, in whole percent, by which these runs would tell; None where they tell nothing
     """
 
     cause: Cause
@@ -41,6 +42,7 @@ class Doubt:
     names: tuple[str, ...] = ()
     apart: tuple[float, float] = (0.0, 0.0)
     processes: int | None = None
+    tolerance: float | None = None
 
 
 class Controlled:
@@ -123,7 +125,9 @@ def _wide(rows: pd.DataFrame, controlled: Controlled, tolerance: float) -> Doubt
     known = [number for number in needed if number is not None]
     names = rows.sort_values("lo", na_position="first")["name"]
     most = max(known) if len(known) == len(needed) else None
-    return Doubt(Cause.WIDE, *_place(rows), tuple(dict.fromkeys(names)), processes=most)
+    ruled_out = np.floor(100 / rows["lo"].min(skipna=False) - 100) / 100 + 0.01
+    enough = round(float(ruled_out), 2) if ruled_out < 1 else None
+    return Doubt(Cause.WIDE, *_place(rows), tuple(dict.fromkeys(names)), processes=most, tolerance=enough)
 
 
 def _place(rows: pd.DataFrame) -> tuple[str, str]:

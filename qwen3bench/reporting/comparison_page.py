@@ -126,9 +126,11 @@ def _doubted(doubt: Doubt, tolerance: float) -> Iterator[str]:
     else:
         yield f"No loss is shown, and none of {by} is ruled out, for {names} {where}."
         if doubt.processes is None:
-            yield f"More than {MOST_PROCESSES} processes would tell. Quiet the machine, or set a larger --tolerance."
+            yield f"It would take more than {MOST_PROCESSES} processes: use a quieter machine."
         else:
             yield f"Measure both again with {more}."
+        if doubt.tolerance is not None:
+            yield f"As they are, the runs rule out losses of --tolerance={doubt.tolerance:g}."
 
 
 def _changes(title: str, table: pd.DataFrame, names: tuple[str, ...], comparison: Comparison) -> Part:

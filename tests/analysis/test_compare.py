@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -10,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from qwen3bench.analysis.run import load_run
 from qwen3bench.compare import main
+from qwen3bench.config.cli import main as compose_and
+from qwen3bench.config.settings import Settings
 
 Write = Callable[..., Path]
 GATE = ("--fail-on", "slower")
@@ -92,6 +96,9 @@ def test_wide_intervals_ask_for_so_many_processes(write_run: Write, capsys: pyte
     verdict = section(text, "Verdict")
     assert re.search(r"No loss is shown, and none of 3 % is ruled out, for .*flash.* \(prefill, graph\)", verdict)
     processes = [int(n) for n in re.findall(r"measure\.min_processes=(\d+)", verdict)]
+    (settled,) = re.findall(r"--tolerance=(0\.\d+)", verdict)
+    assert output(capsys, a, b, *GATE, "--tolerance", settled)[0] == 0
+    assert output(capsys, a, b, *GATE, "--tolerance", float(settled) - 0.01)[0] == 4
     blocks = 3 * max(processes)
     assert 9 < blocks < 3 * 64
     enough = [write_run(f"{seed}", seed=seed, blocks=blocks, **loud) for seed in (7, 8)]
@@ -114,6 +121,16 @@ def test_the_baseline_by_itself_is_judged_by_latency_alone(
     assert status == 4
     assert "baseline: no ratio within a run is in both runs (prefill, graph)." in section(text, "Verdict")
     assert output(capsys, a, b, *GATE, "--latency")[0] == 0
+
+
+@pytest.mark.slow
+def test_two_runs_on_one_card_are_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    """Committed runs of all 32 cells, one after the other: 72 ratios, none lost 1 %."""
+    a, b = (Path(__file__).parents[2] / "results" / "reference" / f"h100-ablate-1x2048{end}" for end in ("", "-b"))
+    for tolerance in (0.03, 0.01):
+        status, text = output(capsys, a, b, *GATE, "--tolerance", tolerance)
+        assert status == 0
+        assert "all 72 that are compared" in section(text, "Verdict")
 
 
 def test_an_effect_that_lost_half_its_gain_fails(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,6 +237,28 @@ def test_the_help_explains_the_exit_status(capsys: pytest.CaptureFixture[str]) -
     text = capsys.readouterr().out
     assert [line.split()[0] for line in text.splitlines() if re.match(r"  [0-9] ", line)] == ["0", "3", "4", "1"]
     assert "(default 0.03)" in text
+
+
+def test_the_recipe_for_ci_asks_what_can_be_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "ci.md").read_text("utf-8")
+    job = yaml.safe_load(re.findall(r"^```yaml\n(.*?)^```", text, flags=re.M | re.S)[0])["jobs"]["gate"]
+    commands = [line.strip(" ()") for step in job["steps"] for line in step.get("run", "").splitlines()]
+    measured = [line.split("-m qwen3bench $QUESTION ")[1] for line in commands if "$QUESTION" in line]
+    assert [shlex.split(rest)[0].rpartition("/")[2] for rest in measured] == ["before", "after"]
+    monkeypatch.chdir(tmp_path)
+    asked: list[Settings] = []
+
+    def note(settings: Settings) -> int:
+        asked.append(settings.resolved("cuda"))
+        return 0
+
+    assert compose_and(shlex.split(job["env"]["QUESTION"]), run=note) == 0
+    assert asked[0].peers
+    assert len(asked[0].cells) == 16
+    (gate,) = [line for line in commands if "qwen3bench.compare" in line]
+    options = shlex.split(gate.split("|")[0])[3:]
+    assert "--fail-on" in options
+    assert main(options) == 1  # no such runs, and nothing else to complain of
 
 
 def test_differences_of_settings_come_first(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,6 +118,7 @@ def test_what_got_slower_is_one_sentence(row: tuple[Any, ...], sentence: str) ->
         (Doubt(Cause.CONTROL, *PLACE, apart=(0.03, 0.02), processes=8), "measure.min_processes=8"),
         (Doubt(Cause.WIDE, *PLACE, ("flash", "tie")), "none of 3 % is ruled out, for flash and tie (prefill, graph)"),
         (Doubt(Cause.WIDE, *PLACE, ("flash",), processes=12), "measure.min_processes=12"),
+        (Doubt(Cause.WIDE, *PLACE, ("flash",), processes=12, tolerance=0.08), "--tolerance=0.08."),
     ],
     ids=lambda value: value.cause.value if isinstance(value, Doubt) else "",
 )
