@@ -138,7 +138,8 @@ def test_the_first_command_and_all_that_reads_a_run(measured: Path, capsys: pyte
     for command in done:
         module, *arguments = shlex.split(command)[2:]
         entry = {"qwen3bench.report": report.main, "qwen3bench.compare": compare.main}[module]
-        assert entry(arguments) == 0, command
+        allowed = {0, 4} if "--fail-on" in arguments else {0}  # a second of measuring may be too little for a gate
+        assert entry(arguments) in allowed, command
     assert (measured.parent / "both" / "report.html").is_file()
     (snippet,) = fences(README, "python")
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""What changed between two runs, by the same verdicts as within one."""
+"""What changed between two runs, and whether something got slower."""
 
 from __future__ import annotations
 
@@ -6,22 +6,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from scipy import special
 
-from qwen3bench.analysis.contrasts import OTHERS_OFF, others_of
-from qwen3bench.analysis.frames import analysis_setting
+from qwen3bench.analysis.changes import PLACE, Compared, judged_table, ok_cells
+from qwen3bench.analysis.contrasts import others_of
+from qwen3bench.analysis.doubts import Controlled, Doubt, doubts
+from qwen3bench.analysis.regression import Change
 from qwen3bench.analysis.run import Run
-from qwen3bench.analysis.significance import OF_BYTES, OF_TIMES, Directions, Gains, holm, verdicts
-from qwen3bench.analysis.variance import clustered_mean
 from qwen3bench.errors import UserError
-from qwen3bench.record.states import CellStatus, Verdict
+from qwen3bench.record.states import CellStatus
 from qwen3bench.record.typed import flat
 
-_KEYS = ["cell", "workload", "runtime"]
-_TERM_KEYS = ["workload", "runtime", "metric", "term", "kind"]
-_CHANGE = ["a", "b", "ratio", "lo", "hi", "p_holm", "verdict"]
+TOLERANCE = 0.03  # of a latency: less than that, few would hold a change back for
+_KEYS = ["cell", *PLACE]
 # Settings that say where results go or how they are shown, not what was measured.
 _NOT_COMPARED = ("run.", "resume", "report.")
 
@@ -32,46 +29,62 @@ class Comparison:
 
     - `config`, `environment`: key, a, b of the settings that differ
     - `status`: cell, workload, runtime, a, b of the cells whose status differs
-    - `cells`: cell, workload, runtime, metric, a, b, ratio (A / B), lo, hi, p_holm, verdict
-    - `effects`: workload, runtime, metric, term, kind, a, b, ratio (B's effect / A's), lo, hi, p_holm,
-      verdict
+    - `changes`: what `changes.judged_table` gives
+    - `latency`: cell, workload, runtime, a, b in seconds, as in cells.csv
+    - `memory`: cell, workload, runtime, a, b in bytes, ratio (A / B) where the peak differs
     - `only`: what one run alone holds, in words
     - `lost`: cells that are ok in A and not in B, though B measures their workload and runtime, in words
     - `unlike`: sizes, model and dtype in which what is compared differs, in words
     - `warnings`: what makes a run less than it should be, in words: unfinished, noisy
+    - `doubts`: why the runs cannot tell whether something got slower by the `tolerance`
     """
 
     config: pd.DataFrame
     environment: pd.DataFrame
     status: pd.DataFrame
-    cells: pd.DataFrame
-    effects: pd.DataFrame
+    changes: pd.DataFrame
+    latency: pd.DataFrame
+    memory: pd.DataFrame
     only: list[str]
     lost: list[str]
     unlike: list[str]
     warnings: list[str]
+    doubts: list[Doubt]
+    tolerance: float
 
     @property
-    def slower(self) -> list[str]:
-        """What got slower in B, in words: cells, effects that lost worth, cells that are no longer ok."""
-        lost = self.status[self.status["a"] == CellStatus.OK].fillna("not measured")
-        said = [f"{r.cell} is {r.b!s} ({r.workload}, {r.runtime})" for r in lost.itertuples()]
-        effects = self.effects[self.effects["verdict"] == Verdict.SLOWER]
-        said += [
-            f"effect of {r['term']}, {r['kind']}, {r['a']:.3f}× → {r['b']:.3f}× ({r['workload']}, {r['runtime']})"
-            for r in effects.to_dict("records")
-        ]
-        cells = self.cells[self.cells["verdict"] == Verdict.SLOWER].to_dict("records")
-        return said + [f"{r['cell']}, {r['ratio']:.3f}× ({r['workload']}, {r['runtime']})" for r in cells]
+    def judged(self) -> pd.DataFrame:
+        """The changes that a gate goes by.
+
+        Interactions are not among them: where one switch alone gets better, that with another falls. What a fall costs
+        shows in the cells.
+        """
+        return self.changes[self.changes["kind"] != Compared.INTERACTION]
+
+    @property
+    def slower(self) -> pd.DataFrame:
+        """The judged changes that are slower."""
+        return self.judged[self.judged["change"] == Change.SLOWER]
+
+    @property
+    def failed(self) -> pd.DataFrame:
+        """Of `status`, the cells that are no longer ok."""
+        return self.status[self.status["a"] == CellStatus.OK]
+
+    @property
+    def regressed(self) -> bool:
+        """Whether something got slower, is no longer ok or is no longer measured."""
+        return bool(len(self.slower) or len(self.failed) or self.lost)
 
 
-def compare(a: Run, b: Run) -> Comparison:
-    """What changed from run A to run B.
+def compare(a: Run, b: Run, tolerance: float = TOLERANCE, *, latency: bool = False) -> Comparison:
+    """What changed from run A to run B, and whether it got slower by the `tolerance` (a fraction of the latency).
 
-    Effects are compared where both runs tell the same thing: of the same switches, and either an average over the
-    others or a switch beside none, or all, of them. Latencies and effects of two runs are independent: intervals
-    are Welch's (1947), p is Holm's over the terms, or the cells, of one workload and runtime; the verdicts are
-    those of `effects`, with B's band. Bytes are compared as counted.
+    Judged are the main effects, each cell's speed-up over the baseline, and its ratio to each peer of both runs. They
+    are told within a run, so what all cells share, such as the machine's state, leaves them. `latency`: judge raw
+    latencies too, which it does not leave. Effects are compared where both runs tell the same average over the same
+    switches; one that is a ratio to the baseline is that cell's speed-up. Holm's p is over all that is judged, and
+    apart from it over the interactions.
 
     Raises `UserError` where no cell under a workload and runtime is in both: nothing would be compared, and a gate
     must not pass for that.
@@ -80,18 +93,20 @@ def compare(a: Run, b: Run) -> Comparison:
         raise UserError(
             f"{a.path} and {b.path} have no cell under the same workload and runtime; there is nothing to compare"
         )
-    band = analysis_setting(b.record, "band")
-    confidence = analysis_setting(b.record, "confidence")
+    changes = judged_table(a, b, Controlled(a, b).noise(), tolerance, latency=latency)
     return Comparison(
         config=_differences(a.config, b.config),
         environment=_differences(*_known_to_both(a.environment, b.environment)),
         status=_status(a, b),
-        cells=_cells(a, b, band, confidence),
-        effects=_effects(a, b, band, confidence),
+        changes=changes,
+        latency=_pairs(a, b, "latency_s"),
+        memory=_memory(a, b),
         only=_only(a, b),
         lost=_lost(a, b),
         unlike=_unlike(a, b),
         warnings=[*_warnings("A", a), *_warnings("B", b)],
+        doubts=doubts(a, b, changes, tolerance),
+        tolerance=tolerance,
     )
 
 
@@ -117,76 +132,19 @@ def _status(a: Run, b: Run) -> pd.DataFrame:
     return both.loc[[x != y for x, y in zip(both["a"], both["b"], strict=True)]].reset_index(drop=True)
 
 
-def _cells(a: Run, b: Run, band: float, confidence: float) -> pd.DataFrame:
-    columns = [*_KEYS, "metric", *_CHANGE]
-    order = b.cells[_KEYS]  # as the cells stand in their table
-    latency = order.merge(_log_latency(a), on=_KEYS).merge(_log_latency(b), on=_KEYS, suffixes=("_a", "_b"))
-    latency = _judged(latency, _KEYS[1:], OF_TIMES, band, confidence)
-    latency["a"], latency["b"] = np.exp(latency["mean_a"]), np.exp(latency["mean_b"])
-    metric = "peak_allocated_bytes"
-    ok_a, ok_b = (run.cells.loc[run.cells["status"] == CellStatus.OK, [*_KEYS, metric]].dropna() for run in (a, b))
-    memory = ok_a.merge(ok_b, on=_KEYS, suffixes=("_a", "_b"))
-    memory["a"], memory["b"] = memory[f"{metric}_a"].astype(float), memory[f"{metric}_b"].astype(float)
-    memory["ratio"] = memory["lo"] = memory["hi"] = memory["a"] / memory["b"]
-    memory["p_holm"] = np.nan
-    gain = memory["ratio"] - 1
-    memory["verdict"] = verdicts(Gains(gain, gain, gain, memory["p_holm"]), band, OF_BYTES)
-    parts = [t for t in (latency.assign(metric="latency_s"), memory.assign(metric=metric)) if len(t)]
-    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
-
-
-def _log_latency(run: Run) -> pd.DataFrame:
-    """Mean log latency of each cell that is ok, with its error over blocks and processes."""
-    samples = run.samples[run.samples["copy"] == 0].merge(
-        run.cells.loc[run.cells["status"] == CellStatus.OK, _KEYS], on=_KEYS
+def _pairs(a: Run, b: Run, column: str) -> pd.DataFrame:
+    """`column` of both runs' cells that are ok, in B's order."""
+    left, right = (ok_cells(run)[[*_KEYS, column]].dropna() for run in (a, b))
+    both = right.merge(left, on=_KEYS, suffixes=("_b", "_a"))
+    return both.rename(columns={f"{column}_a": "a", f"{column}_b": "b"})[[*_KEYS, "a", "b"]].astype(
+        {"a": float, "b": float}
     )
-    visits = samples.groupby([*_KEYS, "block"], sort=False).agg({"latency_s": "median", "process": "first"})
-    rows = []
-    for key, group in visits.groupby(level=_KEYS, sort=False):
-        found = clustered_mean(np.log(group["latency_s"].to_numpy(float)), group["process"].to_numpy())
-        rows.append((*tuple(key), float(found.estimate), float(found.se), float(found.df)))
-    return pd.DataFrame(rows, columns=[*_KEYS, "mean", "se", "df"])
 
 
-def _effects(a: Run, b: Run, band: float, confidence: float) -> pd.DataFrame:
-    columns = [*_TERM_KEYS, *_CHANGE]
-    terms = []
-    for run in (a, b):
-        table = run.effects[(run.effects["metric"] == "latency_s") & run.effects["estimate"].notna()].copy()
-        half = (np.log(table["hi"].astype(float)) - np.log(table["lo"].astype(float))) / 2
-        quantile = special.stdtrit(table["df"].astype(float), (1 + analysis_setting(run.record, "confidence")) / 2)
-        table["se"], table["mean"] = half / quantile, -np.log(table["estimate"].astype(float))
-        table["others"] = table["reason"].map(others_of)
-        terms.append(table[[*_TERM_KEYS, "others", "estimate", "mean", "se", "df"]])
-    both = terms[0].merge(terms[1], on=[*_TERM_KEYS, "others"], suffixes=("_a", "_b"))
-    if _factors(a) != _factors(b):
-        both = both[both["others"] == OTHERS_OFF].reset_index(drop=True)
-    if both.empty:
-        return pd.DataFrame(columns=columns)
-    both["shapley"] = both["kind"] == "shapley"
-    both = _judged(both, ["workload", "runtime", "shapley"], OF_TIMES, band, confidence)
-    return both.rename(columns={"estimate_a": "a", "estimate_b": "b"})[columns]
-
-
-def _factors(run: Run) -> set[str]:
-    return set(run.factors)
-
-
-def _judged(both: pd.DataFrame, family: list[str], words: Directions, band: float, confidence: float) -> pd.DataFrame:
-    """`both` with ratio, lo, hi, p_holm and verdict of the change in the log scale columns `mean`, `se` and
-    `df`."""
-    change = (both["mean_a"] - both["mean_b"]).to_numpy(float)
-    variance_a, variance_b = both["se_a"].to_numpy(float) ** 2, both["se_b"].to_numpy(float) ** 2
-    se = np.sqrt(variance_a + variance_b)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        df = se**4 / (variance_a**2 / both["df_a"].to_numpy(float) + variance_b**2 / both["df_b"].to_numpy(float))
-        p = np.where(se > 0, 2 * special.stdtr(df, -np.abs(change) / se), np.nan)
-        half = np.where(se == 0, 0.0, special.stdtrit(df, (1 + confidence) / 2) * se)
-    both = both.assign(ratio=np.exp(change), lo=np.exp(change - half), hi=np.exp(change + half), p_holm=p)
-    both["p_holm"] = both.groupby(family)["p_holm"].transform(lambda values: holm(values.to_numpy()))
-    gains = Gains(both["ratio"] - 1, both["lo"] - 1, both["hi"] - 1, both["p_holm"])
-    both["verdict"] = verdicts(gains, band, words)
-    return both
+def _memory(a: Run, b: Run) -> pd.DataFrame:
+    both = _pairs(a, b, "peak_allocated_bytes")
+    both = both[both["a"] != both["b"]].reset_index(drop=True)
+    return both.assign(ratio=both["a"] / both["b"])
 
 
 def _warnings(name: str, run: Run) -> Iterator[str]:
@@ -206,8 +164,8 @@ def _only(a: Run, b: Run) -> list[str]:
             alone = [str(v) for v in dict.fromkeys(run.cells[column]) if v not in theirs]
             if alone:
                 said.append(f"{what}{'s' if len(alone) > 1 else ''} in {name} alone: {', '.join(alone)}")
-    if differ := _factors(a) ^ _factors(b):
-        text = "an effect is one over the others, and compared only where these are off"
+    if differ := set(a.factors) ^ set(b.factors):
+        text = "an effect is an average over the others, so effects are not compared"
         said.append(f"not both vary {', '.join(sorted(differ))}: {text}")
     told = [_told(run) for run in (a, b)]
     unlike = {key: (told[0][key], told[1][key]) for key in told[0] if told[1].get(key, told[0][key]) != told[0][key]}
@@ -219,8 +177,8 @@ def _only(a: Run, b: Run) -> list[str]:
 
 
 def _lost(a: Run, b: Run) -> list[str]:
-    there = b.cells[_KEYS[1:]].drop_duplicates()
-    ok = a.cells.loc[a.cells["status"] == CellStatus.OK, _KEYS].merge(there, on=_KEYS[1:])
+    there = b.cells[PLACE].drop_duplicates()
+    ok = a.cells.loc[a.cells["status"] == CellStatus.OK, _KEYS].merge(there, on=PLACE)
     left = ok.merge(b.cells[_KEYS], on=_KEYS, how="left", indicator="found")
     return [f"{r.cell} ({r.workload}, {r.runtime})" for r in left[left["found"] == "left_only"].itertuples()]
 
@@ -238,5 +196,5 @@ def _told(run: Run) -> dict[tuple[str, ...], str]:
     """What the other switches do where the main effects on latency are told, by workload, runtime and term."""
     table = run.effects[(run.effects["metric"] == "latency_s") & (run.effects["kind"] == "main")]
     table = table[table["estimate"].notna()]
-    keys = table[["workload", "runtime", "term"]].itertuples(index=False, name=None)
+    keys = table[[*PLACE, "term"]].itertuples(index=False, name=None)
     return dict(zip(keys, map(others_of, table["reason"]), strict=True))
