@@ -310,7 +310,9 @@ def ratios() -> np.ndarray:
     return np.concatenate([*map(measured_ratios, RECORDS), cited])
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/results.md", "docs/peers.md", "docs/log.md", "docs/how-we-measure.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/results.md", "docs/peers.md", "docs/log.md", "docs/how-we-measure.md"]
+)
 def test_every_ratio_with_an_interval_was_measured(name: str, ratios: np.ndarray) -> None:
     shown = [parts for parts in RATIO.findall((ROOT / name).read_text("utf-8")) if parts not in EXAMPLES]
     assert shown
