@@ -319,6 +319,12 @@ def test_every_ratio_with_an_interval_was_measured(name: str, ratios: np.ndarray
     assert [parts for parts in shown if not holds(ratios, parts)] == []
 
 
+def test_a_ratio_of_the_readme_without_an_interval_was_measured(ratios: np.ndarray) -> None:
+    shown = re.findall(r"(\d+\.\d+)×(?!\s\[)", README)
+    assert len(shown) >= 4
+    assert [each for each in shown if float(each) != 1 and not holds(ratios[:, :1], [each])] == []
+
+
 @pytest.mark.parametrize("run", sorted(set(HISTORY["run"])))
 def test_a_ratio_of_the_history_was_measured(run: str, tmp_path: Path) -> None:
     path = f"results/reference/{run}"
