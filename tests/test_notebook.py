@@ -80,7 +80,8 @@ def test_it_goes_from_a_record_to_its_findings(run_dir: Path, tmp_path: Path, mo
     product = re.search(r"of shares ([\d.]+), all on ([\d.]+)", said)
     assert product is not None
     assert product[1] == product[2]
-    assert "- All 2 switches together: 1.2" in said
+    assert "prefill, eager: turn on flash" in said
+    assert re.search(r"^flash: a share of 1\.2", said, re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -101,8 +102,9 @@ def test_without_a_run_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("place", ["notebooks", "."])
 def test_it_finds_a_run_of_every_combination_by_itself(
-    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     reference = tmp_path / "results" / "reference"
     reference.mkdir(parents=True)
@@ -113,21 +115,22 @@ def test_it_finds_a_run_of_every_combination_by_itself(
     (reference / "a-cut-off-one").mkdir()
     cut_off = [line for line in lines if '"end"' not in line]
     (reference / "a-cut-off-one" / "samples.jsonl").write_text("\n".join(cut_off) + "\n")
-    said = execute(monkeypatch, tmp_path / "notebooks")
-    assert "tiny on a device" in said
-    assert "has not finished" not in said
+    said = execute(monkeypatch, tmp_path / place)
+    assert said.startswith("small: tiny on a device")
 
 
 @pytest.mark.slow
-def test_it_reads_a_committed_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = execute(monkeypatch, NOTEBOOK.parent)
-    assert "qwen3-0.6b on NVIDIA H100 80GB HBM3, bfloat16" in said
-    assert "- All 5 switches together: 3.4" in said
+@pytest.mark.parametrize("directory", [ROOT, NOTEBOOK.parent], ids=["root", "notebooks"])
+def test_it_reads_a_committed_run(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    said = execute(monkeypatch, directory)
+    assert "h100-ablate-1x2048: qwen3-0.6b on NVIDIA H100 80GB HBM3, bfloat16" in said
+    assert "prefill, graph: turn on flash+tie+mlp+mask+norm: 3.4" in said
+    assert "mask: 1.15" in said
 
 
 def test_it_is_committed_without_outputs() -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert code
+    assert len(notebook.cells) == 10
     assert all(cell.outputs == [] and cell.execution_count is None and cell.metadata == {} for cell in code)

@@ -30,6 +30,7 @@ from qwen3bench.record.design import is_peer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -127,7 +128,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 def test_the_first_command_and_all_that_reads_a_run(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    promised = re.findall(r"^\| (`.*?) \| ", README.partition("## A run's directory")[2], re.MULTILINE)
+    promised = re.findall(r"^\| (`.*?) \| ", COMMANDS.partition("## A run's directory")[2], re.MULTILINE)
     names = [name for line in promised for name in spans(line)]
     assert names[0] == "samples.jsonl"
     assert len(names) >= 8
@@ -141,9 +142,9 @@ def test_the_first_command_and_all_that_reads_a_run(measured: Path, capsys: pyte
         allowed = {0, 4} if "--fail-on" in arguments else {0}  # a second of measuring may be too little for a gate
         assert entry(arguments) in allowed, command
     assert (measured.parent / "both" / "report.html").is_file()
-    (snippet,) = fences(README, "python")
+    (snippet,) = fences(COMMANDS, "python")
     capsys.readouterr()
-    exec(compile(snippet, "README.md", "exec"), {})
+    exec(compile(snippet, "commands.md", "exec"), {})
     said = capsys.readouterr().out
     assert "flash+tie" in said
     assert "verdict" in said
@@ -209,8 +210,8 @@ def test_shown_files_are_the_real_ones() -> None:
 
 def test_named_tests_of_the_snippets_exist() -> None:
     source = (ROOT / "tests" / "test_seed_snippets.py").read_text(encoding="utf-8")
-    section = README.partition("## Snippets that do not run")[2].partition("\n## ")[0]
-    named = [code for code in spans(section) if code.startswith("test_")]
+    text = (ROOT / "docs" / "seed-snippets.md").read_text(encoding="utf-8")
+    named = [code for code in spans(text) if code.startswith("test_")]
     assert len(named) >= 9
     assert [name for name in named if f"def {name}(" not in source] == []
 
@@ -222,9 +223,43 @@ def test_listed_columns_are_those_of_the_tables() -> None:
     assert set(spans(re.sub(r"\([^)]*\)", "", effects))) == set(EFFECT_COLUMNS)
 
 
-def test_the_place_of_the_results_is_marked_once() -> None:
-    assert README.count("<!-- results -->") == README.count("<!-- /results -->") == 1
-    assert README.index("<!-- results -->") < README.index("<!-- /results -->")
+def test_the_readme_is_read_in_one_minute() -> None:
+    assert len(README.split()) <= 900
+    before, picture, after = README.partition("![")
+    assert picture
+    assert len(before.split()) <= 60
+    alt, _, after = after.partition("](")
+    assert alt
+    assert after.partition(")")[0] == "results/reference/h100-ablate-1x2048/plots/effects-by-condition.svg"
+
+
+def test_a_line_of_the_readme_holds_one_interval_at_most() -> None:
+    intervals = re.compile(r"\[−?\d[\d.]*,\s*−?\d[\d.]*\]")
+    assert len(intervals.findall(README)) >= 10
+    assert [line for line in README.splitlines() if len(intervals.findall(line)) > 1] == []
+    assert len(intervals.findall(README)) == sum(len(intervals.findall(line)) for line in README.splitlines())
+
+
+@pytest.mark.slow
+def test_the_shown_output_is_what_the_run_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    block = README.partition("<!-- terminal -->")[2].partition("<!-- /terminal -->")[0]
+    (shown,) = fences(block.strip() + "\n", "text")
+    assert len(shown.splitlines()) == 10
+    run = tmp_path / "run"
+    shutil.copytree(ROOT / "results" / "reference" / "h100-ablate-1x2048", run)
+    assert report.main([str(run)]) == 0
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    start = printed.index(shown.splitlines()[0])
+    assert printed[start : start + 10] == shown.splitlines()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_ratio_is_said_plainly(document: Path) -> None:
+    """Four digits at most, and "as fast", as "1.43× faster" may mean 2.43 times as fast."""
+    text = document.read_text(encoding="utf-8")
+    assert re.findall(r"\d×(?:\s\[[^\]]*\])?\s(?:faster|slower)[^|]{,20}", text) == []
+    estimates = [parts[0] for parts in RATIO.findall(text)]
+    assert [each for each in estimates if len(each.replace(".", "").lstrip("0")) > 4] == []
 
 
 def test_version_and_license_are_the_same_everywhere() -> None:
@@ -237,7 +272,6 @@ def test_version_and_license_are_the_same_everywhere() -> None:
     assert (ROOT / "LICENSE").read_text(encoding="utf-8").startswith("MIT License\n")
 
 
-EXAMPLES = [("1.30", "1.29", "1.31")]  # how a ratio is written
 RECORDS = [path.parent for path in sorted((ROOT / "results" / "reference").rglob("samples.jsonl.xz"))]
 HISTORY = pd.read_csv(ROOT / "results" / "history.csv", dtype=str)  # ratios of runs that are no longer kept
 WHERE_IT_WAS = "a975f1c"  # the last commit that holds these runs
@@ -276,11 +310,19 @@ def ratios() -> np.ndarray:
     return np.concatenate([*map(measured_ratios, RECORDS), cited])
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/log.md", "docs/how-we-measure.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/results.md", "docs/peers.md", "docs/log.md", "docs/how-we-measure.md"]
+)
 def test_every_ratio_with_an_interval_was_measured(name: str, ratios: np.ndarray) -> None:
-    shown = [parts for parts in RATIO.findall((ROOT / name).read_text("utf-8")) if parts not in EXAMPLES]
+    shown = RATIO.findall((ROOT / name).read_text("utf-8"))
     assert shown
     assert [parts for parts in shown if not holds(ratios, parts)] == []
+
+
+def test_a_ratio_of_the_readme_without_an_interval_was_measured(ratios: np.ndarray) -> None:
+    shown = re.findall(r"(\d+\.\d+)×(?!\s\[)", README)
+    assert len(shown) >= 4
+    assert [each for each in shown if float(each) != 1 and not holds(ratios[:, :1], [each])] == []
 
 
 @pytest.mark.parametrize("run", sorted(set(HISTORY["run"])))

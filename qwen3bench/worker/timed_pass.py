@@ -83,11 +83,12 @@ class TimedPass:
         launches = self.ready[cell, copy].launches
         compilations = self.runtime.compilations()
         paces_paused = False
-        pace = self.pace
-        if pace is None:
+        if self.pace is None:
             cells = [prepared.launches for prepared in self.ready.values()]
             pace, paces_paused = unpaused(lambda: pace_of(cells, self.session.synchronize))
             self.pace = None if paces_paused else pace
+        else:
+            pace = self.pace
         count, inner = repeats or pace.repeats, pace.inner
         (started, values), paused = unpaused(lambda: (time.time(), self._time(launches, count, inner)))
         if self.runtime.compilations() != compilations:
