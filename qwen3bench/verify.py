@@ -24,13 +24,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Without `+opt` or `design` all 2^5 cells of the five are judged.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str]) -> int:
     if any(argument in ("-h", "--help") for argument in arguments):
         print(f"{__doc__}\n\n{main.__doc__}")
         return 0
     named = {argument.partition("=")[0].lstrip("+") for argument in arguments}
-    if not named & {"opt", "design"}:
-        arguments.append("design=full")
-    return guarded(lambda: verify(compose(arguments)))
+    return verify(compose(arguments if named & {"opt", "design"} else [*arguments, "design=full"]))
 
 
 def verify(settings: Settings) -> int:
