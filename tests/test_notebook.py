@@ -101,8 +101,9 @@ def test_without_a_run_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("place", ["notebooks", "."])
 def test_it_finds_a_run_of_every_combination_by_itself(
-    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     reference = tmp_path / "results" / "reference"
     reference.mkdir(parents=True)
@@ -113,14 +114,15 @@ def test_it_finds_a_run_of_every_combination_by_itself(
     (reference / "a-cut-off-one").mkdir()
     cut_off = [line for line in lines if '"end"' not in line]
     (reference / "a-cut-off-one" / "samples.jsonl").write_text("\n".join(cut_off) + "\n")
-    said = execute(monkeypatch, tmp_path / "notebooks")
+    said = execute(monkeypatch, tmp_path / place)
     assert "tiny on a device" in said
     assert "has not finished" not in said
 
 
 @pytest.mark.slow
-def test_it_reads_a_committed_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = execute(monkeypatch, NOTEBOOK.parent)
+@pytest.mark.parametrize("directory", [ROOT, NOTEBOOK.parent], ids=["root", "notebooks"])
+def test_it_reads_a_committed_run(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    said = execute(monkeypatch, directory)
     assert "qwen3-0.6b on NVIDIA H100 80GB HBM3, bfloat16" in said
     assert "- All 5 switches together: 3.4" in said
 
