@@ -55,7 +55,7 @@ def _rebuild(paths: list[Path], out: Path | None) -> None:
         report = write_report(run, found)
         runs.append(run)
         if len(directories) == 1:
-            terminal_summary(run, found, console)
+            terminal_summary(run, console)
         else:
             console.print(f"Report: {report}", soft_wrap=True, markup=False, highlight=False)
     if len(runs) > 1:

@@ -138,8 +138,7 @@ def test_a_noisy_condition_has_no_winner_in_a_title(
     assert len(plots) == 3
     for plot in plots:
         assert not re.search(r"lowest|flash|norm|closest", plot.title + plot.alt.partition("Pareto front:")[0])
-    assert plots[0].title.startswith("Noisy: 4 cells take 4.")
-    assert [plot.title.startswith("Noisy: ") for plot in plots] == [True] * 3
+    assert "4 cells take 4." in plots[0].title
 
 
 def test_a_noisy_condition_tells_nothing_in_the_title_over_conditions(full_run: Run) -> None:
