@@ -30,10 +30,14 @@ DEFAULTS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 no more false alarms than chance allows, 3 more, 1 an error, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str]) -> int:
     if any(argument in ("-h", "--help") for argument in arguments):
         print(f"{__doc__}\n{main.__doc__}\nUnless told otherwise: {' '.join(DEFAULTS)}")
         return 0
-    return guarded(lambda: measure(compose([*DEFAULTS, *_settings_of(arguments)]), _count(arguments)))
+    return measure(compose([*DEFAULTS, *_settings_of(arguments)]), _count(arguments))
 
 
 def _count(arguments: Sequence[str]) -> int:

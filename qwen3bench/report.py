@@ -78,7 +78,7 @@ def _rebuilt(directory: Path, console: Console, *, alone: bool) -> Run:
     found = findings(run)
     report = write_report(run, found)
     if alone:
-        terminal_summary(run, found, console)
+        terminal_summary(run, console)
     else:
         console.print(f"Report: {report}", soft_wrap=True, markup=False, highlight=False)
     return run

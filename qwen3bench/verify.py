@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from rich.text import Text
 
 from qwen3bench.config.cli import compose, guarded
 from qwen3bench.config.settings import Settings
 from qwen3bench.record.messages import Judgment
+from qwen3bench.reporting.text_table import narrow_table
 
-_WIDTH = 200  # a cell's line stays one line in a log, whatever the terminal
+_WIDTH = 200  # a cell's line stays one line in a log
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,13 +24,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Without `+opt` or `design` all 2^5 cells of the five are judged.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str]) -> int:
     if any(argument in ("-h", "--help") for argument in arguments):
         print(f"{__doc__}\n\n{main.__doc__}")
         return 0
     named = {argument.partition("=")[0].lstrip("+") for argument in arguments}
-    if not named & {"opt", "design"}:
-        arguments.append("design=full")
-    return guarded(lambda: verify(compose(arguments)))
+    return verify(compose(arguments if named & {"opt", "design"} else [*arguments, "design=full"]))
 
 
 def verify(settings: Settings) -> int:
@@ -42,28 +44,29 @@ def verify(settings: Settings) -> int:
     settings, judged = verification.settings, verification.config
     model, dtypes = settings.model, dict.fromkeys(("float32", settings.dtype))
     err = Console(stderr=True)
-    console = Console(highlight=False, soft_wrap=True, width=_WIDTH)
+    console = Console(highlight=False, soft_wrap=True)
+    width = console.width if console.is_terminal or "COLUMNS" in os.environ else _WIDTH
     console.print(
         f"{model.name} on {settings.device}: {judged.num_layers} of {model.num_layers} layers, "
         f"{judged.vocab_size} of {model.vocab_size} tokens; errors as multiples of the baseline's",
         markup=False,
     )
     ratios = [f"{dtype} {error}" for dtype in dtypes for error in ("max", "rms")]
-    table = Table("cell", "verdict", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in (*ratios, "mean KL", "same top-1"):
-        table.add_column(name, justify="right")
+    heads = ["verdict", *ratios, "mean KL", "same top-1"]
+    table: dict[str, list[str]] = {}
     reasons, equivalent = [], 0
     try:
         for cell in track(settings.labels, "judging", console=err, transient=True, disable=not err.is_terminal):
             judgment = verification.judge(cell)
             values = [judgment.checks.get(f"{name.replace(' ', '_')}_ratio") for name in ratios]
             values += [judgment.kl_mean, judgment.top1_agreement]
-            table.add_row(Text(cell), _word(judgment), *("" if value is None else f"{value:.3g}" for value in values))
+            table[cell] = [_word(judgment), *("" if value is None else f"{value:.3g}" for value in values)]
             equivalent += judgment.equivalent
             if judgment.reason:
                 reasons.append(f"{cell}: {judgment.reason}")
     finally:  # interrupted, what is judged is told all the same
-        console.print(table)
+        for line in narrow_table(table, heads, width):
+            console.print(line, markup=False)
         for reason in reasons:
             console.print(reason, markup=False)
     cells = len(settings.labels)

@@ -43,6 +43,22 @@ def test_a_named_cell_is_judged_beside_the_baseline(capsys: pytest.CaptureFixtur
     assert re.findall(r"^(\S+) +ok ", capsys.readouterr().out, re.MULTILINE) == ["baseline", "flash+mask"]
 
 
+def test_a_narrow_terminal_breaks_no_number(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = []
+    for columns in ("200", "40"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert verify.main([*TINY, "+opt=tie"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        table.append([line for line in lines if re.match(r"(baseline|tie) +ok ", line)])
+    wide, narrow = table
+    assert max(map(len, wide)) > 40
+    assert max(map(len, narrow)) <= 40
+    assert all(long.split()[: len(short.split())] == short.split() for long, short in zip(wide, narrow, strict=True))
+    assert "in a wider window" in "\n".join(lines)
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 3])
 def test_many_short_prompts_are_judged(tokens: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify.main([*TINY, "+opt=tie", "batch_size=4", f"prompt_tokens={tokens}"]) == 0

@@ -84,7 +84,7 @@ def run(settings: Settings, machine: Machine | None = None) -> int:
     except Interrupted as stop:
         _say_interrupted(writer)
         return 128 + int(stop.args[0])
-    terminal_summary(finished, found, Console())
+    terminal_summary(finished, Console())
     print(f"took {duration(time.monotonic() - started)}", file=sys.stderr)
     if not (finished.cells["status"] == CellStatus.OK).any():
         print(f"qwen3bench: error: no cell could be measured; {directory / 'report.html'} says why", file=sys.stderr)

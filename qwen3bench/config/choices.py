@@ -56,10 +56,11 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def no_such_choice(group: str, name: str) -> str:
-    """The two lines for a person who named a choice that `group` has not."""
+def no_such_choice(group: str, name: str, found: Iterable[str] = ()) -> str:
+    """The two lines for a person who named a choice that `group` has not, though it has those `found`."""
     what = "optimization" if group == "opt" else group
-    known = choices(group)
+    own = choices(group)
+    known = [*own, *sorted(set(found) - set(own))]
     return f"there is no {what} {name!r}{nearest(name, known)}\nthere are: {', '.join(known)}"
 
 

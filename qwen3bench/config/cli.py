@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from qwen3bench.config.choices import config_dir
 from qwen3bench.config.composition_errors import plain_errors
 from qwen3bench.config.entry import FULL_ERROR, Parser, guarded
-from qwen3bench.config.overrides import check, normalize
+from qwen3bench.config.overrides import check, normalize, sweep_directory
 from qwen3bench.config.settings import Settings, settings_from, with_checkpoint_shape
 from qwen3bench.errors import UserError
 
@@ -78,6 +78,7 @@ def _launch(argv: Sequence[str], run: Run, finished: Finished) -> int:
 
     arguments = normalize(argv)
     check(arguments)
+    arguments += sweep_directory(arguments)
     program = hydra.main(config_path=str(config_dir()), config_name=_CONFIG, version_base=_HYDRA)(task)
     # Hydra prints its errors, at length, unless it is told to raise them.
     with plain_errors(arguments), _arguments(arguments), _environment(FULL_ERROR, "1"):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from qwen3bench.config.choices import SEVERAL, SINGLE, choices, nearest, no_such_choice
 from qwen3bench.errors import UserError
@@ -21,16 +21,17 @@ def plain_errors(overrides: Sequence[str]) -> Iterator[None]:
     except UserError:
         raise
     except MissingConfigException as error:  # an OSError too
-        group, _, name = (error.missing_cfg_file or "").partition("/")
-        known = group in (*SEVERAL, *SINGLE)
-        raise UserError(no_such_choice(group, name) if known else _first_lines(error)) from error
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        if group in (*SEVERAL, *SINGLE) or error.options:
+            raise UserError(no_such_choice(group, name, error.options or ())) from error
+        raise UserError(_told(error)) from error
     except OSError:
         raise
     except Exception as error:
         key_error = error.__cause__
         if isinstance(key_error, (ConfigAttributeError, ConfigKeyError)) and key_error.full_key:
             raise UserError(_no_such_key(key_error, overrides)) from error
-        raise UserError(_first_lines(error)) from error
+        raise UserError(_told(error)) from error
 
 
 def _no_such_key(error: ConfigAttributeError | ConfigKeyError, overrides: Sequence[str]) -> str:
@@ -42,10 +43,15 @@ def _no_such_key(error: ConfigAttributeError | ConfigKeyError, overrides: Sequen
             return no_such_choice(group, name)
         return f"{key} sets an option of {name}, which is not in this run; add {group}={name}"
     siblings = [str(key) for key in error.parent_node] if isinstance(error.parent_node, DictConfig) else []
-    hint = nearest(str(error.key), siblings) or "; `python -m qwen3bench --cfg job` shows what can be set"
-    return f"there is no setting {missing!r}{hint}"
+    hint = nearest(str(error.key), siblings)
+    if not hint and "." in missing and siblings:
+        hint = f"; there are: {', '.join(siblings)}"
+    return f"there is no setting {missing!r}{hint or '; `python -m qwen3bench --cfg job` shows what can be set'}"
 
 
-def _first_lines(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) or type(error).__name__
+def _told(error: Exception) -> str:
+    """All that an error says, and its cause, on one line; without OmegaConf's types."""
+    said = [str(error), *([str(error.__cause__)] if isinstance(error.__cause__, OmegaConfBaseException) else [])]
+    lines = [line.strip() for text in said for line in text.splitlines()]
+    kept = [line for line in lines if line and not line.startswith(("object_type=", "reference_type="))]
+    return " ".join(dict.fromkeys(kept)) or type(error).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -25,8 +26,12 @@ class Parser(argparse.ArgumentParser):
 def guarded(action: Callable[[], int]) -> int:
     """Exit status of `action`; an error that the user can mend is printed in one or two lines and gives 1.
 
-    HYDRA_FULL_ERROR=1 in the environment shows the traceback as well. Any other exception is a bug.
+    What standard output or error cannot encode is escaped. HYDRA_FULL_ERROR=1 in the environment shows the traceback as
+    well. Any other exception is a bug.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return action()
     except BrokenPipeError:  # the reader of a pipe has seen enough; what is left goes nowhere (Python's docs, SIGPIPE)

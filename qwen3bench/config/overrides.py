@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
 
 from qwen3bench import __version__
@@ -16,6 +19,13 @@ from qwen3bench.errors import UserError
 
 # flash,tie or [flash, tie]; anything else is Hydra's to read or refuse.
 _NAMES = re.compile(r"[\w.,\- ]*|\[[\w.,\- ]*\]")
+_PATHS = ("run.dir", "resume", "weights", "hydra.sweep.dir")
+_REFUSED = {  # what Hydra would do with its own directory, and this program does with run.dir
+    "hydra.run.dir": "name the directory with run.dir",
+    "hydra.job.chdir": "a run stays where it is started; name its directory with run.dir",
+    "hydra.output_subdir": "config.yaml in run.dir holds the composed config",
+}
+_SWEEP_DIR = "hydra.sweep.dir"
 _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
@@ -46,21 +56,89 @@ def check(arguments: Sequence[str]) -> None:
 
     These are: what is no override, a group set to something other than names, several values without multirun.
     """
-    overrides = [argument for argument in arguments if not argument.startswith("-")]
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except OverrideParseException as error:
-        raise UserError(f"{error.override!r} is no override; give KEY=VALUE, as in `model=tiny`") from error
+    parsed = _parsed(arguments)
     multirun = _asks_for_multirun(arguments)
+    _refuse_hydras_directories(parsed, multirun)
     for override in parsed:
+        key = override.key_or_group
+        typed = str(override.input_line)
         if override.is_sweep_override():
             if not multirun:
-                key = override.key_or_group
-                raise UserError(f"{key} takes one value; for one run per value add -m (multirun)")
+                advice = f"; one value with a comma: {hint}" if key in _PATHS and (hint := _with_quotes(typed)) else ""
+                raise UserError(f"{key} takes one value; for one run per value add -m (multirun){advice}")
+        elif key in _PATHS and not override.is_delete() and not isinstance(override.value(), str | None):
+            raise UserError(f"{typed!r}: without quotes the value is no text; type {_with_quotes(typed)}")
         elif override.key_or_group in (*SEVERAL, *SINGLE) and not override.is_delete():
             value = override.value()
             if not all(isinstance(name, str) for name in (value if isinstance(value, list) else [value])):
                 raise UserError("a group is set to the name of an option, as in `model=tiny`; --help lists them")
+
+
+def sweep_directory(arguments: Sequence[str]) -> list[str]:
+    """The override by which Hydra, in a multirun, makes its directories where `run.dir` puts the runs.
+
+    Raises `UserError` where the arguments name both.
+    """
+    given = {each.key_or_group: each for each in _parsed(arguments)}
+    named = given.get("run.dir")
+    if not _asks_for_multirun(arguments) or named is None or named.is_sweep_override() or named.is_delete():
+        return []
+    if _SWEEP_DIR in given:
+        raise UserError(f"run.dir and {_SWEEP_DIR} both name the multirun's directory; give one of them")
+    return [f"{_SWEEP_DIR}={_quoted(str(_home(str(named.value()))))}"] if named.value() else []
+
+
+def _parsed(arguments: Sequence[str]) -> list[Override]:
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    try:
+        return OverridesParser.create().parse_overrides(overrides)
+    except OverrideParseException as error:
+        if hint := _with_quotes(error.override):
+            raise UserError(f"{error.override!r}: the value needs quotes; type {hint}") from error
+        raise UserError(f"{error.override!r} is no override; give KEY=VALUE, as in `model=tiny`") from error
+
+
+def _refuse_hydras_directories(parsed: Sequence[Override], multirun: bool) -> None:
+    for key, value in (each for override in parsed if not override.is_delete() for each in _settings_of(override)):
+        if key in _REFUSED and value not in (None, False):
+            raise UserError(f"{key} is not for this program: {_REFUSED[key]}")
+        if key == _SWEEP_DIR and not multirun:
+            raise UserError(f"{_SWEEP_DIR} is for a multirun (-m); name the directory of one run with run.dir")
+
+
+def _settings_of(override: Override) -> Iterator[tuple[str, object]]:
+    """The settings that an override makes, those of `key={name: value}` each by itself."""
+    key, value = override.key_or_group, override.value()
+    if isinstance(value, dict):
+        yield from ((f"{key}.{name}", each) for name, each in value.items())
+    else:
+        yield key, value
+
+
+def _quoted(value: str) -> str:
+    """`value` as Hydra reads text with any characters in it."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + (r"\'" if found[2] else ""), value) + "'"
+
+
+def _with_quotes(override: str) -> str:
+    """What to type in a shell for a path that Hydra misreads; empty where it is no path, or nothing helps."""
+    key, _, value = override.partition("=")
+    quoted = f"{key}={_quoted(value.strip(chr(39) + chr(34)))}"
+    if key.lstrip("+") not in _PATHS or not quoted.isprintable():
+        return ""
+    try:
+        OverridesParser.create().parse_override(quoted)
+    except OverrideParseException:
+        return ""
+    return f'"{quoted}"' if not set(quoted) & set('"$`\\!') else shlex.quote(quoted)
+
+
+def _home(path: str) -> Path:
+    """`path` with the home directory for `~`."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: no home directory is known for it; name the directory in full") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,6 +171,8 @@ def _lengthened(override: str) -> str:
     first, dot, _ = name.partition(".")
     if dot and first in choices("opt"):
         return f"{sign}opt.{name}{equals}{value}"
+    if name in _PATHS and value.startswith("~"):  # a shell leaves it as it is within a word
+        return f"{sign}{name}={_quoted(str(_home(value)))}"
     if name in SINGLE and "~" not in sign:  # to Hydra the plus would add it to the one that there is
         return f"{name}{equals}{_model_names(value) if name == 'model' else value}"
     return override

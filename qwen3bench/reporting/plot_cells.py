@@ -11,7 +11,8 @@ from matplotlib.ticker import LogFormatter
 from numpy.typing import NDArray
 
 from qwen3bench.record.lines import CeilingLine, CostLine
-from qwen3bench.reporting.conditions import Condition
+from qwen3bench.reporting import control_findings
+from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.figures import (
     BLUE,
     GRAY,
@@ -65,7 +66,7 @@ def ranked(run: Run, condition: Condition) -> Plot | None:
         return None
     unit = unit_for(cells[LATENCY], SECONDS)
     few = len(cells) <= _ROWS_NAMED
-    title = _ranked_title(cells)
+    title = _ranked_title(cells, control_findings.noise(run, condition))
     figure = new_figure(title, f"{condition}; {device(run)}", 1.7 + (0.2 * len(cells) if few else 7.5))
     ratios = (max(1, len(factors(run))) * 0.26, 6)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=ratios)
@@ -90,10 +91,13 @@ def ranked(run: Run, condition: Condition) -> Plot | None:
     return Plot(f"cells-{condition.slug}", figure, title, alt)
 
 
-def _ranked_title(cells: pd.DataFrame) -> str:
-    fastest = rows(cells)[0]
+def _ranked_title(cells: pd.DataFrame, noise: float) -> str:
+    """What is seen of cells in order of latency; with a failed A/A control none is the first."""
+    fastest, slowest = rows(cells)[0], rows(cells)[-1]
     if len(cells) == 1:
         return f"{fastest.cell}: {seconds(fastest.latency_s)}"
+    if noise:
+        return f"Noisy: {len(cells)} cells take {seconds(fastest.latency_s)} to {seconds(slowest.latency_s)}"
     first = f"{fastest.cell} has the lowest latency, {seconds(fastest.latency_s)}"
     baseline = rows(cells[cells["cell"] == BASELINE])
     return f"{first}; the baseline takes {seconds(baseline[0].latency_s)}" if baseline else first
@@ -124,7 +128,7 @@ def memory_latency(run: Run, condition: Condition) -> Plot | None:
         return None
     x_unit, y_unit = unit_for(cells[LATENCY], SECONDS), unit_for(cells[MEMORY], BYTES)
     front = pareto_front(cells, band(run))
-    title = _front_title(front, cells, band(run))
+    title = _front_title(front, cells, band(run), control_findings.noise(run, condition))
     figure = new_figure(title, f"{condition}; {device(run)}", 4.6)
     axes = figure.subplots()
     x, y = _scaled(cells, LATENCY, x_unit), _scaled(cells, MEMORY, y_unit)
@@ -173,13 +177,15 @@ def pareto_front(cells: pd.DataFrame, width: float) -> pd.DataFrame:
     return front[~np.array(beaten)]
 
 
-def _front_title(front: pd.DataFrame, cells: pd.DataFrame, width: float) -> str:
+def _front_title(front: pd.DataFrame, cells: pd.DataFrame, width: float, noise: float) -> str:
     first = rows(front)[0]
+    smallest_peak = size(smallest(cells, MEMORY).peak_allocated_bytes)
+    if noise:
+        return f"Noisy: no cell is named fastest; the smallest peak memory is {smallest_peak}"
     if len(front) == 1:
         least = f"{seconds(first.latency_s)}, and the least peak memory, {size(first.peak_allocated_bytes)}"
         return f"{first.cell} has the lowest latency, {least}, within ±{100 * width:g} %"
-    least = size(smallest(cells, MEMORY).peak_allocated_bytes)
-    return f"{len(front)} of {count(len(cells), 'cell')} lie on the Pareto front; the smallest peak is {least}"
+    return f"{len(front)} of {count(len(cells), 'cell')} lie on the Pareto front; the smallest peak is {smallest_peak}"
 
 
 class _WrittenOut(LogFormatter):
@@ -204,10 +210,11 @@ def roofline(run: Run) -> Plot | None:
     cells["rate"] = cells["flops"] / cells[LATENCY]
     cells["share"] = cells["rate"] / np.minimum(flops_ceiling, bytes_ceiling * cells["intensity"])
     best = rows(cells.sort_values("share", ascending=False, kind="stable"))[0]
-    title = (
-        f"{best.cell} comes closest to the roofline: {percent(best.share)} of what the device allows "
-        f"({best.workload}, {best.runtime})"
-    )
+    reached = f"{percent(best.share)} of what the device allows ({best.workload}, {best.runtime})"
+    where = next(c for c in conditions(run) if (c.workload, c.runtime) == (best.workload, best.runtime))
+    title = f"{best.cell} comes closest to the roofline: {reached}"
+    if control_findings.noise(run, where):
+        title = f"Noisy: the cells reach up to {reached}"
     scale, unit = (1e12, "TFLOP/s") if flops_ceiling >= 1e12 else (1e9, "GFLOP/s")
     products, copies = significant(flops_ceiling / scale), significant(bytes_ceiling / 1e9)
     ceiling = f"{products} {unit} in matrix products, {copies} GB/s in copies"

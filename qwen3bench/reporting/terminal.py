@@ -1,85 +1,208 @@
-"""The end of a run in a terminal: findings, a short table per condition, and where the report is."""
+"""The end of a run in a terminal: the answer, a table of effects, and where the report is."""
 
 from __future__ import annotations
 
+import math
 import os
-import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from qwen3bench.record.states import CellStatus
+from qwen3bench.record.states import CellStatus, Verdict
+from qwen3bench.reporting import control_findings
 from qwen3bench.reporting.conditions import Condition, conditions
-from qwen3bench.reporting.findings import grouped
-from qwen3bench.reporting.lookup import BASELINE, LATENCY, MEMORY, all_on, directory, smallest, usable
-from qwen3bench.reporting.tables import ranking_table
-from qwen3bench.reporting.units import seconds, size
-from qwen3bench.reporting.wording import Finding
+from qwen3bench.reporting.findings_cells import recommended
+from qwen3bench.reporting.lookup import BASELINE, LATENCY, band, directory, of_peers, others_beside, rows, terms, usable
+from qwen3bench.reporting.text_table import FIXED, narrow_table, packed, text_table, wrapped
+from qwen3bench.reporting.units import count, is_number, percent, ratio, seconds, significant, size
+from qwen3bench.reporting.wording import NoVerdict, verdict_of
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
-_MAX_ROWS = 8  # of a table of cells, which is to fit one screen together with the findings
+MAX_LINES = 25  # one screen
 _WIDTH = 100
-_INDENT: dict[str, Any] = {"initial_indent": "  ", "subsequent_indent": "  ", "break_on_hyphens": False}
+_MAX_ROWS = 9  # of the table
+_MARKS: dict[str, str] = {Verdict.SAME: "=", Verdict.UNDECIDED: "?", NoVerdict.NOISE: "?", NoVerdict.MISSING: ""}
+Estimate = tuple[float, float, float, str]  # ratio, its interval, its verdict
+Rows = dict[str, list[Estimate | None]]  # one estimate for each condition
 
 
-def terminal_summary(run: Run, found: list[Finding], console: Console) -> None:
-    """Print the findings `found`, the most telling cells, fastest and smallest of each condition, the report's path.
+def terminal_summary(run: Run, console: Console) -> None:
+    """Print what to switch on in each condition, the effect of each switch, and the report's path, in 25 lines.
 
-    Fits 100 columns; plain text where the console is no terminal.
+    Fits 100 columns, or the terminal where that is narrower, and breaks no number.
     """
-    console = console if console.is_terminal else Console(file=console.file, width=_WIDTH, color_system=None)
-    width = min(console.width, _WIDTH)
-    found = [finding for finding in found if finding.kind != "control" or finding.level == "warning"]
-    for finding in found:
-        if finding.level == "warning":
-            console.print(Text(f"Warning: {finding.text}", style="yellow"), width=width)
-    for heading, group in grouped([finding for finding in found if finding.level == "plain"]):
-        console.print(Text(heading, style="bold"), width=width)
-        for finding in group:
-            console.print(Text(textwrap.fill(finding.text, width, **_INDENT)), soft_wrap=True)
-    for condition in conditions(run):
-        _print_cells(run, condition, console, width)
+    narrow = console.is_terminal or "COLUMNS" in os.environ
+    width = min(console.width, _WIDTH) if narrow else _WIDTH
     report = directory(run) / "report.html"
-    console.print(
-        Text(f"Report: {os.path.relpath(report) if report.is_relative_to(Path.cwd()) else report}"),
-        soft_wrap=True,
+    warnings = [line for text in _warnings(run) for line in wrapped(f"Warning: {text}", width)]
+    table = _table(run, width)
+    room = MAX_LINES - len(warnings) - len(table) - 1
+    shown = _answers(run, width, room)
+    for line in warnings:
+        console.print(Text(line, style="yellow"), soft_wrap=True)
+    for line in (*shown, *table):
+        console.print(Text(line), soft_wrap=True)
+    where = os.path.relpath(report) if report.is_relative_to(Path.cwd()) else report
+    console.print(Text(f"Report: {where}"), soft_wrap=True)
+
+
+def effect_lines(main: Rows, heads: Sequence[str], width: int) -> list[str]:
+    """A table of ratios, a row for each name and a column for each head, that breaks no number.
+
+    Where it is too wide the intervals are left out, then the last columns, which a line counts.
+    """
+    whole = {name: [_field(each) for each in estimates] for name, estimates in main.items()}
+    lines = text_table(whole, heads)
+    if max(map(len, lines)) <= width:
+        return lines
+    short = {name: [_field(each, interval=False) for each in estimates] for name, estimates in main.items()}
+    return narrow_table(short, heads, width)
+
+
+# The answer
+
+
+def _answers(run: Run, width: int, room: int) -> list[str]:
+    """What to switch on in each condition, as much of it as `room` lines hold."""
+    found = conditions(run)
+    ways: tuple[Callable[[Condition], list[str]], ...] = (
+        lambda condition: _answer(run, condition, width),
+        lambda condition: _answer(run, condition, width, brief=True),
+    )
+    for way in ways:
+        blocks = [way(condition) for condition in found]
+        if sum(map(len, blocks)) <= room:
+            break
+    lines: list[str] = []
+    for number, block in enumerate(blocks):
+        last = number == len(blocks) - 1
+        if len(lines) + len(block) > room - (not last):
+            return [*lines, f"{count(len(blocks) - number, 'more answer')} in the report"]
+        lines += block
+    return lines
+
+
+def _answer(run: Run, condition: Condition, width: int, brief: bool = False) -> list[str]:
+    cells = usable(condition.select(run.cells))
+    if noise := control_findings.noise(run, condition):
+        apart = percent(math.expm1(noise)).replace(" ", FIXED)
+        text = f"{condition}: noisy: two copies of the baseline differ by {apart}, so no switch is recommended."
+        return wrapped(text, width)
+    by_label = {row.cell: row for row in rows(cells)}
+    if not by_label:
+        return wrapped(f"{condition}: nothing was measured.", width)
+    finding = next(recommended(run, condition), None)
+    chosen = finding.text.partition(":")[0].partition(" ")[0] if finding else ""
+    if row := by_label.get(chosen):
+        gain = ratio(row.speedup, row.speedup_lo, row.speedup_hi)
+        lines = packed(f"{condition}:", [f"+opt={chosen.replace('+', ',')}"], width)
+        if brief:
+            return [*lines, *packed(f"  {gain.partition(' ')[0]} as fast,", _facts(row, brief), width)]
+        gain += " as fast as the baseline"
+        if len(lines[-1]) + 2 + len(gain) <= width:
+            return [*lines[:-1], f"{lines[-1]}  {gain}", *packed("", _facts(row, brief), width)]
+        return [*lines, *packed(f"  {gain},", _facts(row, brief), width)]
+    if finding is not None:
+        return wrapped(f"{condition}: {finding.text.removesuffix('.').replace(f' ({condition})', '')}.", width)
+    row = by_label.get(BASELINE, next(iter(by_label.values())))
+    return packed(f"{condition}:", [row.cell, *_facts(row, brief)], width)
+
+
+def _facts(row: Any, brief: bool) -> list[str]:
+    """Latency, rate and memory of a cell; its latency alone where it is to be brief."""
+    facts = [seconds(row.latency_s)]
+    if not brief:
+        facts += [f"{significant(row.tokens_per_s)} tokens/s"] * is_number(row.tokens_per_s)
+        if is_number(row.peak_allocated_bytes):
+            facts.append(f"{size(row.peak_allocated_bytes)} peak memory")
+        elif is_number(row.parameter_bytes):
+            facts.append(f"{size(row.parameter_bytes)} of parameters")
+    return facts
+
+
+def _warnings(run: Run) -> Iterator[str]:
+    """What limits the worth of all answers."""
+    if not run.finished:
+        yield "this run has not finished: what is here is what was measured until now."
+    bad = run.cells[run.cells["status"].notna() & (run.cells["status"] != CellStatus.OK)]
+    if len(bad):
+        by_status = bad.drop_duplicates(["cell", "status"])["status"].value_counts()
+        said = ", ".join(f"{number} {status}" for status, number in by_status.items())
+        yield f"cells without a speed-up: {said}; the report says why."
+    if run.warnings:
+        yield f"the record is damaged in {count(len(run.warnings), 'place')}; the report says where."
+    failed = [control for control in control_findings.sentences(run) if control.failed]
+    if others := len(failed) - int(run.controls.aa["noisy"].sum()):
+        yield f"{count(others, 'control')} failed; the report says which, and what it means."
+
+
+# The table
+
+
+def _table(run: Run, width: int) -> list[str]:
+    """The effect of each switch in each condition; of each cell where switches cannot be told apart."""
+    found = conditions(run)
+    heads = [str(condition) for condition in found]
+    main = {str(condition): terms(run, condition, LATENCY, "main") for condition in found}
+    told = {name for frame in main.values() for name in frame["term"]}
+    switches: Rows = {
+        name: [_main_effect(run, condition, main[str(condition)], name) for condition in found]
+        for name in run.factors
+        if name in told
+    }
+    marks = f"(= the same within ±{100 * band(run):g}{FIXED}%, ? undecided)"
+    lines: list[str] = []
+    if switches:
+        others = {others_beside(frame) for frame in main.values() if len(frame)}
+        others_said = f", {others.pop()}" if len(others) == 1 and len(run.factors) > 1 else ""
+        lines += ["", *wrapped(f"Each switch{others_said} {marks}", width)]
+        lines += effect_lines(_cut(switches), heads, width)
+    names = [str(cell) for cell in dict.fromkeys(run.cells[of_peers(run.cells)]["cell"])]
+    title = "Other implementations against the baseline"
+    if not switches:
+        ours = dict.fromkeys(str(cell) for cell in run.cells["cell"] if cell != BASELINE)
+        title, names = f"Against the baseline {marks}", list(ours)
+    cells: Rows = {name: [_speedup(run, condition, name) for condition in found] for name in names}
+    if any(each for estimates in cells.values() for each in estimates):
+        lines += ["", *wrapped(title, width), *effect_lines(_cut(cells), heads, width)]
+    return lines
+
+
+def _cut(table: Rows) -> Rows:
+    return dict(list(table.items())[:_MAX_ROWS])
+
+
+def _main_effect(run: Run, condition: Condition, main: Any, name: str) -> Estimate | None:
+    found = rows(main[main["term"] == name])
+    if not found:
+        return None
+    row = found[0]
+    return row.estimate, row.lo, row.hi, control_findings.heard(run, condition, row.verdict, row.estimate)
+
+
+def _speedup(run: Run, condition: Condition, cell: str) -> Estimate | None:
+    cells = usable(condition.select(run.cells))
+    found = rows(cells[(cells["cell"] == cell) & cells["speedup"].notna()])
+    if not found:
+        return None
+    row = found[0]
+    verdict = verdict_of(row.speedup_lo, row.speedup_hi, band(run))
+    return (
+        row.speedup,
+        row.speedup_lo,
+        row.speedup_hi,
+        control_findings.heard(run, condition, verdict, row.speedup),
     )
 
 
-def _print_cells(run: Run, condition: Condition, console: Console, width: int) -> None:
-    cells = condition.select(run.cells)
-    table = ranking_table(_telling(cells, all_on(run)), basics=True)
-    shown = Table(title=str(condition), title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for heading, flush in zip(table.headings, table.numeric, strict=True):
-        shown.add_column(heading, justify="right" if flush else "left", overflow="fold", no_wrap=heading == "cell")
-    for row in table.rows:
-        shown.add_row(*(Text(entry.text) for entry in row))
-    console.print()
-    console.print(shown, width=width)
-    good = usable(cells)
-    if good.empty:
-        return
-    fastest = smallest(good, LATENCY)
-    words = f"Lowest latency: {fastest.cell}, {seconds(fastest.latency_s)}"
-    if good[MEMORY].notna().any():
-        least = smallest(good, MEMORY)
-        words += f". Least peak memory: {least.cell}, {size(least.peak_allocated_bytes)}"
-    elif good["parameter_bytes"].notna().any():
-        least = smallest(good, "parameter_bytes")
-        words += f". Fewest bytes of parameters: {least.cell}, {size(least.parameter_bytes)}"
-    console.print(Text(f"{words}."), width=width)
-
-
-def _telling(cells: pd.DataFrame, everything: str) -> pd.DataFrame:
-    """All cells where they are few, else the baseline, all on, what failed and the fastest."""
-    if len(cells) <= _MAX_ROWS:
-        return cells
-    must = cells["cell"].isin((BASELINE, everything)) | (cells["status"].notna() & (cells["status"] != CellStatus.OK))
-    chosen = pd.concat([cells[must].head(_MAX_ROWS - 3), cells[~must].sort_values(LATENCY, kind="stable")])
-    return chosen.head(_MAX_ROWS)
+def _field(estimate: Estimate | None, interval: bool = True) -> str:
+    if estimate is None:
+        return "not known"
+    value, lo, hi, verdict = estimate
+    said = ratio(value, lo, hi)
+    return f"{said if interval else said.partition(' ')[0]} {_MARKS.get(verdict, '')}".rstrip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -200,6 +201,23 @@ def test_no_argument_gives_a_traceback(
         (["seed=1,2"], ["seed takes one value", "-m"]),
         (["seed"], ["'seed' is no override"]),
         (["seed=[1"], ["'seed=[1' is no override"]),
+        (["weights=/a=b/c"], ["weights=/a=b/c", "needs quotes; type \"weights='/a=b/c'\""]),
+        (["run.dir=a[1]"], ["needs quotes; type \"run.dir='a[1]'\""]),
+        (["run.dir={a}"], ["needs quotes; type \"run.dir='{a}'\""]),
+        (["run.dir=a\u03a9"], ["needs quotes; type \"run.dir='a\u03a9'\""]),
+        (["run.dir=it's"], ["needs quotes; type", "it\\'"]),
+        (["run.dir=[a,b]"], ["without quotes the value is no text; type \"run.dir='[a,b]'\""]),
+        (["resume=2025"], ["type \"resume='2025'\""]),
+        (["run.dir=a,b"], ["run.dir takes one value", "-m", "one value with a comma: \"run.dir='a,b'\""]),
+        (["-m", "run.dir=a=b"], ["type \"run.dir='a=b'\""]),
+        (["weights=~nobody-of-that-name/x"], ["~nobody-of-that-name/x: no home directory is known"]),
+        (["hydra.run.dir=x"], ["hydra.run.dir is not for this program: name the directory with run.dir"]),
+        (["hydra.run={dir: x}"], ["hydra.run.dir is not for this program"]),
+        (["hydra.job.chdir=true"], ["hydra.job.chdir", "name its directory with run.dir"]),
+        (["-m", "hydra.job.chdir=true"], ["hydra.job.chdir"]),
+        (["hydra.output_subdir=.hydra"], ["hydra.output_subdir", "config.yaml in run.dir holds"]),
+        (["hydra.sweep.dir=x"], ["hydra.sweep.dir is for a multirun (-m)", "with run.dir"]),
+        (["-m", "hydra.sweep.dir=x", "run.dir=y"], ["both name the multirun's directory"]),
         (["--sed=1"], ["unrecognized arguments: --sed=1", "--help"]),
         (["-\x1b[2J\n"], [r"unrecognized arguments: -\x1b[2J\n"]),
         (["--", "-x"], ["unrecognized arguments: -x"]),
@@ -210,7 +228,10 @@ def test_no_argument_gives_a_traceback(
         (["--config-dir=/no/such"], ["'/no/such'"]),
         (["--experimental-rerun=config.pickle"], ["--experimental-rerun reads a pickle"]),
         (["-sc", "=="], ["'=='"]),
-        (["hydra/launcher=joblib"], ["'hydra/launcher/joblib'"]),
+        (["hydra/launcher=joblib"], ["there is no hydra/launcher 'joblib'", "there are: basic"]),
+        (["hydra/help=own"], ["there is no hydra/help 'own'", "there are: qwen3bench, default"]),
+        (["hydra.mode=often"], ["'often'", "RUN, MULTIRUN"]),
+        (["model.width=3"], ["'model.width'", "there are: name, num_layers", "context_length"]),
         (["opt=flash", "+opt.flash.nosuch=1"], ["flash has no option nosuch"]),
         (["+opt.flsh._target_=a.b"], ["'flsh'", "did you mean flash?"]),
         (["+peer.vllm.attention=[sdpa]"], ["'vllm'", "there are: transformers"]),
@@ -238,6 +259,35 @@ def test_a_folder_of_ones_own_adds_choices(run: Callable[[Settings], int], runs:
     (own / "mine.yaml").write_text("defaults: [default]\nname: mine\nmin_blocks: 7\n", encoding="utf-8")
     assert main(["--config-dir=own", "measure=mine"], run=run) == 0
     assert [(s.measure.name, s.measure.min_blocks) for s in runs] == [("mine", 7)]
+
+
+def test_choices_of_ones_own_are_listed_too(
+    run: Callable[[Settings], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own" / "measure"
+    own.mkdir(parents=True)
+    (own / "mine.yaml").write_text("defaults: [default]\nname: mine\n", encoding="utf-8")
+    assert main(["--config-dir=own", "measure=brief"], run=run) == 1
+    assert "there are: default, quick, thorough, mine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("typed", ["~/a b", "~/a=b", "'~/x'", "~"])
+@pytest.mark.parametrize("key", ["run.dir", "resume"])
+def test_a_tilde_is_the_home_directory(key: str, typed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/it's [me]")
+    settings = compose([f"{key}={typed}"])
+    home = Path("/home/it's [me]")
+    assert (settings.dir or settings.resume) == home / typed.strip("'").removeprefix("~").removeprefix("/")
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.text(st.characters(exclude_categories=["C"], exclude_characters="$"), min_size=1))
+def test_what_an_error_says_to_type_is_understood(name: str) -> None:
+    """A shell splits what is said; Hydra reads the path that was meant."""
+    with pytest.raises(UserError) as refused:
+        compose([f"weights=/{name}="])
+    ((_, typed),) = [shlex.split(line[line.index(" type ") :]) for line in str(refused.value).splitlines()]
+    assert compose([typed]).weights == f"/{name}="
 
 
 def test_nothing_is_written_but_by_the_run(run: Callable[[Settings], int], runs: Runs, tmp_path: Path) -> None:
@@ -288,6 +338,7 @@ def test_a_finished_point_of_a_multirun_is_not_run_again(run: Callable[[Settings
 def test_multirun_into_a_named_directory(run: Callable[[Settings], int], runs: Runs) -> None:
     assert main(["-m", "run.dir=here", "seed=1,2"], run=run) == 0
     assert [s.dir for s in runs] == [Path("here/0"), Path("here/1")]
+    assert [path.name for path in Path.cwd().iterdir()] == ["here"]  # no empty directories elsewhere
 
 
 @pytest.mark.parametrize(

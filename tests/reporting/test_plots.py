@@ -16,7 +16,7 @@ from qwen3bench.analysis.run import Run
 from qwen3bench.reporting import figures
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.figures import Plot
-from qwen3bench.reporting.plot_cells import memory_latency, pareto_front, ranked
+from qwen3bench.reporting.plot_cells import memory_latency, pareto_front, ranked, roofline
 from qwen3bench.reporting.plot_effects import by_condition, forest, interactions
 from qwen3bench.reporting.plot_waterfall import waterfall
 from qwen3bench.reporting.plots import closing_plots, condition_plots, opening_plots
@@ -120,6 +120,25 @@ def test_a_direction_in_a_title_needs_its_verdict(full_run: Run) -> None:
         assert "gain more" not in plot.title
         assert "gains most" not in plot.title
         assert not plot.title.startswith("Faster")
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_a_noisy_condition_has_no_winner_in_a_title(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run], memory: bool
+) -> None:
+    lines = record_lines(factors=("flash", "norm"), copy_shift=0.02)
+    if memory:  # the fastest is the smallest too
+        for line in lines:
+            if line["type"] == "memory":
+                line["peak_allocated_bytes"] = int(2e9 / (1 + line["cell"].count("+") + (line["cell"] != "baseline")))
+    run = run_of(lines)
+    (condition,) = conditions(run)
+    with figures.style():
+        plots = [plot for plot in (ranked(run, condition), memory_latency(run, condition), roofline(run)) if plot]
+    assert len(plots) == 3
+    for plot in plots:
+        assert not re.search(r"lowest|flash|norm|closest", plot.title + plot.alt.partition("Pareto front:")[0])
+    assert "4 cells take 4." in plots[0].title
 
 
 def test_a_noisy_condition_tells_nothing_in_the_title_over_conditions(full_run: Run) -> None:

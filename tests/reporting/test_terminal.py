@@ -1,65 +1,141 @@
+"""The closing text of a run: what to switch on, the effects, the report; at most 25 lines, no number broken."""
+
 import io
 import re
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from qwen3bench.analysis.run import Run
-from qwen3bench.reporting.findings import findings
-from qwen3bench.reporting.terminal import terminal_summary
+from qwen3bench.reporting.terminal import MAX_LINES, terminal_summary
 
 Lines = list[dict[str, Any]]
+RunOf = Callable[[Lines], Run]
+NUMBER = re.compile(r"\d[\d.,]*[×%]?")
 
 
-def printed(run: Run, **console: Any) -> str:
+def printed(run: Run, width: int = 100) -> list[str]:
     out = io.StringIO()
-    terminal_summary(run, findings(run), Console(file=out, **console))
-    return out.getvalue()
+    terminal_summary(run, Console(file=out, force_terminal=True, width=width, color_system=None))
+    return out.getvalue().splitlines()
 
 
 @pytest.fixture(scope="module")
-def plain(full_run: Run) -> str:
+def wide(full_run: Run) -> list[str]:
     return printed(full_run)
 
 
-def test_it_fits_a_hundred_columns(plain: str) -> None:
-    body, _, path = plain.rpartition("Report: ")
-    assert path
-    assert max(map(len, body.splitlines())) <= 100
+def test_it_is_plain_and_a_hundred_columns_wide_where_there_is_no_terminal(full_run: Run) -> None:
+    out = io.StringIO()
+    terminal_summary(full_run, Console(file=out))
+    assert "\x1b" not in out.getvalue()
+    assert 80 < max(map(len, out.getvalue().splitlines()[:-1])) <= 100
 
 
-def test_it_is_plain_where_there_is_no_terminal(plain: str) -> None:
-    assert "\x1b" not in plain
+def test_columns_in_the_environment_are_kept_to(full_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    out = io.StringIO()
+    terminal_summary(full_run, Console(file=out))
+    assert max(map(len, out.getvalue().splitlines()[:-1])) <= 40
 
 
-def test_it_names_fastest_and_smallest_cell_and_the_report(full_run: Run, plain: str) -> None:
-    assert re.search(
-        r"Lowest latency: flash(\+tie)?\+mlp\+mask\+norm, 4\.5\d+ ms\. Least peak memory: flash\+tie", plain
+def test_each_condition_names_the_switches_to_turn_on(wide: list[str]) -> None:
+    answer = re.compile(
+        r"^(prefill|decode) 1×512 (graph|eager): \+opt=flash,tie(,mlp)?,mask,norm  1\.\d+× \[.*\] as fast"
     )
-    assert plain.rstrip().endswith(str(full_run.path / "report.html"))
+    found = [(match[1], match[2]) for line in wide if (match := answer.match(line))]
+    assert found == list(product(("prefill", "decode"), ("graph", "eager")))
+    assert re.fullmatch(r"  4\.\d+ ms, 11\d,\d+ tokens/s, 1\.\d+ GiB peak memory", wide[1])
 
 
-def test_cell_labels_stay_whole_and_the_baseline_is_always_there(plain: str) -> None:
-    tables = plain.split("\nprefill 1×512 graph")[1]
-    assert "flash+tie+mlp+mask+norm " in tables
-    assert "\nbaseline " in tables
+def test_each_switch_has_a_row_and_each_condition_a_column(full_run: Run, wide: list[str]) -> None:
+    rows = {
+        line.split()[0]: NUMBER.findall(line) for line in wide if line.split()[:1] in [[f] for f in full_run.factors]
+    }
+    assert list(rows) == full_run.factors
+    assert all(len(values) == 4 for values in rows.values())
+    norm = full_run.effects[(full_run.effects["term"] == "norm") & (full_run.effects["kind"] == "main")]
+    for value, row in zip(rows["norm"], norm[norm["metric"] == "latency_s"].itertuples(), strict=True):
+        assert float(value[:-1]) == pytest.approx(row.estimate, abs=1e-3)
+    assert rows["tie"][0].startswith(("1.000", "0.999"))
 
 
-def test_a_narrow_terminal_is_kept_to(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:
+def test_one_condition_shows_intervals_and_verdicts(record_lines: Callable[..., Lines], run_of: RunOf) -> None:
     run = run_of(record_lines(factors=("flash", "tie")))
-    text = re.sub(r"\x1b\[[0-9;]*m", "", printed(run, force_terminal=True, width=72))
-    assert max(map(len, text.rpartition("Report: ")[0].splitlines())) <= 72
+    lines = printed(run)
+    assert any(re.fullmatch(r"flash  1\.\d+× \[1\.\d+, 1\.\d+\]", line) for line in lines)
+    assert any(re.fullmatch(r"tie    [01]\.\d+× \[0\.\d+, 1\.\d+\] =", line) for line in lines)
 
 
-def test_without_peak_memory_the_smallest_goes_by_parameters(
-    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
-) -> None:
-    text = printed(run_of(record_lines(factors=("flash", "tie"), memory=False)))
-    assert "Fewest bytes of parameters: tie, 1.110 GiB" in text
+@pytest.mark.parametrize("width", [40, 60, 72])
+def test_a_narrow_terminal_breaks_no_number(full_run: Run, width: int) -> None:
+    lines = printed(full_run, width)
+    *body, report = lines
+    whole = {number for line in printed(full_run, 400) for number in NUMBER.findall(line)}
+    for cell in full_run.effects.itertuples():
+        whole |= {f"{cell.estimate:.{decimals}f}×" for decimals in (2, 3, 4)}
+    assert {number for line in body for number in NUMBER.findall(line)} <= whole | {"1"}
+    assert max(map(len, body)) <= width
+    assert all(line.count("[") == line.count("]") for line in body)
+    assert report.startswith("Report: ")
 
 
-def test_warnings_come_first(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:
-    text = printed(run_of(record_lines(factors=("flash",), copy_shift=0.02)))
-    assert text.startswith("Warning: Noisy")
+@pytest.mark.parametrize("width", [40, 100])
+def test_it_takes_one_screen(record_lines: Callable[..., Lines], run_of: RunOf, width: int) -> None:
+    everywhere = {"workloads": ("prefill", "decode"), "runtimes": ("graph", "eager")}
+    lines = record_lines(factors=("flash", "tie", "mlp", "norm"), blocks=4, **everywhere)
+    run = run_of([*lines[:-1], *_failures(lines, 4)])
+    text = printed(run, width)
+    assert len(text) <= MAX_LINES
+    assert text[-1].startswith("Report: ")
+    said = " ".join(line.strip() for line in text)
+    assert "has not finished" in said
+    assert "cells without a speed-up: 1 oom" in said
+
+
+def test_answers_without_room_are_counted(full_run: Run) -> None:
+    text = printed(full_run, 26)
+    assert len(text) <= MAX_LINES
+    assert any(re.match(r"\d more answers? in the report", line) for line in text)
+
+
+def _failures(lines: Lines, count: int) -> Lines:
+    cell = lines[0]["cells"][-1]
+    places = list(product(lines[0]["workloads"], lines[0]["runtimes"]))[:count]
+    return [
+        {
+            "type": "failure",
+            "cell": cell,
+            "workload": w,
+            "runtime": r,
+            "status": "oom",
+            "reason": "no room",
+            "pass": "time",
+        }
+        for w, r in places
+    ]
+
+
+def test_with_a_failed_control_no_winner_is_named(record_lines: Callable[..., Lines], run_of: RunOf) -> None:
+    lines = printed(run_of(record_lines(factors=("flash", "norm"), copy_shift=0.02)))
+    assert lines[0].startswith("prefill 1×512 graph: noisy: two copies of the baseline differ by 2.0 %")
+    assert not re.search(r"\+opt=|owest|astest", "\n".join(lines))
+
+
+def test_without_peak_memory_parameters_are_told(record_lines: Callable[..., Lines], run_of: RunOf) -> None:
+    lines = printed(run_of(record_lines(factors=("flash", "tie"), memory=False)))
+    assert any(line.endswith("GiB of parameters") for line in lines)
+
+
+def test_a_partial_run_says_so_first(record_lines: Callable[..., Lines], run_of: RunOf) -> None:
+    lines = printed(run_of(record_lines(factors=("flash",))[:-1]))
+    assert lines[0].startswith("Warning: this run has not finished")
+
+
+def test_the_baseline_alone_has_its_latency(record_lines: Callable[..., Lines], run_of: RunOf) -> None:
+    lines = printed(run_of(record_lines(factors=())))
+    assert re.match(r"prefill 1×512 graph: baseline, 7\.\d+ ms, 7\d,\d+ tokens/s", lines[0])
+    assert len(lines) == 2
