@@ -46,7 +46,8 @@ def recommended(run: Run, condition: Condition) -> Iterator[Finding]:
     if control_findings.noise(run, condition):
         yield Finding(f"No recommendation for {condition}: it is noisy.", "recommended")
         return
-    limit_gib = run.record.run.setting("report", "memory_limit_gib")
+    report = run.config.get("report")
+    limit_gib = report.get("memory_limit_gib") if isinstance(report, dict) else None
     within = f" within {limit_gib:g} GiB" if is_number(limit_gib) else ""
     if limit_gib is not None and within:
         measured = cells.dropna(subset=[MEMORY])

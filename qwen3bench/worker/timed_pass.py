@@ -82,13 +82,10 @@ class TimedPass:
         """
         launches = self.ready[cell, copy].launches
         compilations = self.runtime.compilations()
-        paces_paused = False
-        if self.pace is None:
-            cells = [prepared.launches for prepared in self.ready.values()]
-            pace, paces_paused = unpaused(lambda: pace_of(cells, self.session.synchronize))
-            self.pace = None if paces_paused else pace
-        else:
-            pace = self.pace
+        cells = [prepared.launches for prepared in self.ready.values()]
+        found = self.pace
+        pace, paces_paused = unpaused(lambda: found or pace_of(cells, self.session.synchronize))
+        self.pace = None if paces_paused else pace
         count, inner = repeats or pace.repeats, pace.inner
         (started, values), paused = unpaused(lambda: (time.time(), self._time(launches, count, inner)))
         if self.runtime.compilations() != compilations:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from records import write_record
 
+from qwen3bench.record.lines import LINES
+
 FACTORS = ("flash", "tie", "mlp", "mask", "norm")
 MODEL = {"name": "small", "num_layers": 2, "emb_dim": 64, "vocab_size": 512}
 HEAD_BYTES = 512 * 64 * 2
@@ -139,14 +141,18 @@ def write_run(tmp_path: Path) -> Callable[..., Path]:
                         "time": 1e9 + block,
                     }
                 )
-        told = {line["cell"] for line in extra if line["type"] == "verify"}
-        lines = [line for line in lines if line["type"] != "verify" or line["cell"] not in told]
+        told = {_key(line) for line in extra}
+        lines = [line for line in lines if not LINES[line["type"]].key or _key(line) not in told]
         lines += extra
         if finished:
             lines.append({"type": "end", "status": "finished", "time": 1e9 + blocks})
         return write_record(tmp_path / name, lines)
 
     return write
+
+
+def _key(line: Mapping[str, Any]) -> tuple[Any, ...]:
+    return line["type"], *(line.get(name) for name in LINES[line["type"]].key)
 
 
 def _gain(cell: str, worth: Mapping[str, float]) -> float:
