@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from qwen3bench.campaign.blocks import Blocks
 from qwen3bench.campaign.context import RunContext
+from qwen3bench.campaign.forecast import announcement, seconds_ahead
 from qwen3bench.campaign.state import Place
 from qwen3bench.record.card import Card
 from qwen3bench.record.design import label, neighbours
@@ -78,7 +80,11 @@ class Campaign:
         with self._workers:
             shares = self._shares()
             self._workers.start_ahead(len(shares))  # that verify, while nothing is measured
+            started = time.monotonic()
             self._check()
+            ahead_s = seconds_ahead(self._settings, time.monotonic() - started)
+            self._progress.expect(ahead_s)
+            self._progress.note(announcement(self._settings, ahead_s))
             timing = min(self._max_at_once, len(self.blocks.processes_needed))
             self._workers.start_ahead(len(shares) - 1 + timing)  # and the first that time
             self._take("counting parameters", (CountParameters(cell=cell) for cell in self._settings.labels))
@@ -86,7 +92,8 @@ class Campaign:
             self._look_at_each_cell()
             self._ceilings()
             self._workers.end()
-            self.blocks.run(self._at_once)
+            with self._progress.stage("timing", len(self.blocks.processes_needed)):
+                self.blocks.run(self._at_once)
 
     @property
     def _max_at_once(self) -> int:
