@@ -10,8 +10,9 @@ from typing import Any
 
 from qwen3bench.analysis.stopping import Limits, half_widths, stop_reason
 from qwen3bench.campaign.context import RunContext
+from qwen3bench.campaign.forecast import REPORT_S
+from qwen3bench.campaign.live_effects import LiveEffects
 from qwen3bench.campaign.monitor import disturbances, flags
-from qwen3bench.campaign.progress import duration
 from qwen3bench.campaign.state import Place, Timing, Where
 from qwen3bench.record.card import Card
 from qwen3bench.record.design import BASELINE, block_order
@@ -35,6 +36,7 @@ class Blocks:
         self._workers = context.workers
         self._progress = context.progress
         self._timings = context.state.timings
+        self._effects = LiveEffects(context.settings, context.state.timings)
 
     @property
     def processes_needed(self) -> list[Where]:
@@ -124,7 +126,7 @@ class Blocks:
         enter, requests = self._preparations(where)
         process = self._workers.number
         compiled = []
-        with self._progress.stage(f"preparing {' '.join(where)} in process {process}", len(requests)) as stage:
+        with self._progress.part(f"preparing {' '.join(where)} in process {process}", len(requests)) as stage:
             with self._context.failing(_PASS, Place(enter.cell, *where)) as outcome:
                 self._workers.ask(enter)
             if outcome.failed:
@@ -159,7 +161,7 @@ class Blocks:
         ]
         names = ", ".join(dict.fromkeys(" ".join(where) for where in wheres))
         title = f"preparing {names} in {len(wheres)} processes at a time"
-        with self._progress.stage(title, sum(map(len, shares)) - len(shares)) as stage:
+        with self._progress.part(title, sum(map(len, shares)) - len(shares)) as stage:
             for request in self._workers.prepare(shares):
                 if isinstance(request, Prepare):
                     stage.step(request.cell)
@@ -229,6 +231,8 @@ class Blocks:
                 timing.blocks += 1
                 timing.attempts = timing.disturbed = 0
                 timing.processes.add(self._workers.process)
+                self._progress.expect(sum(map(self._left_s, self._timings)) + REPORT_S)
+                self._progress.table(self._effects.lines)
                 return True
 
     def _state_of(self, timing: Timing, disturbed: Sequence[str], attempt: int) -> BlockState:
@@ -247,7 +251,7 @@ class Blocks:
         order = block_order(self._context.cells(where), self._settings.seed, workload, runtime, block, attempt)
         taken: list[tuple[VisitLine, list[SampleLine]]] = []
         repeats = self._settings.measure.repeats
-        with self._progress.stage(self._block_title(where), len(order)) as stage:
+        with self._progress.part(self._block_title(where), len(order)) as stage:
             for position, (cell, copy) in enumerate(order):
                 stage.step(cell)
                 with self._context.failing(_PASS, Place(cell, *where)) as outcome:
@@ -324,18 +328,22 @@ class Blocks:
         return {name: width if math.isfinite(width) else None for name, width in widths.items()}
 
     def _block_title(self, where: Where) -> str:
+        return f"timing {' '.join(where)}, block {self._timings[where].blocks + 1}"
+
+    def _left_s(self, where: Where) -> float:
+        """About how long a workload and runtime still takes: halfway between the least and the most."""
         timing, measure = self._timings[where], self._settings.measure
-        title = f"timing {where[0]} {where[1]}, block {timing.blocks + 1}"
-        if not timing.blocks:
-            return title
-        a_block_s = timing.measured_s / timing.blocks
+        if timing.stopped:
+            return 0.0
+        setup_s = timing.setup_s or max(each.setup_s for each in self._timings.values())
+        a_block_s = timing.measured_s / timing.blocks if timing.blocks else 0.0
         most = self._settings.limit_s(where[1], measure.min_blocks, self._min_processes(where))
         most -= timing.measured_s + timing.more_s
         least = max(0, measure.min_blocks - timing.blocks) * a_block_s
         if measure.max_seconds:
             least = min(least, most)
-        most = max(least, most)
-        return f"{title} ({duration(max(0, least))} to {duration(max(0, most))} left)"
+        processes = max(0, self._min_processes(where) - len(timing.processes))
+        return processes * setup_s + max(0.0, least + max(least, most)) / 2
 
 
 def _company(left: list[Where], at_once: int) -> tuple[list[Where], list[Where]]:

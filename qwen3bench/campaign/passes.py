@@ -7,11 +7,13 @@ replaced; its cell is recorded with a status and a reason, and the others go on.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from qwen3bench.campaign.blocks import Blocks
 from qwen3bench.campaign.context import RunContext
+from qwen3bench.campaign.forecast import announcement, seconds_ahead
 from qwen3bench.campaign.state import Place
 from qwen3bench.record.card import Card
 from qwen3bench.record.design import label, neighbours
@@ -72,8 +74,10 @@ class Campaign:
     def check(self) -> None:
         """Build every cell once: what the user can mend is refused before anything is measured.
 
-        Raises as `run` does; its processes end with the pool that they are in.
+        Then it says what the run will measure, and about how long that takes. Raises as `run` does; its processes end
+        with the pool that they are in.
         """
+        started = time.monotonic()
         self._workers.start_ahead(len(self._shares()))  # that verify, while nothing is measured
         left = [cell for cell in self._settings.labels if self._state.is_left(CountParameters(cell=cell))]
         with self._progress.stage("loading the weights, building every cell", len(left)) as stage:
@@ -81,6 +85,9 @@ class Campaign:
                 stage.step(cell)
                 with self._context.failing(Load.op, Place(cell)):
                     self._workers.ask(Load(cells=(cell,)))
+        ahead_s = seconds_ahead(self._settings, time.monotonic() - started)
+        self._progress.expect(ahead_s)
+        self._progress.note(announcement(self._settings, ahead_s))
 
     def run(self) -> None:
         """All passes that are not done yet, after `check`. Every process has ended when it returns or raises.
@@ -97,7 +104,8 @@ class Campaign:
             self._look_at_each_cell()
             self._ceilings()
             self._workers.end()
-            self.blocks.run(self._at_once)
+            with self._progress.stage("timing", len(self.blocks.processes_needed)):
+                self.blocks.run(self._at_once)
 
     @property
     def _max_at_once(self) -> int:

@@ -1,82 +1,125 @@
-"""What a run says while it works, on standard error: the pass, the step, the time left."""
+"""What a run says while it works, on standard error: the pass, the step, the time left, the effects so far."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
-_WORTH_SAYING_S = 5.0
-_QUIET_S = 10.0  # between two lines of one stage where the output is no terminal
+_QUIET_S = 30.0  # between two lines within a pass where the output is no terminal
+_REFRESH_PER_S = 2  # the supervisor shares the machine with what is timed
+_TABLE_SHARE = 0.02  # of the time between blocks that may go to the table
+_FREE_S = 0.05  # a table that takes no longer is made after each block
 
 
 class Stage:
-    """A pass or a block in progress."""
+    """A pass, or a part of one, in progress."""
 
     def __init__(self, reporter: Reporter, title: str, total: int) -> None:
         self._reporter = reporter
         self._title = title
         self._total = total
         self._done = -1
-        self._started = self._said = time.monotonic()
 
     def step(self, what: str) -> None:
         """The next of the stage's steps begins."""
         self._done += 1
-        now = time.monotonic()
-        if self._reporter.bar is None and now - self._said >= _QUIET_S and self._done:
-            self._said = now
-            left = (now - self._started) / self._done * (self._total - self._done)
-            self._reporter.note(f"  {self._done} of {self._total} ({what}), about {duration(left)} left")
-        self._reporter.show(self._title, what, self._done, self._total)
+        self._reporter.show(f"{self._title}: {what}", f"{self._title}, {self._done} of {self._total} ({what})")
 
 
 class Reporter:
-    """Bars on a terminal, lines elsewhere."""
+    """One bar over the whole run on a terminal; elsewhere a line for each pass, and one every 30 s within it."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
-        self.bar: Progress | None = None
+        self._live: Live | None = None
+        self._began = self._said = time.monotonic()
+        self._end: float | None = None  # when the run is expected to end
+        self._doing = ""
+        self._table: Sequence[str] = ()
+        self._table_due = 0.0
 
     @contextmanager
     def running(self) -> Iterator[Reporter]:
         """Show progress until the run ends, however it ends."""
+        self._began = time.monotonic()
         if not self.console.is_terminal:
             yield self
             return
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True) as self.bar:
-            self._task = self.bar.add_task("")
+        look = {"console": self.console, "refresh_per_second": _REFRESH_PER_S, "transient": True}
+        with Live(get_renderable=self._shown, **look) as self._live:  # type: ignore[arg-type]
             try:
                 yield self
             finally:
-                self.bar = None
+                self._live = None
 
     @contextmanager
     def stage(self, title: str, total: int) -> Iterator[Stage]:
-        """One pass or block of `total` steps."""
-        if self.bar is not None:
-            self.bar.reset(self._task, description=title, total=total)
-        elif total:
+        """One pass of `total` steps."""
+        self._doing = title
+        if self._live is None and total:
+            self._said = time.monotonic()
             self.note(title)
-        started = time.monotonic()
         yield Stage(self, title, total)
-        elapsed_s = time.monotonic() - started
-        if self.bar is None and elapsed_s >= _WORTH_SAYING_S:
-            self.note(f"  took {elapsed_s:.0f} s")
 
-    def show(self, title: str, what: str, done: int, total: int) -> None:
-        """The present step, on a terminal."""
-        if self.bar is not None:
-            self.bar.update(self._task, description=f"{title}: {what}", completed=done, total=total)
+    @contextmanager
+    def part(self, title: str, total: int) -> Iterator[Stage]:
+        """A part of a pass, such as a block, which has no line of its own."""
+        self._doing = title
+        yield Stage(self, title, total)
+
+    def expect(self, left_s: float) -> None:
+        """The run is expected to end in `left_s` seconds."""
+        self._end = time.monotonic() + left_s
+
+    def show(self, doing: str, line: str) -> None:
+        """The present step; elsewhere than on a terminal a `line` about it, unless there was one in the last 30 s."""
+        self._doing = doing
+        now = time.monotonic()
+        if self._live is None and now - self._said >= _QUIET_S:
+            self._said = now
+            self.note(f"  {line}{'' if self._end is None else f', about {duration(self._left_s(now))} left'}")
+
+    def table(self, made: Callable[[int], Sequence[str]]) -> None:
+        """On a terminal, the lines that `made` gives for its width, under the bar.
+
+        Where making them takes long, not each time.
+        """
+        started = time.monotonic()
+        if self._live is None or started < self._table_due:
+            return
+        self._table = made(self.console.width)
+        took_s = time.monotonic() - started
+        self._table_due = 0.0 if took_s <= _FREE_S else started + took_s / _TABLE_SHARE
 
     def note(self, text: str) -> None:
         """A line that stays. Control characters are escaped: what a worker says must not steer the terminal."""
         plain = "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
         self.console.print(plain, markup=False)
+
+    def _left_s(self, now: float) -> float:
+        """What is left, never less than a twentieth of what is done: a pass that takes longer is not over."""
+        return max((self._end or now) - now, (now - self._began) / 20)
+
+    def _shown(self) -> Group:
+        now = time.monotonic()
+        done_s = now - self._began
+        known = self._end is not None
+        left_s = self._left_s(now)
+        bar = ProgressBar(done_s + left_s, done_s, width=24) if known else ProgressBar(pulse=True, width=24)
+        line = Table.grid(padding=(0, 1))
+        line.add_row(bar, Text(f"{duration(left_s)} left" if known else "setting up", no_wrap=True))
+        texts = [Text(line) for line in ("", *self._table)] if self._table else []
+        doing = Text("".join(each for each in self._doing if each.isprintable()))
+        for text in (doing, *texts):
+            text.truncate(self.console.width, overflow="ellipsis")
+        return Group(line, doing, *texts)
 
 
 def duration(seconds: float) -> str:

@@ -51,16 +51,16 @@ def terminal_summary(run: Run, console: Console) -> None:
     console.print(Text(f"Report: {where}"), soft_wrap=True)
 
 
-def effect_lines(main: Rows, heads: Sequence[str], width: int) -> list[str]:
+def effect_lines(main: Rows, heads: Sequence[str], width: int, unknown: str = "not known") -> list[str]:
     """A table of ratios, a row for each name and a column for each head, that breaks no number.
 
     Where it is too wide the intervals are left out, then the last columns, which a line counts.
     """
-    whole = {name: [_field(each) for each in estimates] for name, estimates in main.items()}
+    whole = {name: [_field(each) or unknown for each in estimates] for name, estimates in main.items()}
     lines = text_table(whole, heads)
     if max(map(len, lines)) <= width:
         return lines
-    short = {name: [_field(each, interval=False) for each in estimates] for name, estimates in main.items()}
+    short = {name: [_field(each, interval=False) or unknown for each in estimates] for name, estimates in main.items()}
     return narrow_table(short, heads, width)
 
 
@@ -202,7 +202,7 @@ def _speedup(run: Run, condition: Condition, cell: str) -> Estimate | None:
 
 def _field(estimate: Estimate | None, interval: bool = True) -> str:
     if estimate is None:
-        return "not known"
+        return ""
     value, lo, hi, verdict = estimate
     said = ratio(value, lo, hi)
     return f"{said if interval else said.partition(' ')[0]} {_MARKS.get(verdict, '')}".rstrip()

@@ -1,21 +1,257 @@
-"""What a run says where its output is no terminal."""
+"""What a run says while it works: a bar and the effects so far on a terminal, few lines elsewhere."""
 
 from __future__ import annotations
 
 import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from qwen3bench.campaign import progress
+from qwen3bench.campaign.forecast import announcement, seconds_ahead, told
+from qwen3bench.campaign.live_effects import LiveEffects
 from qwen3bench.campaign.progress import Reporter
+from qwen3bench.campaign.state import Timing
+from qwen3bench.config.cli import compose
+from qwen3bench.record.lines import SampleLine
+
+ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("elapsed_s", "said"), [(4.0, ["judging"]), (40.0, ["judging", "  took 40 s"])])
-def test_a_long_stage_says_how_long_it_took(monkeypatch: pytest.MonkeyPatch, elapsed_s: float, said: list[str]) -> None:
-    now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The progress's clock."""
+    found = Clock()
+    monkeypatch.setattr(progress.time, "monotonic", found)
+    return found
+
+
+def pieces(text: str) -> str:
+    """What a terminal was sent, without its control sequences."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+# Elsewhere than on a terminal
+
+
+def test_a_pass_is_one_line_and_thirty_seconds_within_it_another(clock: Clock) -> None:
     out = io.StringIO()
-    with Reporter(Console(file=out)).stage("judging", 3):
-        now[0] = elapsed_s
-    assert out.getvalue().splitlines() == said
+    reporter = Reporter(Console(file=out))
+    for title in ("judging", "timing"):
+        with reporter.stage(title, 1):
+            for block in range(10):
+                with reporter.part(f"block {block}", 10) as part:
+                    for cell in range(10):
+                        part.step(f"cell {cell}")
+                        clock.now += 1
+    lines = out.getvalue().splitlines()
+    assert [line for line in lines if not line.startswith("  ")] == ["judging", "timing"]
+    assert lines[1:4] == [
+        "  block 3, 0 of 10 (cell 0)",
+        "  block 6, 0 of 10 (cell 0)",
+        "  block 9, 0 of 10 (cell 0)",
+    ]
+    assert len(lines) <= 2 + clock.now / 30
+
+
+def test_a_line_says_what_is_left(clock: Clock) -> None:
+    out = io.StringIO()
+    reporter = Reporter(Console(file=out))
+    reporter.expect(200.0)
+    with reporter.stage("judging", 3) as stage:
+        clock.now = 50.0
+        stage.step("flash")
+    assert out.getvalue().splitlines() == ["judging", "  judging, 0 of 3 (flash), about 2 min left"]
+
+
+def test_what_takes_longer_than_expected_is_not_over(clock: Clock) -> None:
+    out = io.StringIO()
+    reporter = Reporter(Console(file=out))
+    reporter.expect(10.0)
+    with reporter.stage("judging", 3) as stage:
+        clock.now = 200.0
+        stage.step("flash")
+    assert out.getvalue().splitlines()[-1].endswith("about 10 s left")
+
+
+def test_elsewhere_no_table_is_made() -> None:
+    reporter = Reporter(Console(file=io.StringIO()))
+    with reporter.running():
+        reporter.table(lambda _: pytest.fail("a table was made"))
+
+
+@pytest.mark.slow
+def test_a_whole_run_says_a_line_a_pass(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "qwen3bench", "model=tiny", "measure=quick", "design=full", "run.dir=here"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = done.stderr.splitlines()
+    passes = [line for line in lines if not line.startswith((" ", "took ", "measuring 32 cells"))]
+    assert len(passes) <= 8
+    assert "timing" in passes
+    announced = [line for line in lines if line.startswith("measuring 32 cells (prefill, decode; eager) to tell")]
+    assert len(announced) == 1
+    seconds = {"s": 1, "min": 60}[lines[-1].split()[-1]] * (1 + int(lines[-1].split()[1]))
+    assert len(lines) <= len(passes) + 2 + seconds / 30
+
+
+# On a terminal
+
+
+@pytest.fixture
+def terminal() -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=60, height=30, soft_wrap=True, highlight=False)
+
+
+def sent(console: Console) -> str:
+    """What the console's terminal was sent."""
+    assert isinstance(console.file, io.StringIO)
+    return pieces(console.file.getvalue())
+
+
+def test_one_bar_stands_over_the_whole_run_with_the_time_left(clock: Clock, terminal: Console) -> None:
+    reporter = Reporter(terminal)
+    with reporter.running():
+        reporter.expect(100.0)
+        with reporter.stage("judging", 2) as stage:
+            stage.step("flash")
+            clock.now = 30.0
+    text = sent(terminal)
+    assert "judging: flash" in text
+    assert "70 s left" in text
+    assert "judging\n" not in text  # no line that stays
+
+
+def test_the_effects_so_far_stand_under_the_bar(terminal: Console) -> None:
+    reporter = Reporter(terminal)
+    with reporter.running():
+        reporter.table(lambda width: [f"flash  1.30× [1.20, 1.41] of {width}", "x" * 100])
+    text = sent(terminal)
+    assert "flash  1.30× [1.20, 1.41] of 60" in text
+    assert "x" * 59 + "…" in text  # a line that the terminal broke would stay
+
+
+def test_a_table_that_takes_long_is_not_made_each_time(clock: Clock, terminal: Console) -> None:
+    made = []
+
+    def table(_: int) -> list[str]:
+        made.append(clock.now)
+        clock.now += 0.1
+        return []
+
+    reporter = Reporter(terminal)
+    with reporter.running():
+        for _ in range(100):
+            reporter.table(table)
+            clock.now += 0.9
+    assert len(made) > 10
+    assert len(made) * 0.1 / clock.now <= 0.02
+
+
+def test_an_interrupt_passes_through(terminal: Console) -> None:
+    reporter = Reporter(terminal)
+    with pytest.raises(KeyboardInterrupt), reporter.running(), reporter.stage("judging", 2):
+        raise KeyboardInterrupt
+    assert terminal.file.getvalue().endswith(("\x1b[?25h", "\x1b[2K"))  # type: ignore[attr-defined]
+
+
+# What it tells
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what"),
+    [
+        ([], ["the latency of the baseline"]),
+        (["opt=flash"], ["1 main effect"]),
+        (["opt=flash,tie"], ["the speed-up of flash+tie"]),
+        (["design=full"], ["5 main effects", "10 pairs", "16 higher interactions"]),
+        (["design=each"], ["5 main effects with the others off"]),
+        (["design=leave_one_out"], ["5 main effects with the others on"]),
+        (["opt=flash", "peer=transformers"], ["1 main effect", "2 other implementations"]),
+    ],
+)
+def test_what_a_run_tells(overrides: list[str], what: list[str]) -> None:
+    assert told(compose(["model=tiny", *overrides]).resolved("cpu")) == what
+
+
+def test_the_announcement_is_one_line() -> None:
+    settings = compose(["model=tiny", "design=full"]).resolved("cpu")
+    line = announcement(settings, 130.0)
+    assert line == (
+        "measuring 32 cells (prefill, decode; eager) to tell 5 main effects, 10 pairs and 16 higher interactions: "
+        "about 2 min"
+    )
+
+
+def test_more_is_expected_to_take_longer() -> None:
+    small = compose(["model=tiny"]).resolved("cpu")
+    more = compose(["model=tiny", "workload=prefill,decode,generate", "measure.min_processes=5"]).resolved("cpu")
+    assert seconds_ahead(small, 1.0) < seconds_ahead(small, 3.0) < seconds_ahead(more, 3.0)
+
+
+def _samples(cells: list[str], blocks: int, gain: float) -> list[SampleLine]:
+    at: dict[str, Any] = {"workload": "prefill", "runtime": "eager", "attempt": 0, "position": 0, "time": 0.0}
+    return [
+        SampleLine(
+            **at, cell=cell, copy=0, process=block // 2, block=block, repeat=repeat,
+            latency_s=(1 / gain if "flash" in cell else 1.0) * (1 + 0.001 * ((block * 7 + place * 3) % 5)),
+        )
+        for block in range(blocks)
+        for place, cell in enumerate(cells)
+        for repeat in range(3)
+    ]  # fmt: skip
+
+
+def test_the_table_shows_effects_with_intervals_as_they_come() -> None:
+    settings = compose(["model=tiny", "design=full", "opt=flash,tie", "workload=prefill,decode"]).resolved("cpu")
+    timings = {("prefill", "eager"): Timing(), ("decode", "eager"): Timing()}
+    table = LiveEffects(settings, timings)
+    assert table.lines(100) == []
+    timings["prefill", "eager"].samples += _samples(settings.labels, 1, 1.25)
+    assert [line.count("not known yet") for line in table.lines(100)] == [0, 2, 2]
+    timings["prefill", "eager"].samples += _samples(settings.labels, 6, 1.25)[3 * len(settings.labels) :]
+    head, flash, tie = table.lines(100)
+    assert head.split() == ["prefill", "eager", "decode", "eager"]
+    assert re.fullmatch(r"flash  1\.2\d+× \[1\.2\d+, 1\.2\d+\]  not known yet", flash)
+    assert re.fullmatch(r"tie    \d\.\d+× \[0\.\d+, 1\.\d+\]  not known yet", tie)
+
+
+def test_a_pair_of_cells_shows_its_speed_up() -> None:
+    settings = compose(["model=tiny", "opt=flash,tie", "workload=prefill"]).resolved("cpu")
+    timings = {("prefill", "eager"): Timing(samples=_samples(["baseline", "flash+tie"], 6, 1.25))}
+    _, row = LiveEffects(settings, timings).lines(100)
+    assert re.fullmatch(r"flash\+tie  1\.2\d+× \[1\.2\d+, 1\.2\d+\]", row)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_terminal_shows_its_effects_and_keeps_no_line_of_progress(
+    measure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, terminal: Console
+) -> None:
+    monkeypatch.setattr("qwen3bench.campaign.launch.Reporter", lambda: Reporter(terminal))
+    done = measure("opt=flash,tie", "design=full", "measure.min_blocks=6", "measure.max_blocks=6")
+    assert done.status == 0
+    text = sent(terminal)
+    assert re.search(r"flash  [\d.]+× \[[\d.]+, [\d.]+\]", text)
+    assert "measuring 4 cells (prefill; eager) to tell 2 main effects and 1 pair" in text

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from qwen3bench.campaign import passes
+from qwen3bench.campaign.progress import Reporter
 from qwen3bench.campaign.worker_pool import WorkerPool
 from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.record.lines import BlockLine, CompileLine, FailureLine, ProcessLine, Telemetry, VerifyLine
@@ -33,6 +34,12 @@ BABBLES = {"does": "raw", "text": "\xff\x00 {]\n"}
 @pytest.fixture(autouse=True)
 def sixteen_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "usable_cores", lambda: 16)
+
+
+@pytest.fixture(autouse=True)
+def each_part_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line for what is no pass of its own too, to see who gets ready together."""
+    monkeypatch.setattr(Reporter, "part", Reporter.stage)
 
 
 def test_each_cell_is_verified_once_and_the_processes_beside_are_gone(measure: Measure) -> None:
