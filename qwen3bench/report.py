@@ -36,8 +36,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _rebuild(paths: list[Path], out: Path | None) -> None:
     from qwen3bench.analysis.run import load_run, write_derived
-    from qwen3bench.record.files import clean_stale
-    from qwen3bench.reporting.across import find_runs, write_overview
+    from qwen3bench.record.files import clean_stale, find_runs
+    from qwen3bench.reporting.across import write_overview
     from qwen3bench.reporting.findings import findings
     from qwen3bench.reporting.pages import write_report
     from qwen3bench.reporting.terminal import terminal_summary

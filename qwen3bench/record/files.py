@@ -22,6 +22,31 @@ def record_file(directory: Path) -> Path | None:
     return next((file for name in (RECORD, COMPRESSED) if (file := directory / name).is_file()), None)
 
 
+def find_runs(paths: Iterable[Path]) -> list[Path]:
+    """Directories of runs: each path that is one, and every run below a path that holds runs, once each.
+
+    Raises UserError where a path holds no run.
+    """
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if record_file(path) or not path.is_dir():
+            below = [path]  # what is no run after all is named when it is read
+        else:
+            files = (file for name in (RECORD, COMPRESSED) for file in path.rglob(name))
+            homes = {file.parent for file in files if file.stat().st_size}  # empty: it stopped before anything
+            below = sorted(homes, key=_by_number)
+        if not below:
+            raise UserError(f"{path}: holds no run, nor any directory with one; name the directory of a run")
+        for run in below:
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
+
+
+def _by_number(path: Path) -> list[tuple[int, str]]:
+    """Sorts a multirun's 2 before its 10."""
+    return [(int(digits or 0), text) for digits, text in re.findall(r"(\d*)(\D*)", str(path))]
+
+
 def write_atomic(path: str | Path, content: str | bytes) -> None:
     """Writes a whole file or leaves the old one whole, whatever happens meanwhile.
 

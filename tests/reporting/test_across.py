@@ -9,9 +9,9 @@ from records import write_record
 
 from qwen3bench.analysis.run import Run, load_run
 from qwen3bench.errors import UserError
-from qwen3bench.record.files import COMPRESSED, RECORD
+from qwen3bench.record.files import COMPRESSED, RECORD, find_runs
 from qwen3bench.reporting import figures
-from qwen3bench.reporting.across import find_runs, write_overview
+from qwen3bench.reporting.across import write_overview
 from qwen3bench.reporting.over_runs import dependent, effects_over, over_findings, over_table
 from qwen3bench.reporting.plot_across import regimes, trends
 
