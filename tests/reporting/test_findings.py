@@ -24,7 +24,6 @@ from qwen3bench.reporting.findings_undecided import Judged, allowed_variance, pr
 from qwen3bench.reporting.over_runs import effects_over, over_findings
 from qwen3bench.reporting.plot_across import regimes
 from qwen3bench.reporting.plot_effects import by_condition, forest
-from qwen3bench.reporting.plot_waterfall import waterfall
 from qwen3bench.reporting.units import ratio
 from qwen3bench.reporting.wording import Finding, verdict_of, worth
 
@@ -95,19 +94,6 @@ def test_a_cell_that_failed_explains_no_interaction(full_run: Run) -> None:
     found = [text for text in texts(run, "interaction") if text.startswith("flash and mask")]
     assert found
     assert not any("What ran" in text for text in found)
-
-
-@pytest.mark.parametrize(("factor", "said"), [(1.0, False), (1.005, False), (1.02, True), (0.98, True)])
-def test_medians_that_are_not_the_speedup_are_told_apart(small_run: Run, factor: float, said: bool) -> None:
-    """The speed-up is a mean of ratios within blocks, so single slow values move it and not the medians."""
-    slow = float(small_run.cells.set_index("cell")["latency_s"]["flash+tie"]) * factor
-    run = with_cell(small_run, "flash+tie", latency_s=slow)
-    (text,) = texts(run, "together")
-    assert ("latencies are spread unevenly" in text) == said
-    plot = waterfall(run, conditions(run)[0], "latency_s")
-    assert plot is not None
-    shown = " ".join(part.get_text() for part in plot.figure.findobj(Text))
-    assert ("bars are medians" in shown) == said
 
 
 def test_an_interaction_names_what_ran_and_where_the_switch_pays(full_findings: list[Finding]) -> None:
