@@ -40,7 +40,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _rebuild(paths: list[Path], out: Path | None) -> int:
     """The worst exit status of the runs: one that is damaged costs its own page alone."""
-    from qwen3bench.reporting.across import find_runs, write_overview
+    from qwen3bench.record.files import find_runs
+    from qwen3bench.reporting.across import write_overview
 
     console = Console()
     directories = find_runs(paths)

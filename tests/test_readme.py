@@ -148,6 +148,7 @@ def test_the_first_command_and_all_that_reads_a_run(measured: Path, capsys: pyte
     said = capsys.readouterr().out
     assert "flash+tie" in said
     assert "verdict" in said
+    assert "too few cells, without flash, tie: it cannot be told from tie" in said
 
 
 @pytest.mark.slow

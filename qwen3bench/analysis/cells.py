@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from qwen3bench.analysis.frames import (
     BASELINE,
@@ -40,6 +41,7 @@ _EVIDENCE = ["attention_backend", "kernel_launches", "graph_breaks", "recompiles
 _BEFORE = ["model", "workload", "runtime", "device", "dtype", "batch_size", "prompt_tokens", "new_tokens"]
 _LATENCY = ["latency_s", "latency_lo_s", "latency_hi_s", "samples"]
 _SPEED = ["tokens_per_s", "ttft_s", "tpot_s", "speedup", "speedup_lo", "speedup_hi"]
+_RATIOS = {"ttft_ratio": "ttft_s", "tpot_ratio": "tpot_s"}
 _AFTER = ["attention_backend", "kernel_launches", "mfu", "mbu"]
 _MORE = ["cache_bytes", "compile_s", "graph_breaks", "recompiles", "tied_storage", "itl_p50_s", "itl_p99_s"]
 
@@ -55,9 +57,12 @@ def cells_table(record: Record, samples: pd.DataFrame | None = None) -> pd.DataF
 
     What was not measured is missing, never 0.
 
-    `latency_s` is the median over visits; its interval and the speed-up's are over blocks, clustered by
-    process. `speedup` is the geometric mean of baseline / cell within blocks, for cells with status `ok`
-    alone. The A/A copy never counts. `samples`: what `used_samples(record)` gave, where the caller has it.
+    `speedup` is the geometric mean of baseline / cell within blocks, for cells with status `ok` alone. `latency_s` is
+    the baseline's over it, so that the two cannot contradict each other; the baseline's, and that of a cell without a
+    speed-up, is the median over visits. `ttft_s` and `tpot_s` likewise. The interval of a latency is as wide as that of
+    the mean of its logarithm; all intervals are over blocks, clustered by process. The A/A copy never counts.
+
+    `samples`: what `used_samples(record)` gave, where the caller has it.
     """
     factors = list(record.run.factors)
     samples = used_samples(record) if samples is None else samples
@@ -82,7 +87,8 @@ def cells_table(record: Record, samples: pd.DataFrame | None = None) -> pd.DataF
     # Numbers computed from NaN have no speed: they took other paths.
     times = [*_LATENCY[:3], "ttft_s", "tpot_s", "itl_p50_s", "itl_p99_s"]
     table.loc[table["status"] == CellStatus.INVALID, times] = np.nan
-    table = _add(table, _speedups(samples, table, confidence), ["speedup", "speedup_lo", "speedup_hi"], _KEYS)
+    table = _add(table, _speedups(samples, table, confidence), ["speedup", "speedup_lo", "speedup_hi", *_RATIOS], _KEYS)
+    _by_ratios(table)
     _rates(record, table)
     codes = factor_columns(table["cell"].tolist(), factors)
     for factor in factors:
@@ -189,6 +195,7 @@ def _speedups(samples: pd.DataFrame, table: pd.DataFrame, confidence: float) -> 
         if matrix.log_s.empty or BASELINE not in matrix.log_s:
             continue
         others = [c for c in matrix.log_s.columns if c not in (BASELINE, COPY)]
+        ratios = {name: _ratios(here, [BASELINE, *others], time) for name, time in _RATIOS.items()}
         found = matrix.log_ratios(BASELINE, others)
         half = found.half_width(confidence)
         part = pd.DataFrame(
@@ -199,10 +206,33 @@ def _speedups(samples: pd.DataFrame, table: pd.DataFrame, confidence: float) -> 
                 "speedup": np.exp([0.0, *found.estimate]),
                 "speedup_lo": [np.nan, *np.exp(found.estimate - half)],
                 "speedup_hi": [np.nan, *np.exp(found.estimate + half)],
+                **ratios,
             }
         )
         parts.append(part)
     return pd.concat(parts) if parts else pd.DataFrame(columns=_KEYS)
+
+
+def _ratios(here: pd.DataFrame, cells: list[str], time: str) -> NDArray[np.float64]:
+    """Of each cell the geometric mean of baseline / cell within blocks; NaN where there is none."""
+    log_s = block_matrix(here, cells, time).log_s if time in here else pd.DataFrame()
+    if BASELINE not in log_s or log_s.empty:
+        return np.full(len(cells), np.nan)
+    means = log_s.reindex(columns=cells).mean()
+    return np.exp(means[BASELINE] - means.to_numpy())
+
+
+def _by_ratios(table: pd.DataFrame) -> None:
+    """Times of cells become the baseline's over the ratio within blocks, where there is one."""
+    baselines = table[table["cell"] == BASELINE].set_index(_KEYS[1:])
+    of_baseline = baselines.reindex(pd.MultiIndex.from_frame(table[_KEYS[1:]])).reset_index(drop=True)
+    for time, ratio in (("latency_s", "speedup"), *((time, name) for name, time in _RATIOS.items())):
+        own = table[time].astype(float)
+        found = of_baseline[time].astype(float) / table[ratio].astype(float)
+        table[time] = found.where(found.notna(), own)
+        if time == "latency_s":
+            for end in ("latency_lo_s", "latency_hi_s"):
+                table[end] = table[end].astype(float) * (table[time] / own)
 
 
 def _rates(record: Record, table: pd.DataFrame) -> None:

@@ -97,7 +97,7 @@ def contrasts(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> C
             elif max(min_order, len(terms[t])) == order:
                 alias = [terms[i] for i in range(n) if i != t and abs(known[t + 1, i + 1]) > _TINY]
                 names = ["the mean"] * bool(abs(known[t + 1, 0]) > _TINY) + [term_name(a, factors) for a in alias]
-                reasons[t] = f"{missing}, it cannot be told from {_some(names)}"
+                reasons[t] = f"too few cells, {missing}: it cannot be told from {_some(names)}"
         if not open_terms:
             break
     for t in sorted(open_terms & set(range(k))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,23 @@ class Controls:
     def noisy(self) -> bool:
         """Whether two copies of the baseline differ by more than the limit anywhere."""
         return bool(self.aa["noisy"].any())
+
+
+def noise_of(aa: pd.DataFrame) -> float:
+    """By how much two copies of the baseline differ, in log latency, where the A/A control fails; else 0.
+
+    `aa`: rows of `Controls.aa`.
+    """
+    return max((abs(math.log(ratio)) for ratio in aa.loc[aa["noisy"].astype(bool), "ratio"]), default=0.0)
+
+
+def beyond_noise(estimate: float, aa: pd.DataFrame) -> bool:
+    """Whether a ratio is farther from 1 than two copies of the baseline are, where their control fails.
+
+    The one rule for what a noisy condition lets be said. `aa`: the condition's rows of `Controls.aa`.
+    """
+    noise = noise_of(aa)
+    return not noise or abs(math.log(estimate)) > noise
 
 
 def controls(record: Record, samples: pd.DataFrame, cells: pd.DataFrame, effects: pd.DataFrame) -> Controls:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,13 +50,18 @@ def effects(
     estimate, and p is empty.
 
     `same`: the interval lies inside ±`band` (for `log=False` a fraction of the baseline's value);
-    `faster`/`slower` (`less`/`more` where `value` is no time) with Holm's p < 0.05, over all effects or over
-    all shares; else `undecided`.
+    `faster`/`slower` (`less`/`more` where `value` is no time) with Holm's p < 0.05, over the main effects, over the
+    interactions of each order, or over the shares; else `undecided`.
 
-    Raises `UserError` where columns are missing, samples of several workloads or runtimes are mixed, or a
-    logarithm is impossible.
+    Warns of rows that lack a value, a block or the level of a factor, and leaves them out. Raises `UserError` where
+    columns are missing, samples of several workloads or runtimes are mixed, a logarithm is impossible, or `band` or
+    `confidence` is no fraction.
     """
     factors = tuple(factors)
+    if not 0 < confidence < 1:
+        raise UserError(f"confidence={confidence} must lie between 0 and 1; 0.95 is 95 %")
+    if not 0 <= band < 1:
+        raise UserError(f"band={band} must be a fraction from 0 to below 1; 0.01 is ±1 %")
     table = _by_cell(samples, _Question(factors, value, block, process, log))
     k = len(factors)
     plan = contrasts(factors, table.cells)
@@ -79,12 +85,13 @@ def effects(
     e = found.estimate
     spread[:, where] = e, e - half, e + half, found.p(), np.where(found.df > 0, found.df, np.nan)
     estimate, lo, hi, p, df = spread
-    shapley = (frame["kind"] == "shapley").to_numpy()
     frame["p"], frame["df"] = p, df
-    frame["p_holm"] = np.where(shapley, holm(np.where(shapley, p, np.nan)), holm(np.where(shapley, np.nan, p)))
+    families = np.where(frame["kind"] == "shapley", 0, order_of(frame["term"]))
+    frame["p_holm"] = frame["p"].groupby(families).transform(lambda of_family: holm(of_family.to_numpy()))
     is_time = value.endswith("_s") and not value.endswith("_per_s")
     if log:
-        frame["estimate"], frame["lo"], frame["hi"] = np.exp(-estimate), np.exp(-hi), np.exp(-lo)
+        with np.errstate(over="ignore"):
+            frame["estimate"], frame["lo"], frame["hi"] = np.exp(-estimate), np.exp(-hi), np.exp(-lo)
         gain, gain_lo, gain_hi = (frame[c].to_numpy() - 1 for c in ("estimate", "lo", "hi"))
     else:
         frame["estimate"], frame["lo"], frame["hi"] = estimate, lo, hi
@@ -92,18 +99,28 @@ def effects(
         band *= abs(table.baseline)
     gains = Gains(gain, gain_lo, gain_hi, frame["p_holm"])
     frame["verdict"] = verdicts(gains, band, OF_TIMES if is_time else OF_BYTES)
-    no_error = where & np.isnan(lo)
-    frame.loc[no_error, "reason"] = [_join(r, table.no_error) for r in frame.loc[no_error, "reason"]]
+    no_error = np.zeros(len(frame), dtype=bool)
+    no_error[where] = np.isnan(found.se)
+    too_large = where & ~no_error & ~np.isfinite(frame[["estimate", "lo", "hi"]].to_numpy()).all(axis=1)
+    for rows, why in ((no_error, table.no_error), (too_large, "beyond the largest number that a float holds")):
+        frame.loc[rows, "reason"] = [_join(r, why) for r in frame.loc[rows, "reason"]]
     return frame[COLUMNS]
+
+
+def order_of(term: pd.Series) -> pd.Series:
+    """How many factors each term has: 1 for `flash`, 2 for `flash:mask`."""
+    return term.str.count(":") + 1
 
 
 def process_shares(samples: pd.DataFrame, factors: Sequence[str]) -> dict[str, float]:
     """For each main effect and interaction on latency the share of its error's variance that processes make.
 
-    Of `effects` with the column `process` within `block`; see `variance.Estimates`.
+    Of `effects` with the column `process` within `block`; see `variance.Estimates`. Other implementations do not count.
     """
     factors = tuple(factors)
-    table = _by_cell(samples, _Question(factors, "latency_s", "block", "process", log=True))
+    table = _by_cell(
+        samples.dropna(subset=list(factors)), _Question(factors, "latency_s", "block", "process", log=True)
+    )
     plan = contrasts(factors, table.cells)
     known = np.flatnonzero(~np.isnan(plan.matrix).any(axis=1))
     shares = table.estimates(plan.matrix[known], None).process_share
@@ -132,18 +149,31 @@ class _Table:
 
     @property
     def baseline(self) -> float:
-        means = [v.mean() for v in self.replicates] if self.y is None else self.y.mean(axis=0)
+        scale = self._scale()
+        values = self.replicates if self.y is None else self.y.T
+        means = [(of_cell / scale).mean() for of_cell in values]
         off = [m for cell, m in zip(self.cells, means, strict=True) if not any(cell)]
-        return float(off[0] if off else np.mean(means))
+        return float(off[0] if off else np.mean(means)) * scale
 
     @property
     def no_error(self) -> str:
         return "no interval: one block" if self.y is not None else "no interval: no replicates"
 
+    def _scale(self) -> float:
+        """A power of two near the largest value: divided by it no square overflows, and no digit changes."""
+        values = np.concatenate(self.replicates) if self.y is None else self.y
+        _, exponent = np.frexp(np.abs(values).max())
+        return float(np.ldexp(1.0, int(np.clip(exponent - 1, -1000, 1000))))
+
     def estimates(self, matrix: NDArray[np.float64], decimals: int | None) -> Estimates:
         """With their errors, or rounded to so many decimals and exact."""
-        y = self.y
-        found = replicated(self.replicates, matrix) if y is None else clustered(y, self.process, matrix)
+        scale = self._scale()
+        if self.y is None:
+            found = replicated([values / scale for values in self.replicates], matrix)
+        else:
+            found = clustered(self.y / scale, self.process, matrix)
+        with np.errstate(over="ignore"):
+            found = replace(found, estimate=found.estimate * scale, se=found.se * scale)
         if decimals is None:
             return found
         estimate = np.round(found.estimate, decimals) + 0.0  # no −0; weights such as 1/5 leave crumbs
@@ -167,12 +197,21 @@ def _checked(samples: pd.DataFrame, asked: _Question) -> pd.DataFrame:
     rows = samples
     if "copy" in rows:
         rows = rows[rows["copy"].fillna(0) == 0]
-    rows = rows.dropna(subset=[*factors, value])
+    needed = [*factors, value, *([block] if block else [])]
+    rows, before = rows.dropna(subset=needed), rows
     if rows.empty:
-        raise UserError(f"no sample has a {value}")
+        raise UserError(
+            f"no sample has a {value}" if before[value].isna().all() else f"no sample has all of {', '.join(needed)}"
+        )
+    if len(rows) < len(before):
+        lacking = ", ".join(f"{int(before[c].isna().sum())} no {c}" for c in needed if before[c].isna().any())
+        warnings.warn(f"of {len(before)} samples have {lacking}; they are left out", stacklevel=4)
     if not np.isin(rows[list(factors)].to_numpy(), (0, 1)).all():
         raise UserError(f"the columns {', '.join(factors)} must hold 0 and 1 alone")
-    values = rows[value].to_numpy(dtype=float)
+    try:
+        values = rows[value].to_numpy(dtype=float)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise UserError(f"{value} must hold numbers that a float can hold ({error})") from error
     if not np.isfinite(values).all() or (log and (values <= 0).any()):
         raise UserError(f"{value} must be finite{' and above zero to take its logarithm' if log else ''}")
     return rows

@@ -106,16 +106,16 @@ class BlockMatrix:
         return clustered(self.log_s[columns].to_numpy(), self.process, matrix)
 
 
-def block_matrix(samples: pd.DataFrame, cells: Sequence[str] | None = None) -> BlockMatrix:
+def block_matrix(samples: pd.DataFrame, cells: Sequence[str] | None = None, value: str = "latency_s") -> BlockMatrix:
     """The complete blocks of `samples` (one workload and runtime) over `cells` and the A/A copy.
 
-    `cells`: labels to keep; None keeps all. Blocks that lack one are left out.
+    `cells`: labels to keep; None keeps all. Blocks that lack one are left out. `value`: another time than the latency.
     """
     label = samples["cell"].where(samples["copy"] == 0, COPY)
     if cells is not None:
         keep = label.isin([*cells, COPY])
         samples, label = samples[keep], label[keep]
-    table = samples["latency_s"].groupby([samples["block"], label]).median().unstack()
+    table = samples[value].groupby([samples["block"], label]).median().unstack()
     table = table.loc[:, table.notna().mean() >= 0.5].dropna()
     process = samples.groupby("block")["process"].first().loc[table.index].to_numpy()
     return BlockMatrix(table.astype(float).apply(np.log), process)

@@ -13,13 +13,14 @@ from qwen3bench.analysis.controls import Controls, controls
 from qwen3bench.analysis.effective import compare_effective
 from qwen3bench.analysis.effects import COLUMNS, effects
 from qwen3bench.analysis.frames import analysis_setting, used_samples
-from qwen3bench.record.files import small_file, write_atomic
+from qwen3bench.record.files import find_runs, small_file, write_atomic
 from qwen3bench.record.lines import EndLine, EvidenceLine
 from qwen3bench.record.reader import Record, read_record
 from qwen3bench.record.states import CellStatus, EndStatus
 from qwen3bench.record.typed import parsed_line
 
-EFFECT_COLUMNS = ["workload", "runtime", "metric", *COLUMNS]
+_SIZES = ("batch_size", "prompt_tokens", "new_tokens")
+EFFECT_COLUMNS = ["workload", "runtime", *_SIZES, "metric", *COLUMNS]
 _TIMES = ("latency_s", "ttft_s", "tpot_s")
 _BYTES = ("peak_allocated_bytes", "parameter_bytes")
 
@@ -100,6 +101,14 @@ def load_run(path: str | Path) -> Run:
     )
 
 
+def load_runs(path: str | Path) -> list[Run]:
+    """The runs in a directory of runs, such as a multirun's, in natural order; a run's own directory is one.
+
+    Raises `UserError` where there is none, or one has no usable record.
+    """
+    return [load_run(home) for home in find_runs([Path(path)])]
+
+
 def write_derived(run: Run) -> None:
     """Writes cells.csv and effects.csv into the run's directory, each whole or not at all."""
     directory = run.record.path.parent
@@ -141,14 +150,14 @@ def _all_effects(record: Record, cells: pd.DataFrame, samples: pd.DataFrame) -> 
             known = rows.dropna(subset=[metric])
             if len(known):
                 found[metric] = effects(known, factors, metric, log=False, exact=True, band=band)
-        for metric, table in found.items():
-            table.insert(0, "metric", metric)
-            table.insert(0, "runtime", str(runtime))
-            table.insert(0, "workload", str(workload))
-            parts.append(table)
+        where = {"workload": str(workload), "runtime": str(runtime)} | {size: rows[size].iloc[0] for size in _SIZES}
+        parts += [table.assign(**where, metric=metric) for metric, table in found.items()]
     if not parts:
-        return pd.DataFrame({c: pd.Series(dtype=float if c in _NUMBERS else object) for c in EFFECT_COLUMNS})
-    return pd.concat(parts, ignore_index=True)[EFFECT_COLUMNS]
+        kinds = (
+            dict.fromkeys(EFFECT_COLUMNS, "object") | dict.fromkeys(_NUMBERS, "float") | dict.fromkeys(_SIZES, "Int64")
+        )
+        return pd.DataFrame({c: pd.Series(dtype=kind) for c, kind in kinds.items()})
+    return pd.concat(parts, ignore_index=True)[EFFECT_COLUMNS].astype(dict.fromkeys(_SIZES, "Int64"))
 
 
 _NUMBERS = ("estimate", "lo", "hi", "p_holm", "p", "df")

@@ -71,7 +71,7 @@ class Limits:
     target: float
     max_seconds: float
     min_blocks: int = 6
-    min_processes: int = 2
+    min_processes: int = 3
     max_blocks: int | None = None
 
 

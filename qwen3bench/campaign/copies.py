@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.stats import binom
 
 from qwen3bench.analysis.run import Run, load_run, to_csv, write_derived
-from qwen3bench.analysis.significance import ALPHA
+from qwen3bench.analysis.significance import ALPHA, holm
 from qwen3bench.campaign import continuation
 from qwen3bench.campaign.blocks import Blocks
 from qwen3bench.campaign.context import RunContext
@@ -120,7 +120,7 @@ def outcomes_of(run: Run, number: int) -> list[CopiesOutcome]:
     for stop in run.record.of(StopLine):
         effects = _here(run.effects, stop)
         effects = effects[(effects["metric"] == "latency_s") & (effects["kind"] != "shapley")]
-        p = effects["p_holm"].to_numpy(dtype=float)
+        p = holm(effects["p"])  # over all of them; a run's own is over those of one order
         estimates = effects["estimate"].to_numpy(dtype=float)
         if not len(p) or np.isnan(p).any():
             raise UserError(f"{run.path}: {stop.blocks} blocks give no p; raise measure.max_seconds or max_blocks")

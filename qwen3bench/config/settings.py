@@ -136,13 +136,14 @@ class Settings:
     def min_processes(self, runtime: str) -> int:
         """How many processes a workload in `runtime` takes at least.
 
-        Two give an interval. Five where it is to be narrower than ±1 %: on an H100 about half of the processes decode
-        some cells 1 % to 2 % slower, and two or three are often all of one kind. Five beside a peer too, as a ratio
-        to it stands on the processes alone.
+        Three give an effect that differs between processes two degrees of freedom; two give it one. Five where the
+        interval is to be narrower than ±1 %: on an H100 about half of the processes decode some cells 1 % to 2 %
+        slower, and two or three are often all of one kind. Five beside a peer too, as a ratio to it stands on the
+        processes alone.
         """
         if self.measure.min_processes is not None:
             return self.measure.min_processes
-        return 5 if self.peers or self.target(runtime) < 0.01 else 2
+        return 5 if self.peers or self.target(runtime) < 0.01 else 3
 
     def limit_s(self, runtime: str, blocks: int, processes: int) -> float:
         """How many seconds are allowed for measuring, and for getting processes ready beyond the least.

@@ -40,6 +40,30 @@ def small_file(path: Path) -> bytes:
     return data
 
 
+def find_runs(paths: Iterable[Path]) -> list[Path]:
+    """Directories of runs: each path that is one, and every run below a path that holds runs, once each.
+
+    A path that holds none is among them: reading it says so, and the others keep their pages.
+    """
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if record_file(path) or not path.is_dir():
+            below = [path]  # what is no run after all is named when it is read
+        else:
+            files = (file for name in (RECORD, COMPRESSED) for file in path.rglob(name))
+            # An empty file: it stopped before anything. What is no file is named when it is read.
+            homes = {file.parent for file in files if not file.is_file() or file.stat().st_size}
+            below = sorted(homes, key=_by_number) or [path]
+        for run in below:
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
+
+
+def _by_number(path: Path) -> list[tuple[int, str]]:
+    """Sorts a multirun's 2 before its 10."""
+    return [(int(digits or 0), text) for digits, text in re.findall(r"(\d*)(\D*)", str(path))]
+
+
 def write_atomic(path: str | Path, content: str | bytes) -> None:
     """Writes a whole file or leaves the old one whole, whatever happens meanwhile.
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen3bench.errors import UserError
-from qwen3bench.record.files import COMPRESSED, RECORD, record_file, write_atomic
+from qwen3bench.record.files import write_atomic
 from qwen3bench.reporting import figures
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.lookup import band, device, directory, factors, level
@@ -23,25 +22,6 @@ if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
 _ROWS = 200  # of the table in report.md; the page holds all
-
-
-def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """Directories of runs: each path that is one, and every run below a path that holds runs, once each.
-
-    A path that holds none is among them: reading it says so, and the others keep their pages.
-    """
-    found: dict[Path, Path] = {}
-    for path in paths:
-        if record_file(path) or not path.is_dir():
-            below = [path]  # what is no run after all is named when it is read
-        else:
-            files = (file for name in (RECORD, COMPRESSED) for file in path.rglob(name))
-            # An empty file: it stopped before anything. What is no file is named when it is read.
-            homes = {file.parent for file in files if not file.is_file() or file.stat().st_size}
-            below = sorted(homes, key=_by_number) or [path]
-        for run in below:
-            found.setdefault(run.resolve(), run)
-    return list(found.values())
 
 
 def write_overview(runs: Sequence[Run], home: Path) -> Path:
@@ -90,8 +70,3 @@ def _described(run: Run) -> str:
     state = "" if run.finished else ", unfinished"
     measured = f", {moment(created)}" if (created := run.record.run.created) else ""
     return f"{run.record.run.model}, {device(run)}: {where or 'nothing measured'}{measured}{state}"
-
-
-def _by_number(path: Path) -> list[tuple[int, str]]:
-    """Sorts a multirun's 2 before its 10."""
-    return [(int(digits or 0), text) for digits, text in re.findall(r"(\d*)(\D*)", str(path))]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from qwen3bench.analysis.controls import beyond_noise, noise_of
 from qwen3bench.record.lines import BlockLine
 from qwen3bench.record.states import BlockState, CellStatus
 from qwen3bench.reporting.conditions import Condition, conditions
@@ -53,13 +53,19 @@ def sentences(run: Run) -> list[Control]:
 
 def noise(run: Run, condition: Condition) -> float:
     """By how much two copies of the baseline differ, in log latency, where the A/A control fails; else 0."""
-    return max((abs(math.log(r.ratio)) for r in rows(condition.select(run.controls.aa)) if r.noisy), default=0.0)
+    return noise_of(condition.select(run.controls.aa))
 
 
 def heard(run: Run, condition: Condition, verdict: str, estimate: float) -> str:
     """The verdict, or `noise` where two copies of the baseline are as far apart as the estimate is from 1."""
-    spread = noise(run, condition)
-    return NoVerdict.NOISE if spread and is_number(estimate) and abs(math.log(estimate)) <= spread else verdict
+    told = not is_number(estimate) or beyond_noise(estimate, condition.select(run.controls.aa))
+    return verdict if told else NoVerdict.NOISE
+
+
+def heard_effects(run: Run, condition: Condition, effects: pd.DataFrame) -> pd.DataFrame:
+    """Effects on latency with the verdicts that are `heard`."""
+    verdicts = [heard(run, condition, row.verdict, row.estimate) for row in rows(effects)]
+    return effects.assign(verdict=pd.Series(verdicts, effects.index, dtype=object))
 
 
 def _equivalence(run: Run) -> Iterator[Control]:

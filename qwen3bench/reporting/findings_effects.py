@@ -32,7 +32,6 @@ from qwen3bench.reporting.lookup import (
     others_beside,
     rows,
     samples_of_usable,
-    skewed,
     terms,
     usable,
 )
@@ -66,17 +65,9 @@ def together(run: Run, condition: Condition) -> Iterator[Finding]:
         return
     verdict = control_findings.heard(run, condition, verdict_of(row.speedup_lo, row.speedup_hi, band(run)), row.speedup)
     said = worth(verdict, row.speedup, row.speedup_lo, row.speedup_hi, band(run))
-    times = _times(run, good[BASELINE].latency_s, row)
+    times = f", {seconds(good[BASELINE].latency_s)} → {seconds(row.latency_s)}"
     noisy = " Noisy." if control_findings.noise(run, condition) else ""
     yield Finding(f"{subject}: {said}{times} ({where}).{noisy}", "together")
-
-
-def _times(run: Run, baseline_s: float, row: Any) -> str:
-    """From the baseline's median to a cell's, and a word where that is not the speed-up beside it."""
-    times = f", {seconds(baseline_s)} → {seconds(row.latency_s)}"
-    if is_number(row.speedup) and skewed(run, row.speedup, baseline_s, row.latency_s):
-        return f"{times} by medians, {ratio(baseline_s / row.latency_s)}, as latencies are spread unevenly"
-    return times
 
 
 def each_switch(run: Run) -> Iterator[Finding]:

@@ -125,10 +125,11 @@ def allowed_variance(run: Run, condition: Condition, effect: Judged, df: float) 
     """The error's variance with which an effect has a verdict at these degrees of freedom, over the present one.
 
     Its interval then lies inside the band, or leaves 1 by Holm's p too, in the hardest case: 5 % over the number of
-    terms.
+    terms of its order.
     """
     tested = condition.select(run.effects)
     tested = tested[(tested["metric"] == LATENCY) & (tested["kind"] != "shapley") & tested["p"].notna()]
+    tested = tested[tested["term"].str.count(":") == effect.term.count(":")]
     level = (1 + analysis_setting(run.record, "confidence")) / 2
     usual, strict = special.stdtrit(df, [level, max(level, 1 - 0.025 / max(1, len(tested)))])
     distance = abs(math.log(effect.estimate))

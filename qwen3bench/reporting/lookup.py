@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,8 +102,3 @@ def largest(frame: pd.DataFrame, column: str) -> Any:
 def smallest(frame: pd.DataFrame, column: str) -> Any:
     """The row whose value in a column is the smallest, the first of equals; missing values do not count."""
     return rows(frame.dropna(subset=[column]).sort_values(column, kind="stable"))[0]
-
-
-def skewed(run: Run, speedup: float, start_s: float, end_s: float) -> bool:
-    """Whether two medians stand otherwise to each other than their mean ratio within blocks, by more than the band."""
-    return abs(math.log(start_s / end_s / speedup)) > math.log1p(band(run))

@@ -11,14 +11,14 @@ import pandas as pd
 
 from qwen3bench.analysis.contrasts import others_of
 from qwen3bench.record.states import Verdict
-from qwen3bench.reporting import control_findings
 from qwen3bench.reporting.conditions import conditions
+from qwen3bench.reporting.control_findings import heard_effects, noise
 from qwen3bench.reporting.findings_cells import failures, missing
 from qwen3bench.reporting.findings_effects import pays_only_with
 from qwen3bench.reporting.lookup import AVERAGE, LATENCY, band, largest, level, rows, smallest, terms
 from qwen3bench.reporting.tables import Entry, Table, drop_empty
 from qwen3bench.reporting.units import count, listing, ratio
-from qwen3bench.reporting.wording import Finding
+from qwen3bench.reporting.wording import Finding, NoVerdict
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -40,8 +40,8 @@ def effects_over(runs: Sequence[Run]) -> pd.DataFrame:
             where = {"run": number, **same, "workload": condition.workload, "runtime": condition.runtime}
             timed = condition.select(run.samples)
             where |= {key: timed[of].nunique() for key, of in (("blocks", "block"), ("processes", "process"))}
-            where |= {"noisy": control_findings.noise(run, condition) > 0}
-            for effect in rows(terms(run, condition, LATENCY, "main")):
+            where |= {"noisy": noise(run, condition) > 0}
+            for effect in rows(heard_effects(run, condition, terms(run, condition, LATENCY, "main"))):
                 others = others_of(effect.reason) or AVERAGE
                 named = str(condition) if others == AVERAGE else f"{condition}, {others}"
                 where |= {"condition": named, "others": others}
@@ -81,20 +81,22 @@ def dependent(runs: Sequence[Run]) -> Iterator[Finding]:
 
 
 def over_findings(effects: pd.DataFrame, names: Sequence[str], width: float) -> Iterator[Finding]:
-    """Per switch, where it is faster, slower, the same or undecided; noisy conditions do not count."""
+    """Per switch, where it is faster, slower, the same or undecided, or no more than the noise of a noisy condition."""
     if effects.empty:
         yield Finding("No run holds an effect on latency that could be estimated.", "missing", "warning")
         return
     noisy = list(dict.fromkeys(effects.loc[effects["noisy"], "condition"]))
     if noisy:
-        yield Finding(f"Noisy, and left out of the findings: {'; '.join(noisy)}.", "control", "warning")
-    quiet = effects[~effects["noisy"]]
-    for name, others in product(names, dict.fromkeys(quiet["others"])):  # an average is not compared with what is none
-        found = dict(iter(quiet[(quiet["term"] == name) & (quiet["others"] == others)].groupby("verdict")))
+        yield Finding(
+            f"Noisy, where only effects larger than the noise count: {'; '.join(noisy)}.", "control", "warning"
+        )
+    unlike = {Verdict.SAME: f"the same within ±{100 * width:g} %", NoVerdict.NOISE: "no more than the noise"}
+    for name, others in product(names, dict.fromkeys(effects["others"])):  # averages stand by themselves
+        found = dict(iter(effects[(effects["term"] == name) & (effects["others"] == others)].groupby("verdict")))
         said = []
-        for verdict in (Verdict.FASTER, Verdict.SLOWER, Verdict.UNDECIDED, Verdict.SAME):
+        for verdict in (Verdict.FASTER, Verdict.SLOWER, Verdict.UNDECIDED, Verdict.SAME, NoVerdict.NOISE):
             if verdict in found:
-                words = f"the same within ±{100 * width:g} %" if verdict == Verdict.SAME else verdict
+                words = unlike.get(verdict, verdict)
                 how_much = f" ({_range(found[verdict])})" if verdict in (Verdict.FASTER, Verdict.SLOWER) else ""
                 said.append(f"{words} in {len(found[verdict])}{how_much}")
         if not said:

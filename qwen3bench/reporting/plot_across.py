@@ -15,6 +15,7 @@ from qwen3bench.record.states import Verdict
 from qwen3bench.reporting.figures import MUTED, PAPER, RULE, SERIES, Plot, heat, new_figure
 from qwen3bench.reporting.lookup import rows
 from qwen3bench.reporting.units import count, listing, ratio
+from qwen3bench.reporting.wording import NoVerdict
 
 MAX_ROWS = 60  # that can be told apart on a page
 _SIGNS: dict[str, str] = {Verdict.FASTER: "*", Verdict.SLOWER: "*", Verdict.SAME: "="}
@@ -32,7 +33,7 @@ def regimes(effects: pd.DataFrame, names: Sequence[str], width: float, max_rows:
             x = names.index(effect.term)
             grid[y, x], signs[y, x] = np.log(effect.estimate), _SIGNS.get(effect.verdict, "?")
     title = _regimes_title(effects, names)
-    legend = f"* verdict faster or slower, = same within ±{100 * width:g} %, ? undecided"
+    legend = f"* verdict faster or slower, = same within ±{100 * width:g} %, ? undecided or noise"
     if len(every) > len(groups):
         legend += f"; the first {len(groups)} of {len(every)} conditions"
     note = f"n = {count(effects['run'].nunique(), 'run')}; {legend}"
@@ -50,7 +51,7 @@ def _row_label(first: Any) -> str:
 
 
 def _regimes_title(effects: pd.DataFrame, names: Sequence[str]) -> str:
-    quiet = effects[~effects["noisy"]]
+    quiet = effects[effects["verdict"] != NoVerdict.NOISE]
     if quiet["others"].nunique() > 1:
         return "What the other switches do differs from run to run"
     seen = {name: set(quiet.loc[quiet["term"] == name, "verdict"]) for name in names}
@@ -77,7 +78,7 @@ def trends(effects: pd.DataFrame, names: Sequence[str], width: float) -> Plot | 
         return None
     columns = min(3, len(names))
     lines = len(names) // columns + 1  # a panel at least is spare, for the legend
-    legend = f"bars: intervals; gray: ±{100 * width:g} %; hollow: undecided or noisy"
+    legend = f"bars: intervals; gray: ±{100 * width:g} %; hollow: undecided or noise"
     note = f"n = {count(effects['run'].nunique(), 'run')}; {legend}"
     keys = [
         key
@@ -105,7 +106,7 @@ def trends(effects: pd.DataFrame, names: Sequence[str], width: float) -> Plot | 
             bars = np.clip([line["estimate"] - line["lo"], line["hi"] - line["estimate"]], 0, None)
             stroke = {"color": look["color"], "linestyle": look["linestyle"], "linewidth": 1}
             panel.errorbar(x, line["estimate"], yerr=bars, capsize=2, **stroke)
-            hollow = line["noisy"] | ~line["verdict"].isin(_SIGNS)
+            hollow = ~line["verdict"].isin(_SIGNS)
             faces = [PAPER if empty else look["color"] for empty in hollow]
             marks = {"marker": look["marker"], "edgecolor": look["color"], "facecolor": faces}
             panel.scatter(x, line["estimate"], s=26, zorder=3, **marks)
@@ -136,7 +137,7 @@ def _looks() -> Iterator[dict[str, Any]]:
 def _trend_words(effects: pd.DataFrame) -> str:
     """Which switch's effect moves most along one line, where its intervals at both ends do not overlap."""
     moves = []
-    for (name, label), line in effects[~effects["noisy"]].groupby(["term", "label"], sort=False):
+    for (name, label), line in effects[effects["verdict"] != NoVerdict.NOISE].groupby(["term", "label"], sort=False):
         first, last = rows(line.head(1))[0], rows(line.tail(1))[0]
         apart = first.hi < last.lo or last.hi < first.lo
         if apart and first.prompt_tokens < last.prompt_tokens:

@@ -85,7 +85,7 @@ def ranked(run: Run, condition: Condition) -> Plot | None:
         left.text(len(factors(run)) - 0.6, row, cells["cell"].iloc[row], ha="right", va="center", fontsize=8.5)
     keep_in_view(right, x)
     right.set_ylim(len(cells) - 0.4, -1.6 if few else -len(cells) * 0.03)
-    right.set_xlabel(f"latency ({unit.symbol}): median, {level(run)} interval; n = {_samples(cells)} samples per cell")
+    right.set_xlabel(f"latency ({unit.symbol}), {level(run)} interval; n = {_samples(cells)} samples per cell")
     right.grid(visible=False, axis="y")
     alt = f"Latency of {count(len(cells), 'cell')}, fastest on top. {title}."
     return Plot(f"cells-{condition.slug}", figure, title, alt)
@@ -152,7 +152,7 @@ def memory_latency(run: Run, condition: Condition) -> Plot | None:
         axes.plot([], [], " ", label=f"{number}: {cell}")
     axes.margins(0.08, 0.16)
     keep_in_view(axes, x)
-    axes.set_xlabel(f"latency ({x_unit.symbol}): median, {level(run)} interval; n = {_samples(cells)} samples per cell")
+    axes.set_xlabel(f"latency ({x_unit.symbol}), {level(run)} interval; n = {_samples(cells)} samples per cell")
     axes.set_ylabel(f"peak allocated memory ({y_unit.symbol})")
     figure.legend(loc="outside right center")
     alt = f"Latency against peak memory of {len(cells)} cells; Pareto front: {listing(list(front['cell']))}."

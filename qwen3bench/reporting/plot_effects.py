@@ -38,6 +38,7 @@ from qwen3bench.reporting.lookup import (
     terms,
 )
 from qwen3bench.reporting.units import count, listing, ratio
+from qwen3bench.reporting.wording import NoVerdict
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -152,14 +153,15 @@ def _interactions_title(pairs: pd.DataFrame) -> str:
 def by_condition(run: Run) -> Plot | None:
     """Main effect of each switch under every workload and runtime of the run."""
     frames = [(condition, terms(run, condition, LATENCY, "main")) for condition in conditions(run)]
+    frames = [(condition, control_findings.heard_effects(run, condition, effects)) for condition, effects in frames]
     frames = [(condition, effects.set_index("term")) for condition, effects in frames if len(effects)]
     names = factors(run)
     if len(frames) < 2:
         return None
-    quiet = [(condition, effects) for condition, effects in frames if not control_findings.noise(run, condition)]
+    told = [(condition, effects[effects["verdict"] != NoVerdict.NOISE]) for condition, effects in frames]
     title = (
-        _by_condition_title(quiet, names, len(quiet) == len(frames))
-        if quiet
+        _by_condition_title(told, names, sum(len(effects) for _, effects in frames) == sum(len(e) for _, e in told))
+        if any(len(effects) for _, effects in told)
         else "Noisy everywhere: two copies of the baseline differ"
     )
     others = others_beside(pd.concat([effects for _, effects in frames]))
@@ -167,7 +169,7 @@ def by_condition(run: Run) -> Plot | None:
         title = "What the other switches do differs from condition to condition"
     note = device(run) + f"; each switch {others}" * (others not in (AVERAGE, UNLIKE))
     if any(control_findings.noise(run, condition) > 0 for condition, _ in frames):
-        note += "; noisy conditions do not count in the title"
+        note += "; what is no more than the noise does not count in the title"
     figure = new_figure(title, note, 2.1 + len(names) * (0.25 + 0.17 * len(frames)))
     axes = figure.subplots()
     width = band(run)
@@ -178,7 +180,7 @@ def by_condition(run: Run) -> Plot | None:
         shape, color = SERIES[place % len(SERIES)]
         rows = [i for i, name in enumerate(names) if name in effects.index]
         chosen = effects.loc[[names[i] for i in rows]]
-        decided = chosen["verdict"] != Verdict.UNDECIDED
+        decided = ~chosen["verdict"].isin((Verdict.UNDECIDED, NoVerdict.NOISE))
         offset = (place - (len(frames) - 1) / 2) * step
         y = np.array(rows) + offset
         bars = [chosen["estimate"] - chosen["lo"], chosen["hi"] - chosen["estimate"]]

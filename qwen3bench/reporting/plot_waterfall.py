@@ -20,7 +20,6 @@ from qwen3bench.reporting.lookup import (
     device,
     factors,
     rows,
-    skewed,
     terms,
     usable,
 )
@@ -49,8 +48,6 @@ def waterfall(run: Run, condition: Condition, metric: str) -> Plot | None:
     title = _waterfall_title(shares, what, latency, start, end)
     title = f"Noisy: {title}" if latency and control_findings.noise(run, condition) else title
     about = f"{condition}; {device(run)}; n = {blocks_of(run, condition)}"
-    if latency and skewed(run, start / levels[-1], start, end):
-        about += "; bars are medians, steps are mean ratios within blocks: latencies are spread unevenly"
     figure = new_figure(title, about, 3.6)
     axes = figure.subplots()
     _steps(axes, shares, levels, latency, unit)

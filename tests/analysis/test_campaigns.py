@@ -75,7 +75,7 @@ CONDITIONS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, 3, 4])
 @pytest.mark.parametrize("name", CONDITIONS)
 def test_intervals_cover_and_nothing_is_found_where_nothing_is(name: str, processes: int) -> None:
     y = simulate(RNG(processes), processes, campaigns=4 * CAMPAIGNS, **CONDITIONS[name])
@@ -118,6 +118,18 @@ def test_shares_and_speedups_cover(name: str, processes: int) -> None:
     for contrasts_ in (shapley_contrasts(5), speedup_contrasts(32)):
         found = clustered(y, process_of(y.shape[1]), contrasts_)
         assert 0.93 <= np.mean(np.abs(found.estimate) <= found.half_width(0.95)) <= CAUTIOUS
+
+
+@pytest.mark.parametrize("processes", [2, 3, 6])
+def test_speedups_of_quiet_cells_cover_beside_loud_ones(processes: int) -> None:
+    """Four cells of 32 are ten times as noisy, and hide in a sum over the cells that processes move all of them."""
+    loud = np.arange(32) >= 28
+    y = simulate(RNG(5), processes) * np.where(loud, 10, 1)
+    y = y + np.repeat(RNG(14).normal(scale=0.01, size=(CAMPAIGNS, processes, 32)), PER_PROCESS, axis=1)
+    found = clustered(y, process_of(y.shape[1]), speedup_contrasts(32))
+    covered = np.mean(np.abs(found.estimate) <= found.half_width(0.95), axis=0)
+    assert 0.93 <= covered[~loud[1:]].mean() <= 0.97
+    assert covered.min() >= 0.92
 
 
 UNLIKE = np.exp(np.random.default_rng(6).normal(scale=0.5, size=32))
@@ -195,16 +207,44 @@ def test_intervals_cover_when_the_last_process_was_cut_short() -> None:
     assert 0.93 <= np.mean(np.abs(found.estimate) <= found.half_width(0.95)) <= 0.97
 
 
+def with_a_worth_that_varies(y: np.ndarray, processes: int, scale: float = 0.02) -> np.ndarray:
+    """Campaigns in which what the first switch is worth differs between processes by 2 %."""
+    worth = RNG(15).normal(scale=scale, size=(len(y), processes, 1))
+    return y + np.repeat(worth, PER_PROCESS, axis=1) * np.array(CELLS)[:, 0]
+
+
 def test_a_switch_whose_worth_depends_on_the_process_gets_an_interval_of_its_own() -> None:
-    rng = RNG(6)
-    y = simulate(rng, 6)
-    on = np.array(CELLS)[:, 0]
-    y = y + np.repeat(rng.normal(scale=0.02, size=(CAMPAIGNS, 6, 1)), PER_PROCESS, axis=1) * on
+    y = with_a_worth_that_varies(simulate(RNG(6), 6), 6)
     found = clustered(y, process_of(y.shape[1]), PLAN)
     covered = np.abs(found.estimate) <= found.half_width(0.95)
     assert covered[:, 0].mean() >= 0.93
     pooled_alone = np.sqrt(np.mean(found.se[:, 1:] ** 2, axis=1)) * 2
     assert np.mean(np.abs(found.estimate[:, 0]) <= pooled_alone) < 0.6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "noise", "least"), [(2, 0.003, 0.93), (3, 0.003, 0.93), (3, 0.01, 0.93), (2, 0.01, 0.85)]
+)
+def test_a_switch_whose_worth_varies_is_covered_by_few_processes(processes: int, noise: float, least: float) -> None:
+    """By two as far as they tell it from noise: two worths may be alike by chance."""
+    y = with_a_worth_that_varies(simulate(RNG(16), processes, campaigns=20_000, noise=noise), processes)
+    found = clustered(y, process_of(y.shape[1]), PLAN[:1])
+    assert np.mean(np.abs(found.estimate) <= found.half_width(0.95)) >= least
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_three_percent_at_a_third_of_a_percent_of_noise_are_decided(processes: int) -> None:
+    """Of two processes by moderation: with a single degree of freedom one campaign in ten would not decide it."""
+    y = simulate(RNG(17), processes, campaigns=20_000, noise=0.003) - 0.03 * np.array(CELLS)[:, 0]
+    found = clustered(y, process_of(y.shape[1]), PLAN)
+    half = found.half_width(0.95)
+    decided = (holm(found.p()[:, :5])[:, 0] < ALPHA) & (half[:, 0] < -found.estimate[:, 0])
+    assert 1 - decided.mean() <= 0.01
+    assert (np.delete(holm(found.p()), 0, axis=1) < ALPHA).any(axis=1).mean() <= 0.05
+    far = (half[:, :5] > 5 * np.median(half)).any(axis=1).mean()
+    assert far <= (0.25 if processes == 2 else 0.03)
 
 
 def test_blocks_as_clusters_would_lie_where_processes_differ() -> None:
@@ -226,8 +266,9 @@ def test_one_percent_is_found_at_one_percent_noise_in_six_blocks(name: str) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", [0.002, 0.003, 0.005])
-def test_intervals_cover_when_their_width_ends_the_campaign(target: float) -> None:
-    limits = Limits(target=target, max_seconds=1.0, max_blocks=24)
+@pytest.mark.parametrize("processes", [2, 3])
+def test_intervals_cover_when_their_width_ends_the_campaign(target: float, processes: int) -> None:
+    limits = Limits(target=target, max_seconds=1.0, min_processes=processes, max_blocks=24)
     y = simulate(RNG(10), 24 // PER_PROCESS, process_noise=0.003, drift=0.002)
     covered = np.zeros(CAMPAIGNS)
     false = np.zeros(CAMPAIGNS, dtype=bool)

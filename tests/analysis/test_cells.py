@@ -10,6 +10,7 @@ import pytest
 from pandas.testing import assert_frame_equal
 
 from qwen3bench.analysis.cells import cells_table, columns
+from qwen3bench.analysis.frames import used_samples
 from qwen3bench.analysis.run import load_run
 from qwen3bench.record.lines import SampleLine, encode
 from qwen3bench.record.reader import read_record
@@ -98,6 +99,38 @@ def test_latency_and_speedup(write_run: Write) -> None:
     assert base["latency_lo_s"] < base["latency_s"] < base["latency_hi_s"]
     assert base["samples"] == 18  # six blocks of three repeats; the copy is not among them
     assert flash[["flash", "tie"]].tolist() == [1, 0]
+
+
+def test_latency_and_speedup_are_of_one_estimator(write_run: Write) -> None:
+    """Two slow visits of six move a mean ratio within blocks and no median: the two would contradict each other."""
+    where = {("prefill", "graph"): 0.01, ("decode", "graph"): 0.001, ("generate", "graph"): 0.1}
+    record = read_record(write_run(factors=FACTORS, baseline_s=where, worth={"flash": 1.2}))
+    samples = used_samples(record)
+    slow = (samples["cell"] == "flash") & (samples["block"] < 2)
+    times = ["latency_s", "ttft_s", "tpot_s"]
+    samples.loc[slow, times] *= 3
+    cells = cells_table(record, samples).set_index(["workload", "cell"]).astype({"new_tokens": float})
+    assert cells.loc["prefill"].loc["flash", "speedup"] == pytest.approx(1.2 / 3 ** (1 / 3), rel=0.01)
+    for workload, found in cells.groupby("workload"):
+        found = found.loc[str(workload)]
+        base = found.loc["baseline"]
+        np.testing.assert_allclose(found["latency_s"], base["latency_s"] / found["speedup"], rtol=1e-12)
+        rates = found["tokens_per_s"] / base["tokens_per_s"]
+        np.testing.assert_allclose(rates, found["speedup"], rtol=1e-12)
+        np.testing.assert_allclose(found["mfu"] / base["mfu"], found["speedup"], rtol=1e-12)
+        assert ((found["latency_lo_s"] < found["latency_s"]) & (found["latency_s"] < found["latency_hi_s"])).all()
+    generated = cells.loc["generate"]
+    for time in ("ttft_s", "tpot_s"):
+        ratios = generated.loc["baseline", time] / generated[time]
+        np.testing.assert_allclose(ratios, generated["speedup"], rtol=1e-9)  # as they are parts of it here
+
+
+def test_without_a_baseline_a_latency_is_the_median_over_visits(write_run: Write) -> None:
+    failure = {"type": "failure", "cell": "baseline", "status": "crashed", "reason": "signal 9"}
+    record = read_record(write_run(factors=FACTORS, extra=[failure]))
+    flash = row(cells_table(record), "flash")
+    samples = used_samples(record)
+    assert flash["latency_s"] == samples.loc[samples["cell"] == "flash", "latency_s"].median()
 
 
 def test_of_one_generated_token_all_is_the_time_to_the_first(write_run: Write) -> None:

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from qwen3bench.analysis.controls import controls
+from qwen3bench.analysis.controls import beyond_noise, controls, noise_of
 from qwen3bench.analysis.run import load_run
 
 Write = Callable[..., Path]
@@ -22,6 +23,18 @@ def test_two_copies_of_the_baseline(write_run: Write, runtime: str, copy_ratio: 
     assert row.lo < row.ratio < row.hi
     assert row.noisy is noisy
     assert run.controls.noisy is noisy
+
+
+@pytest.mark.parametrize(
+    ("copy_ratio", "estimate", "beyond"),
+    [(1.0, 1.0001, True), (1.02, 1.015, False), (1.02, 1 / 1.015, False), (1.02, 1.03, True), (0.98, 2.53, True)],
+)
+def test_a_noisy_condition_tells_of_effects_larger_than_its_noise(
+    write_run: Write, copy_ratio: float, estimate: float, beyond: bool
+) -> None:
+    aa = load_run(write_run(factors=("flash",), copy_ratio=copy_ratio)).controls.aa
+    assert noise_of(aa) == pytest.approx(abs(math.log(copy_ratio)), abs=0.002)
+    assert beyond_noise(estimate, aa) is beyond
 
 
 def test_tie_is_the_negative_control_of_latency(write_run: Write) -> None:

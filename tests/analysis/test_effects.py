@@ -8,6 +8,7 @@ import pytest
 
 from qwen3bench.analysis.contrasts import contrasts, every_cell, shapley_contrasts
 from qwen3bench.analysis.effects import effects
+from qwen3bench.analysis.significance import holm
 from qwen3bench.errors import UserError
 
 # Montgomery, Design and Analysis of Experiments, example 6.2 (2^4, filtration rate), in standard order.
@@ -115,8 +116,19 @@ def test_chemical_process_gives_the_published_analysis_of_variance() -> None:
     assert (round(p["A"], 4), round(p["B"], 4)) == (1e-4, 0.0024)
     half = (table["hi"] - table["lo"])[0] / 2
     assert round((by_term(table)["A:B"] / (half / 2.306004)) ** 2, 2) == 2.13  # the published F0
-    assert by_term(table, "p_holm")["B"] == pytest.approx(2 * by_term(table, "p")["B"])
+    assert by_term(table, "p_holm") == pytest.approx({"A": 2 * p["A"], "B": p["B"], "A:B": p["A:B"]})
     assert by_term(table, "verdict") == {"A": "more", "B": "less", "A:B": "undecided"}
+
+
+def test_each_order_of_terms_is_corrected_by_itself() -> None:
+    """Main effects are what is asked first: 26 interactions do not make one of five undecided."""
+    rng = np.random.default_rng(10)
+    frame = pd.concat([standard_order("abcde", list(rng.normal(size=32))).assign(block=b) for b in range(4)])
+    table = effects(frame, list("abcde"), "y", block="block", log=False)
+    order = np.where(table["kind"] == "shapley", 0, table["term"].str.count(":") + 1)
+    assert [int((order == n).sum()) for n in range(6)] == [5, 5, 10, 10, 5, 1]
+    for n in range(6):
+        np.testing.assert_allclose(table.loc[order == n, "p_holm"], holm(table.loc[order == n, "p"]))
 
 
 def test_an_exact_ratio_is_not_rounded_away() -> None:
@@ -216,7 +228,7 @@ def test_two_cells_that_differ_in_two_factors_tell_neither() -> None:
     frame = frame[(frame["c"] == 0) & (frame["a"] == frame["b"])]
     table = effects(frame, list("ab"), block="block")
     assert table["estimate"].isna().all()
-    assert "cannot be told from b" in table["reason"][0]
+    assert table["reason"][0] == "too few cells, without a, b: it cannot be told from b"
 
 
 def test_least_squares_agrees_with_a_regression() -> None:
@@ -296,6 +308,54 @@ def test_unusable_samples_are_refused(change: object, said: str) -> None:
     frame = blocked(np.random.default_rng(9), {"a": 1.5})
     with pytest.raises(UserError, match=said):
         effects(change(frame), list("abc"), block="block")  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "setting", [{"confidence": 95}, {"confidence": 0}, {"band": -1}, {"band": 1}, {"band": np.nan}]
+)
+def test_a_percentage_is_no_fraction(setting: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=next(iter(setting))):
+        effects(blocked(np.random.default_rng(9), {"a": 1.5}), list("abc"), block="block", **setting)
+
+
+@pytest.mark.parametrize("column", ["latency_s", "a", "block"])
+def test_rows_that_lack_something_are_named(column: str) -> None:
+    frame = blocked(np.random.default_rng(9), {"a": 1.5}, blocks=7)
+    cut = frame.astype({column: float})
+    cut.loc[frame["block"] == 6, column] = np.nan
+    with pytest.warns(UserWarning, match=f"^of 56 samples have 8 no {column}; they are left out$"):
+        table = effects(cut, list("abc"), block="block")
+    pd.testing.assert_frame_equal(table, effects(frame[frame["block"] < 6], list("abc"), block="block"))
+
+
+def test_samples_that_each_lack_something_are_refused() -> None:
+    frame = blocked(np.random.default_rng(9), {"a": 1.5}).astype({"a": float})
+    frame.loc[::2, "a"] = np.nan
+    frame.loc[1::2, "latency_s"] = np.nan
+    with pytest.raises(UserError, match="no sample has all of a, b, c, latency_s, block"):
+        effects(frame, list("abc"), block="block")
+
+
+@pytest.mark.parametrize("size", [1e-280, 1.0, 1e200, 1e306])
+def test_values_of_any_size_have_the_same_intervals(size: float) -> None:
+    """Their squares are beyond a float, and no reason for an interval to be nil or missing."""
+    frame = pd.concat([standard_order("ab", [10.0, 12.0, 7.0, 9.0 + 0.1 * b], "y").assign(block=b) for b in range(3)])
+    table = effects(frame.assign(y=frame["y"] * size), list("ab"), "y", block="block", log=False)
+    usual = effects(frame, list("ab"), "y", block="block", log=False)
+    for column in ("estimate", "lo", "hi"):
+        np.testing.assert_allclose(table[column] / size, usual[column], rtol=1e-9)
+    np.testing.assert_allclose(table["p"], usual["p"], rtol=1e-9)
+    assert table["verdict"].tolist() == usual["verdict"].tolist()
+    assert (table["reason"] == "").all()
+
+
+def test_what_a_float_cannot_hold_is_told_as_that() -> None:
+    ends = [1.7e308, -1.7e308]
+    frame = pd.concat([pd.DataFrame({"a": [0, 1], "y": ends, "block": b}) for b in range(3)])
+    table = effects(frame, ["a"], "y", block="block", log=False)
+    assert table["reason"].str.contains("beyond the largest number").all()
+    with pytest.raises(UserError, match="y must hold numbers that a float can hold"):
+        effects(frame.assign(y=10**400), ["a"], "y", block="block")
 
 
 def test_shapley_contrasts_sum_to_all_on_minus_baseline() -> None:

@@ -14,7 +14,7 @@ from records import write_record
 
 import qwen3bench
 from qwen3bench.analysis.contrasts import cell_label, every_cell
-from qwen3bench.analysis.run import EFFECT_COLUMNS, load_run, to_csv, write_derived
+from qwen3bench.analysis.run import EFFECT_COLUMNS, load_run, load_runs, to_csv, write_derived
 from qwen3bench.errors import UserError
 from qwen3bench.record.lines import SampleLine
 from qwen3bench.record.reader import read_record
@@ -32,6 +32,30 @@ def test_a_run_has_its_tables(write_run: Write) -> None:
     assert run.environment["code"] == "0"
     assert run.finished
     assert run.factors == ["flash", "tie", "mlp", "mask", "norm"]
+
+
+def test_effects_carry_their_sizes(write_run: Write) -> None:
+    """Rows of several runs can be told apart."""
+    generate = {"workload": {"generate": {"batch_size": 4, "prompt_tokens": None, "new_tokens": 8}}}
+    times = {("prefill", "graph"): 0.01, ("generate", "graph"): 0.1}
+    run = load_run(write_run(factors=("flash",), baseline_s=times, config=generate))
+    assert EFFECT_COLUMNS[:6] == ["workload", "runtime", "batch_size", "prompt_tokens", "new_tokens", "metric"]
+    sizes = run.effects.groupby("workload", sort=False)[["batch_size", "prompt_tokens"]].agg(["min", "max"])
+    assert sizes.to_numpy().tolist() == [[2, 2, 128, 128], [4, 4, 128, 128]]
+    assert run.effects.set_index("workload").loc["generate", "new_tokens"].unique().tolist() == [8]
+    assert run.effects.set_index("workload").loc["prefill", "new_tokens"].isna().all()
+    assert to_csv(run.effects).splitlines()[1].startswith("prefill,graph,2,128,,latency_s,flash,main,")
+
+
+def test_runs_of_a_directory_come_in_the_order_of_their_numbers(write_run: Write) -> None:
+    homes = [write_run(f"sweep/{n}", factors=("flash",), seed=n) for n in (10, 2, 1)]
+    runs = qwen3bench.load_runs(homes[0].parent)
+    assert [run.path.name for run in runs] == ["1", "2", "10"]
+    assert [run.path for run in load_runs(homes[0])] == [homes[0]]
+    nothing = homes[0].parents[1] / "nothing"
+    nothing.mkdir()
+    with pytest.raises(UserError, match="holds no run"):
+        load_runs(nothing)
 
 
 def test_effects_of_a_run_are_what_was_simulated(write_run: Write) -> None:
@@ -147,7 +171,7 @@ def test_a_large_record_is_read_and_analyzed_in_little_time_and_memory(tmp_path:
     write_record(tmp_path, lines)
     code = f"""
 import resource
-from qwen3bench.analysis.run import load_run
+from qwen3bench.analysis.run import load_run, load_runs
 run = load_run({str(tmp_path)!r})
 used = resource.getrusage(resource.RUSAGE_SELF)
 print(len(run.samples), len(run.effects), used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20)

@@ -63,12 +63,12 @@ def test_nothing_measured_has_no_half_width() -> None:
 @pytest.mark.parametrize(
     ("widths", "blocks", "processes", "measured_s", "reason"),
     [
-        ({"a": 0.002, "b": 0.0025}, 6, 2, 1.0, "target"),
-        ({"a": 0.002, "b": 0.0026}, 6, 2, 1.0, None),
-        ({"a": 0.001}, 5, 2, 1.0, None),
-        ({"a": 0.001}, 6, 1, 1.0, None),
-        ({"a": 0.001}, 6, 2, 60.0, "target"),
-        ({"a": np.inf}, 6, 2, 60.0, "max_seconds"),
+        ({"a": 0.002, "b": 0.0025}, 6, 3, 1.0, "target"),
+        ({"a": 0.002, "b": 0.0026}, 6, 3, 1.0, None),
+        ({"a": 0.001}, 5, 3, 1.0, None),
+        ({"a": 0.001}, 6, 2, 1.0, None),
+        ({"a": 0.001}, 6, 3, 60.0, "target"),
+        ({"a": np.inf}, 6, 3, 60.0, "max_seconds"),
         ({}, 0, 0, 60.0, "max_seconds"),
         ({"a": 0.01}, 20, 4, 1.0, "max_blocks"),
     ],

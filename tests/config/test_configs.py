@@ -130,7 +130,7 @@ def test_cuda_and_cpu_settle_what_auto_leaves_open() -> None:
     assert (cuda.target("graph"), cuda.target("compile"), cuda.target("eager")) == (0.0025, 0.0025, 0.01)
     assert cpu.target("compile") == 0.01
     assert compose(["measure.target=0.02"]).resolved("cuda").target("graph") == 0.02
-    assert (cuda.limit_s("graph", 6, 5), cpu.limit_s("eager", 6, 2)) == (60, 10)
+    assert (cuda.limit_s("graph", 6, 5), cpu.limit_s("eager", 6, 3)) == (60, 10)
     assert cuda.limit_s("graph", 5, 5) == cuda.limit_s("graph", 6, 4) == math.inf
     assert compose(["measure.max_seconds=7"]).resolved("cuda").limit_s("graph", 0, 0) == 7
 
@@ -246,13 +246,13 @@ def test_settings_without_a_mapping_are_refused() -> None:
 @pytest.mark.parametrize(
     ("overrides", "device", "runtime", "processes"),
     [
-        ([], "cpu", "eager", 2),
-        ([], "cuda", "eager", 2),
+        ([], "cpu", "eager", 3),
+        ([], "cuda", "eager", 3),
         ([], "cuda", "graph", 5),
         ([], "cuda", "compile", 5),
-        (["measure=quick"], "cuda", "graph", 2),
+        (["measure=quick"], "cuda", "graph", 3),
         (["measure.target=0.005"], "cpu", "eager", 5),
-        (["measure.min_processes=3"], "cuda", "graph", 3),
+        (["measure.min_processes=2"], "cuda", "graph", 2),
         (["+peer=transformers"], "cpu", "eager", 5),
         (["+peer=transformers", "measure=quick"], "cpu", "eager", 5),
         (["+peer=transformers", "measure.min_processes=3"], "cpu", "eager", 3),

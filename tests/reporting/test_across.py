@@ -10,9 +10,9 @@ from records import write_record
 
 from qwen3bench.analysis.run import Run, load_run
 from qwen3bench.errors import UserError
-from qwen3bench.record.files import COMPRESSED, RECORD
+from qwen3bench.record.files import COMPRESSED, RECORD, find_runs
 from qwen3bench.reporting import figures
-from qwen3bench.reporting.across import find_runs, write_overview
+from qwen3bench.reporting.across import write_overview
 from qwen3bench.reporting.over_runs import dependent, effects_over, over_findings, over_table
 from qwen3bench.reporting.plot_across import regimes, trends
 
@@ -75,17 +75,26 @@ def test_undecided_is_neither_a_change_nor_a_loss(other: str) -> None:
     assert "On average the same" not in text
 
 
-def test_noisy_conditions_do_not_count() -> None:
-    frame = effects(flash=["faster", "slower"])
-    frame.loc[1, "noisy"] = True
-    found = list(over_findings(frame, ["flash"], 0.01))
-    assert [finding.level for finding in found] == ["warning", "plain"]
-    assert "slower" not in found[1].text
-    frame["noisy"] = True
-    frame["condition"] += ", with the others off"
-    assert (
-        "prefill 1×1 graph, with the others off; prefill 1×2 graph" in next(over_findings(frame, ["flash"], 0.01)).text
-    )
+def test_what_is_no_more_than_the_noise_does_not_count() -> None:
+    frame = effects(flash=["faster", "slower", "faster"])
+    frame.loc[1:, "noisy"] = True
+    frame.loc[1, "verdict"] = "noise"
+    warning, said = over_findings(frame, ["flash"], 0.01)
+    assert (warning.level, said.level) == ("warning", "plain")
+    assert "prefill 1×2 graph; prefill 1×4 graph" in warning.text
+    assert "slower" not in said.text
+    assert said.text.startswith("flash: of 3 conditions, faster in 2 (from 1.20× [1.19, 1.21] at prefill 1×1 graph to")
+    assert "no more than the noise in 1" in said.text
+
+
+def test_noise_does_not_silence_an_effect_fifty_times_its_size(runs: list[Run]) -> None:
+    """The last run's copies differ by 2 %: more than tie is worth, and less than flash."""
+    frame = effects_over(runs[2:]).set_index("term")
+    assert frame["noisy"].all()
+    assert frame["verdict"].to_dict() == {"flash": "faster", "tie": "noise"}
+    told = [finding.text for finding in over_findings(frame.reset_index(), NAMES, 0.01) if finding.level == "plain"]
+    assert [text.partition(":")[0] for text in told] == ["flash", "tie"]
+    assert "faster in 1" in told[0]
 
 
 def test_effects_of_runs_stand_side_by_side(runs: list[Run]) -> None:
@@ -201,7 +210,7 @@ def test_the_overview_is_written_with_links_to_its_runs(runs: list[Run], tmp_pat
     assert "](1)" in text  # a run whose report was not kept: its directory
     assert "3 runs together" in text
     assert text.count("- flash: fused attention") == 1
-    assert "Noisy, and left out of the findings: prefill 1×2048 graph." in text
+    assert "Noisy, where only effects larger than the noise count: prefill 1×2048 graph." in text
     assert (home / "plots" / "regimes.svg").is_file()
 
 

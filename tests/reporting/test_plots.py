@@ -59,7 +59,7 @@ def test_axes_carry_units_and_counts(full_run: Run) -> None:
     condition = conditions(full_run)[0]
     plot = ranked(full_run, condition)
     assert plot is not None
-    assert plot.figure.axes[1].get_xlabel() == "latency (ms): median, 95 % interval; n = 18 samples per cell"
+    assert plot.figure.axes[1].get_xlabel() == "latency (ms), 95 % interval; n = 18 samples per cell"
     assert not re.search(r"\de[+-]?\d", " ".join(text.get_text() for text in drawn(full_run)["roofline"].figure.texts))
     cloud = memory_latency(full_run, condition)
     assert cloud is not None
@@ -141,17 +141,17 @@ def test_a_noisy_condition_has_no_winner_in_a_title(
     assert "4 cells take 4." in plots[0].title
 
 
-def test_a_noisy_condition_tells_nothing_in_the_title_over_conditions(full_run: Run) -> None:
+def test_noise_tells_nothing_in_the_title_over_conditions(full_run: Run) -> None:
     aa = full_run.controls.aa.copy()
-    aa.loc[aa["runtime"] == "graph", ["ratio", "noisy"]] = 1.02, True
+    aa.loc[aa["runtime"] == "graph", ["ratio", "noisy"]] = 1.03, True
     run = replace(full_run, controls=replace(full_run.controls, aa=aa))
     with figures.style():
         plot = by_condition(run)
         assert plot is not None
-        assert plot.title == "Faster wherever it is not noisy: flash and norm"  # mlp is faster under graph alone
+        assert plot.title == "Faster wherever it is not noisy: flash and norm"  # mlp and mask gain less
         labels = [text.get_text() for text in plot.figure.axes[0].get_legend().get_texts()]
         assert [label.startswith("Noisy: ") for label in labels] == [True, False, True, False]
-        aa["ratio"], aa["noisy"] = 1.02, True
+        aa["ratio"], aa["noisy"] = 2.0, True
         plot = by_condition(replace(full_run, controls=replace(full_run.controls, aa=aa)))
     assert plot is not None
     assert plot.title.startswith("Noisy everywhere")

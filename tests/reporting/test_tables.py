@@ -29,7 +29,7 @@ def test_cells_come_fastest_first_with_one_unit_per_column(cells: pd.DataFrame) 
     table = ranking_table(cells)
     latency = [float(text) for text in column(table, "latency (ms)")]
     assert latency == sorted(latency)
-    assert column(table, "cell")[-1] == "baseline"
+    assert set(column(table, "cell")[-4:]) == {"baseline", "tie", "mask", "tie+mask"}  # none of which gains anything
     assert "1.110" in column(table, "parameters (GiB)")
 
 
