@@ -47,8 +47,8 @@ def verify(settings: Settings) -> int:
     console = Console(highlight=False, soft_wrap=True)
     width = console.width if console.is_terminal or "COLUMNS" in os.environ else _WIDTH
     console.print(
-        f"{model.name} on {settings.device}: {judged.num_layers} of {model.num_layers} layers, "
-        f"{judged.vocab_size} of {model.vocab_size} tokens; errors as multiples of the baseline's",
+        f"{model.name} on {settings.device}: {judged.num_layers} of {model.num_layers} layers; "
+        "errors as multiples of the baseline's",
         markup=False,
     )
     ratios = [f"{dtype} {error}" for dtype in dtypes for error in ("max", "rms")]

@@ -85,11 +85,6 @@ class Settings:
         peers = [f"{name}:{kind}" for name, options in self.peers.items() for kind in options["attention"]]
         return [*map(label, self.cells), *peers]
 
-    @property
-    def prompt_sizes(self) -> list[tuple[int, int]]:
-        """Sequences and tokens of each workload's prompt; of resolved settings."""
-        return [(sizes.batch_size, sizes.prompt_tokens or 1) for sizes in self.workloads.values()]
-
     def resolved(self, device: str) -> Settings:
         """These settings on `device` (`cpu`, `cuda`, `cuda:1`): no `auto` and no open size is left.
 

@@ -59,18 +59,34 @@ def build_model(
     Raises `UserError` for an unknown optimization, two that claim one part, one whose modules hold what no checkpoint
     has a value for, and `tie` on weights that are not tied.
     """
+    model = skeleton(config, opts)
+    if weights is None and torch.device(device or "cpu").type != "meta":
+        weights = load_weights("random", config, device=device or "cpu", dtype=dtype or torch.float32)
+    return filled(model, weights, device, dtype)
+
+
+def skeleton(config: ModelConfig, opts: Iterable[str] | Mapping[str, Mapping[str, Any]] = ()) -> Qwen3Model:
+    """The model on `meta`, made of the parts that the optimizations leave, without weights."""
     parts = assemble(resolve(opts))
     with torch.device("meta"):
         model = Qwen3Model(config, parts)
     _refuse_unnamed(model)
-    if weights is None and torch.device(device or "cpu").type != "meta":
-        weights = load_weights("random", config, device=device or "cpu", dtype=dtype or torch.float32)
+    return model
+
+
+def filled(
+    model: Qwen3Model,
+    weights: dict[str, Tensor] | None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Qwen3Model:
+    """The skeleton, its parameters these tensors as in `build_model`; without weights it stays on `meta`, in `dtype`."""
     if weights is not None:
         _assign(model, weights, device, dtype)
     else:
         model.to(dtype=dtype)
     embedding = model.tok_emb.weight
-    model.cos, model.sin = _shared_rope_tables(config, embedding.device, embedding.dtype)
+    model.cos, model.sin = _shared_rope_tables(model.config, embedding.device, embedding.dtype)
     if not embedding.is_meta:
         _refuse_without_value(model)
     return model.eval().requires_grad_(False)

@@ -9,6 +9,7 @@ away by itself, but not in compiled code before PyTorch 2.14, which cannot tell 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -61,7 +62,7 @@ def judge_peer(gate: Gate, cell: str) -> Judgment:
     """The equivalence gate's verdict on a peer."""
 
     def build(weights: dict[str, Tensor], dtype: torch.dtype) -> TransformersModel:
-        return build_peer(cell, gate.config, weights, dtype)
+        return build_peer(cell, replace(gate.config, vocab_size=len(weights[EMBEDDING])), weights, dtype)
 
     tied = gate.config.tie_word_embeddings  # as its own checkpoints have it
     return gate.judge(Candidate(build, kv_cache, tied=tied, rope=transformers_rope(gate.config)))

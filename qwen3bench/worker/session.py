@@ -21,7 +21,7 @@ from qwen3bench.worker.equivalence.gate import Gate
 from qwen3bench.worker.equivalence.reference import SMALL_DIM
 from qwen3bench.worker.peers import build_peer, require_peer
 from qwen3bench.worker.runtimes import Runtime, make_runtime
-from qwen3bench.worker.workloads import Workload, WorkloadSize
+from qwen3bench.worker.workloads import Workload, WorkloadSize, workload_sizes
 
 
 class InvalidCell(Exception):
@@ -61,9 +61,8 @@ class Session:
         """The equivalence gate, with weights of its own."""
         if self._gate is None:
             s = self.settings
-            self._gate = Gate(
-                s.model, device=self.device, dtype=self.dtype, seed=s.seed, opts=s.opts, sizes=s.prompt_sizes
-            )
+            sizes = workload_sizes(s)
+            self._gate = Gate(s.model, device=self.device, dtype=self.dtype, seed=s.seed, opts=s.opts, workloads=sizes)
         return self._gate
 
     def on_bank(self, cell: str) -> Decoder:
@@ -90,9 +89,7 @@ class Session:
 
     def size(self, workload: str) -> WorkloadSize:
         """How large a workload is."""
-        sizes = self.settings.workloads[workload]
-        assert sizes.prompt_tokens is not None
-        return WorkloadSize(workload, sizes.batch_size, sizes.prompt_tokens, sizes.new_tokens)
+        return next(size for size in workload_sizes(self.settings) if size.name == workload)
 
     def inputs(self, workload: str, model: Decoder) -> Workload:
         """A workload's inputs, its cache filled by `model`."""

@@ -11,6 +11,7 @@ from qwen3bench.worker.bank import Bank
 from qwen3bench.worker.device import device_here, is_out_of_memory, use_device
 from qwen3bench.worker.equivalence.gate import Gate
 from qwen3bench.worker.peers import judge_peer
+from qwen3bench.worker.workloads import workload_sizes
 
 
 class Verification:
@@ -35,9 +36,9 @@ class Verification:
             dtype=dtype,
             seed=settings.seed,
             opts=settings.opts,
-            sizes=settings.prompt_sizes,
+            workloads=workload_sizes(settings),
         )
-        self.config = self._gate.config  # of the model judged: fewer layers and tokens
+        self.config = self._gate.config  # of the model judged: fewer layers
 
     def judge(self, cell: str) -> Judgment:
         """The verdict on the cell of that label; one for which memory does not suffice did not run."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qwen3bench.config.settings import Settings
 from qwen3bench.model.cache import KVCache
 from qwen3bench.model.decoder import Decoder, Forward
 
@@ -35,6 +36,14 @@ class WorkloadSize:
             "decode": self.prompt_tokens + 1,
             "generate": self.prompt_tokens + self.new_tokens,
         }[self.name]
+
+
+def workload_sizes(settings: Settings) -> list[WorkloadSize]:
+    """How large each workload of resolved settings is."""
+    return [
+        WorkloadSize(name, sizes.batch_size, sizes.prompt_tokens or 1, sizes.new_tokens)
+        for name, sizes in settings.workloads.items()
+    ]
 
 
 class Workload:

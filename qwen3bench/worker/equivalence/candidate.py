@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwen3bench.config.choices import options_of
 from qwen3bench.config.model_config import ModelConfig
-from qwen3bench.model.build import build_model
+from qwen3bench.model.build import filled, skeleton
 from qwen3bench.model.cache import KVCache
-from qwen3bench.worker.equivalence.cases import Case
+from qwen3bench.model.checkpoint import EMBEDDING
+from qwen3bench.worker.equivalence.cases import Case, Pass
 
 Weights = dict[str, Tensor]
 Build = Callable[[Weights, torch.dtype], Any]
@@ -23,30 +24,23 @@ Options = Mapping[str, Mapping[str, Any]]
 
 # Errors that are the caller's to handle: nothing is known of a model for which memory or the device failed.
 FATAL = (torch.cuda.OutOfMemoryError, torch.AcceleratorError)
-_SPARE = 5  # positions of a cache that are never filled: what reads them is wrong
 
 
 @dataclass(frozen=True)
 class BuiltCandidate:
-    """A candidate's models on weights of one dtype."""
+    """A candidate's models on one set of weights."""
 
     model: Any
     new_cache: NewCache | None
     fallback: Any = None
 
-    def logits(self, case: Case, prompt: Tensor, strict: bool) -> tuple[Tensor, bool]:
-        """The logits of a case, and whether they are the fallback's.
+    def logits(self, case: Case, prompts: Sequence[Tensor], rows: slice) -> Iterator[tuple[Pass, Tensor]]:
+        """The logits of each pass over some rows of the prompts. Raises what the model raises."""
+        return _logits(self.model, self.new_cache, case, prompts, rows)
 
-        `strict`: what a workload asks for must run by itself. Raises what the model raises.
-        """
-        try:
-            return _logits(self.model, prompt, case, self.new_cache), False
-        except FATAL:
-            raise
-        except Exception:
-            if self.fallback is None or (strict and case.usual):
-                raise
-        return _logits(self.fallback, prompt, case, self.new_cache), True
+    def fallback_logits(self, case: Case, prompts: Sequence[Tensor], rows: slice) -> Iterator[tuple[Pass, Tensor]]:
+        """As `logits`, of the fallback."""
+        return _logits(self.fallback, self.new_cache, case, prompts, rows)
 
 
 @dataclass(frozen=True)
@@ -55,7 +49,8 @@ class Candidate:
 
     It is called as `model(tokens)` for logits (b, t, vocabulary), as `model(tokens, None, 0, 1)` for the last token's
     and, where `new_cache(model, batch_size, capacity)` is given, as `model(tokens, cache, start)`; without it only
-    prefill is judged. The weights hold one matrix as embedding and head where `tied`, else two. `fallback` makes the
+    prefill is judged. It is built on several sets of weights, some with fewer rows of the vocabulary. These hold one
+    matrix as embedding and head where `tied`, else two. `fallback` makes the
     model for cases that the first refuses and no workload asks for. `rope`: the rotary tables of its reference in
     float64, where the model's angles are other numbers by design.
     """
@@ -68,7 +63,7 @@ class Candidate:
 
     def takes(self, case: Case) -> bool:
         """Whether a case is judged of it."""
-        return self.new_cache is not None or not (case.chunks or case.keep)
+        return self.new_cache is not None or not (case.capacity or any(each.last for each in case.passes))
 
     def built(self, weights: Weights, dtype: torch.dtype) -> BuiltCandidate:
         """Its models on these weights."""
@@ -77,15 +72,21 @@ class Candidate:
         return BuiltCandidate(model, self.new_cache, fallback)
 
 
-def cell_candidate(cell: tuple[str, ...], config: ModelConfig, opts: Options) -> Candidate:
-    """A cell of ours, `opts` holding the options of each optimization by name.
+def cell_candidate(cell: tuple[str, ...], whole: ModelConfig, layers: Sequence[int], opts: Options) -> Candidate:
+    """A cell of ours: these layers of the whole model, each made as it is there.
 
-    Options may allow less than the default ones: FlashAttention and cuDNN refuse float32, and explicit masks or single
-    keys. The fallback has the default options.
+    `opts` holds the options of each optimization by name. They may allow less than the default ones: FlashAttention
+    and cuDNN refuse float32, and explicit masks or single keys. The fallback has the default options.
     """
 
     def build(opts: Options) -> Build:
-        return lambda weights, dtype: build_model(config, {name: opts.get(name, {}) for name in cell}, weights)
+        def build_layers(weights: Weights, dtype: torch.dtype) -> Any:
+            model = skeleton(whole, {name: opts.get(name, {}) for name in cell})
+            model.trf_blocks = nn.ModuleList(model.trf_blocks[layer] for layer in layers)
+            model.config = replace(whole, num_layers=len(layers), vocab_size=len(weights[EMBEDDING]))
+            return filled(model, weights)
+
+        return build_layers
 
     has_options = any(opts[name] != options_of("opt", name) for name in cell if opts.get(name))
     return Candidate(build(opts), kv_cache, build({}) if has_options else None, tied="tie" in cell)
@@ -100,17 +101,29 @@ def kv_cache(model: Any, batch_size: int, capacity: int) -> KVCache:
     return cache
 
 
-@torch.inference_mode()
-def _logits(model: Any, tokens: Tensor, case: Case, new_cache: NewCache | None) -> Tensor:
-    """Logits (b, t, vocabulary) of all tokens or the last `keep`, in one forward or in chunks against a cache."""
-    if case.keep:
-        return model(tokens, None, 0, case.keep)
-    if not case.chunks or new_cache is None:
-        return model(tokens)
-    batch_size, length = tokens.shape
-    cache = new_cache(model, batch_size, length + _SPARE)
-    logits, start = [], 0
-    for chunk in tokens.split(list(case.chunks), dim=1):
-        logits.append(model(chunk, cache, start))
-        start += chunk.shape[1]
-    return torch.cat(logits, dim=1)
+def _logits(
+    model: Any, new_cache: NewCache | None, case: Case, prompts: Sequence[Tensor], rows: slice
+) -> Iterator[tuple[Pass, Tensor]]:
+    """The logits (b, t, vocabulary) of each pass.
+
+    As in a timed pass, forwards of one size are given one tensor, with other tokens in it: a result kept from an
+    earlier one shows.
+    """
+    given: dict[torch.Size, Tensor] = {}
+    cache = None
+    for each in case.passes:
+        tokens = prompts[each.prompt][rows]
+        if case.capacity and cache is None and new_cache is not None:
+            cache = new_cache(model, len(tokens), case.capacity)
+        start, found = each.start, []
+        for number, chunk in enumerate(tokens[:, start : start + sum(each.chunks)].split(list(each.chunks), dim=1)):
+            chunk = given.setdefault(chunk.shape, torch.empty_like(chunk)).copy_(chunk)
+            if each.last and number == 0:
+                logits = model(chunk, cache, start, 1)
+            elif cache is None:
+                logits = model(chunk)
+            else:
+                logits = model(chunk, cache, start)
+            found.append(logits)
+            start += chunk.shape[1]
+        yield each, found[0] if len(found) == 1 else torch.cat(found, dim=1)

@@ -2,106 +2,169 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
-import torch
+from qwen3bench.worker.workloads import WorkloadSize
 
 LENGTHS = (1, 7, 37, 130)  # one row, and multiples of no tile
 BATCH_SIZE = 3
-LARGEST = (5, 700)  # sequences and tokens that are judged of a workload's larger prompt
-WHOLE = 2048  # tokens in all that are judged of it as it is, on a GPU
+AGAIN = 7  # the length of a second and a third prompt, which a result kept from the first would not fit
+LOUD = 37  # the length of the prompt that meets large activations
+CALLS = 3  # of each forward of a workload, each with other tokens
+STEPS = 64  # of `generate` that are judged, a kernel's usual tile; of more the first three quarters, and the last
+SPARE = 5  # positions of a cache that are never filled: what reads them is wrong
+
+
+class WeightSet(StrEnum):
+    """Which weights a model is given: `reference` says how they are made."""
+
+    CUT = "cut"  # the first rows of the vocabulary alone, for many positions
+    WHOLE = "whole"  # the whole vocabulary, for what a workload asks
+    LOUD = "loud"  # the activations are larger than float16 holds, or as large as it holds where it is judged
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Random tokens (sequences, tokens) for the models of one weight set.
+
+    Logits are compared from position `judged_from` on. Before it the tokens are those of the prompt `after`.
+    """
+
+    weights: WeightSet
+    sequences: int
+    tokens: int
+    judged_from: int = 0
+    after: int | None = None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Forwards over one prompt, in chunks of tokens from position `start` on.
+
+    With `last`, only the last token's logits of the first chunk are asked for.
+    """
+
+    prompt: int
+    chunks: tuple[int, ...]
+    start: int = 0
+    last: bool = False
+
+    @property
+    def judged(self) -> range:
+        """The positions whose logits are asked for."""
+        return range(self.start + (self.chunks[0] - 1 if self.last else 0), self.start + sum(self.chunks))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to compute the logits of a prompt: in one forward, or in `chunks` of tokens against a cache.
+    """One way to compute logits: passes one after another, against one cache of `capacity` positions if above 0.
 
-    `usual` are those that a workload asks for: a prefill, and single tokens after one. The prompt's first
-    `sequences` take part. `keep` > 0: only the last that many tokens' logits are asked for.
+    `usual` are those that a workload asks for: a prefill, and single tokens after one; `own` are a workload's own
+    size. The prompts' first `sequences` take part.
     """
 
     name: str
-    prompt: int
-    chunks: tuple[int, ...] = ()
+    weights: WeightSet
+    passes: tuple[Pass, ...]
+    capacity: int = 0
     usual: bool = False
-    sequences: int = max(BATCH_SIZE, LARGEST[0])
-    keep: int = 0
+    own: bool = False
+    sequences: int | None = None
 
 
-@dataclass(frozen=True)
-class JudgedPrompts:
-    """The shapes (sequences, tokens) of the prompts, and the cases over them."""
+@dataclass
+class JudgedCases:
+    """The prompts, and the cases over them; `weights` of neighbors are alike as far as possible."""
 
-    shapes: tuple[tuple[int, int], ...]
-    cases: tuple[Case, ...]
+    prompts: list[Prompt] = field(default_factory=list)
+    cases: list[Case] = field(default_factory=list)
+
+    def prompt(
+        self, weights: WeightSet, sequences: int, tokens: int, judged_from: int = 0, after: int | None = None
+    ) -> int:
+        """The index of a new prompt with these fields."""
+        self.prompts.append(Prompt(weights, sequences, tokens, judged_from, after))
+        return len(self.prompts) - 1
 
 
-def judged_prompts(context: int, sizes: Iterable[tuple[int, int]], device: torch.device) -> JudgedPrompts:
-    """What is judged of models with so long a context.
-
-    `sizes` are the sequences and tokens of the workloads' prompts: where one is larger than the gate's own prompts,
-    such a one is judged as well, up to `LARGEST`, and on a GPU the largest as it is, up to `WHOLE` tokens.
-    """
+def judged_cases(context: int, workloads: Iterable[WorkloadSize]) -> JudgedCases:
+    """What is judged of models with so long a context that are asked to do these workloads."""
+    found = JudgedCases()
     lengths = sorted({min(n, context) for n in LENGTHS})
-    shapes = [(BATCH_SIZE, n) for n in lengths]
-    sizes = [(1, 1), *sizes]
-    whole = whole_size([(n, min(t, context)) for n, t in sizes]) if chooses_by_size(device) else None
-    sequences, tokens = (
-        min(largest, max(given)) for largest, given in zip(LARGEST, zip(*sizes, strict=True), strict=True)
-    )
-    tokens = min(tokens, context)
-    large = sequences > BATCH_SIZE or tokens > lengths[-1]
-    if large:
-        shapes.append((sequences, tokens))
-    if whole is not None:
-        shapes.append(whole)
-    return JudgedPrompts(tuple(shapes), tuple(cases_over(lengths, tokens if large else None, whole)))
-
-
-def whole_size(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """Sequences and tokens of the largest prompt among `sizes`, as many of either as `WHOLE` tokens in all allow."""
-    sequences, tokens = max(sizes, key=math.prod)
-    tokens = min(tokens, WHOLE)
-    return max(1, min(sequences, WHOLE // tokens)), tokens
-
-
-def chooses_by_size(device: torch.device) -> bool:
-    """Whether a device may have other kernels for other numbers of tokens."""
-    return device.type != "cpu"
-
-
-def cases_over(lengths: Sequence[int], large: int | None, whole: tuple[int, int] | None) -> list[Case]:
-    """Each prompt in one forward, the long ones in chunks too, the short ones token by token, also alone.
-
-    `large`: the length of one more prompt; `whole`: sequences and tokens of another, the last, in one forward alone.
-    """
-    found = [Case(f"a prefill of length {n}", i, usual=n > 1) for i, n in enumerate(lengths)]
-    for i, n in enumerate(lengths):
-        if n <= 64:
-            singles = min(n, 12)
-            filled = (n - singles,) if n > singles else ()
-            found.append(Case(f"a decode of length {n}", i, (*filled, *[1] * singles), usual=n > singles))
-        if 7 <= n <= 64:  # a lone token may have a kernel of its own
-            chunks = (n - 5, *[1] * 5)
-            found.append(Case(f"a decode of one sequence of length {n}", i, chunks, usual=True, sequences=1))
-        if n > 64:  # whose kernel may split so many keys
-            name = f"a decode of one sequence of length {n}"
-            found.append(Case(name, i, (n - 2, 1, 1), usual=True, sequences=1))
-        if n > 7:
-            first = n // 2
-            found.append(Case(f"chunks of length {n}", i, (first, 1, 3, n - first - 4)))
-    found.append(Case(f"the last logits of length {lengths[-1]}", len(lengths) - 1, usual=True, keep=1))
-    if large is not None:
-        found.append(Case(f"a large prefill of length {large}", len(lengths), usual=True))
-        if large > 2:
-            chunks = (large - 2, 1, 1)
-            found.append(Case(f"a decode after {large - 2} tokens", len(lengths), chunks, usual=True))
-            if large > 64:  # whose kernel may split so many keys
-                name = f"a decode of one sequence after {large - 2} tokens"
-                found.append(Case(name, len(lengths), chunks, usual=True, sequences=1))
-    if whole is not None:
-        index = len(lengths) + (large is not None)
-        found.append(Case(f"a prefill of {whole[0]} × {whole[1]}", index, usual=whole[1] > 1, sequences=whole[0]))
+    for n in lengths:
+        _add_length(found, n)
+    for count in range(1, CALLS) if lengths[-1] >= AGAIN else ():
+        index = found.prompt(WeightSet.CUT, BATCH_SIZE, AGAIN)
+        name = f"prompt {count + 1} of length {AGAIN}"
+        found.cases.append(Case(f"a prefill of {name}", WeightSet.CUT, (Pass(index, (AGAIN,)),), usual=True))
+        found.cases.append(_decode(f"a decode of {name}", WeightSet.CUT, index, (2, *[1] * (AGAIN - 2))))
+    _add_loud(found, min(LOUD, context))
+    own: dict[tuple[int, int], list[int]] = {}
+    for size in dict.fromkeys(workloads):
+        _add_own(found, size, own.setdefault((size.batch_size, size.prompt_tokens), []))
     return found
+
+
+def _decode(name: str, weights: WeightSet, index: int, chunks: tuple[int, ...], sequences: int | None = None) -> Case:
+    return Case(name, weights, (Pass(index, chunks),), sum(chunks) + SPARE, usual=chunks[0] > 1, sequences=sequences)
+
+
+def _add_length(found: JudgedCases, n: int) -> None:
+    """A prompt in one forward, a long one in chunks too, a short one token by token, also alone."""
+    index = found.prompt(WeightSet.CUT, BATCH_SIZE, n)
+    cut, add = WeightSet.CUT, found.cases.append
+    add(Case(f"a prefill of length {n}", cut, (Pass(index, (n,)),), usual=n > 1))
+    if n <= 64:
+        singles = min(n, 12)
+        filled = (n - singles,) if n > singles else ()
+        add(replace(_decode(f"a decode of length {n}", cut, index, (*filled, *[1] * singles)), usual=n > singles))
+    if 7 <= n <= 64:  # a lone token may have a kernel of its own
+        add(_decode(f"a decode of one sequence of length {n}", cut, index, (n - 5, *[1] * 5), sequences=1))
+    if n > 64:  # whose kernel may split so many keys
+        add(_decode(f"a decode of one sequence of length {n}", cut, index, (n - 2, 1, 1), sequences=1))
+        add(Case(f"the last logits of length {n}", cut, (Pass(index, (n,), last=True),), usual=True))
+    if n > 7:
+        first = n // 2
+        chunks = (first, 1, 3, n - first - 4)
+        add(replace(_decode(f"chunks of length {n}", cut, index, chunks), usual=False))
+
+
+def _add_loud(found: JudgedCases, n: int) -> None:
+    loud = WeightSet.LOUD
+    index = found.prompt(loud, BATCH_SIZE, n)
+    found.cases.append(Case(f"a prefill of length {n} with large activations", loud, (Pass(index, (n,)),), usual=n > 1))
+    if n > 7:
+        chunks = (n - 5, *[1] * 5)
+        found.cases.append(_decode(f"a decode of length {n} with large activations", loud, index, chunks))
+        name = f"a decode of one sequence of length {n} with large activations"
+        found.cases.append(_decode(name, loud, index, chunks, sequences=1))
+
+
+def _add_own(found: JudgedCases, size: WorkloadSize, shared: list[int]) -> None:
+    """A workload as it is timed; `shared` are the prompts of its size that there are already."""
+    b, n, whole = size.batch_size, size.prompt_tokens, WeightSet.WHOLE
+    if not shared:
+        shared.append(found.prompt(whole, b, n, n - 1))
+    base = shared[0]
+    name = f"{size.name} of {b} × {n}"
+    if size.name == "prefill":
+        found.prompts[base] = replace(found.prompts[base], judged_from=0)
+        indices = [base, *(found.prompt(whole, b, n) for _ in range(1, CALLS))]
+        passes = [Pass(index, (n,)) for index in indices]
+    elif size.name == "decode":
+        after = [found.prompt(whole, b, n + 1, n, base) for _ in range(CALLS)]
+        passes = [Pass(base, (n,), last=True), *(Pass(index, (1,), n) for index in after)]
+    else:
+        name += f" + {size.new_tokens}"
+        steps = size.new_tokens - 1
+        passes = [Pass(base, (n,), last=True)]
+        if steps:
+            index = found.prompt(whole, b, n + steps, n, base)
+            late = 0 if steps <= STEPS else STEPS // 4
+            early = min(steps, STEPS - late)
+            passes.append(Pass(index, (1,) * early, n))
+            if late:
+                passes.append(Pass(index, (n + steps - late, *[1] * late), last=True))
+    found.cases.append(Case(name, whole, tuple(passes), size.cache_capacity, usual=True, own=True))

@@ -1,14 +1,16 @@
-"""What candidates are held against: the baseline's logits in float64, and its own errors in other dtypes.
+"""What candidates are held against: logits in float64, and the baseline's own errors in other dtypes.
 
-The weights are random, scaled so that each layer, each norm's eps and each gain moves the logits (`sensitized`).
+The logits are the anchor's, which shares no code with the models; the baseline in float64 must agree with them. The
+weights are random, scaled so that each layer, each norm's eps and each gain moves the logits (`sensitized`); those of
+another set make activations large (`loud`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,131 +19,167 @@ from torch import Tensor
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.model.build import build_model
 from qwen3bench.model.checkpoint import EMBEDDING, HEAD
-from qwen3bench.model.weights import load_weights
-from qwen3bench.worker.equivalence.candidate import BuiltCandidate, Candidate, Weights, kv_cache
-from qwen3bench.worker.equivalence.cases import LARGEST, WHOLE, Case, judged_prompts
-from qwen3bench.worker.equivalence.logit_errors import Errors, case_errors
+from qwen3bench.worker.equivalence.anchor import Anchor, Past, logits_of_states
+from qwen3bench.worker.equivalence.candidate import FATAL, BuiltCandidate, Candidate, Weights, kv_cache
+from qwen3bench.worker.equivalence.cases import LENGTHS, SPARE, Case, Pass, WeightSet, judged_cases
+from qwen3bench.worker.equivalence.judged_weights import converted, loud, loudness, sensitized
+from qwen3bench.worker.equivalence.logit_errors import (
+    CaseErrors,
+    Errors,
+    ExpectedLogits,
+    WrongLogitsError,
+    case_errors,
+    check_logits,
+    dtype_name,
+    expected_logits,
+    joined_errors,
+)
+from qwen3bench.worker.workloads import WorkloadSize
 
 SMALL_DIM = 256  # of a model for which, on a CPU, more threads than one only wait for each other
+LAYERS = 3  # the first, a middle and the last
+ANCHOR_LIMIT = 1e-9  # relative, of the baseline in float64; right ones reach 1e-13
+BASELINE_LIMIT = 1e3  # × the dtype's eps, relative, of the baseline in it; right ones reach 60
+_ROWS = 4096  # of the vocabulary, where many positions are compared
+_COMPARED = 2**24  # logits of one prompt that are compared, and of the whole vocabulary those of so many tokens:
+_WHOLE_TOKENS = 16
 
 
-def cut(config: ModelConfig, device: torch.device) -> ModelConfig:
-    """The shape that the gate judges: the run's, with at most 4 layers (2 on a CPU or of a wide model).
+class WrongReferenceError(Exception):
+    """Why the baseline cannot be what cells are held to."""
 
-    All layers are alike, and what one does wrong shows in two. The vocabulary is cut to 4096 rows, as no switch
-    touches the head's product.
+
+def cut(config: ModelConfig, workloads: Iterable[WorkloadSize]) -> ModelConfig:
+    """The shape that the gate judges: the run's, with at most three layers and the context that its prompts need."""
+    needed = [LENGTHS[-1], *(size.prompt_tokens + size.new_tokens for size in workloads)]
+    return replace(
+        config,
+        num_layers=min(config.num_layers, LAYERS),
+        context_length=min(config.context_length, max(needed) + SPARE),
+    )
+
+
+@dataclass(frozen=True)
+class Leniency:
+    """What is allowed of a model that is compared.
+
+    `strict`: what a workload asks for must run by itself, without the fallback. `memory`: at a workload's own size its
+    sequences may run one by one, and not at all where even that needs more memory than there is. `overflow`: logits
+    that are not finite are left out.
     """
-    wide = config.emb_dim > 2048
-    layers = min(config.num_layers, 2 if wide or device.type == "cpu" else 4)
-    vocabulary = min(config.vocab_size, 4096)
-    context = min(config.context_length, max(2 * LARGEST[1], WHOLE))
-    return replace(config, num_layers=layers, vocab_size=vocabulary, context_length=context)
+
+    strict: bool = True
+    memory: bool = False
+    overflow: bool = False
 
 
-def sensitized(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int) -> Weights:
-    """Random float32 weights whose values `dtype` holds exactly, under which every part of the model shows.
-
-    Query and key norms have gains around 3, so attention is peaky. The residual stream, and queries and keys
-    before their norms, are as small as √(10³ eps), where a wrong eps shows; each block adds about as much to
-    the stream as it holds; values, gates and logits are of order 1; no gain is 1.
-    """
-    weights = load_weights("random", config, device=device, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    small = math.sqrt(1e3 * config.rms_norm_eps)
-    width = config.emb_dim
-    deviation = {
-        EMBEDDING: small,
-        "q_proj.weight": small / math.sqrt(width),
-        "k_proj.weight": small / math.sqrt(width),
-        "v_proj.weight": 1 / math.sqrt(width),
-        "o_proj.weight": small / math.sqrt(config.num_heads * config.head_dim),
-        "gate_proj.weight": 2 / math.sqrt(width),
-        "up_proj.weight": 1 / math.sqrt(width),
-        "down_proj.weight": small / math.sqrt(config.hidden_dim),
-    }
-    for name, tensor in weights.items():
-        if name == HEAD:
-            continue
-        if name.endswith("norm.weight"):
-            gain = torch.rand(tensor.shape, generator=generator) + 0.5
-            if name.endswith(("q_norm.weight", "k_norm.weight")):
-                gain *= 3
-            elif name == "model.norm.weight":
-                gain /= small * math.sqrt(width)
-            tensor.copy_(gain)
-        else:
-            part = next(part for part in deviation if name.endswith(part))
-            tensor.mul_(deviation[part] / tensor.std())
-        tensor.copy_(tensor.to(dtype))
-    return weights
+STRICT = Leniency()
+Expected = Mapping[int, Sequence[ExpectedLogits]]  # by prompt
 
 
 class Reference:
-    """The baseline of one model shape on one device; computed when first asked for, and kept.
-
-    `sizes` are the sequences and tokens of the workloads' prompts.
-    """
+    """What is expected of one model shape on one device; computed when first asked for, and kept."""
 
     def __init__(
-        self, config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int, sizes: Iterable[tuple[int, int]]
+        self,
+        config: ModelConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int,
+        workloads: Iterable[WorkloadSize],
     ) -> None:
-        self.config = cut(config, device)
+        workloads = list(workloads)
+        self.config = cut(config, workloads)
         self.device = device
         self.dtype = dtype
         self.seed = seed
-        judged = judged_prompts(self.config.context_length, sizes, device)
+        judged = judged_cases(self.config.context_length, workloads)
         self.cases = judged.cases
+        self._shapes = judged.prompts
+        self.prompts: list[Tensor] = []
         generator = torch.Generator().manual_seed(seed)
-        vocabulary = self.config.vocab_size
-        self.prompts = [torch.randint(vocabulary, shape, generator=generator).to(device) for shape in judged.shapes]
-        self._weights: dict[torch.dtype, Weights] = {}
-        self._logits: dict[bool, list[Tensor]] = {}  # by whether the head is tied
+        for shape in judged.prompts:
+            rows = self._vocabulary(shape.weights)
+            ids = torch.randint(rows, (shape.sequences, shape.tokens), generator=generator).to(device)
+            if shape.after is not None:
+                ids[:, : shape.judged_from] = self.prompts[shape.after]
+            self.prompts.append(ids)
+        self._banks: dict[torch.dtype, Weights] = {}
+        self._weights: dict[tuple[WeightSet, torch.dtype, bool], Weights] = {}
+        self._states: dict[tuple[WeightSet, torch.dtype], dict[int, Tensor]] = {}
+        self._expected: dict[tuple[WeightSet, torch.dtype, bool], Expected] = {}
         self._baseline: dict[tuple[torch.dtype, bool], Errors] = {}
+        self._fault: str | None = None
+        self._checked = False
 
-    def weights(self, dtype: torch.dtype, tied: bool) -> Weights:
-        """The judged weights in `dtype`: the same values in each, and stored as the run stores its own.
+    def weights(self, chosen: WeightSet, dtype: torch.dtype, tied: bool) -> Weights:
+        """A set of the judged weights in `dtype`: the same values in each, and stored as the run stores its own.
 
-        Where the head is not tied it is another matrix than the embedding.
+        Where the head is not tied it is another matrix than the embedding. Those in float64 are not kept.
         """
-        if torch.float32 not in self._weights:
-            self._weights[torch.float32] = sensitized(self.config, self.device, self.dtype, self.seed)
-        if dtype not in self._weights:
-            self._weights[dtype] = load_weights("random", self.config, device=self.device, dtype=dtype)
-            for name, tensor in self._weights[dtype].items():
-                tensor.copy_(self._weights[torch.float32][name])
-        bank = self._weights[dtype]
-        return bank if tied else {**bank, HEAD: bank[EMBEDDING].flip(0)}
+        chosen = self._same_set(chosen)
+        key = chosen, dtype, tied
+        if key not in self._weights:
+            bank = self._bank(dtype)
+            if chosen is WeightSet.LOUD:
+                layers = {name: tensor for name, tensor in bank.items() if name not in (EMBEDDING, HEAD)}
+                bank = bank | loud(layers, self.config, loudness(dtype))
+            embedding = bank[EMBEDDING][: self._vocabulary(chosen)]
+            found = {**bank, EMBEDDING: embedding, HEAD: embedding if tied else embedding.flip(0)}
+            if dtype is torch.float64:
+                return found
+            self._weights[key] = found
+        return self._weights[key]
 
-    def logits(self, candidate: Candidate) -> list[Tensor]:
-        """The logits of all prompts by the baseline in float64, with the candidate's head and rotary tables."""
-        if candidate.rope is not None:
-            return self._computed(candidate)
-        if candidate.tied not in self._logits:
-            self._logits[candidate.tied] = self._computed(candidate)
-        return self._logits[candidate.tied]
+    def check_baseline(self) -> None:
+        """Raise WrongReferenceError unless the baseline in float64 computes what the anchor does, in every case."""
+        if not self._checked:
+            self._checked = True
+            with suppress(WrongReferenceError):
+                self._check(self._baseline_errors(torch.float64, False), ANCHOR_LIMIT, torch.float64)
+            self._banks.pop(torch.float64, None)
+        if self._fault:
+            raise WrongReferenceError(self._fault)
 
     def baseline_errors(self, dtype: torch.dtype, tied: bool) -> Errors:
-        """The baseline's errors in `dtype`."""
-        expected = self.logits(Candidate(self._build_baseline, tied=tied))
+        """The baseline's errors in `dtype`, without what overflows there or needs more memory than there is.
+
+        Raises WrongReferenceError where they are no rounding errors.
+        """
         if (dtype, tied) not in self._baseline:
-            with self.conditions():
-                baseline = BuiltCandidate(self._build_baseline(self.weights(dtype, tied), dtype), kv_cache)
-                self._baseline[dtype, tied] = self.errors(baseline, expected, self.cases)
+            errors = self._baseline_errors(dtype, tied)
+            self._check(errors, BASELINE_LIMIT * torch.finfo(dtype).eps, dtype)
+            self._baseline[dtype, tied] = errors
         return self._baseline[dtype, tied]
 
     def errors(
-        self, built: BuiltCandidate, expected: Sequence[Tensor], cases: Sequence[Case], strict: bool = True
+        self, candidate: Candidate, dtype: torch.dtype, cases: Iterable[Case], leniency: Leniency = STRICT
     ) -> Errors:
-        """How far a candidate's logits are from `expected`, those of each prompt, case by case.
+        """How far a candidate's logits are from what is expected, case by case.
 
-        `strict` as in `BuiltCandidate.logits`. Raises WrongLogitsError, and what the model raises.
+        Raises WrongLogitsError, and what the model raises.
         """
-        found, fallbacks = {}, 0
-        for case in cases:
-            prompt, reference = (of[case.prompt][: case.sequences] for of in (self.prompts, expected))
-            logits, is_fallback = built.logits(case, prompt, strict)
-            fallbacks += is_fallback
-            found[case.name] = case_errors(logits, reference[:, -case.keep :])
+        found: dict[str, CaseErrors] = {}
+        fallbacks = 0
+        built: BuiltCandidate | None = None
+        has: WeightSet | None = None
+        with self.conditions():
+            for case in cases:
+                needs = self._same_set(case.weights)
+                if built is None or has is not needs:
+                    built = None  # before the next: two of them need not fit
+                    has, built = needs, candidate.built(self.weights(needs, dtype, candidate.tied), dtype)
+                expected = self._expected_logits(needs, dtype, candidate)
+                try:
+                    with torch.inference_mode():
+                        errors, is_fallback = self._within_memory(built, case, expected, leniency)
+                except WrongLogitsError:
+                    if not leniency.overflow:
+                        raise
+                    continue
+                if errors is not None:
+                    found[case.name] = errors
+                    fallbacks += is_fallback
         return Errors(found, fallbacks)
 
     @contextmanager
@@ -156,18 +194,129 @@ class Reference:
             finally:
                 torch.set_num_threads(threads)
 
-    def _build_baseline(self, weights: Weights, dtype: torch.dtype) -> Any:
-        return build_model(self.config, (), weights)
+    def _within_memory(
+        self, built: BuiltCandidate, case: Case, expected: Expected, leniency: Leniency
+    ) -> tuple[CaseErrors | None, bool]:
+        """A case's errors, of its sequences one by one where all need more memory than there is and that is allowed.
 
-    def _computed(self, candidate: Candidate) -> list[Tensor]:
-        with self.conditions():
-            model = self._build_baseline(self.weights(torch.float64, candidate.tied), torch.float64)
-            if candidate.rope is not None:
-                model.cos, model.sin = (table.to(self.device) for table in candidate.rope)
-            with torch.inference_mode():
-                logits = [model(prompt) for prompt in self.prompts]
-        del self._weights[torch.float64]
-        return logits
+        None where even one does. And whether they are the fallback's.
+        """
+        with suppress(torch.cuda.OutOfMemoryError) if leniency.memory and case.own else nullcontext():
+            return self._case_errors(built, case, expected, slice(0, case.sequences), leniency)
+        torch.cuda.empty_cache()
+        sequences = len(self.prompts[case.passes[0].prompt])
+        with suppress(torch.cuda.OutOfMemoryError):
+            each = [self._case_errors(built, case, expected, slice(i, i + 1), leniency) for i in range(sequences)]
+            return joined_errors([errors for errors, _ in each]), any(is_fallback for _, is_fallback in each)
+        torch.cuda.empty_cache()
+        return None, False
+
+    def _case_errors(
+        self, built: BuiltCandidate, case: Case, expected: Expected, rows: slice, leniency: Leniency
+    ) -> tuple[CaseErrors, bool]:
+        """The errors of a case's sequences in `rows`, and whether they are the fallback's."""
+
+        def compared(judged: Iterable[tuple[Pass, Tensor]]) -> CaseErrors:
+            return joined_errors([found for each in judged for found in self._pass_errors(*each, expected, rows)])
+
+        try:
+            return compared(built.logits(case, self.prompts, rows)), False
+        except (*FATAL, WrongLogitsError):
+            raise
+        except Exception:
+            if built.fallback is None or (leniency.strict and case.usual):
+                raise
+        return compared(built.fallback_logits(case, self.prompts, rows)), True
+
+    def _pass_errors(self, made: Pass, logits: Tensor, expected: Expected, rows: slice) -> Iterator[CaseErrors]:
+        sequences = len(self.prompts[made.prompt][rows])
+        places = made.judged
+        check_logits(logits, (sequences, len(places), self._vocabulary(self._shapes[made.prompt].weights)))
+        for each in expected[made.prompt]:
+            if part := each.between(rows, places.start, places.stop):
+                at = [position - places.start for position in part.positions]
+                whole = slice(at[0], at[-1] + 1) if len(at) == at[-1] + 1 - at[0] else at
+                yield case_errors(logits[:, whole, :: part.step], part)
+
+    def _baseline_errors(self, dtype: torch.dtype, tied: bool) -> Errors:
+        baseline = Candidate(self._build_baseline, kv_cache, tied=tied)
+        return self.errors(baseline, dtype, self.cases, Leniency(memory=True, overflow=dtype is torch.float16))
+
+    def _build_baseline(self, weights: Weights, dtype: torch.dtype) -> Any:
+        return build_model(replace(self.config, vocab_size=len(weights[EMBEDDING])), (), weights)
+
+    def _check(self, errors: Errors, limit: float, dtype: torch.dtype) -> None:
+        """Raise WrongReferenceError where the baseline is off by more than `limit`, relative, in some case."""
+        for name, case in errors.by_case.items():
+            if not case.relative <= limit:
+                self._fault = (
+                    f"the baseline is wrong, so nothing can be held to it: in {dtype_name(dtype)} it is off by "
+                    f"{case.relative:.2g} of its logits from an independent float64 forward (limit {limit:.2g}), "
+                    f"in {name}"
+                )
+                raise WrongReferenceError(self._fault)
+
+    def _bank(self, dtype: torch.dtype) -> Weights:
+        """All judged weights in `dtype`, the whole vocabulary among them."""
+        if torch.float32 not in self._banks:
+            self._banks[torch.float32] = sensitized(self.config, self.device, self.dtype, self.seed)
+        if dtype not in self._banks:
+            self._banks[dtype] = converted(self._banks[torch.float32], dtype)
+        return self._banks[dtype]
+
+    def _vocabulary(self, chosen: WeightSet) -> int:
+        """How many tokens the models of a set know."""
+        return self.config.vocab_size if chosen is WeightSet.WHOLE else min(self.config.vocab_size, _ROWS)
+
+    def _same_set(self, chosen: WeightSet) -> WeightSet:
+        """The set that holds the same weights: of a small vocabulary the cut one holds all."""
+        return WeightSet.CUT if chosen is WeightSet.WHOLE and self.config.vocab_size <= _ROWS else chosen
+
+    def _expected_logits(self, chosen: WeightSet, dtype: torch.dtype, candidate: Candidate) -> Expected:
+        """By prompt of a set, what is expected of a model with the candidate's head and rotary tables in `dtype`."""
+        source = dtype if chosen is WeightSet.LOUD and dtype is torch.float16 else torch.float32
+        key = chosen, source, candidate.tied
+        if candidate.rope is None and key in self._expected:
+            return self._expected[key]
+        weights = self.weights(chosen, source, candidate.tied)
+        states = self._states.get((chosen, source)) if candidate.rope is None else None
+        if states is None:
+            states = self._computed(chosen, Anchor(self.config, weights, candidate.rope))
+        expected = {index: self._views(index, found, weights[HEAD]) for index, found in states.items()}
+        if candidate.rope is None:
+            self._states[chosen, source] = states
+            self._expected[key] = expected
+        return expected
+
+    def _computed(self, chosen: WeightSet, anchor: Anchor) -> dict[int, Tensor]:
+        """By prompt of a set, the normed last states in float64 at the judged positions."""
+        states: dict[int, Tensor] = {}
+        pasts: dict[int, Past] = {}
+        begun = {shape.after for shape in self._shapes}
+        for index, shape in enumerate(self._shapes):
+            if self._same_set(shape.weights) is not chosen:
+                continue
+            if shape.after is None:
+                found, past = anchor.states(self.prompts[index])
+                states[index] = found[:, shape.judged_from :].clone()
+                if index in begun:
+                    pasts[index] = past
+            else:
+                states[index], _ = anchor.states(self.prompts[index][:, shape.judged_from :], pasts[shape.after])
+        return states
+
+    def _views(self, index: int, states: Tensor, head: Tensor) -> list[ExpectedLogits]:
+        """Logits of a prompt: at each judged position those of every so-manyth token, at a few those of all."""
+        sequences, positions = states.shape[:2]
+        first, vocabulary = self._shapes[index].judged_from, len(head)
+        step = math.ceil(max(vocabulary / _ROWS, sequences * positions * vocabulary / _COMPARED))
+        every = range(first, first + positions)
+        views = [expected_logits(logits_of_states(states, head[::step]), every, step)]
+        if step > 1:
+            count = max(1, min(positions, _WHOLE_TOKENS // sequences))
+            few = sorted({positions - 1 - round(i * (positions - 1) / max(1, count - 1)) for i in range(count)})
+            views.append(expected_logits(logits_of_states(states[:, few], head), [first + i for i in few]))
+        return views
 
 
 @contextmanager

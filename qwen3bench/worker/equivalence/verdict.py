@@ -2,50 +2,58 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
 from qwen3bench.record.messages import Judgment
-from qwen3bench.worker.equivalence.logit_errors import Errors
+from qwen3bench.worker.equivalence.logit_errors import Errors, dtype_name
 
 MAX_RATIO_LIMIT = 2.0  # as in flash-attention's tests; right cells of a tiny model reach 1.15 on a CPU
 RMS_RATIO_LIMIT = 2.0  # in float32; right cells reach 1.03 there
 RMS_RATIO_LIMIT_RUN = 1.25  # in the run's dtype, whose rounding hides more: the mean of many errors hardly moves
 RELATIVE_L2_LIMIT = 1e-3  # in float32; right cells reach 2e-6 there
+CASE_RATIO_LIMIT = 4.0  # of one case, where few positions may take part; right cells reach 1.5
 MIN_TOP1_AGREEMENT = 0.99  # of the positions whose margin is clear
 
 
 class ErrorComparison:
-    """A cell's errors held against the baseline's in one dtype; `reason` says in words which check fails first."""
+    """A cell's errors held against the baseline's in one dtype; `reason` says in words which check fails first.
 
-    def __init__(self, cell: Errors, baseline: Errors, dtype: torch.dtype, is_run_dtype: bool) -> None:
-        self.errors = cell
+    Cases in `apart` are pooled by themselves, as their logits are of another size.
+    """
+
+    def __init__(
+        self, cell: Errors, baseline: Errors, dtype: torch.dtype, is_run_dtype: bool, apart: Collection[str] = ()
+    ) -> None:
         self.dtype = dtype
         self.is_run_dtype = is_run_dtype
-        rounding = torch.finfo(dtype).eps / 2
-        base_max = max(baseline.max, rounding * cell.largest_reference)
-        base_rms = max(baseline.rms, rounding * cell.rms_reference)
-        self.checks = {
-            "max_error": cell.max,
-            "rms_error": cell.rms,
-            "max_ratio": cell.max / base_max,
-            "rms_ratio": cell.rms / base_rms,
-            "relative_l2": cell.rms / cell.rms_reference,
-        }
-        self.top1_agreement = cell.top1_agreement(2 * base_max)
         exact = dtype is torch.float32
         rms_limit = RMS_RATIO_LIMIT if exact else RMS_RATIO_LIMIT_RUN
-        reasons = []
-        for kind, error, base, limit in (
-            ("maximum", cell.max, base_max, MAX_RATIO_LIMIT),
-            ("root-mean-square", cell.rms, base_rms, rms_limit),
-        ):
-            if not error <= limit * base:
-                reasons.append(
-                    f"the {kind} error {error:.2g} is {error / base:.3g} × the baseline's {base:.2g} "
-                    f"(limit {limit:g} ×), worst in {cell.worst_case}"
-                )
+        self.only_fallbacks = cell.fallbacks == len(cell.by_case)
+        self.errors = main = cell.only(name for name in cell.by_case if name not in apart)
+        rounding = torch.finfo(dtype).eps / 2
+        pools = [_Pool(main, baseline.only(main.by_case), rounding)]
+        if others := cell.only(name for name in cell.by_case if name in apart).by_case:
+            pools.append(_Pool(cell.only(others), baseline.only(others), rounding))
+        cases = [ratio for pool in pools for ratio in pool.case_ratios()]
+        worst_case, case_ratio = max(cases, key=lambda found: found[1])
+        self.checks = {
+            "max_error": main.max,
+            "rms_error": main.rms,
+            "max_ratio": max(pool.cell.max / pool.base_max for pool in pools),
+            "rms_ratio": max(pool.cell.rms / pool.base_rms for pool in pools),
+            "case_ratio": case_ratio,
+            "relative_l2": main.rms / main.rms_reference,
+        }
+        self.top1_agreement = main.top1_agreement(2 * pools[0].base_max)
+        reasons = [reason for pool in pools for reason in pool.reasons(rms_limit)]
+        if not case_ratio <= CASE_RATIO_LIMIT:
+            reasons.append(
+                f"the root-mean-square error is {case_ratio:.3g} × the baseline's (limit {CASE_RATIO_LIMIT:g} ×) "
+                f"in {worst_case}"
+            )
         if exact and not self.checks["relative_l2"] <= RELATIVE_L2_LIMIT:
             reasons.append(f"the relative L2 error {self.checks['relative_l2']:.2g} is above {RELATIVE_L2_LIMIT:g}")
         if is_run_dtype and self.top1_agreement is not None and self.top1_agreement < MIN_TOP1_AGREEMENT:
@@ -65,13 +73,42 @@ class ErrorComparison:
         fallbacks = {f"{name}_stood_in": errors.fallbacks} if errors.fallbacks else {}
         checks = judgment.checks | fallbacks | {f"{name}_{key}": value for key, value in self.checks.items()}
         judgment = replace(judgment, checks=checks)
-        if self.dtype is torch.float32 and errors.fallbacks < len(errors.by_case):  # else it is another model's
+        if self.dtype is torch.float32 and not self.only_fallbacks:  # else it is another model's
             judgment = replace(judgment, max_abs_error=errors.max)
         if self.is_run_dtype:
             judgment = replace(judgment, kl_mean=errors.kl_mean, top1_agreement=self.top1_agreement)
         return replace(judgment, reason=f"{name}: {self.reason}") if self.reason else judgment
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """`float32` of torch.float32."""
-    return str(dtype).removeprefix("torch.")
+@dataclass(frozen=True)
+class _Pool:
+    """Errors of a cell and of the baseline that are compared as one."""
+
+    cell: Errors
+    baseline: Errors
+    rounding: float  # of a number in the dtype, relative
+
+    @property
+    def base_max(self) -> float:
+        return max(self.baseline.max, self.rounding * self.cell.largest_reference)
+
+    @property
+    def base_rms(self) -> float:
+        return max(self.baseline.rms, self.rounding * self.cell.rms_reference)
+
+    def reasons(self, rms_limit: float) -> Iterator[str]:
+        """In words, which of the two limits are passed."""
+        for kind, error, base, limit in (
+            ("maximum", self.cell.max, self.base_max, MAX_RATIO_LIMIT),
+            ("root-mean-square", self.cell.rms, self.base_rms, rms_limit),
+        ):
+            if not error <= limit * base:
+                yield (
+                    f"the {kind} error {error:.2g} is {error / base:.3g} × the baseline's {base:.2g} "
+                    f"(limit {limit:g} ×), worst in {self.cell.worst_case}"
+                )
+
+    def case_ratios(self) -> Iterator[tuple[str, float]]:
+        """Each case by itself: its error as a multiple of the baseline's there or in all cases, whatever is larger."""
+        for name, case in self.cell.by_case.items():
+            yield name, case.rms / max(self.baseline.by_case[name].rms, self.base_rms)
