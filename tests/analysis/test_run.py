@@ -54,7 +54,7 @@ def test_runs_of_a_directory_come_in_the_order_of_their_numbers(write_run: Write
     assert [run.path for run in load_runs(homes[0])] == [homes[0]]
     nothing = homes[0].parents[1] / "nothing"
     nothing.mkdir()
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(UserError, match="holds no record"):
         load_runs(nothing)
 
 

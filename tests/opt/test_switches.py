@@ -133,11 +133,12 @@ def test_one_file_of_each_kind_adds_a_sixth(tiny: ModelConfig, tiny_weights: dic
 def test_a_sixth_is_described_by_its_docstring(tmp_path: Path) -> None:
     module = tmp_path / "sixth_optimization.py"
     module.write_text('"""`sixth`: a block\nthat is loud.\n\nMore of it.\n"""\nraise SystemExit("imported")')
-    assert optimizations.described(optimizations.declared("sixth")) == "a block that is loud (volume=11)"
+    assert optimizations.described("sixth", optimizations.declared("sixth")) == "a block that is loud (volume=11)"
     module.write_text('"""`sixth` is loud."""')
-    assert optimizations.described({"_target_": "sixth_optimization.apply"}) == "`sixth` is loud"
+    assert optimizations.described("sixth") == "`sixth` is loud"
 
 
+@pytest.mark.usefixtures("sixth")
 @pytest.mark.parametrize("source", [None, "x = 1", "not Python", '"""', "\udcff"])
 def test_what_cannot_be_described_is_left_out(
     source: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -145,14 +146,15 @@ def test_what_cannot_be_described_is_left_out(
     monkeypatch.syspath_prepend(tmp_path)
     if source is not None:
         (tmp_path / "no_words.py").write_text(source, errors="surrogateescape")
-    assert optimizations.described({"_target_": "no_words.apply", "volume": 1}) == ""
-    assert optimizations.described({"_target_": "no_words.deeper.apply"}) == ""
-    assert optimizations.described({}) == ""
+    for target in ("no_words.apply", "no_words.deeper.apply"):
+        (choices.config_dir() / "opt" / "sixth.yaml").write_text(f"# @package opt.sixth\n_target_: {target}\n")
+        assert optimizations.described("sixth", {"volume": 1}) == ""
+    assert optimizations.described("unheard_of", {"_target_": "no_words.apply"}) == ""
 
 
 def test_every_switch_is_described() -> None:
     for name in choices.choices("opt"):
-        assert len(optimizations.described(optimizations.declared(name))) > 20, name
+        assert len(optimizations.described(name)) > 20, name
 
 
 @pytest.mark.usefixtures("sixth")
