@@ -285,9 +285,9 @@ def test_a_tilde_is_the_home_directory(key: str, typed: str, monkeypatch: pytest
 def test_what_an_error_says_to_type_is_understood(name: str) -> None:
     """A shell splits what is said; Hydra reads the path that was meant."""
     with pytest.raises(UserError) as refused:
-        compose([f"weights=/{name}="])
+        compose([f"run.dir=/{name}="])
     ((_, typed),) = [shlex.split(line[line.index(" type ") :]) for line in str(refused.value).splitlines()]
-    assert compose([typed]).weights == f"/{name}="
+    assert compose([typed]).dir == Path(f"/{name}=")
 
 
 def test_nothing_is_written_but_by_the_run(run: Callable[[Settings], int], runs: Runs, tmp_path: Path) -> None:
@@ -338,7 +338,7 @@ def test_a_finished_point_of_a_multirun_is_not_run_again(run: Callable[[Settings
 def test_multirun_into_a_named_directory(run: Callable[[Settings], int], runs: Runs) -> None:
     assert main(["-m", "run.dir=here", "seed=1,2"], run=run) == 0
     assert [s.dir for s in runs] == [Path("here/0"), Path("here/1")]
-    assert [path.name for path in Path.cwd().iterdir()] == ["here"]  # no empty directories elsewhere
+    assert list(Path.cwd().iterdir()) == []  # no empty directories, as these runs wrote nothing
 
 
 @pytest.mark.parametrize(
