@@ -80,7 +80,7 @@ def filled(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Qwen3Model:
-    """The skeleton, its parameters these tensors as in `build_model`; without weights it stays on `meta`, in `dtype`."""
+    """The skeleton, its parameters these tensors as in `build_model`; without weights still on `meta`, in `dtype`."""
     if weights is not None:
         _assign(model, weights, device, dtype)
     else:

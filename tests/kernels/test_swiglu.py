@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
-from qwen3bench.config.choices import options_of
 from qwen3bench.kernels.swiglu import TILES, Tile, best_tile, multiprocessors_for_tiles, silu_mul, swiglu_tiles
-from qwen3bench.worker.equivalence.cases import whole_size
 
 
 def plain(gate_up: Tensor) -> Tensor:
@@ -85,13 +81,6 @@ def test_tiles_are_swiglu(rows: int, width: int, dim: int, dtype: torch.dtype, t
 def test_tiles_where_the_last_wave_is_full(tokens: int, width: int, expected: tuple[int, int] | None) -> None:
     tile = best_tile(tokens, width, multiprocessors=132)
     assert (tile and tile[:2]) == expected
-
-
-@pytest.mark.parametrize("size", [(1, 256), (1, 512), (1, 2048), (1, 8192), (8, 1024), (8, 2048)])
-@pytest.mark.parametrize("model", ["qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b"])
-def test_the_gate_judges_the_tiles_that_are_timed(model: str, size: tuple[int, int]) -> None:
-    width = options_of("model", model)["hidden_dim"]
-    assert best_tile(math.prod(whole_size([size])), width, 132) == best_tile(math.prod(size), width, 132)
 
 
 def test_a_cpu_has_no_tiles() -> None:

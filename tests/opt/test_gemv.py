@@ -81,7 +81,7 @@ def test_counters_are_zero_whatever_happens_to_the_module(tiny: ModelConfig, tin
 def test_a_single_token_on_cuda(
     tiny: ModelConfig, tiny_weights: dict[str, Tensor], shape: dict[str, Any], length: int, dtype: torch.dtype
 ) -> None:
-    from qwen3bench.worker.equivalence.reference import sensitized
+    from qwen3bench.worker.equivalence.judged_weights import sensitized
 
     config = replace(tiny, context_length=4096, **shape)
     weights = sensitized(config, torch.device("cuda"), dtype, seed=0)

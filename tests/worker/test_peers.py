@@ -162,7 +162,15 @@ def test_compiles_whole_without_breaks(size: WorkloadSize) -> None:
 @each_peer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gate_accepts_it(tiny: ModelConfig, peer: str, dtype: torch.dtype) -> None:
-    verdict = judge_peer(Gate(tiny, device="cpu", dtype=dtype, sizes=[(1, 2048)]), peer)
+    verdict = judge_peer(
+        Gate(
+            tiny,
+            device="cpu",
+            dtype=dtype,
+            workloads=[WorkloadSize("prefill", 1, 450, 0), WorkloadSize("decode", 1, 450, 1)],
+        ),
+        peer,
+    )
     assert verdict.equivalent, verdict.reason
 
 

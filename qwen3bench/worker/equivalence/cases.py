@@ -99,7 +99,7 @@ def judged_cases(context: int, workloads: Iterable[WorkloadSize]) -> JudgedCases
         index = found.prompt(WeightSet.CUT, BATCH_SIZE, AGAIN)
         name = f"prompt {count + 1} of length {AGAIN}"
         found.cases.append(Case(f"a prefill of {name}", WeightSet.CUT, (Pass(index, (AGAIN,)),), usual=True))
-        found.cases.append(_decode(f"a decode of {name}", WeightSet.CUT, index, (2, *[1] * (AGAIN - 2))))
+        found.cases.append(_decode(f"a decode of {name}", WeightSet.CUT, index, (AGAIN - 2, 1, 1)))
     _add_loud(found, min(LOUD, context))
     own: dict[tuple[int, int], list[int]] = {}
     for size in dict.fromkeys(workloads):
@@ -117,11 +117,11 @@ def _add_length(found: JudgedCases, n: int) -> None:
     cut, add = WeightSet.CUT, found.cases.append
     add(Case(f"a prefill of length {n}", cut, (Pass(index, (n,)),), usual=n > 1))
     if n <= 64:
-        singles = min(n, 12)
+        singles = min(n, AGAIN)
         filled = (n - singles,) if n > singles else ()
         add(replace(_decode(f"a decode of length {n}", cut, index, (*filled, *[1] * singles)), usual=n > singles))
     if 7 <= n <= 64:  # a lone token may have a kernel of its own
-        add(_decode(f"a decode of one sequence of length {n}", cut, index, (n - 5, *[1] * 5), sequences=1))
+        add(_decode(f"a decode of one sequence of length {n}", cut, index, (n - 3, 1, 1, 1), sequences=1))
     if n > 64:  # whose kernel may split so many keys
         add(_decode(f"a decode of one sequence of length {n}", cut, index, (n - 2, 1, 1), sequences=1))
         add(Case(f"the last logits of length {n}", cut, (Pass(index, (n,), last=True),), usual=True))
@@ -136,7 +136,7 @@ def _add_loud(found: JudgedCases, n: int) -> None:
     index = found.prompt(loud, BATCH_SIZE, n)
     found.cases.append(Case(f"a prefill of length {n} with large activations", loud, (Pass(index, (n,)),), usual=n > 1))
     if n > 7:
-        chunks = (n - 5, *[1] * 5)
+        chunks = (n - 2, 1, 1)
         found.cases.append(_decode(f"a decode of length {n} with large activations", loud, index, chunks))
         name = f"a decode of one sequence of length {n} with large activations"
         found.cases.append(_decode(name, loud, index, chunks, sequences=1))

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -80,10 +81,8 @@ class Gate:
         """The verdict on a cell of ours. Raises as `judge` does, and `UserError` where the cell cannot be built."""
         opts = {name: self.opts.get(name, {}) for name in cell}
         layers: Sequence[int] | None = range(self.config.num_layers)
-        try:
+        with suppress(Exception):  # what cannot be built is told with its reason where it is judged
             layers = judged_layers(list(skeleton(self.whole, opts).trf_blocks), self.config.num_layers)
-        except Exception:  # what cannot be built is told with its reason where it is judged
-            pass
         if layers is None:
             return Judgment(
                 equivalent=False,

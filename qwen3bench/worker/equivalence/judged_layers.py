@@ -9,8 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-Features = dict[tuple[str, str], Hashable]
-
 _ABSENT = "absent"
 _PLAIN = frozenset(vars(nn.Module()))  # what every module has
 
@@ -44,7 +42,7 @@ def _kinds(blocks: Sequence[nn.Module]) -> list[Hashable]:
     return [tuple(features.get(key, _ABSENT) for key in telling) for features in found]
 
 
-def _features(block: nn.Module) -> Iterator[tuple[tuple[str, str], Hashable]]:
+def _features(block: nn.Module) -> Iterator[tuple[tuple[str, str], Any]]:
     for path, module in block.named_modules():
         yield (path, "type"), type(module)
         hooks = Counter(name for name, value in vars(module).items() if name.endswith("_hooks") and value)
@@ -54,8 +52,8 @@ def _features(block: nn.Module) -> Iterator[tuple[tuple[str, str], Hashable]]:
                 yield (path, name), _told_apart(value)
 
 
-def _told_apart(value: Any) -> Hashable:
-    """What an attribute's value is equal by."""
+def _told_apart(value: Any) -> Any:
+    """What an attribute's value is equal by, hashable."""
     if isinstance(value, Tensor):
         return tuple(value.shape), str(value.dtype)
     if isinstance(value, partial):

@@ -25,8 +25,9 @@ def loudness(dtype: torch.dtype) -> float:
 def sensitized(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
     """Random float32 weights whose values `dtype` holds exactly, under which every part of the model shows.
 
-    Query and key norms have gains around 3, so attention is peaky. The residual stream, and queries and keys
-    before their norms, are as small as √(10³ eps), where a wrong eps shows; each block adds about as much to
+    Query and key norms have gains around 3 in even layers and 0.7 in odd ones: attention is peaky in the first, where a
+    wrong score shows, and flat in the second, where each key counts that is dropped. The residual stream, and queries
+    and keys before their norms, are as small as √(10³ eps), where a wrong eps shows; each block adds about as much to
     the stream as it holds; values, gates and logits are of order 1; no gain is 1.
     """
     weights = load_weights("random", config, device=device, seed=seed)
@@ -49,7 +50,7 @@ def sensitized(config: ModelConfig, device: torch.device, dtype: torch.dtype, se
         if name.endswith("norm.weight"):
             gain = torch.rand(tensor.shape, generator=generator) + 0.5
             if name.endswith(("q_norm.weight", "k_norm.weight")):
-                gain *= 3
+                gain *= 0.7 if int(name.split(".")[2]) % 2 else 3
             elif name == "model.norm.weight":
                 gain /= small * math.sqrt(width)
             tensor.copy_(gain)
@@ -92,7 +93,7 @@ def converted(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Te
     for tensor in weights.values():
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in storages:
-            flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage)  # type: ignore[call-overload]
+            flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage)
             storages[storage.data_ptr()] = flat.to(dtype, copy=True)
     return {
         name: storages[tensor.untyped_storage().data_ptr()].as_strided(

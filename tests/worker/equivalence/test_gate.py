@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,15 +14,15 @@ from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.model.build import build_model
 from qwen3bench.model.layers import TransformerBlock
 from qwen3bench.model.parts import Parts
+from qwen3bench.model.qwen3 import Qwen3Model
 from qwen3bench.opt import mask
-from qwen3bench.opt.mlp import FusedFeedForward
 from qwen3bench.record.design import design_cells, label
 from qwen3bench.record.messages import Judgment
-from qwen3bench.worker.equivalence import cases
 from qwen3bench.worker.equivalence.candidate import Candidate, kv_cache
-from qwen3bench.worker.equivalence.cases import LARGEST, whole_size
 from qwen3bench.worker.equivalence.gate import Gate
-from qwen3bench.worker.equivalence.reference import exact_float32, sensitized
+from qwen3bench.worker.equivalence.judged_weights import sensitized
+from qwen3bench.worker.equivalence.reference import exact_float32
+from qwen3bench.worker.workloads import WorkloadSize
 
 TINY = ModelConfig(
     num_layers=2,
@@ -55,14 +56,25 @@ def rejected(gate: Gate, cells: list[tuple[str, ...]]) -> dict[str, str | None]:
     return {cell: verdict.reason for cell, verdict in verdicts.items() if not verdict.equivalent}
 
 
+OWN = [WorkloadSize("prefill", 1, 16, 0), WorkloadSize("decode", 2, 20, 1), WorkloadSize("generate", 1, 9, 7)]
+
+
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 20))])
 def test_no_right_cell_is_rejected(seed: int) -> None:
-    assert rejected(gate_of(seed=seed), CELLS) == {}
+    assert rejected(gate_of(seed=seed, workloads=OWN), CELLS) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_no_right_cell_is_rejected_in_16_bits(dtype: torch.dtype, seed: int) -> None:
+    cells = [*CELLS, ("qkv",), ("gemv",), (*FIVE, "qkv"), (*FIVE, "gemv")]
+    assert rejected(gate_of(dtype=dtype, seed=seed, workloads=OWN), cells) == {}
 
 
 @pytest.mark.slow
 def test_no_right_cell_is_rejected_in_bfloat16(all_opts: tuple[str, ...]) -> None:
-    gate = gate_of(dtype=torch.bfloat16)
+    gate = gate_of(dtype=torch.bfloat16, workloads=OWN)
     for cell in design_cells("full", all_opts):
         verdict = gate.judge_cell(cell)
         assert verdict.reason is None
@@ -79,59 +91,107 @@ def test_the_baseline_is_its_own_measure(gate: Gate) -> None:
     assert checks["vocabulary"] == 256
 
 
-@pytest.mark.parametrize(
-    ("sizes", "expected"),
-    [
-        ([(1, 2048)], (1, 2048)),
-        ([(1, 512), (1, 2048)], (1, 2048)),
-        ([(8, 1024), (1, 1)], (2, 1024)),
-        ([(1, 8192)], (1, 2048)),
-        ([(4096, 1)], (2048, 1)),
-        ([(3, 1500)], (1, 1500)),
-    ],
-)
-def test_of_the_workloads_own_size_as_much_is_judged_as_is_allowed(
-    sizes: list[tuple[int, int]], expected: tuple[int, int]
-) -> None:
-    assert whole_size(sizes) == expected
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_each_workload_is_judged_as_it_is_timed(dtype: torch.dtype) -> None:
+    gate = gate_of(dtype=dtype, workloads=OWN)
+    own = {case.name: case for case in gate.reference.cases if case.own}
+    assert list(own) == ["prefill of 1 × 16", "decode of 2 × 20", "generate of 1 × 9 + 7"]
+    assert [case.capacity for case in own.values()] == [0, 21, 16]
+    assert [len(case.passes) for case in own.values()] == [3, 4, 2]
+    assert rejected(gate, [(), ("flash", "mask"), ("flash", "tie", "mlp", "mask", "norm", "qkv")]) == {}
 
 
-@pytest.mark.slow
-def test_a_fault_at_the_workloads_own_size_alone_is_found_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = FusedFeedForward.forward
+def test_of_many_generated_tokens_the_first_and_the_last_are_judged() -> None:
+    gate = gate_of(workloads=[WorkloadSize("generate", 1, 9, 100)])
+    (case,) = (case for case in gate.reference.cases if case.own)
+    positions = [each.judged for each in case.passes]
+    assert positions == [range(8, 9), range(9, 57), range(91, 108)]
+    assert rejected(gate, [(), ("flash", "mask")]) == {}
 
-    def forward(self: FusedFeedForward, x: Tensor) -> Tensor:
-        out = right(self, x)
-        if x.shape[1] > LARGEST[1]:
-            out[:, -64:] *= 1.5
-        return out
 
-    monkeypatch.setattr(cases, "chooses_by_size", lambda device: True)
-    longer, sizes = replace(TINY, context_length=1024), [(1, 1024)]
-    gate = gate_of(longer, sizes=sizes)
-    assert gate.reference.cases[-1].name == "a prefill of 1 × 1024"
-    assert gate.reference.prompts[-1].shape == (1, 1024)
-    assert rejected(gate, CELLS) == {}
-    monkeypatch.setattr(FusedFeedForward, "forward", forward)
-    assert not gate.judge_cell(("mlp",)).equivalent
-    monkeypatch.undo()
-    monkeypatch.setattr(FusedFeedForward, "forward", forward)
-    assert gate_of(longer, sizes=sizes).judge_cell(("mlp",)).equivalent  # a CPU, where it takes too long
+class Measured:
+    """A model that keeps how it was called."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.tok_emb, self.config = model, model.tok_emb, model.config
+        self.calls: list[tuple[tuple[int, ...], int, int]] = []
+        self.tokens: dict[tuple[int, ...], list[Tensor]] = {}
+
+    def __call__(self, tokens: Tensor, cache: Any = None, start: int = 0, keep: int = 0) -> Tensor:
+        self.calls.append((tuple(tokens.shape), start, 0 if cache is None else cache.keys.shape[3]))
+        self.tokens.setdefault(tuple(tokens.shape), []).append(tokens.clone())
+        return self.model(tokens, cache, start, keep)
+
+
+def test_each_call_of_a_workload_has_other_tokens_and_their_own_logits_are_compared() -> None:
+    gate = gate_of(workloads=[WorkloadSize("prefill", 4, 16, 0), WorkloadSize("decode", 4, 16, 1)])
+    models: list[Measured] = []
+
+    def factory(weights: dict[str, Tensor], dtype: torch.dtype) -> Any:
+        models.append(Measured(build_model(gate.config, (), weights)))
+        return models[-1]
+
+    assert gate.judge(Candidate(factory, kv_cache)).equivalent
+    own = [call for model in models for call in model.calls if call[0][0] == 4]
+    assert own == [((4, 16), 0, 0)] * 3 + [((4, 16), 0, 17)] + [((4, 1), 16, 17)] * 3
+    prompts = next(model.tokens[4, 16] for model in models if (4, 16) in model.tokens)
+    assert not torch.equal(prompts[0], prompts[1])
+    assert not torch.equal(prompts[1], prompts[2])
+
+
+def test_the_whole_vocabulary_is_judged_where_a_workload_is() -> None:
+    gate = gate_of(replace(TINY, vocab_size=9000), workloads=OWN[:1])
+    widths: set[int] = set()
+
+    def factory(weights: dict[str, Tensor], dtype: torch.dtype) -> Any:
+        widths.add(len(weights["lm_head.weight"]))
+        return build_model(gate.config, (), weights)
+
+    assert gate.judge(Candidate(factory, kv_cache)).equivalent
+    assert widths == {4096, 9000}
+    assert gate.judge_cell(("tie",)).checks["vocabulary"] == 9000
+
+
+def no_memory_for(gate: Gate, sequences: int, dtypes: set[torch.dtype]) -> Judgment:
+    """The verdict on the baseline, which has no memory for a prefill of so many sequences or more."""
+
+    def factory(weights: dict[str, Tensor], dtype: torch.dtype) -> Any:
+        model = build_model(gate.config, (), weights)
+
+        def forward(tokens: Tensor, cache: Any = None, start: int = 0, keep: int = 0) -> Tensor:
+            if tokens.shape[0] >= sequences and tokens.shape[1] == 16 and dtype in dtypes:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return Qwen3Model.forward(model, tokens, cache, start, keep)
+
+        model.forward = forward
+        return model
+
+    return gate.judge(Candidate(factory, kv_cache))
+
+
+def test_where_memory_lacks_in_float32_alone_a_cell_is_judged_by_sequences_or_in_the_runs_dtype() -> None:
+    gate = gate_of(dtype=torch.bfloat16, workloads=[WorkloadSize("prefill", 4, 16, 0)])
+    by_sequences = no_memory_for(gate, 2, {torch.float32})
+    assert by_sequences.equivalent
+    assert "float32_left_out" not in by_sequences.checks
+    left_out = no_memory_for(gate, 1, {torch.float32})
+    assert left_out.equivalent
+    assert left_out.checks["float32_left_out"] == 1
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        no_memory_for(gate, 2, {torch.bfloat16})
 
 
 def test_a_context_shorter_than_the_prompts_cuts_them() -> None:
     gate = gate_of(replace(TINY, context_length=20))
-    assert [prompt.shape[1] for prompt in gate.reference.prompts] == [1, 7, 20]
+    assert [prompt.shape[1] for prompt in gate.reference.prompts] == [1, 7, 20, 7, 7, 20]
     assert gate.judge_cell(("flash", "mask")).equivalent
 
 
 def test_a_deep_model_is_judged_on_a_shallow_one_of_its_shapes() -> None:
     gate = gate_of(replace(TINY, num_layers=40, vocab_size=50_000))
-    assert replace(gate.config, num_layers=40, vocab_size=50_000, context_length=512) == replace(
-        TINY, num_layers=40, vocab_size=50_000
-    )
+    assert gate.config == replace(TINY, num_layers=3, vocab_size=50_000, context_length=135)
     checks = gate.judge_cell(("norm",)).checks
-    assert (checks["layers"], checks["vocabulary"]) == (2, 4096)
+    assert (checks["layers"], checks["vocabulary"]) == (3, 50_000)
 
 
 def test_the_weights_are_exact_in_both_dtypes_and_no_gain_is_one() -> None:
@@ -186,25 +246,78 @@ def test_a_cell_that_raises_is_rejected_with_its_reason(gate: Gate) -> None:
     assert not verdict.equivalent
 
 
-def test_blocks_unlike_those_that_are_judged_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gate runs two layers on a CPU; what the third does, it would not see."""
+class Idle(TransformerBlock):
+    """A block that leaves its attention and feed-forward out."""
+
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        return x
+
+
+class Halved(TransformerBlock):
+    """A block that may count its feed-forward half."""
+
+    share = 1.0
+
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        out = super().forward(x, *rest)
+        return out if self.share == 1.0 else x + self.share * (out - x)
+
+
+def with_layers(monkeypatch: pytest.MonkeyPatch, depth: int, make: Callable[..., nn.Module]) -> Judgment:
+    """The verdict on a switch whose block at layer i of `depth` is `make(i, config, parts)`."""
     made: list[int] = []
 
-    class Idle(TransformerBlock):
-        def forward(self, x, *rest):
-            return x
-
-    def block(config: ModelConfig, parts: Parts) -> TransformerBlock:
+    def block(config: ModelConfig, parts: Parts) -> nn.Module:
         made.append(1)
-        return (TransformerBlock if len(made) % config.num_layers in (1, 2) else Idle)(config, parts)
+        return make((len(made) - 1) % config.num_layers, config, parts)
 
-    deep = replace(TINY, num_layers=4)
     monkeypatch.setattr(mask, "apply", lambda parts: replace(parts, block=block))
-    verdict = Gate(deep, device="cpu", dtype=torch.float32).judge_cell(("mask",))
-    assert not verdict.equivalent
-    assert verdict.reason == "its blocks are of different kinds, so that the first 2 of 4 do not tell of all"
+    verdict = Gate(replace(TINY, num_layers=depth), device="cpu", dtype=torch.float32).judge_cell(("mask",))
     monkeypatch.undo()
-    assert Gate(deep, device="cpu", dtype=torch.float32).judge_cell(("mask",)).equivalent
+    return verdict
+
+
+@pytest.mark.parametrize("layer", [0, 3, 5, 6, 9])
+def test_a_layer_that_is_made_otherwise_is_judged(monkeypatch: pytest.MonkeyPatch, layer: int) -> None:
+    def block(index: int, *given: Any) -> nn.Module:
+        return (Idle if index == layer else TransformerBlock)(*given)
+
+    verdict = with_layers(monkeypatch, 10, block)
+    assert not verdict.equivalent
+    assert verdict.checks["float32_max_ratio"] > 1000
+
+
+@pytest.mark.parametrize("layer", [0, 3, 9])
+def test_a_layer_of_the_same_class_with_another_attribute_is_judged(
+    monkeypatch: pytest.MonkeyPatch, layer: int
+) -> None:
+    def block(index: int, *given: Any) -> nn.Module:
+        made = Halved(*given)
+        made.share = 0.5 if index == layer else 1.0
+        made.index = index  # which differs in all of them, and tells nothing
+        return made
+
+    assert with_layers(monkeypatch, 10, block).checks["float32_max_ratio"] > 1000
+    layer = -1
+    assert with_layers(monkeypatch, 10, block).equivalent
+
+
+def test_layers_of_two_kinds_that_compute_the_same_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def block(index: int, *given: Any) -> nn.Module:
+        return (Halved if index % 3 else TransformerBlock)(*given)
+
+    assert with_layers(monkeypatch, 10, block).equivalent
+
+
+def test_layers_of_more_kinds_than_are_judged_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def block(index: int, *given: Any) -> nn.Module:
+        made = Halved(*given)
+        made.kind = min(index, 3)
+        return made
+
+    verdict = with_layers(monkeypatch, 10, block)
+    assert not verdict.equivalent
+    assert verdict.reason == "its 10 blocks are of more than 3 different kinds, so that no 3 of them tell of all"
 
 
 def test_any_error_of_a_model_is_a_verdict(gate: Gate) -> None:
