@@ -80,7 +80,7 @@ def test_it_goes_from_a_record_to_its_findings(run_dir: Path, tmp_path: Path, mo
     product = re.search(r"of shares ([\d.]+), all on ([\d.]+)", said)
     assert product is not None
     assert product[1] == product[2]
-    assert "- All 2 switches together: 1.2" in said
+    assert "- flash+tie is 1.2" in said
 
 
 @pytest.mark.slow
@@ -122,7 +122,7 @@ def test_it_finds_a_run_of_every_combination_by_itself(
 def test_it_reads_a_committed_run(monkeypatch: pytest.MonkeyPatch) -> None:
     said = execute(monkeypatch, NOTEBOOK.parent)
     assert "qwen3-0.6b on NVIDIA H100 80GB HBM3, bfloat16" in said
-    assert "- All 5 switches together: 3.4" in said
+    assert "- flash+tie+mlp+mask+norm is 3.4" in said
 
 
 def test_it_is_committed_without_outputs() -> None:

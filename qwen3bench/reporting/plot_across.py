@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from qwen3bench.record.states import Verdict
 from qwen3bench.reporting.figures import MUTED, PAPER, RULE, SERIES, Plot, heat, new_figure
 from qwen3bench.reporting.lookup import rows
-from qwen3bench.reporting.units import count, listing, ratio
+from qwen3bench.reporting.units import count, listing, times
 
 MAX_ROWS = 60  # that can be told apart on a page
 _SIGNS: dict[str, str] = {Verdict.FASTER: "*", Verdict.SLOWER: "*", Verdict.SAME: "="}
@@ -134,12 +134,12 @@ def _looks() -> Iterator[dict[str, Any]]:
 
 
 def _trend_words(effects: pd.DataFrame) -> str:
-    """Which switch's effect moves most along one line, where its intervals at both ends do not overlap."""
+    """The effect whose estimate moves most along one line, of those whose intervals at both ends do not overlap."""
     moves = []
     for (name, label), line in effects[~effects["noisy"]].groupby(["term", "label"], sort=False):
         first, last = rows(line.head(1))[0], rows(line.tail(1))[0]
         apart = first.hi < last.lo or last.hi < first.lo
         if apart and first.prompt_tokens < last.prompt_tokens:
-            ends = " → ".join(f"{ratio(e.estimate, e.lo, e.hi)} at {int(e.prompt_tokens)}" for e in (first, last))
-            moves.append((abs(np.log(last.estimate / first.estimate)), f": {name} moves most, {ends} ({label})"))
+            ends = " → ".join(f"{times(e.estimate, e.lo, e.hi)} at {int(e.prompt_tokens)}" for e in (first, last))
+            moves.append((abs(np.log(last.estimate / first.estimate)), f": {name} {ends} ({label})"))
     return max(moves)[1] if moves else ""

@@ -14,11 +14,12 @@ from rich.text import Text
 
 from qwen3bench.record.states import CellStatus
 from qwen3bench.reporting.conditions import Condition, conditions
+from qwen3bench.reporting.finding import Finding
 from qwen3bench.reporting.findings import grouped
 from qwen3bench.reporting.lookup import BASELINE, LATENCY, MEMORY, all_on, directory, smallest, usable
 from qwen3bench.reporting.tables import ranking_table
 from qwen3bench.reporting.units import seconds, size
-from qwen3bench.reporting.wording import Finding
+from qwen3bench.reporting.wording import sentence
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -38,11 +39,11 @@ def terminal_summary(run: Run, found: list[Finding], console: Console) -> None:
     found = [finding for finding in found if finding.kind != "control" or finding.level == "warning"]
     for finding in found:
         if finding.level == "warning":
-            console.print(Text(f"Warning: {finding.text}", style="yellow"), width=width)
+            console.print(Text(f"Warning: {sentence(finding)}", style="yellow"), width=width)
     for heading, group in grouped([finding for finding in found if finding.level == "plain"]):
         console.print(Text(heading, style="bold"), width=width)
         for finding in group:
-            console.print(Text(textwrap.fill(finding.text, width, **_INDENT)), soft_wrap=True)
+            console.print(Text(textwrap.fill(sentence(finding), width, **_INDENT)), soft_wrap=True)
     for condition in conditions(run):
         _print_cells(run, condition, console, width)
     report = directory(run) / "report.html"
