@@ -242,7 +242,10 @@ def test_a_line_of_the_readme_holds_one_interval_at_most() -> None:
 
 
 @pytest.mark.slow
-def test_the_shown_output_is_what_the_run_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_shown_output_is_what_the_run_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "54")
     block = README.partition("<!-- terminal -->")[2].partition("<!-- /terminal -->")[0]
     (shown,) = fences(block.strip() + "\n", "text")
     assert len(shown.splitlines()) == 10

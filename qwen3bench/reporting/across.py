@@ -11,12 +11,14 @@ from qwen3bench.errors import UserError
 from qwen3bench.record.files import write_atomic
 from qwen3bench.reporting import figures
 from qwen3bench.reporting.conditions import conditions
+from qwen3bench.reporting.finding import Level
 from qwen3bench.reporting.lookup import band, device, directory, factors, level
 from qwen3bench.reporting.over_runs import dependent, effects_over, limits, over_findings, over_table
 from qwen3bench.reporting.pages import about, moment, switches
 from qwen3bench.reporting.plot_across import regimes, trends
 from qwen3bench.reporting.templates import render
 from qwen3bench.reporting.units import count, listing
+from qwen3bench.reporting.wording import METHOD, sentence
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -41,16 +43,15 @@ def write_overview(runs: Sequence[Run], home: Path) -> Path:
         drawn = [draw(effects, names, width) for draw in (regimes, trends) if len(effects)]
         saved = [figures.save(plot, home / "plots") for plot in drawn if plot]
     found = [*limits(runs), *over_findings(effects, names, width), *dependent(runs)]
-    plain = [finding for finding in found if finding.level == "plain"]
     content = {
         "title": f"{count(len(runs), 'run')} together",
-        "level": level(runs[0]),
         "about": [fact for fact in about(runs[0]) if all(fact in about(run) for run in runs)],
         "switches": switches(runs),
-        "findings": [("Where each switch pays", plain)] if plain else [],
-        "warnings": [finding for finding in found if finding.level == "warning"],
+        "said": [sentence(finding) for finding in found if finding.level == Level.PLAIN],
+        "warnings": [sentence(finding) for finding in found if finding.level == Level.WARNING],
         "plots": saved,
         "effects": over_table(effects, names) if len(effects) else None,
+        "method": METHOD.format(level=level(runs[0])),
         "max_rows": _ROWS,
     }
     for name in ("report.md", "report.html"):

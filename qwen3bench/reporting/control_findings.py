@@ -1,54 +1,59 @@
-"""Controls in words: is the machine quiet, do negative controls read as nothing, who is the bottleneck?"""
+"""Controls as findings: is the machine quiet, do negative controls read as nothing, who is the bottleneck?"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from qwen3bench.analysis.controls import beyond_noise, noise_of
 from qwen3bench.record.lines import BlockLine
 from qwen3bench.record.states import BlockState, CellStatus
+from qwen3bench.reporting.advice import more_processes
 from qwen3bench.reporting.conditions import Condition, conditions
+from qwen3bench.reporting.finding import Check, Control, ControlOutcome, Finding, Kind, Level, NoVerdict, Passed
 from qwen3bench.reporting.lookup import BASELINE, all_on, band, rows
-from qwen3bench.reporting.units import count, interval_decimals, is_number, listing, percent, ratio, size
-from qwen3bench.reporting.wording import NoVerdict
+from qwen3bench.reporting.units import is_number
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
+_JUDGED = (ControlOutcome.PASSED, ControlOutcome.FAILED, ControlOutcome.UNSURE)
 _BUSY_ENOUGH = 0.9  # below this share of GPU work, eager latency is to a good part the host's
 
 
-@dataclass(frozen=True)
-class Control:
-    """One control's outcome in words.
-
-    `judged`: there is a limit to pass; `absent`: the run does not hold it; `unsure`: passed, but the interval reaches
-    beyond the limit.
-    """
-
-    text: str
-    failed: bool
-    absent: bool = False
-    judged: bool = True
-    unsure: bool = False
-
-    @property
-    def mark(self) -> str:
-        """For a list: passed, failed, or neither."""
-        return "–" if self.absent or not self.judged or self.unsure else "✗" if self.failed else "✓"
-
-
-def sentences(run: Run) -> list[Control]:
-    """Outcome of every control that the run holds."""
+def control_list(run: Run) -> list[Finding]:
+    """ControlOutcome of every control that the run holds, and of those that it lacks."""
     outcome = [*_equivalence(run)]
     for condition in conditions(run):
         outcome += [*_aa(run, condition), *_tie_latency(run, condition), *_drift(run, condition)]
-    of_all = (_processes, _tie_memory, _flagged, _power_cap, _host, _absent)
+    of_all = (_processes, _tie_memory, _blocks, _host, _absent)
     return [*outcome, *(control for each in of_all for control in each(run))]
+
+
+def outcome_of(finding: Finding) -> ControlOutcome | None:
+    """What a control came to; None for a finding that is none."""
+    return finding.detail.outcome if isinstance(finding.detail, Control) else None
+
+
+def tally(controls: Iterable[Finding]) -> Passed:
+    """How many controls passed, of those that have a limit."""
+    outcome = [outcome_of(finding) for finding in controls]
+    passed, failed, unsure = (outcome.count(of) for of in _JUDGED)
+    return Passed(passed, passed + failed + unsure, unsure)
+
+
+def _found(check: Check, outcome: ControlOutcome, *, condition: Condition | None = None, **values: Any) -> Finding:
+    """A control with its outcome; `values` are of the finding (an estimate, advice) or of the control itself."""
+    own = {name: values.pop(name) for name in ("estimate", "lo", "hi", "advice", "subject") if name in values}
+    return Finding(
+        kind=Kind.CONTROL,
+        condition=str(condition or ""),
+        detail=Control(check, outcome, **values),
+        level=Level.WARNING if outcome == ControlOutcome.FAILED else Level.PLAIN,
+        **own,
+    )
 
 
 def noise(run: Run, condition: Condition) -> float:
@@ -68,137 +73,105 @@ def heard_effects(run: Run, condition: Condition, effects: pd.DataFrame) -> pd.D
     return effects.assign(verdict=pd.Series(verdicts, effects.index, dtype=object))
 
 
-def _equivalence(run: Run) -> Iterator[Control]:
+def _equivalence(run: Run) -> Iterator[Finding]:
     cells = run.cells.drop_duplicates("cell")
     verdicts = cells["equivalent"].dropna().astype(bool)
     if len(verdicts) and verdicts.all():
-        text = f"Equivalence: {count(len(verdicts), 'cell')} verified, all compute the baseline's function."
-        yield Control(text, False)
+        yield _found(Check.EQUIVALENCE, ControlOutcome.PASSED, number=len(verdicts))
     unverified = cells[(cells["status"] == CellStatus.OK) & cells["equivalent"].isna() & (cells["cell"] != BASELINE)]
     if len(unverified):
-        text = f"Not verified to compute the baseline's function: {listing(list(unverified['cell']))}."
-        yield Control(text, True)
+        yield _found(Check.VERIFIED, ControlOutcome.FAILED, names=tuple(unverified["cell"]))
 
 
-def _aa(run: Run, condition: Condition) -> Iterator[Control]:
+def _aa(run: Run, condition: Condition) -> Iterator[Finding]:
     for row in rows(condition.select(run.controls.aa)):
-        said, limit = ratio(row.ratio, row.lo, row.hi), f"{100 * row.limit:g} %"
-        further = not row.noisy and (row.lo < 1 - row.limit or row.hi > 1 + row.limit)
-        if row.noisy:
-            compiled = "each compiled model chose its kernels for itself, so measure it in more processes"
-            mend = compiled if condition.runtime == "compile" else "measure again on a quiet machine"
-            text = (
-                f"Noisy: two copies of the baseline differ by more than {limit}, {said} ({condition}). "
-                f"Differences of that size and less mean nothing; {mend}."
-            )
-        else:
-            unsure = " The interval reaches further: more processes would tell." if further else ""
-            text = f"A/A: two copies of the baseline read {said}, allowed are ±{limit} ({condition}).{unsure}"
-        yield Control(text, bool(row.noisy), unsure=bool(further))
+        further = row.lo < 1 - row.limit or row.hi > 1 + row.limit
+        outcome = ControlOutcome.FAILED if row.noisy else ControlOutcome.UNSURE if further else ControlOutcome.PASSED
+        yield _found(
+            Check.AA,
+            outcome,
+            condition=condition,
+            limit=row.limit,
+            runtime=condition.runtime,
+            **_numbers(row.ratio, row),
+            advice=None if outcome == ControlOutcome.PASSED else more_processes(run, condition, 2, times=2),
+        )
 
 
-def _tie_latency(run: Run, condition: Condition) -> Iterator[Control]:
+def _numbers(estimate: float, row: Any) -> dict[str, float]:
+    return {"estimate": estimate, "lo": row.lo, "hi": row.hi}
+
+
+def _tie_latency(run: Run, condition: Condition) -> Iterator[Finding]:
     for row in rows(condition.select(run.controls.tie_latency)):
-        said = f"{ratio(row.estimate, row.lo, row.hi)} ({condition})"
-        outcome = "its interval holds 1" if row.ok else "its interval leaves out 1; effects of that size mean nothing"
-        yield Control(f"Negative control: tie cannot change latency, and reads {said}: {outcome}.", not row.ok)
+        outcome = ControlOutcome.PASSED if row.ok else ControlOutcome.FAILED
+        yield _found(Check.TIE_LATENCY, outcome, condition=condition, **_numbers(row.estimate, row))
 
 
-def _drift(run: Run, condition: Condition) -> Iterator[Control]:
-    for text in drifts(run, condition):
-        yield Control(f"Drift: {text} ({condition}); effects are taken within blocks.", False, judged=False)
+def _drift(run: Run, condition: Condition) -> Iterator[Finding]:
+    yield from drifts(run, condition)
     if (apart := processes_apart(run, condition)) > band(run):
-        text = f"Processes: the slowest is {percent(apart)} slower than the fastest ({condition})"
-        yield Control(
-            f"{text}; effects are taken within blocks, and intervals count what processes do to them.",
-            False,
-            judged=False,
-        )
+        yield _found(Check.PROCESSES, ControlOutcome.TOLD, condition=condition, estimate=apart)
 
 
-def _processes(run: Run) -> Iterator[Control]:
-    timed = [(condition, condition.select(run.samples)["process"].nunique()) for condition in conditions(run)]
-    if alone := [str(condition) for condition, processes in timed if processes == 1]:
-        text = f"Timed in one process ({listing(alone)}): intervals leave out what differs between processes"
-        yield Control(f"{text}, so a second run need not confirm them.", True)
-
-
-def _tie_memory(run: Run) -> Iterator[Control]:
-    pairs = rows(run.controls.tie_memory)
-    if not pairs:
-        return
-    head_bytes = int(pairs[0].head_bytes)
-    what = f"the head's {size(head_bytes)} ({head_bytes:,} bytes) of parameters"
-    wrong = [str(pair.cell) for pair in pairs if not pair.ok]
-    if wrong:
-        text = f"Positive control: tie should save exactly {what}, but does not when added to {listing(wrong)}."
-    else:
-        text = f"Positive control: tie saves exactly {what} in {count(len(pairs), 'pair')} of cells."
-    yield Control(text, bool(wrong))
-
-
-def _flagged(run: Run) -> Iterator[Control]:
-    flagged = [line for line in run.record.of(BlockLine) if line.state == BlockState.FLAGGED]
-    if flagged:
-        flags = list(dict.fromkeys(flag for line in flagged for flag in line.flags))
-        text = f"{count(len(flagged), 'block')} measured under a disturbance that stayed"
-        yield Control(f"{text}: {listing(flags) or 'no reason recorded'}.", True)
-
-
-def _power_cap(run: Run) -> Iterator[Control]:
-    """The power cap is where a card may well run all day; that it did is said, and no block done again for it."""
-    reasons = [line.throttle_reasons for line in run.record.of(BlockLine) if line.throttle_reasons is not None]
-    capped = sum("sw_power_cap" in of_block for of_block in reasons)
-    if capped:
-        text = f"{capped} of {count(len(reasons), 'block')} ended at the card's power limit, with lower clocks"
-        yield Control(
-            f"{text}: cells that draw more power are slowed more, as they would be in use.", False, judged=False
-        )
-
-
-def _absent(run: Run) -> Iterator[Control]:
-    """What this run cannot tell, and what would."""
-    held = run.controls
-    if held.aa.empty:
-        yield Control("A/A: no second copy of the baseline was timed.", False, absent=True)
-    if held.tie_latency.empty:
-        tie = run.effects[(run.effects["term"] == "tie") & (run.effects["kind"] == "main")]
-        why = "this run has no effect of tie; design=full with tie among the switches has one"
-        if tie["estimate"].notna().any():
-            why = "the effect of tie has no interval; more blocks give one"
-        text = f"Negative control: {why}."
-        yield Control(text, False, absent=True)
-    if held.host.empty and set(run.cells["runtime"]) == {"graph"}:
-        text = "Host: graph replays are device time; how far the host would hold them up shows runtime=eager,graph."
-        yield Control(text, False, absent=True)
-    elif held.host.empty and "eager" in set(run.cells["runtime"]):
-        text = (
-            "Host: eager latency holds the host's launches; on CUDA runtime=eager,graph shows how much of it they are."
-        )
-        yield Control(text, False, absent=True)
-
-
-def _host(run: Run) -> Iterator[Control]:
-    for workload in run.controls.host["workload"].unique():
-        shares = {r.cell: r.busy_share for r in rows(run.controls.host) if r.workload == workload}
-        named = [name for name in dict.fromkeys((BASELINE, all_on(run))) if name in shares]
-        if not named:
-            continue
-        said = listing([f"{percent(min(1.0, shares[name]))} of the time ({name})" for name in named])
-        text = f"Under eager the GPU works {said} in {workload}, by graph over eager latency."
-        if min(shares[name] for name in named) < _BUSY_ENOUGH:
-            text += " The rest is the host launching kernels: eager effects are not kernel time."
-        yield Control(text, False, judged=False)
-
-
-def drifts(run: Run, condition: Condition) -> Iterator[str]:
+def drifts(run: Run, condition: Condition) -> Iterator[Finding]:
     """By how much latency moves while a process is timed, with its interval."""
     for row in rows(condition.select(run.controls.drift)):
         if is_number(row.total):
-            decimals = interval_decimals(100 * row.lo, 100 * row.hi)
-            said = (f"{100 * value:+.{decimals}f}" for value in (row.total, row.lo, row.hi))
-            total, lo, hi = (text.replace("-", "−") for text in said)
-            yield f"from a process's first block to its last, latency moved by {total} % [{lo}, {hi}]"
+            yield _found(Check.DRIFT, ControlOutcome.TOLD, condition=condition, **_numbers(row.total, row))
+
+
+def _processes(run: Run) -> Iterator[Finding]:
+    timed = [(condition, condition.select(run.samples)["process"].nunique()) for condition in conditions(run)]
+    if alone := [str(condition) for condition, processes in timed if processes == 1]:
+        yield _found(Check.ONE_PROCESS, ControlOutcome.FAILED, names=tuple(alone))
+
+
+def _tie_memory(run: Run) -> Iterator[Finding]:
+    pairs = rows(run.controls.tie_memory)
+    if pairs:
+        wrong = tuple(str(pair.cell) for pair in pairs if not pair.ok)
+        outcome = ControlOutcome.FAILED if wrong else ControlOutcome.PASSED
+        yield _found(Check.TIE_MEMORY, outcome, limit=int(pairs[0].head_bytes), number=len(pairs), names=wrong)
+
+
+def _blocks(run: Run) -> Iterator[Finding]:
+    """Blocks under a disturbance; and those at the power cap, where a card may well run all day."""
+    lines = run.record.of(BlockLine)
+    flagged = [line for line in lines if line.state == BlockState.FLAGGED]
+    if flagged:
+        flags = tuple(dict.fromkeys(flag for line in flagged for flag in line.flags))
+        yield _found(Check.FLAGGED, ControlOutcome.FAILED, number=len(flagged), names=flags)
+    reasons = [line.throttle_reasons for line in lines if line.throttle_reasons is not None]
+    if capped := sum("sw_power_cap" in of_block for of_block in reasons):
+        yield _found(Check.POWER_CAP, ControlOutcome.TOLD, number=capped, total=len(reasons))
+
+
+def _host(run: Run) -> Iterator[Finding]:
+    for workload in run.controls.host["workload"].unique():
+        shares = {r.cell: r.busy_share for r in rows(run.controls.host) if r.workload == workload}
+        named = tuple(name for name in dict.fromkeys((BASELINE, all_on(run))) if name in shares)
+        if named:
+            yield _found(
+                Check.HOST,
+                ControlOutcome.TOLD,
+                subject=workload,
+                limit=_BUSY_ENOUGH,
+                names=named,
+                shares=tuple(float(shares[name]) for name in named),
+            )
+
+
+def _absent(run: Run) -> Iterator[Finding]:
+    """What this run cannot tell."""
+    held, runtimes = run.controls, set(run.cells["runtime"])
+    if held.aa.empty:
+        yield _found(Check.AA, ControlOutcome.ABSENT)
+    if held.tie_latency.empty:
+        tie = run.effects[(run.effects["term"] == "tie") & (run.effects["kind"] == "main")]
+        yield _found(Check.TIE_LATENCY, ControlOutcome.ABSENT, number=int(tie["estimate"].notna().any()))
+    if held.host.empty and (runtimes == {"graph"} or "eager" in runtimes):
+        yield _found(Check.HOST, ControlOutcome.ABSENT, runtime="graph" if runtimes == {"graph"} else "eager")
 
 
 def processes_apart(run: Run, condition: Condition) -> float:

@@ -124,10 +124,9 @@ def keep_in_view(axes: Axes, estimates: ArrayLike) -> None:
     axes.set_xlim(max(low, np.nanmin(values) / 3), min(high, np.nanmax(values) * 3))
 
 
-def label_point(axes: Axes, text: str, point: tuple[float, float], *, above: bool) -> None:
-    """A small label to the left of a point, and above or below it."""
-    shift, side = ((-8, 10), "bottom") if above else ((-8, -10), "top")
-    axes.annotate(text, point, shift, textcoords="offset points", ha="right", va=side, fontsize=8)
+def label_point(axes: Axes, text: str, point: tuple[float, float]) -> None:
+    """A small label below a point, and to its left."""
+    axes.annotate(text, point, (-8, -10), textcoords="offset points", ha="right", va="top", fontsize=8)
 
 
 def heat(axes: Axes, logs: NDArray[np.float64], signs: dict[tuple[int, int], str], width: float, label: str) -> None:

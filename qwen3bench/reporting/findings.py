@@ -1,62 +1,62 @@
-"""Findings: sentences made from the analysis, each with its interval and the condition it holds for.
+"""All findings of a run, made from the analysis; `wording` says them.
 
-A sentence says what a verdict supports and no more: `same` is said only of an interval inside the band,
-`faster` and `slower` only of those verdicts, everything else is named undecided or missing.
+A finding claims what its verdict supports and no more: `same` only of an interval inside the band, `faster` and
+`slower` only of those verdicts, everything else is undecided or missing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qwen3bench.analysis.contrasts import OTHERS_OFF, OTHERS_ON
-from qwen3bench.reporting import control_findings
 from qwen3bench.reporting.conditions import conditions
+from qwen3bench.reporting.control_findings import control_list, tally
+from qwen3bench.reporting.finding import Choice, Finding, Kind, Level, NoAnswer
 from qwen3bench.reporting.findings_cells import failures, missing, peers, recommended
 from qwen3bench.reporting.findings_effects import each_switch, joint, memory, together
 from qwen3bench.reporting.findings_undecided import undecided
-from qwen3bench.reporting.lookup import AVERAGE, UNLIKE
-from qwen3bench.reporting.units import count
-from qwen3bench.reporting.wording import Finding
+from qwen3bench.reporting.wording import HEADINGS
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
-# Kind → heading, in the order in which they are read.
-_HEADINGS = {
-    "together": "All together",
-    "recommended": "What to switch on",
-    "switch": f"Each switch, {AVERAGE}",
-    **{f"switch {others}": f"Each switch, {others}" for others in (OTHERS_OFF, OTHERS_ON, UNLIKE)},
-    "only switch": "The switch",
-    "interaction": "Switches that interact",
-    "memory": "Memory",
-    "peer": "Other implementations",
-    "undecided": "Undecided",
-    "control": "Controls",
-}
-
 
 def findings(run: Run) -> list[Finding]:
     """All findings of a run; those that limit what the others are worth have the level `warning`."""
-    outcome = control_findings.sentences(run)
+    outcome = control_list(run)
+    open_effects = [finding for condition in conditions(run) for finding in undecided(run, condition)]
+    answers = [finding for condition in conditions(run) for finding in recommended(run, condition)]
     found = [
         *missing(run),
-        *(Finding(c.text, "control", "warning") for c in outcome if c.failed),
+        *(control for control in outcome if control.level == Level.WARNING),
         *failures(run),
+        *(_advised(answer, open_effects) for answer in answers),
+        *(finding for condition in conditions(run) for finding in together(run, condition)),
+        *each_switch(run),
+        *joint(run),
+        *memory(run),
+        *peers(run),
+        *open_effects,
     ]
-    for of_condition in (together, recommended):
-        found += [finding for condition in conditions(run) for finding in of_condition(run, condition)]
-    found += [*each_switch(run), *joint(run), *memory(run), *peers(run)]
-    found += [finding for condition in conditions(run) for finding in undecided(run, condition)]
-    if held := [control for control in outcome if control.judged and not control.absent]:
-        passed = sum(not (control.failed or control.unsure) for control in held)
-        unsure = sum(control.unsure for control in held)
-        reach = f"; the interval of {unsure} reaches too far to tell" if unsure else ""
-        found.append(Finding(f"{passed} of {count(len(held), 'control')} show nothing wrong{reach}.", "control"))
+    if (controls := tally(outcome)).held:
+        found.append(Finding(Kind.CONTROL, detail=controls))
     return found
 
 
-def grouped(found: list[Finding]) -> list[tuple[str, list[Finding]]]:
+def _advised(answer: Finding, open_effects: Sequence[Finding]) -> Finding:
+    """An answer that is none because nothing is shown to be faster, with what decides the open effects there."""
+    choice = answer.detail
+    if isinstance(choice, Choice) and choice.none == NoAnswer.NOTHING_FASTER:
+        there = [finding.advice for finding in open_effects if finding.condition == answer.condition]
+        return replace(answer, advice=there[0] if there else None)
+    return answer
+
+
+def grouped(found: Sequence[Finding]) -> list[tuple[str, list[Finding]]]:
     """Findings under their headings, in the order in which they are read."""
-    groups = ((heading, [finding for finding in found if finding.kind == kind]) for kind, heading in _HEADINGS.items())
-    return [(heading, group) for heading, group in groups if group]
+    groups: dict[str, list[Finding]] = {heading: [] for heading in HEADINGS.values()}
+    for finding in found:
+        if finding.kind in HEADINGS:
+            groups[HEADINGS[finding.kind]].append(finding)
+    return [(heading, group) for heading, group in groups.items() if group]

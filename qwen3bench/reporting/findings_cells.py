@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from scipy import special
 
-from qwen3bench.analysis.frames import analysis_setting, block_matrix
+from qwen3bench.analysis.frames import BlockMatrix, analysis_setting, block_matrix
 from qwen3bench.config.choices import five
-from qwen3bench.record.states import CellStatus
+from qwen3bench.record.states import CellStatus, Verdict
 from qwen3bench.reporting import control_findings
+from qwen3bench.reporting.advice import more_processes
 from qwen3bench.reporting.conditions import Condition, conditions
+from qwen3bench.reporting.finding import (
+    Advice,
+    Against,
+    Choice,
+    Effect,
+    Failed,
+    Finding,
+    Kind,
+    Lack,
+    Level,
+    Missing,
+    NoAnswer,
+    Times,
+    verdict_of,
+)
 from qwen3bench.reporting.lookup import (
     BASELINE,
     LATENCY,
@@ -27,33 +43,31 @@ from qwen3bench.reporting.lookup import (
     smallest,
     usable,
 )
-from qwen3bench.reporting.units import count, is_number, listing, ratio, seconds, size
-from qwen3bench.reporting.wording import Finding, NoVerdict, verdict_of, worth
+from qwen3bench.reporting.units import is_number
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
 
 def recommended(run: Run, condition: Condition) -> Iterator[Finding]:
-    """The cell to switch on, under the memory limit where one is set."""
+    """The cell to switch on, under the memory limit where one is set, or why there is none."""
     cells = usable(condition.select(run.cells))
     cells = cells[~of_peers(cells)]
     if len(cells) < 2:
         return
+    limit_gib = _memory_limit(run)
     if BASELINE not in set(cells["cell"]):
-        yield Finding(f"No recommendation for {condition}: the baseline has no latency to compare with.", "recommended")
+        yield _nothing(run, condition, Choice(NoAnswer.NO_BASELINE))
         return
     if control_findings.noise(run, condition):
-        yield Finding(f"No recommendation for {condition}: it is noisy.", "recommended")
+        yield _nothing(run, condition, Choice(NoAnswer.NOISY), more_processes(run, condition, 2, times=2))
         return
-    report = run.config.get("report")
-    limit_gib = report.get("memory_limit_gib") if isinstance(report, dict) else None
-    within = f" within {limit_gib:g} GiB" if is_number(limit_gib) else ""
-    if limit_gib is not None and within:
+    all_cells = cells
+    if limit_gib is not None:
         measured = cells.dropna(subset=[MEMORY])
         cells = measured[measured[MEMORY] <= limit_gib * 2**30]
         if cells.empty:
-            yield _nothing_fits(measured, within, condition)
+            yield _nothing(run, condition, _nothing_fits(measured, limit_gib))
             return
     samples = condition.select(run.samples)
     confidence = analysis_setting(run.record, "confidence")
@@ -62,34 +76,53 @@ def recommended(run: Run, condition: Condition) -> Iterator[Finding]:
     freedom = blocks.log_ratios(BASELINE, others).df.min() if others and BASELINE in blocks.log_s else 0
     faster = cells[shown_faster(cells, freedom, band(run), confidence)]
     if faster.empty:
-        yield Finding(f"No cell{within} is shown to be faster than the baseline ({condition}).", "recommended")
+        yield _nothing(run, condition, Choice(NoAnswer.NOTHING_FASTER, limit_gib=limit_gib))
         return
     near, unsure = _as_fast(faster, samples, confidence, band(run))
     alike = faster[near]
     alike = alike.assign(switches=[0 if c == BASELINE else c.count("+") + 1 for c in alike["cell"]])
     pick = rows(alike.sort_values([MEMORY, "switches"], kind="stable", na_position="last"))[0]
-    gain = ratio(pick.speedup, pick.speedup_lo, pick.speedup_hi)
-    memory = f", peak memory {size(pick.peak_allocated_bytes)}" if is_number(pick.peak_allocated_bytes) else ""
-    text = f"{pick.cell}{within}: {gain} faster than the baseline{memory} ({condition})."
-    if len(alike) > 1:
-        more = count(len(alike) - 1, "other cell")
-        text += f" It and {more} are as fast within ±{100 * band(run):g} %, as far as can be told"
-        text += f"; of these it has {'the least memory, then ' if memory else ''}the fewest switches."
-    if unsure:
-        text += f" Of {count(unsure, 'more cell')} it is not shown that they are slower; more processes would tell."
-    yield Finding(text, "recommended")
+    baseline = rows(all_cells[all_cells["cell"] == BASELINE])[0]
+    choice = Choice(times=times_of(run, pick, baseline), alike=len(alike) - 1, unsure=unsure, limit_gib=limit_gib)
+    yield Finding(
+        Kind.ANSWER, pick.cell, str(condition), pick.speedup, pick.speedup_lo, pick.speedup_hi,
+        Verdict.FASTER, choice, width=band(run),
+    )  # fmt: skip
 
 
-def _nothing_fits(measured: pd.DataFrame, within: str, condition: Condition) -> Finding:
+def _memory_limit(run: Run) -> float | None:
+    report = run.config.get("report")
+    given: Any = report.get("memory_limit_gib") if isinstance(report, dict) else None
+    return float(given) if is_number(given) else None
+
+
+def _nothing(run: Run, condition: Condition, choice: Choice, advice: Advice | None = None) -> Finding:
+    level = Level.WARNING if choice.none in (NoAnswer.NOTHING_FITS, NoAnswer.MEMORY_UNKNOWN) else Level.PLAIN
+    return Finding(Kind.ANSWER, condition=str(condition), detail=choice, advice=advice, level=level, width=band(run))
+
+
+def times_of(run: Run, row: Any, baseline: Any | None = None) -> Times:
+    """What a cell takes beside the baseline, where there is one."""
+
+    def number(value: Any) -> float:
+        return float(value) if is_number(value) else math.nan
+
+    baseline_s = number(baseline.latency_s) if baseline is not None else math.nan
+    return Times(
+        latency_s=number(row.latency_s),
+        baseline_s=baseline_s,
+        tokens_per_s=number(row.tokens_per_s),
+        peak_bytes=number(row.peak_allocated_bytes),
+        parameter_bytes=number(row.parameter_bytes),
+    )
+
+
+def _nothing_fits(measured: pd.DataFrame, limit_gib: float) -> Choice:
     if measured.empty:
-        return Finding(
-            f"What fits{within} is unknown: peak memory was not measured ({condition}).",
-            "recommended",
-            "warning",
-        )
+        return Choice(NoAnswer.MEMORY_UNKNOWN, limit_gib=limit_gib)
     least = smallest(measured, MEMORY)
-    needs = f"the smallest, {least.cell}, takes {size(least.peak_allocated_bytes)}"
-    return Finding(f"No cell fits{within}: {needs} ({condition}).", "recommended", "warning")
+    needed = float(least.peak_allocated_bytes)
+    return Choice(NoAnswer.NOTHING_FITS, limit_gib=limit_gib, smallest=least.cell, smallest_bytes=needed)
 
 
 def shown_faster(cells: pd.DataFrame, freedom: float, width: float, confidence: float = 0.95) -> pd.Series:
@@ -137,46 +170,58 @@ def peers(run: Run) -> Iterator[Finding]:
     for condition in conditions(run):
         cells = usable(condition.select(run.cells))
         for row in rows(cells[of_peers(cells)]):
-            verdict = control_findings.heard(
-                run, condition, verdict_of(row.speedup_lo, row.speedup_hi, band(run)), row.speedup
-            )
-            said = worth(verdict, row.speedup, row.speedup_lo, row.speedup_hi, band(run))
-            against = f"; against the baseline {said}" if verdict != NoVerdict.MISSING else ""
-            ours = _ours_against(run, condition, row.cell)
-            noisy = " Noisy." if control_findings.noise(run, condition) else ""
-            yield Finding(f"{row.cell} takes {seconds(row.latency_s)}{against}{ours} ({condition}).{noisy}", "peer")
+            if is_number(row.speedup):
+                effect = Effect(row.cell, row.speedup, row.speedup_lo, row.speedup_hi, "")
+                yield _against(run, condition, effect, "the baseline")
+            for effect in _ours_over(run, condition, cells, row.cell):
+                yield _against(run, condition, effect, row.cell)
 
 
-def _ours_against(run: Run, condition: Condition, peer: str) -> str:
-    """What cells of ours give over a peer, by ratios within blocks."""
-    cells = usable(condition.select(run.cells))
+def _against(run: Run, condition: Condition, effect: Effect, other: str) -> Finding:
+    verdict = verdict_of(effect.lo, effect.hi, band(run))
+    return Finding(
+        Kind.PEER,
+        effect.term,
+        str(condition),
+        effect.estimate,
+        effect.lo,
+        effect.hi,
+        control_findings.heard(run, condition, verdict, effect.estimate),
+        Against(other),
+        width=band(run),
+        noisy=control_findings.noise(run, condition) > 0,
+    )
+
+
+def _ours_over(run: Run, condition: Condition, cells: pd.DataFrame, peer: str) -> Iterator[Effect]:
+    """What telling cells of ours give over a peer, by ratios within blocks."""
     blocks = block_matrix(condition.select(run.samples), cells["cell"].tolist())
     ours = _telling(run, cells[~of_peers(cells)])
     names = [name for name in ours if name in blocks.log_s and peer in blocks.log_s]
-    if not names:
-        return ""
-    found = blocks.log_ratios(peer, names)
+    if names:
+        yield from ratios_over(run, blocks, peer, names)
+
+
+def ratios_over(run: Run, blocks: BlockMatrix, over: str, names: list[str]) -> Iterator[Effect]:
+    """How many times as fast as `over` each named cell is, within blocks; without a verdict yet."""
+    found = blocks.log_ratios(over, names)
     half = found.half_width(analysis_setting(run.record, "confidence"))
-    said = ""
-    for name, *logs in zip(names, found.estimate, found.estimate - half, found.estimate + half, strict=True):
-        gain, lo, hi = (float(np.exp(value)) for value in logs)
-        verdict = control_findings.heard(run, condition, verdict_of(lo, hi, band(run)), gain)
-        said += f"; {ours[name]} against it {worth(verdict, gain, lo, hi, band(run))}"
-    return said
+    bounds = np.exp([found.estimate, found.estimate - half, found.estimate + half])
+    for name, estimate, lo, hi in zip(names, *bounds, strict=True):
+        yield Effect(name, float(estimate), float(lo), float(hi), "")
 
 
-def _telling(run: Run, cells: pd.DataFrame) -> dict[str, str]:
-    """Of our cells, in words: all on, the five of `make ablate` where these are fewer, and the fastest.
+def _telling(run: Run, cells: pd.DataFrame) -> list[str]:
+    """Of our cells: all on, the five of `make ablate` where these are fewer, and the fastest.
 
     The latter where it is another, by more than the band: among many cells alike one has to come out first.
     """
-    names = [all_on(run), "+".join(five())]
     latency = cells.set_index("cell")[LATENCY]
-    told = {name: name for name in names if name in latency and name != BASELINE}
+    told = [name for name in (all_on(run), "+".join(five())) if name in latency and name != BASELINE]
     fastest = str(latency.idxmin()) if len(latency) else BASELINE
     if fastest != BASELINE and latency[fastest] * (1 + band(run)) < latency.get(all_on(run), math.inf):
-        told[fastest] = f"{fastest}, the fastest,"
-    return told
+        told.append(fastest)
+    return list(dict.fromkeys(told))
 
 
 def failures(run: Run) -> Iterator[Finding]:
@@ -189,32 +234,29 @@ def failures(run: Run) -> Iterator[Finding]:
         groups.setdefault((str(status), there), []).append(str(cell))
     for (status, there), names in groups.items():
         told = bad.loc[(bad["status"] == status) & bad["cell"].isin(names), ["cell", "reason"]].dropna()
-        reasons = {
-            cell: lines[0].rstrip(".") for cell, text in told.to_numpy() if (lines := str(text).strip().split("\n"))[0]
-        }
-        because = f": {next(iter(reasons.values()))}" if reasons else ""
-        if len(set(reasons.values())) > 1:
-            because += f" ({next(iter(reasons))}; the others' stand under What went wrong)"
-        where = "" if list(there) == everywhere else f" ({listing(list(there), 12)})"
-        word = "has" if len(names) == 1 else "have"
-        yield Finding(f"{listing(names)} {word} status {status} and no speed-up{because}{where}.", "failure", "warning")
+        firsts = [str(text).strip().split("\n")[0].rstrip(".") for text in told["reason"]]
+        reasons = list(dict.fromkeys(reason for reason in firsts if reason))
+        where = () if list(there) == everywhere else there
+        failed = Failed(tuple(names), where, reasons[0] if reasons else "", len(reasons))
+        yield Finding(Kind.FAILURE, names[0], verdict=status, detail=failed, level=Level.WARNING)
 
 
 def missing(run: Run) -> Iterator[Finding]:
     """What the run does not hold: its end, cells without a latency, damaged lines of the record."""
     if not run.finished:
-        text = "This run has not finished: what is here is what was measured until now."
-        yield Finding(text, "missing", "warning")
+        yield _lacking(Lack.END)
     there = {str(condition): usable(condition.select(run.cells)) for condition in conditions(run)}
     nothing = [name for name, cells in there.items() if cells.empty]
     if nothing or not there:
-        yield Finding(f"Without any latency: {listing(nothing) or 'every workload'}.", "missing", "warning")
+        yield _lacking(Lack.LATENCY, nothing)
     for condition in conditions(run):
         cells = condition.select(run.cells)
         lost = cells[(cells["status"].isna() | (cells["status"] == CellStatus.OK)) & cells[LATENCY].isna()]
         if len(lost) and len(there[str(condition)]):
-            text = f"{count(len(lost), 'cell')} of {len(cells)} without a latency: {listing(list(lost['cell']))}"
-            yield Finding(f"{text} ({condition}).", "missing", "warning")
+            yield _lacking(Lack.CELLS, list(lost["cell"]), str(condition), len(cells))
     if run.record.warnings:
-        text = f"The record is damaged: {'; '.join(run.record.warnings[:3])}."
-        yield Finding(text, "missing", "warning")
+        yield _lacking(Lack.LINES, run.record.warnings[:3])
+
+
+def _lacking(lack: Lack, names: Sequence[str] = (), condition: str = "", total: int = 0) -> Finding:
+    return Finding(Kind.MISSING, condition=condition, detail=Missing(lack, tuple(names), total), level=Level.WARNING)

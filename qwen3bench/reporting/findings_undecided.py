@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -15,7 +15,9 @@ from qwen3bench.analysis.effects import process_shares
 from qwen3bench.analysis.frames import analysis_setting, block_matrix
 from qwen3bench.record.states import Verdict
 from qwen3bench.reporting import control_findings
+from qwen3bench.reporting.advice import more_blocks, more_processes
 from qwen3bench.reporting.conditions import Condition
+from qwen3bench.reporting.finding import Advice, Effect, Finding, Kind, NoVerdict, OpenEffects, verdict_of
 from qwen3bench.reporting.lookup import (
     BASELINE,
     LATENCY,
@@ -27,8 +29,7 @@ from qwen3bench.reporting.lookup import (
     terms,
     usable,
 )
-from qwen3bench.reporting.units import count, is_number, listing, ratio
-from qwen3bench.reporting.wording import Finding, NoVerdict, verdict_of
+from qwen3bench.reporting.units import is_number
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -52,34 +53,34 @@ def undecided(run: Run, condition: Condition) -> Iterator[Finding]:
     main = _judged(run, condition, terms(run, condition, LATENCY, "main")) or _together_alone(run, condition)
     joint_effects = terms(run, condition, LATENCY, "interaction")
     pairs = _judged(run, condition, joint_effects[joint_effects["term"].str.count(":") == 1])
-    yield from _undecided(run, condition, main)
-    yield from _undecided(run, condition, pairs, "Interactions: ")
+    for effects, of_pairs in ((main, False), (pairs, True)):
+        unknown = [
+            effect
+            for effect in effects
+            if control_findings.heard(run, condition, effect.verdict, effect.estimate) == Verdict.UNDECIDED
+        ]
+        blind = [effect for effect in unknown if not is_number(effect.lo)]
+        known = [effect for effect in unknown if is_number(effect.lo)]
+        if known:
+            yield _open(run, condition, known, would_decide(run, condition, known), OpenEffects((), of_pairs))
+        if blind:
+            needed = max(6, 2 * condition.select(run.samples)["block"].nunique())
+            advice = more_blocks(run, condition, needed)
+            yield _open(run, condition, blind, advice, OpenEffects((), of_pairs, blind=True))
 
 
-def _undecided(run: Run, condition: Condition, effects: list[Judged], what: str = "") -> Iterator[Finding]:
-    blocks = condition.select(run.samples)["block"].nunique()
-    unknown = [
-        effect
-        for effect in effects
-        if control_findings.heard(run, condition, effect.verdict, effect.estimate) == Verdict.UNDECIDED
-    ]
-    blind = [effect for effect in unknown if not is_number(effect.lo)]
-    around = [effect for effect in unknown if is_number(effect.lo) and effect.lo <= 1 <= effect.hi]
-    apart = [effect for effect in unknown if is_number(effect.lo) and not effect.lo <= 1 <= effect.hi]
-    if around:
-        advice = would_decide(run, condition, around)
-        yield Finding(f"{what}{_listed(around)} ({condition}). If the estimates stay, {advice}.", "undecided")
-    if blind:
-        text = f"{what}{_listed(blind)} ({condition}): {count(blocks, 'block')} gives no interval; more would."
-        yield Finding(text, "undecided")
-    if apart:
-        advice = "the interval leaves out 1, but p, corrected for the number of terms, is not below 0.05"
-        text = f"{what}{_listed(apart)} ({condition}): {advice}. More processes would decide."
-        yield Finding(text, "undecided")
-
-
-def _listed(effects: Sequence[Judged]) -> str:
-    return listing([f"{effect.term} {ratio(effect.estimate, effect.lo, effect.hi)}" for effect in effects])
+def _open(run: Run, condition: Condition, effects: Sequence[Judged], advice: Advice, detail: OpenEffects) -> Finding:
+    told = tuple(Effect(e.term, e.estimate, e.lo, e.hi, e.verdict) for e in effects)
+    names = ",".join(effect.term for effect in effects)
+    return Finding(
+        Kind.UNDECIDED,
+        names,
+        str(condition),
+        detail=replace(detail, effects=told),
+        verdict=Verdict.UNDECIDED,
+        advice=advice,
+        width=band(run),
+    )
 
 
 def _judged(run: Run, condition: Condition, effects: pd.DataFrame) -> list[Judged]:
@@ -105,7 +106,7 @@ def _together_alone(run: Run, condition: Condition) -> list[Judged]:
     return [Judged(row.cell, row.speedup, lo, hi, float(error.df[0]), known, float(error.process_share[0]))]
 
 
-def would_decide(run: Run, condition: Condition, effects: Sequence[Judged]) -> str:
+def would_decide(run: Run, condition: Condition, effects: Sequence[Judged]) -> Advice:
     """How many blocks give each of these effects a verdict, or processes where these limit any of the intervals.
 
     Processes limit where what they make of the variance is more than half of what a verdict allows.
@@ -115,10 +116,10 @@ def would_decide(run: Run, condition: Condition, effects: Sequence[Judged]) -> s
     allowed = [(allowed_variance(run, condition, effect, effect.df), effect.process_share) for effect in effects]
     if any(share > part / 2 for part, share in allowed):
         needed = max(processes_needed(run, condition, effect, processes) for effect in effects)
-        said = f"about {needed:,} processes instead of {processes} would decide"
-        return f"{said}; more blocks in the same ones do not lessen what differs between processes"
-    needed = max(math.ceil(blocks * (1 - share) / (part - share)) + 1 for part, share in allowed)
-    return f"about {needed:,} blocks instead of {blocks} would decide"
+        return more_processes(run, condition, needed)
+    known = [(part, 0.0 if math.isnan(share) else share) for part, share in allowed]
+    needed = max(math.ceil(blocks * (1 - share) / (part - share)) + 1 for part, share in known)
+    return more_blocks(run, condition, max(needed, blocks + 1))
 
 
 def allowed_variance(run: Run, condition: Condition, effect: Judged, df: float) -> float:

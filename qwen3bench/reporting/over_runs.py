@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
@@ -11,14 +12,28 @@ import pandas as pd
 
 from qwen3bench.analysis.contrasts import others_of
 from qwen3bench.record.states import Verdict
+from qwen3bench.reporting import control_findings
 from qwen3bench.reporting.conditions import conditions
-from qwen3bench.reporting.control_findings import heard_effects, noise
+from qwen3bench.reporting.finding import (
+    Check,
+    Control,
+    ControlOutcome,
+    Effect,
+    Finding,
+    Kind,
+    Lack,
+    Level,
+    Missing,
+    NoVerdict,
+    Pair,
+    Regime,
+)
 from qwen3bench.reporting.findings_cells import failures, missing
-from qwen3bench.reporting.findings_effects import pays_only_with
-from qwen3bench.reporting.lookup import AVERAGE, LATENCY, band, largest, level, rows, smallest, terms
+from qwen3bench.reporting.findings_effects import joint
+from qwen3bench.reporting.lookup import AVERAGE, LATENCY, band, level, rows, terms
 from qwen3bench.reporting.tables import Entry, Table, drop_empty
-from qwen3bench.reporting.units import count, listing, ratio
-from qwen3bench.reporting.wording import Finding, NoVerdict
+from qwen3bench.reporting.units import ratio
+from qwen3bench.reporting.wording import band_words, only_with
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -40,8 +55,8 @@ def effects_over(runs: Sequence[Run]) -> pd.DataFrame:
             where = {"run": number, **same, "workload": condition.workload, "runtime": condition.runtime}
             timed = condition.select(run.samples)
             where |= {key: timed[of].nunique() for key, of in (("blocks", "block"), ("processes", "process"))}
-            where |= {"noisy": noise(run, condition) > 0}
-            for effect in rows(heard_effects(run, condition, terms(run, condition, LATENCY, "main"))):
+            where |= {"noisy": control_findings.noise(run, condition) > 0}
+            for effect in rows(control_findings.heard_effects(run, condition, terms(run, condition, LATENCY, "main"))):
                 others = others_of(effect.reason) or AVERAGE
                 named = str(condition) if others == AVERAGE else f"{condition}, {others}"
                 where |= {"condition": named, "others": others}
@@ -59,67 +74,49 @@ def effects_over(runs: Sequence[Run]) -> pd.DataFrame:
 def limits(runs: Sequence[Run]) -> Iterator[Finding]:
     """What single runs lack: their end, cells that failed or were not measured, conditions without any effect, and a
     band or a confidence of their own."""
-    told = listing([f"run {n}: ±{100 * band(run):g} %, {level(run)}" for n, run in enumerate(runs, start=1)], 12)
     if len({(band(run), level(run)) for run in runs}) > 1:
-        text = f"Verdicts are by different bands and intervals ({told}); the page shows the first run's."
-        yield Finding(text, "control", "warning")
+        told = [f"run {n}: {band_words(band(run))}, {level(run)}" for n, run in enumerate(runs, start=1)]
+        detail = Missing(Lack.ONE_BAND, tuple(told))
+        yield Finding(Kind.MISSING, detail=detail, level=Level.WARNING)
     for number, run in enumerate(runs, start=1):
         for finding in (*missing(run), *failures(run)):
-            yield replace(finding, text=f"Run {number}: {finding.text}")
+            yield replace(finding, run=number)
 
 
 def dependent(runs: Sequence[Run]) -> Iterator[Finding]:
-    """Which switches pay only with another on, and where: what an average over the other hides."""
-    places: dict[tuple[str, str], list[str]] = {}
-    for number, run in enumerate(runs, start=1):
-        for condition in conditions(run):
-            for pair in pays_only_with(run, condition):
-                places.setdefault(pair, []).append(f"{condition} (run {number})")
-    for (small, large), found in places.items():
-        text = f"{small} pays only with {large} at {listing(found, 12)}"
-        yield Finding(f"{text}: there an average over both hides what it is worth.", "interaction")
+    """Which switches help only with another on, and in how many conditions: what an average over the other hides."""
+    pairs = [finding.detail for run in runs for finding in joint(run) if isinstance(finding.detail, Pair)]
+    found = Counter((pair.small, pair.large) for pair in pairs if only_with(pair))
+    for (small, large), places in found.items():
+        yield Finding(Kind.DEPENDENT, f"{small}:{large}", detail=Regime(total=places))
 
 
 def over_findings(effects: pd.DataFrame, names: Sequence[str], width: float) -> Iterator[Finding]:
     """Per switch, where it is faster, slower, the same or undecided, or no more than the noise of a noisy condition."""
     if effects.empty:
-        yield Finding("No run holds an effect on latency that could be estimated.", "missing", "warning")
+        yield Finding(Kind.MISSING, detail=Missing(Lack.EFFECTS), level=Level.WARNING)
         return
-    noisy = list(dict.fromkeys(effects.loc[effects["noisy"], "condition"]))
-    if noisy:
-        yield Finding(
-            f"Noisy, where only effects larger than the noise count: {'; '.join(noisy)}.", "control", "warning"
-        )
-    unlike = {Verdict.SAME: f"the same within ±{100 * width:g} %", NoVerdict.NOISE: "no more than the noise"}
+    if noisy := tuple(dict.fromkeys(effects.loc[effects["noisy"], "condition"])):
+        control = Control(Check.NOISY_RUNS, ControlOutcome.FAILED, names=noisy)
+        yield Finding(Kind.CONTROL, detail=control, level=Level.WARNING)
     for name, others in product(names, dict.fromkeys(effects["others"])):  # averages stand by themselves
-        found = dict(iter(effects[(effects["term"] == name) & (effects["others"] == others)].groupby("verdict")))
-        said = []
-        for verdict in (Verdict.FASTER, Verdict.SLOWER, Verdict.UNDECIDED, Verdict.SAME, NoVerdict.NOISE):
-            if verdict in found:
-                words = unlike.get(verdict, verdict)
-                how_much = f" ({_range(found[verdict])})" if verdict in (Verdict.FASTER, Verdict.SLOWER) else ""
-                said.append(f"{words} in {len(found[verdict])}{how_much}")
-        if not said:
-            continue
-        subject = name if others == AVERAGE else f"{name}, {others}"
-        text = f"{subject}: of {count(sum(map(len, found.values())), 'condition')}, {', '.join(said)}."
-        if {Verdict.FASTER, Verdict.SLOWER} <= set(found):
-            text += f" Its effect changes sign: slower at {_places(found[Verdict.SLOWER])}."
-        if Verdict.SAME in found and {Verdict.FASTER, Verdict.SLOWER} & set(found):
-            text += f" On average the same at {_places(found[Verdict.SAME])}."
-        if Verdict.UNDECIDED in found:
-            text += f" Undecided at {_places(found[Verdict.UNDECIDED])}; more blocks and processes there would tell."
-        yield Finding(text, "switch")
+        found = rows(effects[(effects["term"] == name) & (effects["others"] == others)])
+        verdicts = Counter(row.verdict for row in found)
+        if found:
+            regime = Regime(
+                total=len(found),
+                faster=_decided(found, Verdict.FASTER),
+                slower=_decided(found, Verdict.SLOWER),
+                same=verdicts[Verdict.SAME],
+                undecided=verdicts[Verdict.UNDECIDED],
+                noise=verdicts[NoVerdict.NOISE],
+                others=others,
+            )
+            yield Finding(Kind.REGIME, name, detail=regime, width=width)
 
 
-def _range(effects: pd.DataFrame) -> str:
-    ends = smallest(effects, "estimate"), largest(effects, "estimate")
-    said = [f"{ratio(row.estimate, row.lo, row.hi)} at {row.condition}" for row in ends]
-    return said[0] if len(effects) == 1 else f"from {said[0]} to {said[1]}"
-
-
-def _places(effects: pd.DataFrame) -> str:
-    return listing(list(effects["condition"]), 4)
+def _decided(found: Sequence[Any], verdict: Verdict) -> tuple[Effect, ...]:
+    return tuple(Effect(row.term, row.estimate, row.lo, row.hi, row.verdict) for row in found if row.verdict == verdict)
 
 
 def over_table(effects: pd.DataFrame, names: Sequence[str]) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
@@ -12,17 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 from qwen3bench.analysis.stopping import half_widths
 from qwen3bench.config.catalogue import described
+from qwen3bench.record.design import label
 from qwen3bench.record.files import write_atomic
 from qwen3bench.record.lines import BlockLine, CompileLine, FailureLine, SessionLine, StopLine
 from qwen3bench.record.states import BlockState, StopReason
-from qwen3bench.reporting import control_findings, figures, plots, tables
+from qwen3bench.reporting import figures, plot_waterfall, plots, tables
+from qwen3bench.reporting.answer import cards, not_told
 from qwen3bench.reporting.conditions import Condition, conditions
-from qwen3bench.reporting.findings import findings, grouped
+from qwen3bench.reporting.control_findings import control_list
+from qwen3bench.reporting.finding import Control, Finding, Kind, Level
+from qwen3bench.reporting.findings import findings
 from qwen3bench.reporting.lookup import LATENCY, MEMORY, device, directory, factors, level
+from qwen3bench.reporting.stacking import Stack, stack
+from qwen3bench.reporting.switch_table import switch_table
 from qwen3bench.reporting.tables import Table
 from qwen3bench.reporting.templates import render
-from qwen3bench.reporting.units import listing
-from qwen3bench.reporting.wording import Finding
+from qwen3bench.reporting.units import duration_words, listing
+from qwen3bench.reporting.whatif import as_script, whatif
+from qwen3bench.reporting.wording import FLASH_AND_MASK, METHOD, command_of, control_mark, sentence
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -33,12 +40,21 @@ _MARKDOWN_ROWS = 64  # rows of a table in report.md; the page and the csv hold a
 
 @dataclass(frozen=True)
 class ConditionSection:
-    """All that is shown of one workload under one runtime."""
+    """All that is folded of one workload under one runtime."""
 
     condition: Condition
     cells: Table
     effects: list[tuple[str, Table]]
     plots: list[figures.SavedPlot]
+
+
+@dataclass(frozen=True)
+class StackSection:
+    """Whether the switches of one condition stack: the waterfall and the interactions."""
+
+    condition: Condition
+    plot: figures.SavedPlot | None
+    stack: Stack | None
 
 
 def write_report(run: Run, found: list[Finding] | None = None) -> Path:
@@ -55,25 +71,43 @@ def write_report(run: Run, found: list[Finding] | None = None) -> Path:
 
 def page_content(run: Run, found: list[Finding]) -> dict[str, Any]:
     """Everything that the templates show, plots already written under the run's directory."""
+    home = directory(run) / "plots"
     with figures.style():
+        effects = [figures.save(plot, home) for plot in plots.effect_plots(run)]
+        stacks = [_stack(run, condition, found) for condition in conditions(run)]
         sections = [_section(run, condition) for condition in conditions(run)]
-        opening = [figures.save(plot, directory(run) / "plots") for plot in plots.opening_plots(run)]
-        closing = [figures.save(plot, directory(run) / "plots") for plot in plots.closing_plots(run)]
+        closing = [figures.save(plot, home) for plot in plots.closing_plots(run)]
+    answers = cards(run, found)
+    start = {str(card.condition): label(card.switches) for card in answers}
+    data = whatif(run, start)
+    alone = [f for f in found if f.level == Level.WARNING and not f.condition]
     return {
         "title": f"{run.record.run.model or 'A model'} on {device(run)}",
         "factors": factors(run),
-        "level": level(run),
         "about": about(run),
-        "switches": switches([run]),
-        "findings": grouped([finding for finding in found if finding.level == "plain"]),
-        "warnings": [finding for finding in found if finding.level == "warning"],
-        "controls": control_findings.sentences(run),
+        "warnings": [sentence(finding) for finding in alone],
+        "cards": answers,
+        "not_told": not_told(run),
+        "table_of_switches": switch_table(found),
+        "switches": dict(switches([run])),
+        "effects": effects,
+        "memory": [sentence(finding) for finding in found if finding.kind == Kind.MEMORY],
+        "open": open_answers(found),
+        "whatif": as_script(data) if data else "",
+        "measured_cells": [
+            (str(condition), tables.measured_table(condition.select(run.cells))) for condition in conditions(run)
+        ]
+        if data
+        else [],
+        "stacks": [each for each in stacks if each.plot or each.stack],
+        "controls": [(control_mark(f.detail), sentence(f)) for f in control_list(run) if isinstance(f.detail, Control)],
         "sections": sections,
-        "opening": opening,
         "closing": closing,
         "equivalence": _equivalence(run),
         "evidence": tables.evidence_table(lines) if (lines := run.evidence) else None,
+        "flash_and_mask": FLASH_AND_MASK if {"flash", "mask"} <= set(factors(run)) else "",
         "failures": _failures(run),
+        "method": METHOD.format(level=level(run)),
         "compiled": _compiled(run),
         "measured": _measured(run),
         "commands": [_command(line) for line in run.record.of(SessionLine)],
@@ -81,6 +115,23 @@ def page_content(run: Run, found: list[Finding]) -> dict[str, Any]:
         "config": tables.mapping_table(run.config, ("option", "value")),
         "max_rows": _MARKDOWN_ROWS,
     }
+
+
+def open_answers(found: list[Finding]) -> list[tuple[str, str, str]]:
+    """What has no answer: in words, the settings that give one, and how long that takes in words."""
+    said = []
+    for finding in found:
+        if finding.kind in (Kind.UNDECIDED, Kind.UNTOLD) and finding.advice:
+            took = finding.advice.seconds
+            how_long = f"about {duration_words(took)}" if took is not None else ""
+            said.append((sentence(replace(finding, advice=None)), command_of(finding.advice), how_long))
+    return said
+
+
+def _stack(run: Run, condition: Condition, found: list[Finding]) -> StackSection:
+    plot = plot_waterfall.waterfall(run, condition, LATENCY)
+    saved = figures.save(plot, directory(run) / "plots") if plot else None
+    return StackSection(condition, saved, stack(run, condition, found))
 
 
 def _section(run: Run, condition: Condition) -> ConditionSection:

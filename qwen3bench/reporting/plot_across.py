@@ -13,9 +13,9 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from qwen3bench.record.states import Verdict
 from qwen3bench.reporting.figures import MUTED, PAPER, RULE, SERIES, Plot, heat, new_figure
+from qwen3bench.reporting.finding import NoVerdict
 from qwen3bench.reporting.lookup import rows
-from qwen3bench.reporting.units import count, listing, ratio
-from qwen3bench.reporting.wording import NoVerdict
+from qwen3bench.reporting.units import count, listing, times
 
 MAX_ROWS = 60  # that can be told apart on a page
 _SIGNS: dict[str, str] = {Verdict.FASTER: "*", Verdict.SLOWER: "*", Verdict.SAME: "="}
@@ -33,7 +33,7 @@ def regimes(effects: pd.DataFrame, names: Sequence[str], width: float, max_rows:
             x = names.index(effect.term)
             grid[y, x], signs[y, x] = np.log(effect.estimate), _SIGNS.get(effect.verdict, "?")
     title = _regimes_title(effects, names)
-    legend = f"* verdict faster or slower, = same within ±{100 * width:g} %, ? undecided or noise"
+    legend = f"* verdict faster or slower, = same within ±{100 * width:g} %, ? undecided"
     if len(every) > len(groups):
         legend += f"; the first {len(groups)} of {len(every)} conditions"
     note = f"n = {count(effects['run'].nunique(), 'run')}; {legend}"
@@ -135,12 +135,12 @@ def _looks() -> Iterator[dict[str, Any]]:
 
 
 def _trend_words(effects: pd.DataFrame) -> str:
-    """Which switch's effect moves most along one line, where its intervals at both ends do not overlap."""
+    """The effect whose estimate moves most along one line, of those whose intervals at both ends do not overlap."""
     moves = []
     for (name, label), line in effects[effects["verdict"] != NoVerdict.NOISE].groupby(["term", "label"], sort=False):
         first, last = rows(line.head(1))[0], rows(line.tail(1))[0]
         apart = first.hi < last.lo or last.hi < first.lo
         if apart and first.prompt_tokens < last.prompt_tokens:
-            ends = " → ".join(f"{ratio(e.estimate, e.lo, e.hi)} at {int(e.prompt_tokens)}" for e in (first, last))
-            moves.append((abs(np.log(last.estimate / first.estimate)), f": {name} moves most, {ends} ({label})"))
+            ends = " → ".join(f"{times(e.estimate, e.lo, e.hi)} at {int(e.prompt_tokens)}" for e in (first, last))
+            moves.append((abs(np.log(last.estimate / first.estimate)), f": {name} {ends} ({label})"))
     return max(moves)[1] if moves else ""

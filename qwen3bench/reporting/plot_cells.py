@@ -11,8 +11,7 @@ from matplotlib.ticker import LogFormatter
 from numpy.typing import NDArray
 
 from qwen3bench.record.lines import CeilingLine, CostLine
-from qwen3bench.reporting import control_findings
-from qwen3bench.reporting.conditions import Condition, conditions
+from qwen3bench.reporting.conditions import Condition
 from qwen3bench.reporting.figures import (
     BLUE,
     GRAY,
@@ -51,6 +50,7 @@ from qwen3bench.reporting.units import (
     size,
     unit_for,
 )
+from qwen3bench.reporting.wording import band_words
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -66,7 +66,7 @@ def ranked(run: Run, condition: Condition) -> Plot | None:
         return None
     unit = unit_for(cells[LATENCY], SECONDS)
     few = len(cells) <= _ROWS_NAMED
-    title = _ranked_title(cells, control_findings.noise(run, condition))
+    title = _ranked_title(cells)
     figure = new_figure(title, f"{condition}; {device(run)}", 1.7 + (0.2 * len(cells) if few else 7.5))
     ratios = (max(1, len(factors(run))) * 0.26, 6)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=ratios)
@@ -79,28 +79,26 @@ def ranked(run: Run, condition: Condition) -> Plot | None:
     right.scatter(x[base], y[base], s=46, marker="s", color=ORANGE, zorder=4)
     for latency in x[base]:
         right.axvline(latency, color=ORANGE, linewidth=0.9, linestyle="--")
-        label_point(right, "baseline", (latency, 0), above=True)
+        look = {"xycoords": right.get_xaxis_transform(), "textcoords": "offset points", "fontsize": 8}
+        right.annotate("baseline", (latency, 1), (0, 2), ha="center", va="bottom", **look)  # above all marks
     right.scatter(x[peer], y[peer], s=40, marker="^", color=INK, zorder=4)
     for row in np.flatnonzero(peer):
         left.text(len(factors(run)) - 0.6, row, cells["cell"].iloc[row], ha="right", va="center", fontsize=8.5)
     keep_in_view(right, x)
-    right.set_ylim(len(cells) - 0.4, -1.6 if few else -len(cells) * 0.03)
+    right.set_ylim(len(cells) - 0.4, -0.6 if few else -len(cells) * 0.03)
     right.set_xlabel(f"latency ({unit.symbol}), {level(run)} interval; n = {_samples(cells)} samples per cell")
     right.grid(visible=False, axis="y")
-    alt = f"Latency of {count(len(cells), 'cell')}, fastest on top. {title}."
+    alt = f"Latency of every cell, fastest on top. {title}."
     return Plot(f"cells-{condition.slug}", figure, title, alt)
 
 
-def _ranked_title(cells: pd.DataFrame, noise: float) -> str:
-    """What is seen of cells in order of latency; with a failed A/A control none is the first."""
-    fastest, slowest = rows(cells)[0], rows(cells)[-1]
+def _ranked_title(cells: pd.DataFrame) -> str:
+    first, last = rows(cells)[0], rows(cells)[-1]
     if len(cells) == 1:
-        return f"{fastest.cell}: {seconds(fastest.latency_s)}"
-    if noise:
-        return f"Noisy: {len(cells)} cells take {seconds(fastest.latency_s)} to {seconds(slowest.latency_s)}"
-    first = f"{fastest.cell} has the lowest latency, {seconds(fastest.latency_s)}"
+        return f"{first.cell}: {seconds(first.latency_s)}"
+    reach = f"{count(len(cells), 'cell')} take {seconds(first.latency_s)} to {seconds(last.latency_s)}"
     baseline = rows(cells[cells["cell"] == BASELINE])
-    return f"{first}; the baseline takes {seconds(baseline[0].latency_s)}" if baseline else first
+    return f"{reach}; the baseline takes {seconds(baseline[0].latency_s)}" if baseline else reach
 
 
 def _draw_switches(axes: Axes, cells: pd.DataFrame, names: list[str], few: bool) -> None:
@@ -128,7 +126,7 @@ def memory_latency(run: Run, condition: Condition) -> Plot | None:
         return None
     x_unit, y_unit = unit_for(cells[LATENCY], SECONDS), unit_for(cells[MEMORY], BYTES)
     front = pareto_front(cells, band(run))
-    title = _front_title(front, cells, band(run), control_findings.noise(run, condition))
+    title = _front_title(front, cells, band(run))
     figure = new_figure(title, f"{condition}; {device(run)}", 4.6)
     axes = figure.subplots()
     x, y = _scaled(cells, LATENCY, x_unit), _scaled(cells, MEMORY, y_unit)
@@ -148,7 +146,7 @@ def memory_latency(run: Run, condition: Condition) -> Plot | None:
     named = list(dict.fromkeys([*front["cell"][:_FRONT_NAMED], *cells["cell"][peer]]))
     for number, cell in enumerate(named, 1):  # below and left of the front no cell lies
         (place,) = np.flatnonzero(cells["cell"] == cell)
-        label_point(axes, str(number), (x[place], y[place]), above=False)
+        label_point(axes, str(number), (x[place], y[place]))
         axes.plot([], [], " ", label=f"{number}: {cell}")
     axes.margins(0.08, 0.16)
     keep_in_view(axes, x)
@@ -177,15 +175,10 @@ def pareto_front(cells: pd.DataFrame, width: float) -> pd.DataFrame:
     return front[~np.array(beaten)]
 
 
-def _front_title(front: pd.DataFrame, cells: pd.DataFrame, width: float, noise: float) -> str:
-    first = rows(front)[0]
-    smallest_peak = size(smallest(cells, MEMORY).peak_allocated_bytes)
-    if noise:
-        return f"Noisy: no cell is named fastest; the smallest peak memory is {smallest_peak}"
-    if len(front) == 1:
-        least = f"{seconds(first.latency_s)}, and the least peak memory, {size(first.peak_allocated_bytes)}"
-        return f"{first.cell} has the lowest latency, {least}, within ±{100 * width:g} %"
-    return f"{len(front)} of {count(len(cells), 'cell')} lie on the Pareto front; the smallest peak is {smallest_peak}"
+def _front_title(front: pd.DataFrame, cells: pd.DataFrame, width: float) -> str:
+    least = size(smallest(cells, MEMORY).peak_allocated_bytes)
+    many = "1 cell lies" if len(front) == 1 else f"{len(front)} cells lie"
+    return f"{many} on the Pareto front of {len(cells)}, within {band_words(width)}; the smallest peak is {least}"
 
 
 class _WrittenOut(LogFormatter):
@@ -209,12 +202,7 @@ def roofline(run: Run) -> Plot | None:
     cells["intensity"] = cells["flops"] / cells["bytes"]
     cells["rate"] = cells["flops"] / cells[LATENCY]
     cells["share"] = cells["rate"] / np.minimum(flops_ceiling, bytes_ceiling * cells["intensity"])
-    best = rows(cells.sort_values("share", ascending=False, kind="stable"))[0]
-    reached = f"{percent(best.share)} of what the device allows ({best.workload}, {best.runtime})"
-    where = next(c for c in conditions(run) if (c.workload, c.runtime) == (best.workload, best.runtime))
-    title = f"{best.cell} comes closest to the roofline: {reached}"
-    if control_findings.noise(run, where):
-        title = f"Noisy: the cells reach up to {reached}"
+    title = f"Cells reach {percent(cells['share'].min())} to {percent(cells['share'].max())} of what the device allows"
     scale, unit = (1e12, "TFLOP/s") if flops_ceiling >= 1e12 else (1e9, "GFLOP/s")
     products, copies = significant(flops_ceiling / scale), significant(bytes_ceiling / 1e9)
     ceiling = f"{products} {unit} in matrix products, {copies} GB/s in copies"

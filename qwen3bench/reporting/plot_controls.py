@@ -13,6 +13,7 @@ from qwen3bench.reporting.control_findings import aa_series, drifts, processes_a
 from qwen3bench.reporting.figures import BLUE, MUTED, ORANGE, PAPER, RULE, SERIES, Plot, new_figure
 from qwen3bench.reporting.lookup import band, device, level, rows
 from qwen3bench.reporting.units import count, is_number, percent, ratio
+from qwen3bench.reporting.wording import drift_words
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -80,4 +81,4 @@ def _aa_title(run: Run, condition: Condition) -> list[str]:
 def _drift_title(run: Run, condition: Condition) -> list[str]:
     if (apart := processes_apart(run, condition)) > band(run):
         return [f"processes are up to {percent(apart)} apart"]
-    return list(drifts(run, condition))
+    return [drift_words(drift) for drift in drifts(run, condition)]

@@ -23,6 +23,7 @@ from qwen3bench.reporting.figures import (
     mark,
     new_figure,
 )
+from qwen3bench.reporting.finding import NoVerdict
 from qwen3bench.reporting.lookup import (
     AVERAGE,
     LATENCY,
@@ -38,7 +39,7 @@ from qwen3bench.reporting.lookup import (
     terms,
 )
 from qwen3bench.reporting.units import count, listing, ratio
-from qwen3bench.reporting.wording import NoVerdict
+from qwen3bench.reporting.wording import band_words
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -85,21 +86,20 @@ def forest(run: Run, condition: Condition) -> Plot | None:
 
 
 def _forest_title(effects: pd.DataFrame, width: float) -> str:
-    faster = effects[effects["verdict"] == Verdict.FASTER].sort_values("estimate", ascending=False)
+    """Which switches have which verdict, those that are faster by their size."""
+    ordered = effects.sort_values("estimate", ascending=False, kind="stable")
     parts = []
-    if len(faster):
-        best = rows(faster)[0]
-        parts.append(f"{best.term} gains most, {ratio(best.estimate, best.lo, best.hi)}")
     for verdict, words in (
+        (Verdict.FASTER, "faster"),
         (Verdict.SLOWER, "slower"),
-        (Verdict.SAME, f"within ±{100 * width:g} %"),
+        (Verdict.SAME, f"same within {band_words(width)}"),
         (Verdict.UNDECIDED, "undecided"),
     ):
-        names = list(effects.loc[effects["verdict"] == verdict, "term"])
+        names = list(ordered.loc[ordered["verdict"] == verdict, "term"])
         if names:
             parts.append(f"{words}: {listing(names)}")
     title = "; ".join(parts) or "No effect on latency could be judged"
-    return title if len(faster) else title[0].upper() + title[1:]
+    return title[0].upper() + title[1:]
 
 
 def _verdict_handles(verdicts: pd.Series) -> list[Line2D]:
@@ -147,7 +147,7 @@ def _interactions_title(pairs: pd.DataFrame) -> str:
     most = largest(decided.assign(size=np.log(decided["estimate"]).abs()), "size")
     much = "more" if most.estimate > 1 else "less"
     words = f"{' and '.join(most.term.split(':'))} are worth {much} together, {ratio(most.estimate, most.lo, most.hi)}"
-    return f"{words}; {len(decided)} of {count(len(pairs), 'pair')} interact"
+    return f"{len(decided)} of {count(len(pairs), 'pair')} interact; {words}"
 
 
 def by_condition(run: Run) -> Plot | None:

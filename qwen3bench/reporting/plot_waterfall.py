@@ -87,8 +87,9 @@ def _steps(axes: Axes, shares: pd.DataFrame, levels: list[float], latency: bool,
 def _waterfall_title(shares: pd.DataFrame, what: str, latency: bool, start: float, end: float) -> str:
     unit = unit_for([start], SECONDS if latency else BYTES)
     whole = f"All on: {what} {unit.text(start)} → {unit.text(end)} {unit.symbol}"
-    first = rows(shares)[0]
-    if first.verdict not in (Verdict.FASTER, Verdict.LESS):
+    first, second = rows(shares)[:2]
+    apart = first.lo > second.hi if latency else first.hi < second.lo  # or it is named by chance
+    if first.verdict not in (Verdict.FASTER, Verdict.LESS) or not apart:
         return whole
     share = ratio(first.estimate, first.lo, first.hi) if latency else signed_bytes(first.estimate)
     return f"{whole}; the largest share is that of {first.term}, {share}"

@@ -7,36 +7,40 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from qwen3bench.reporting import plot_cells, plot_controls, plot_effects, plot_waterfall
-from qwen3bench.reporting.conditions import Condition
+from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.figures import Plot
-from qwen3bench.reporting.lookup import LATENCY, MEMORY
+from qwen3bench.reporting.lookup import MEMORY
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
 _OF_CONDITION = (
-    plot_effects.forest,
     plot_cells.ranked,
     plot_cells.memory_latency,
-    partial(plot_waterfall.waterfall, metric=LATENCY),
+    plot_effects.forest,
     partial(plot_waterfall.waterfall, metric=MEMORY),
     plot_effects.interactions,
     plot_controls.controls_plot,
 )
-_OPENING = (plot_effects.by_condition,)
 _CLOSING = (plot_cells.roofline,)
 
 
 def condition_plots(run: Run, condition: Condition) -> Iterator[Plot]:
-    """Plots of one workload under one runtime, in the order in which they are read."""
+    """Plots of one workload under one runtime beside its waterfall, in the order in which they are read."""
+    shown = {plot.name for plot in effect_plots(run)}
     for draw in _OF_CONDITION:
-        if plot := draw(run, condition):
+        if (plot := draw(run, condition)) and plot.name not in shown:
             yield plot
 
 
-def opening_plots(run: Run) -> Iterator[Plot]:
-    """Plots over all workloads and runtimes that come first."""
-    yield from (plot for draw in _OPENING if (plot := draw(run)))
+def effect_plots(run: Run) -> Iterator[Plot]:
+    """What stands beside the table of switches: their effects under every condition, or under the only one."""
+    plot = plot_effects.by_condition(run)
+    alone = conditions(run)
+    if not plot and len(alone) == 1:
+        plot = plot_effects.forest(run, alone[0])
+    if plot:
+        yield plot
 
 
 def closing_plots(run: Run) -> Iterator[Plot]:

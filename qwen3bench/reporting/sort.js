@@ -2,6 +2,7 @@
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   const rows = [...body.rows];
+  if (rows.length < 3) continue; // nothing to sort
   const headings = [...table.tHead.rows[0].cells];
   headings.forEach((heading, column) => {
     const button = document.createElement("button");
@@ -23,6 +24,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       body.append(...rows.sort(order));
     });
   });
+  if (rows.length < 8) continue; // all of them are in view
   const filter = document.createElement("input");
   filter.className = "filter";
   filter.type = "search";

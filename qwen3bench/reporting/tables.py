@@ -32,6 +32,7 @@ _CELL_COLUMNS: dict[str, tuple[str, str]] = {
     "status": ("status", "text"),
 }
 _CELL_BASICS = ("latency_s", "speedup", "tokens_per_s", "peak_allocated_bytes", "status")
+_CELL_MEASURED = (*_CELL_BASICS[:-1], "parameter_bytes", "status")
 _EQUIVALENCE_COLUMNS: dict[str, tuple[str, str]] = {
     "equivalent": ("same function", "text"),
     "max_abs_error": ("max error", "number"),
@@ -83,12 +84,20 @@ def ranking_table(cells: pd.DataFrame, basics: bool = False) -> Table:
 
     `basics` keeps the columns that fit a terminal.
     """
-    columns = {key: _CELL_COLUMNS[key] for key in _CELL_BASICS} if basics else _CELL_COLUMNS
+    return _ranked(cells, _CELL_BASICS if basics else tuple(_CELL_COLUMNS))
+
+
+def measured_table(cells: pd.DataFrame) -> Table:
+    """The same with what one chooses a cell by: latency, speed-up, tokens/s, memory, parameters."""
+    return _ranked(cells, _CELL_MEASURED)
+
+
+def _ranked(cells: pd.DataFrame, names: Sequence[str]) -> Table:
     by_rank = cells.assign(failed=cells["status"].ne(CellStatus.OK)).sort_values(["failed", LATENCY], kind="stable")
     ordered = by_rank.drop(columns="failed")
     again = [name for name in ("ttft_s", "tpot_s") if cells[name].equals(cells[LATENCY].rename(name))]
     ordered = ordered.drop(columns=again)  # of prefill TTFT is the latency, of decode TPOT
-    return _table(ordered, "cell", columns, keep=(LATENCY, "speedup"))
+    return _table(ordered, "cell", {name: _CELL_COLUMNS[name] for name in names}, keep=(LATENCY, "speedup"))
 
 
 def effects_table(effects: pd.DataFrame) -> Table:

@@ -14,11 +14,12 @@ from rich.text import Text
 from qwen3bench.record.states import CellStatus, Verdict
 from qwen3bench.reporting import control_findings
 from qwen3bench.reporting.conditions import Condition, conditions
+from qwen3bench.reporting.finding import ControlOutcome, NoVerdict, verdict_of
 from qwen3bench.reporting.findings_cells import recommended
 from qwen3bench.reporting.lookup import BASELINE, LATENCY, band, directory, of_peers, others_beside, rows, terms, usable
 from qwen3bench.reporting.text_table import FIXED, narrow_table, packed, text_table, wrapped
 from qwen3bench.reporting.units import count, is_number, percent, ratio, seconds, significant, size
-from qwen3bench.reporting.wording import NoVerdict, verdict_of
+from qwen3bench.reporting.wording import sentence
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -97,7 +98,7 @@ def _answer(run: Run, condition: Condition, width: int, brief: bool = False) -> 
     if not by_label:
         return wrapped(f"{condition}: nothing was measured.", width)
     finding = next(recommended(run, condition), None)
-    chosen = finding.text.partition(":")[0].partition(" ")[0] if finding else ""
+    chosen = finding.subject if finding else ""
     if row := by_label.get(chosen):
         gain = ratio(row.speedup, row.speedup_lo, row.speedup_hi)
         lines = packed(f"{condition}:", [f"+opt={chosen.replace('+', ',')}"], width)
@@ -108,7 +109,7 @@ def _answer(run: Run, condition: Condition, width: int, brief: bool = False) -> 
             return [*lines[:-1], f"{lines[-1]}  {gain}", *packed("", _facts(row, brief), width)]
         return [*lines, *packed(f"  {gain},", _facts(row, brief), width)]
     if finding is not None:
-        return wrapped(f"{condition}: {finding.text.removesuffix('.').replace(f' ({condition})', '')}.", width)
+        return wrapped(f"{condition}: {sentence(finding).replace(f' ({condition})', '')}", width)
     row = by_label.get(BASELINE, next(iter(by_label.values())))
     return packed(f"{condition}:", [row.cell, *_facts(row, brief)], width)
 
@@ -117,7 +118,8 @@ def _facts(row: Any, brief: bool) -> list[str]:
     """Latency, rate and memory of a cell; its latency alone where it is to be brief."""
     facts = [seconds(row.latency_s)]
     if not brief:
-        facts += [f"{significant(row.tokens_per_s)} tokens/s"] * is_number(row.tokens_per_s)
+        if is_number(row.tokens_per_s):
+            facts.append(f"{significant(row.tokens_per_s)} tokens/s")
         if is_number(row.peak_allocated_bytes):
             facts.append(f"{size(row.peak_allocated_bytes)} peak memory")
         elif is_number(row.parameter_bytes):
@@ -136,8 +138,8 @@ def _warnings(run: Run) -> Iterator[str]:
         yield f"cells without a speed-up: {said}; the report says why."
     if run.warnings:
         yield f"the record is damaged in {count(len(run.warnings), 'place')}; the report says where."
-    failed = [control for control in control_findings.sentences(run) if control.failed]
-    if others := len(failed) - int(run.controls.aa["noisy"].sum()):
+    outcomes = [control_findings.outcome_of(control) for control in control_findings.control_list(run)]
+    if others := outcomes.count(ControlOutcome.FAILED) - int(run.controls.aa["noisy"].sum()):
         yield f"{count(others, 'control')} failed; the report says which, and what it means."
 
 

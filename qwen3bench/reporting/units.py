@@ -55,6 +55,7 @@ def size(value: float) -> str:
     return f"{unit.text(value)} {unit.symbol}"
 
 
+_DIGITS = 4  # of a ratio at most: the fifth changes from one run to the next
 _USELESS = 100  # times as large or small: the end of an interval that tells nothing
 
 
@@ -63,24 +64,39 @@ def ratio(value: float, lo: float = math.nan, hi: float = math.nan) -> str:
     if not is_number(value):
         return ""
     if not (is_number(lo) and is_number(hi)):
-        return f"{value:.3f}×"
+        return f"{value:.{interval_decimals(value, value)}f}×"
     if lo * _USELESS < value or hi > value * _USELESS:
         return f"{value:.2f}× [no useful interval]"
     decimals = interval_decimals(lo, hi)
     return f"{value:.{decimals}f}× [{lo:.{decimals}f}, {hi:.{decimals}f}]"
 
 
+def times(value: float, lo: float = math.nan, hi: float = math.nan) -> str:
+    """Ratio without its interval, for example `1.27×`, in decimals that the interval supports."""
+    return ratio(value, lo, hi).partition(" ")[0]
+
+
 def interval_decimals(lo: float, hi: float) -> int:
-    """Decimals that show the first digit of an interval's half-width, from 2 to 4."""
+    """Decimals that show the first digit of an interval's half-width, at least 2 where four digits in all allow it."""
+    rounded = f"{max(abs(lo), abs(hi)):.{_DIGITS - 1}e}"  # 9.9996 has two digits before the point, as it reads 10.00
+    most = max(0, _DIGITS - max(0, int(rounded.partition("e")[2]) + 1)) if lo or hi else _DIGITS
     half_width = (hi - lo) / 2
     if half_width <= 0:
-        return 4
-    return min(4, max(2, -math.floor(math.log10(half_width))))
+        return most
+    return min(most, max(2, -math.floor(math.log10(half_width))))
 
 
 def percent(value: float) -> str:
     """Fraction as a percentage with two significant digits, for example `0.25 %`."""
     return f"{significant(100 * value, 2)} %"
+
+
+def duration_words(seconds_: float) -> str:
+    """A length of time as one says it, for example `9 minutes`."""
+    for unit, size_s, until in (("second", 1.0, 60), ("minute", 60.0, 90), ("hour", 3600.0, 36)):
+        if seconds_ / size_s < until:
+            return count(max(1, math.ceil(seconds_ / size_s)), unit)
+    return count(math.ceil(seconds_ / 86400), "day")
 
 
 def count(number: int, one: str, many: str | None = None) -> str:

@@ -1,52 +1,435 @@
-"""One finding, and the words that a verdict supports."""
+"""All sentences of a report: what a finding says in words.
+
+One claim a sentence, and no more than its verdict supports.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import StrEnum
-
 from qwen3bench.record.states import Verdict
-from qwen3bench.reporting.units import ratio
+from qwen3bench.reporting.finding import (
+    Advice,
+    Against,
+    Beside,
+    Check,
+    Choice,
+    Control,
+    ControlOutcome,
+    Effect,
+    Failed,
+    Finding,
+    Kind,
+    Lack,
+    Missing,
+    NoAnswer,
+    NoVerdict,
+    OpenEffects,
+    Pair,
+    Passed,
+    Regime,
+    Saving,
+    Times,
+)
+from qwen3bench.reporting.lookup import AVERAGE, BASELINE
+from qwen3bench.reporting.units import (
+    count,
+    duration_words,
+    interval_decimals,
+    is_number,
+    listing,
+    percent,
+    ratio,
+    seconds,
+    significant,
+    size,
+    times,
+)
+
+# Kind → heading, in the order in which they are read.
+HEADINGS = {
+    Kind.ANSWER: "What to switch on",
+    Kind.TOGETHER: "All together",
+    Kind.SWITCH: "Each switch",
+    Kind.UNTOLD: "Each switch",
+    Kind.INTERACTION: "Do they stack?",
+    Kind.MEMORY: "Memory",
+    Kind.PEER: "Other implementations",
+    Kind.UNDECIDED: "Undecided",
+    Kind.REGIME: "Each switch",
+    Kind.DEPENDENT: "Do they stack?",
+    Kind.CONTROL: "Controls",
+}
+METHOD = (
+    "Cells are timed in blocks. A block visits every cell once, in a fresh random order, and a second copy of the "
+    "baseline. A visit is one untimed value, then one or more timed ones. Blocks are spread over fresh processes. An "
+    "effect is the textbook 2^k contrast of log latency within a block. It is published as a ratio: above 1 is "
+    "faster. Where cells are missing, least squares or the difference of two cells stands in, and the reason says "
+    "which. Intervals hold {level} and count blocks and processes, not repeats. p values are Holm's over the "
+    "terms of one order. “Same” means that the whole interval lies inside the band around 1. “Undecided” means that "
+    "the data support neither that nor a difference. Peak memory is taken in a pass of its own, with one cell alone on "
+    "the device."
+)
+FLASH_AND_MASK = (
+    "Why flash and mask belong together: PyTorch's FlashAttention kernel refuses an explicit mask. With flash and "
+    "without mask, attention gets a mask tensor and runs on another backend. A kernel that is told of causality skips"
+    " the blocked half of the scores. One that is given a tensor computes them all. With mask on there is no tensor."
+)
 
 
-class NoVerdict(StrEnum):
-    """What is said where the analysis has no verdict: no interval, or two copies of the baseline as far apart."""
-
-    MISSING = "missing"
-    NOISE = "noise"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One sentence of a report.
-
-    `kind` groups it: together, recommended, switch (and what the others do, see `lookup.others_beside`), only switch,
-    interaction, memory, peer, undecided, control, failure, missing. `level` is `warning` where it
-    limits what the others are worth, else `plain`.
-    """
-
-    text: str
-    kind: str
-    level: str = "plain"
+def sentence(finding: Finding) -> str:
+    """A finding in words: one sentence or a few, each with one claim."""
+    text = _said(finding)
+    if finding.noisy:
+        text += " This condition is noisy."
+    if finding.advice:
+        text += f" {_advised(finding.advice, finding)}"
+    return f"Run {finding.run}: {text}" if finding.run else text
 
 
-def verdict_of(lo: float, hi: float, width: float) -> Verdict | NoVerdict:
-    """Verdict on a cell's speed-up from its interval: same inside 1 ± width, faster above 1, slower below."""
-    if not lo <= hi:  # there is no interval
-        return NoVerdict.MISSING
-    if 1 - width <= lo and hi <= 1 + width:
-        return Verdict.SAME
-    return Verdict.FASTER if lo > 1 else Verdict.SLOWER if hi < 1 else Verdict.UNDECIDED
+def _said(finding: Finding) -> str:
+    match finding.detail:
+        case Choice() as choice:
+            return _chosen(finding, choice)
+        case Times() as taken:
+            return _together(finding, taken)
+        case Beside() as beside:
+            return _switch(finding, beside)
+        case Pair() as pair:
+            return _pair(finding, pair)
+        case Saving() as saving:
+            free = f" and leaves latency the same within {band_words(finding.width)}" if saving.free else ""
+            return f"{finding.subject} saves {size(saving.saved_bytes)} of peak memory{free}{_where(finding)}."
+        case Against(other):
+            return f"{finding.subject} {_fast(finding, other)}{_where(finding)}."
+        case OpenEffects() as unsure:
+            return _open(finding, unsure)
+        case Failed() as failed:
+            return _failed(finding, failed)
+        case Missing() as missing:
+            return _missing(finding, missing)
+        case Passed(passed, held, unsure):
+            text = f"{passed} of {count(held, 'control')} passed."
+            return text + (f" The interval of {count(unsure, 'control')} reaches beyond its limit." if unsure else "")
+        case Control() as control:
+            return _control(finding, control)
+        case Regime() as regime:
+            return _regime(finding, regime)
+    return _other(finding)
 
 
-def worth(verdict: str, estimate: float, lo: float, hi: float, width: float) -> str:
-    """What a switch or cell is worth in latency, in the words that its verdict supports."""
-    interval = ratio(estimate, lo, hi)
+def _other(finding: Finding) -> str:
+    """What needs no detail: an untold effect, a pair without halves, a dependence over runs."""
+    if finding.kind == Kind.UNTOLD:
+        return "The measured cells do not tell what a single switch is worth."
+    if finding.kind == Kind.INTERACTION:
+        a, b = finding.subject.split(":")
+        much = "more" if finding.estimate > 1 else "less"
+        return f"{a} and {b} are worth {much} together: joint effect {_interval(finding)}{_where(finding)}."
+    raise ValueError(f"no words for {finding}")
+
+
+# Speed
+
+
+def band_words(width: float) -> str:
+    """The band inside which nothing is told from nothing, such as `±1 %`."""
+    return f"±{100 * width:g} %"
+
+
+def _interval(finding: Finding | Effect) -> str:
+    return ratio(finding.estimate, finding.lo, finding.hi)
+
+
+def worth(effect: Finding | Effect) -> str:
+    """An effect on latency in the words that its verdict supports, for a table: `1.27× [1.26, 1.28]`, `… same`."""
+    text = _interval(effect)
+    if not text:
+        return "not measured"
+    return text if effect.verdict == Verdict.FASTER else f"{text} {_VERDICT_WORDS.get(effect.verdict, 'no verdict')}"
+
+
+_VERDICT_WORDS: dict[str, str] = {
+    Verdict.SLOWER: "slower",
+    Verdict.SAME: "same",
+    Verdict.UNDECIDED: "undecided",
+    NoVerdict.NOISE: "within the noise",
+}
+
+
+def _where(finding: Finding) -> str:
+    return f" ({finding.condition})" if finding.condition else ""
+
+
+def _fast(finding: Finding, other: str) -> str:
+    """`is 1.27× [1.26, 1.28] as fast as …`, or what else the verdict supports."""
+    interval = _interval(finding)
     words: dict[str, str] = {
-        Verdict.FASTER: f"{interval} faster",
-        Verdict.SLOWER: f"slower, {interval}",
-        Verdict.SAME: f"the same within ±{100 * width:g} %, {interval}",
-        Verdict.UNDECIDED: f"undecided, {interval}",
-        NoVerdict.NOISE: f"no more than the noise, {interval}",
+        Verdict.FASTER: f"is {interval} as fast as {other}",
+        Verdict.SLOWER: f"is slower than {other}: {interval} as fast",
+        Verdict.SAME: f"is as fast as {other} within {band_words(finding.width)}: {interval}",
+        Verdict.UNDECIDED: f"against {other} is undecided: {interval}",
+        NoVerdict.NOISE: f"against {other} shows no more than the noise: {interval}",
     }
-    return words.get(verdict, f"{interval} without a verdict" if interval else "not measured")
+    return words.get(finding.verdict, f"reads {interval} as fast as {other}, without an interval")
+
+
+def _together(finding: Finding, taken: Times) -> str:
+    if finding.subject == BASELINE:
+        rate = f", {significant(taken.tokens_per_s)} tokens/s" if is_number(taken.tokens_per_s) else ""
+        return f"The baseline takes {seconds(taken.latency_s)}{rate}{_where(finding)}."
+    if not is_number(taken.baseline_s):
+        return f"{finding.subject} takes {seconds(taken.latency_s)}{_where(finding)}. The baseline has no latency."
+    text = f"{finding.subject} {_fast(finding, 'the baseline')}{_where(finding)}."
+    text += f" Latency goes from {seconds(taken.baseline_s)} to {seconds(taken.latency_s)}."
+    return text
+
+
+def _chosen(finding: Finding, choice: Choice) -> str:
+    within = f" within {choice.limit_gib:g} GiB" if choice.limit_gib is not None else ""
+    where = finding.condition
+    nothing = {
+        NoAnswer.NO_BASELINE: f"No recommendation for {where}: the baseline has no latency.",
+        NoAnswer.NOISY: f"No recommendation for {where}: two copies of the baseline differ too much.",
+        NoAnswer.NOTHING_FITS: f"No cell fits{within} ({where}). The smallest is {choice.smallest}: "
+        f"{size(choice.smallest_bytes) if is_number(choice.smallest_bytes) else 'unknown'}.",
+        NoAnswer.MEMORY_UNKNOWN: f"What fits{within} is unknown, as peak memory was not measured ({where}).",
+        NoAnswer.NOTHING_FASTER: f"No cell{within} is shown to be faster than the baseline ({where}).",
+    }
+    if choice.none:
+        return nothing[choice.none]
+    text = f"Switch on {finding.subject}{within}: {_interval(finding)} as fast as the baseline ({where})."
+    return " ".join([text, *choice_notes(finding, choice)])
+
+
+def choice_notes(finding: Finding, choice: Choice) -> list[str]:
+    """What is to be known beside a recommendation: cells as fast, cells of which that is not known."""
+    notes = []
+    if choice.alike:
+        cells = f"{count(choice.alike, 'other cell')} {'is' if choice.alike == 1 else 'are'}"
+        kept = "takes no more memory" if choice.times and is_number(choice.times.peak_bytes) else "has no more switches"
+        notes.append(f"{cells} as fast within {band_words(finding.width)}. This one {kept}.")
+    if choice.unsure:
+        cells = f"{count(choice.unsure, 'more cell')} {'is' if choice.unsure == 1 else 'are'}"
+        notes.append(f"{cells} not shown to be slower.")
+    return notes
+
+
+def _switch(finding: Finding, beside: Beside) -> str:
+    if not is_number(finding.estimate):
+        because = f": {beside.reason}" if beside.reason else ""
+        return f"{finding.subject} is not known{_where(finding)}{because}."
+    interval, name = _interval(finding), finding.subject
+    words: dict[str, str] = {
+        Verdict.FASTER: f"{name} on is {interval} as fast as off",
+        Verdict.SLOWER: f"{name} on is slower than off: {interval} as fast",
+        Verdict.SAME: f"{name} changes latency by less than {band_words(finding.width)}: {interval}",
+        Verdict.UNDECIDED: f"{name} is undecided: {interval}",
+        NoVerdict.NOISE: f"{name} shows no more than the noise: {interval}",
+    }
+    text = words.get(finding.verdict, f"{name} reads {interval}, without a verdict")
+    text += f", {beside.others}{_where(finding)}."
+    return f"{text} Taken for granted: {beside.reason}." if beside.reason else text
+
+
+# Pairs, what is open
+
+
+def _pair(finding: Finding, pair: Pair) -> str:
+    with_it, without = (times(half.estimate, half.lo, half.hi) for half in (pair.with_it, pair.without))
+    numbers = f"{with_it} with it, {without} without{_where(finding)}."
+    pays = pair.with_it.verdict, pair.without.verdict
+    if only_with(pair):
+        return f"{pair.small} helps only with {pair.large}: {numbers}"
+    if pays[1] == Verdict.FASTER and pays[0] in (Verdict.SAME, Verdict.SLOWER):
+        return f"{pair.small} helps only without {pair.large}: {numbers}"
+    much = "more" if finding.verdict == Verdict.FASTER else "less"
+    return f"{pair.small} is worth {much} with {pair.large}: {numbers}"
+
+
+def only_with(pair: Pair) -> bool:
+    """Whether the smaller switch of a pair is shown to help with the other on, and not to with it off."""
+    return pair.with_it.verdict == Verdict.FASTER and pair.without.verdict in (Verdict.SAME, Verdict.SLOWER)
+
+
+def _open(finding: Finding, unsure: OpenEffects) -> str:
+    named = listing([f"{e.term} {times(e.estimate, e.lo, e.hi)}" for e in unsure.effects])
+    what = "Undecided interactions" if unsure.pairs else "Undecided"
+    return f"{what}: {named}{_where(finding)}." + (" One block gives no interval." if unsure.blind else "")
+
+
+def command_of(advice: Advice) -> str:
+    """What to add to the command."""
+    return " ".join(advice.settings)
+
+
+def _advised(advice: Advice, finding: Finding) -> str:
+    how_long = f", in about {duration_words(advice.seconds)}" if advice.seconds is not None else ""
+    if finding.kind == Kind.UNDECIDED:
+        return f"If the estimates stay, {command_of(advice)} decides{how_long}."
+    return f"To tell: {command_of(advice)}{how_long}."
+
+
+# What failed, what is missing
+
+
+def _failed(finding: Finding, failed: Failed) -> str:
+    verb = "has" if len(failed.cells) == 1 else "have"
+    where = f" ({listing(list(failed.where), 12)})" if failed.where else ""
+    text = f"{listing(list(failed.cells))} {verb} status {finding.verdict} and no speed-up{where}."
+    if failed.reason:
+        text += f" Reason: {failed.reason}."
+    return text + (" The others' reasons stand under What went wrong." if failed.reasons > 1 else "")
+
+
+def _missing(finding: Finding, missing: Missing) -> str:
+    named = list(missing.names)
+    said = listing(named, 12)
+    return {
+        Lack.END: "This run has not finished. The page shows what was measured until now.",
+        Lack.LATENCY: f"Without any latency: {listing(named) or 'every workload'}.",
+        Lack.CELLS: f"{count(len(named), 'cell')} of {missing.total} without a latency: {said}{_where(finding)}.",
+        Lack.LINES: f"The record is damaged: {'; '.join(named)}.",
+        Lack.EFFECTS: "No run holds an effect on latency that could be estimated.",
+        Lack.ONE_BAND: f"Verdicts are by different bands and intervals ({said}). The page shows the first run's.",
+    }[missing.lack]
+
+
+# Controls
+
+
+def control_mark(control: Control) -> str:
+    """For a list: passed, failed, or neither."""
+    return {ControlOutcome.PASSED: "✓", ControlOutcome.FAILED: "✗"}.get(control.outcome, "–")
+
+
+def _control(finding: Finding, control: Control) -> str:
+    words = {
+        Check.EQUIVALENCE: _equivalence_words,
+        Check.VERIFIED: _equivalence_words,
+        Check.AA: _aa_words,
+        Check.TIE_LATENCY: _tie_words,
+        Check.TIE_MEMORY: _head_words,
+        Check.DRIFT: _drift_words,
+        Check.PROCESSES: _process_words,
+        Check.ONE_PROCESS: _process_words,
+        Check.FLAGGED: _block_words,
+        Check.POWER_CAP: _block_words,
+        Check.HOST: _host_words,
+        Check.NOISY_RUNS: _noisy_words,
+    }
+    return words[control.check](finding, control)
+
+
+def _equivalence_words(_: Finding, control: Control) -> str:
+    if control.outcome == ControlOutcome.FAILED:
+        return f"Not verified to compute the baseline's function: {listing(list(control.names))}."
+    return f"Equivalence: all {count(control.number, 'verified cell')} compute the baseline's function."
+
+
+def _aa_words(finding: Finding, control: Control) -> str:
+    if control.outcome == ControlOutcome.ABSENT:
+        return "A/A: no second copy of the baseline was timed."
+    limit, read = f"{100 * control.limit:g} %", f"{_interval(finding)}{_where(finding)}"
+    if control.outcome == ControlOutcome.FAILED:
+        mend = "Measure again on a quiet machine."
+        if control.runtime == "compile":
+            mend = "Measure in more processes, as each compiled model chose its kernels for itself."
+        text = f"Noisy: two copies of the baseline differ by more than {limit}, {read}."
+        return f"{text} Differences of that size and less mean nothing. {mend}"
+    text = f"A/A: two copies of the baseline read {read}. The limit is ±{limit}."
+    return text + (" The interval reaches beyond the limit." if control.outcome == ControlOutcome.UNSURE else "")
+
+
+def _tie_words(finding: Finding, control: Control) -> str:
+    if control.outcome == ControlOutcome.ABSENT:
+        if control.number:
+            return "Negative control: the effect of tie has no interval. More blocks give one."
+        return "Negative control: this run has no effect of tie. design=full with tie among the switches has one."
+    text = f"Negative control: tie cannot change latency, and reads {_interval(finding)}{_where(finding)}."
+    outcome = (
+        "Its interval holds 1."
+        if control.outcome == ControlOutcome.PASSED
+        else ("Its interval leaves out 1, so effects of that size mean nothing.")
+    )
+    return f"{text} {outcome}"
+
+
+def _head_words(_: Finding, control: Control) -> str:
+    what = f"the head's {size(control.limit)} ({int(control.limit):,} bytes) of parameters"
+    if control.outcome == ControlOutcome.FAILED:
+        return f"Positive control: tie should save {what}. It does not when added to {listing(list(control.names))}."
+    return f"Positive control: tie saves exactly {what} in {count(control.number, 'pair')} of cells."
+
+
+def drift_words(finding: Finding) -> str:
+    """By how much latency moves while a process is timed, with its interval."""
+    decimals = interval_decimals(100 * finding.lo, 100 * finding.hi)
+    said = (f"{100 * value:+.{decimals}f}" for value in (finding.estimate, finding.lo, finding.hi))
+    total, lo, hi = (text.replace("-", "−") for text in said)
+    return f"from a process's first block to its last, latency moved by {total} % [{lo}, {hi}]"
+
+
+def _drift_words(finding: Finding, _: Control) -> str:
+    return f"Drift: {drift_words(finding)}{_where(finding)}. Effects are taken within blocks."
+
+
+def _process_words(finding: Finding, control: Control) -> str:
+    if control.check == Check.ONE_PROCESS:
+        text = f"Timed in one process: {listing(list(control.names))}."
+        return f"{text} Intervals leave out what differs between processes, so a second run need not confirm them."
+    text = f"Processes: the slowest takes {percent(finding.estimate)} more time than the fastest{_where(finding)}."
+    return f"{text} Effects are taken within blocks, and intervals count what processes do to them."
+
+
+def _block_words(_: Finding, control: Control) -> str:
+    if control.check == Check.FLAGGED:
+        reasons = listing(list(control.names)) or "no reason recorded"
+        return f"{count(control.number, 'block')} measured under a disturbance that stayed: {reasons}."
+    text = f"{control.number} of {count(control.total, 'block')} ended at the card's power limit, with lower clocks."
+    return f"{text} Cells that draw more power are slowed more there, as they would be in use."
+
+
+def _host_words(finding: Finding, control: Control) -> str:
+    if control.outcome == ControlOutcome.ABSENT:
+        if control.runtime == "graph":
+            return "Host: graph replays are device time. runtime=eager,graph shows how far the host holds them up."
+        return "Host: eager latency holds the host's launches. On CUDA, runtime=eager,graph shows how much they are."
+    shares = zip(control.names, control.shares, strict=True)
+    said = listing([f"{percent(min(1.0, share))} of the time ({name})" for name, share in shares])
+    text = f"Under eager the GPU works {said} in {finding.subject}, by graph over eager latency."
+    if min(control.shares) < control.limit:
+        text += " The rest is the host launching kernels, so eager effects are not kernel time."
+    return text
+
+
+def _noisy_words(_: Finding, control: Control) -> str:
+    return f"Noisy, where only effects larger than the noise count: {'; '.join(control.names)}."
+
+
+# Over several runs
+
+
+def _regime(finding: Finding, regime: Regime) -> str:
+    if finding.kind == Kind.DEPENDENT:
+        small, large = finding.subject.split(":")
+        return (
+            f"{small} helps only with {large} in {count(regime.total, 'condition')}. An average over both hides that."
+        )
+    beside = "" if regime.others == AVERAGE else f", {regime.others},"
+    parts = []
+    for verdict, effects in ((Verdict.FASTER, regime.faster), (Verdict.SLOWER, regime.slower)):
+        if effects:
+            everywhere = len(effects) == regime.total
+            many = f"all {regime.total} conditions" if everywhere else f"{len(effects)} of {regime.total}"
+            parts.append(f"{verdict} in {many}{_ends(effects)}")
+    if regime.same:
+        parts.append(f"the same in {regime.same}")
+    if regime.undecided:
+        parts.append(f"undecided in {regime.undecided}")
+    if regime.noise:
+        parts.append(f"within the noise in {regime.noise}")
+    return f"{finding.subject}{beside} is {listing(parts)}."
+
+
+def _ends(effects: tuple[Effect, ...]) -> str:
+    said = [times(e.estimate, e.lo, e.hi) for e in sorted(effects, key=lambda e: e.estimate)]
+    return f" ({said[0]})" if len(said) == 1 or said[0] == said[-1] else f" ({said[0]} to {said[-1]})"

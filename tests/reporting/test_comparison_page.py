@@ -69,7 +69,7 @@ def test_a_change_has_its_interval_and_what_is_unknown_a_dash(kind: str) -> None
     text = comparison_page(compared(changes=changes, latency=latency, memory=memory), "a → b", kind)
     rows = [re.findall(r"(?:<td>|\| )(.*?)(?=</td>| \|)", line) for line in text.splitlines()]
     assert ["flash", "baseline", *PLACE, "1.500×", "1.200×", "0.80× [0.78, 0.82]", "0.001", "slower"] in rows
-    assert ["tie", "baseline", *PLACE, "1.500×", "1.200×", "0.800×", "—", "undecided"] in rows
+    assert ["tie", "baseline", *PLACE, "1.500×", "1.200×", "0.8000×", "—", "undecided"] in rows
     assert ["flash", *PLACE, "10.00", "12.00", "0.83× [0.82, 0.85]", "0.001", "slower"] in rows
     assert ["tie", *PLACE, "1.000", "2.000", "2.000×"] in rows
     assert not any("mlp" in row for row in rows)

@@ -1,7 +1,6 @@
-"""No sentence may claim what a verdict does not support."""
+"""No finding may claim what a verdict does not support; `wording` is tested beside this."""
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,14 +17,31 @@ from qwen3bench.analysis.frames import block_matrix
 from qwen3bench.analysis.run import Run
 from qwen3bench.reporting import figures, findings_cells
 from qwen3bench.reporting.conditions import conditions
+from qwen3bench.reporting.control_findings import outcome_of
+from qwen3bench.reporting.finding import (
+    Against,
+    Beside,
+    Choice,
+    ControlOutcome,
+    Failed,
+    Finding,
+    Kind,
+    Lack,
+    Level,
+    Missing,
+    NoAnswer,
+    OpenEffects,
+    Pair,
+    Saving,
+    Times,
+    verdict_of,
+)
 from qwen3bench.reporting.findings import findings, grouped
 from qwen3bench.reporting.findings_cells import shown_faster
 from qwen3bench.reporting.findings_undecided import Judged, allowed_variance, processes_needed, would_decide
 from qwen3bench.reporting.over_runs import effects_over, over_findings
 from qwen3bench.reporting.plot_across import regimes
 from qwen3bench.reporting.plot_effects import by_condition, forest
-from qwen3bench.reporting.units import ratio
-from qwen3bench.reporting.wording import Finding, verdict_of, worth
 
 Lines = list[dict[str, Any]]
 TWO = ("flash", "tie")
@@ -59,104 +75,99 @@ def full_findings(full_run: Run) -> list[Finding]:
     return findings(full_run)
 
 
-def of_kind(found: list[Finding], kind: str) -> list[str]:
-    return [finding.text for finding in found if finding.kind == kind]
+def of_kind(found: list[Finding], kind: Kind) -> list[Finding]:
+    return [finding for finding in found if finding.kind == kind]
 
 
-def texts(run: Run, kind: str) -> list[str]:
-    return of_kind(findings(run), kind)
+def only(run: Run, kind: Kind) -> Finding:
+    (finding,) = of_kind(findings(run), kind)
+    return finding
 
 
-def about(found: list[Finding], name: str) -> str:
-    return next(text for text in of_kind(found, "switch") if text.startswith(f"{name}:"))
+def choice(finding: Finding) -> Choice:
+    assert isinstance(finding.detail, Choice)
+    return finding.detail
 
 
-def of_switch(run: Run, name: str) -> str:
-    return about(findings(run), name)
+def of_switch(run: Run, name: str) -> Finding:
+    (finding,) = [finding for finding in of_kind(findings(run), Kind.SWITCH) if finding.subject == name]
+    return finding
 
 
-def test_a_quiet_run_says_what_was_planted(full_findings: list[Finding]) -> None:
-    together = of_kind(full_findings, "together")
-    assert any("All 5 switches together: 1.57" in text or "together: 1.58" in text for text in together)
-    assert all("on NVIDIA H100" in text for text in together)
-    assert "the same within ±1 %" in about(full_findings, "tie")
-    assert "faster" not in about(full_findings, "tie")
-    assert "1.271" in about(full_findings, "norm")
-    assert "faster (prefill 1×512 graph)" in about(full_findings, "norm")
-    memory = next(text for text in of_kind(full_findings, "memory") if text.startswith("tie "))
-    assert "costs no latency beyond ±1 %" in memory
-    assert "−296.8 MiB" in memory
-    assert not [finding for finding in full_findings if finding.level == "warning"]
+def test_a_quiet_run_finds_what_was_planted(full_findings: list[Finding]) -> None:
+    gains = {finding.condition: finding for finding in of_kind(full_findings, Kind.TOGETHER)}
+    assert gains["prefill 1×512 graph"].estimate == pytest.approx(math.exp(0.457), rel=0.002)
+    main = {(f.subject, f.condition): f for f in of_kind(full_findings, Kind.SWITCH)}
+    assert len(main) == 5 * 4
+    norm, tie = (main[name, "prefill 1×512 graph"] for name in ("norm", "tie"))
+    assert (norm.verdict, tie.verdict) == ("faster", "same")
+    assert norm.estimate == pytest.approx(math.exp(0.24), rel=0.002)
+    (memory,) = [f for f in of_kind(full_findings, Kind.MEMORY) if f.subject == "tie"]
+    assert memory.detail == Saving(311_164_928, free=True)
+    assert not [finding for finding in full_findings if finding.level == Level.WARNING]
 
 
-def test_a_cell_that_failed_explains_no_interaction(full_run: Run) -> None:
-    run = with_cell(full_run, "flash+mask", status="not_equivalent")
-    found = [text for text in texts(run, "interaction") if text.startswith("flash and mask")]
-    assert found
-    assert not any("What ran" in text for text in found)
-
-
-def test_an_interaction_names_what_ran_and_where_the_switch_pays(full_findings: list[Finding]) -> None:
-    text = of_kind(full_findings, "interaction")[0]
-    assert text.startswith("flash and mask: each is worth more with the other on, joint effect 1.020")
-    assert "mask pays only with flash: with it 1.0" in text
-    assert "faster; without it the same within ±1 %" in text
-    backends = "none (baseline), cudnn (flash), none (mask), flash_attention (flash+mask)"
-    assert f"attention backend {backends}" in text
-    assert "; fused attention is given a mask tensor (flash); " in text
-    assert "; fused attention without a mask tensor (flash+mask)." in text
-    again = [
-        text for text in of_kind(full_findings, "interaction") if text.startswith("flash and mask") and "decode" in text
-    ]
-    assert all("What ran: as in prefill 1×512 graph." in text for text in again)
-    assert again
-    norms = [text for text in of_kind(full_findings, "interaction") if "norm" in text]
-    assert not any("mask tensor" in text for text in norms)  # what two of the four cells share explains no difference
+def test_an_interaction_tells_where_the_switch_pays(full_findings: list[Finding]) -> None:
+    first = of_kind(full_findings, Kind.INTERACTION)[0]
+    assert (first.subject, first.condition, first.verdict) == ("flash:mask", "prefill 1×512 graph", "faster")
+    assert first.estimate == pytest.approx(math.exp(0.02), rel=0.002)
+    pair = first.detail
+    assert isinstance(pair, Pair)
+    assert (pair.small, pair.large, pair.with_it.verdict, pair.without.verdict) == ("mask", "flash", "faster", "same")
+    assert pair.with_it.estimate == pytest.approx(math.exp(0.04), rel=0.002)
 
 
 def test_every_number_has_its_condition(full_findings: list[Finding]) -> None:
-    for kind in ("together", "recommended", "switch", "interaction", "memory"):
-        for text in of_kind(full_findings, kind):
-            assert "(prefill 1×512" in text or "(decode 1×512" in text
+    for finding in full_findings:
+        if finding.kind in (Kind.TOGETHER, Kind.ANSWER, Kind.SWITCH, Kind.INTERACTION, Kind.MEMORY, Kind.UNDECIDED):
+            assert finding.condition.startswith(("prefill 1×512", "decode 1×512"))
 
 
-@pytest.mark.parametrize("verdict", ["same", "undecided"])
-def test_no_direction_is_claimed_without_a_verdict(small_run: Run, verdict: str) -> None:
+@pytest.mark.parametrize("verdict", ["same", "undecided", "slower"])
+def test_a_switch_has_the_verdict_of_its_effect(small_run: Run, verdict: str) -> None:
     run = with_effect(small_run, "flash", verdict=verdict, estimate=1.004, lo=0.998, hi=1.03)
-    text = of_switch(run, "flash")
-    assert verdict in text
-    assert "faster" not in text
-    assert "slower" not in text
+    assert of_switch(run, "flash").verdict == verdict
 
 
-def test_a_slower_switch_is_called_slower(small_run: Run) -> None:
-    run = with_effect(small_run, "flash", verdict="slower", estimate=0.95, lo=0.94, hi=0.96)
-    assert "slower, 0.95× [0.94, 0.96]" in of_switch(run, "flash")
+def saving(run: Run, name: str) -> list[tuple[float, bool, str]]:
+    found = [finding for finding in of_kind(findings(run), Kind.MEMORY) if finding.subject == name]
+    return [(f.detail.saved_bytes, f.detail.free, f.condition) for f in found if isinstance(f.detail, Saving)]
 
 
 def test_memory_is_not_called_free_when_latency_is_undecided(small_run: Run) -> None:
     run = with_effect(small_run, "tie", verdict="undecided", estimate=1.0, lo=0.95, hi=1.05)
-    text = next(text for text in texts(run, "memory") if text.startswith("tie "))
-    assert "costs no latency" not in text
-    assert "−296.8 MiB" in text
+    assert saving(run, "tie") == [(311_164_928, False, "prefill 1×512 graph")]
 
 
 def test_memory_is_called_free_just_where_latency_is_the_same(full_run: Run) -> None:
     effects = full_run.effects.copy()
     eager = (effects["term"] == "tie") & (effects["metric"] == "latency_s") & (effects["runtime"] == "eager")
     effects.loc[eager, "verdict"] = "undecided"
-    text = next(t for t in texts(replace(full_run, effects=effects), "memory") if t.startswith("tie "))
-    assert text.startswith("tie lowers peak memory: −296.8 MiB (")
-    assert text.endswith("It costs no latency beyond ±1 % in prefill 1×512 graph and decode 1×512 graph.")
+    free = {where: free for _, free, where in saving(replace(full_run, effects=effects), "tie")}
+    assert free == {
+        "prefill 1×512 graph and decode 1×512 graph": True,
+        "prefill 1×512 eager and decode 1×512 eager": False,
+    }
 
 
-def test_an_undecided_effect_says_what_would_decide(small_run: Run) -> None:
+def settings(finding: Finding) -> dict[str, int]:
+    """What its advice asks for, by the name of the setting."""
+    assert finding.advice
+    pairs = (setting.partition("=") for setting in finding.advice.settings)
+    return {key.removeprefix("measure."): int(value) for key, _, value in pairs if value.isdigit()}
+
+
+def opened(finding: Finding) -> tuple[list[str], bool]:
+    assert isinstance(finding.detail, OpenEffects)
+    return [effect.term for effect in finding.detail.effects], finding.detail.pairs
+
+
+def test_an_undecided_effect_has_the_settings_that_would_decide(small_run: Run) -> None:
     run = with_effect(small_run, "flash", verdict="undecided", estimate=1.002, lo=0.982, hi=1.0224)
-    (text,) = texts(run, "undecided")
-    assert text.startswith("flash 1.00× [0.98, 1.02] (prefill 1×512 graph).")
-    needed = int(text.split("about ")[1].split(" blocks instead of 6 would decide.")[0])
+    finding = only(run, Kind.UNDECIDED)
+    assert opened(finding) == (["flash"], False)
     half_width = math.log(1.0224 / 0.982) / 2
-    assert needed == math.ceil(6 * (half_width / (0.01 - math.log(1.002))) ** 2) + 1
+    assert settings(finding)["min_blocks"] == math.ceil(6 * (half_width / (0.01 - math.log(1.002))) ** 2) + 1
 
 
 @pytest.mark.parametrize(("in_process", "limit"), [(0.0, "blocks"), (0.02, "processes")])
@@ -171,9 +182,8 @@ def test_processes_are_asked_for_where_they_limit(
         if line["type"] == "sample":
             line["latency_s"] *= math.exp(levels[line["cell"], line["process"]])
     run = with_effect(run_of(lines), "tie", verdict="undecided", estimate=1.002, lo=0.982, hi=1.0224)
-    text = next(text for text in texts(run, "undecided") if text.startswith("tie 1.00× [0.98, 1.02]"))
-    assert re.search(rf" about \d+ {limit} instead of {6 if limit == 'blocks' else 2} would decide", text), text
-    assert ("more blocks in the same ones do not lessen" in text) == (limit == "processes")
+    (finding,) = [each for each in of_kind(findings(run), Kind.UNDECIDED) if "tie" in opened(each)[0]]
+    assert settings(finding)[f"min_{limit}"] > (6 if limit == "blocks" else 2)
 
 
 @pytest.mark.parametrize("estimate", [1.0, 1.002, 1.03])
@@ -202,59 +212,57 @@ def test_processes_limit_where_they_make_half_of_what_a_verdict_allows(
     effect = Judged("flash", 1.002, 1.002 * math.exp(-0.02), 1.002 * math.exp(0.02), 5, "undecided")
     allowed = allowed_variance(small_run, condition, effect, effect.df)
     share = of_allowed * allowed
-    said = would_decide(small_run, condition, [replace(effect, process_share=share)])
-    assert f" {limit} instead of " in said
+    advice = would_decide(small_run, condition, [replace(effect, process_share=share)])
+    key, _, value = advice.settings[0].partition("=")
+    assert key == f"measure.min_{limit}"
     if limit == "blocks":
-        needed = int(said.split()[1])
+        needed = int(value)
         assert (1 - share) * 6 / needed + share <= allowed
         assert (1 - share) * 6 / (needed - 2) + share > allowed
 
 
-def test_an_undecided_pair_says_what_would_decide(small_run: Run) -> None:
+def test_an_undecided_pair_is_told_beside_the_switches(small_run: Run) -> None:
     run = with_effect(small_run, "flash:tie", verdict="undecided", estimate=1.002, lo=0.982, hi=1.0224)
-    (text,) = texts(run, "undecided")
-    assert text.startswith("Interactions: flash:tie 1.00× [0.98, 1.02] (prefill 1×512 graph). If the estimates stay")
-    assert not texts(run, "interaction")
+    assert opened(only(run, Kind.UNDECIDED)) == (["flash:tie"], True)
+    assert not of_kind(findings(run), Kind.INTERACTION)
 
 
-def test_an_interval_beside_one_without_significance_asks_for_processes(small_run: Run) -> None:
+def test_an_interval_beside_one_without_significance_asks_for_more(small_run: Run) -> None:
     run = with_effect(small_run, "flash", verdict="undecided", estimate=1.06, lo=1.05, hi=1.07, p_holm=0.3)
-    (text,) = texts(run, "undecided")
-    assert "More processes would decide" in text
+    asked = settings(only(run, Kind.UNDECIDED))
+    assert asked.get("min_processes", 0) > 2 or asked.get("min_blocks", 0) > 6
 
 
 def test_an_effect_without_an_interval_asks_for_blocks(
     record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
 ) -> None:
     run = run_of(record_lines(factors=("flash",), blocks=1))
-    (text,) = texts(run, "undecided")
-    assert text.startswith("flash 1.1")
-    assert text.endswith("1 block gives no interval; more would.")
-    (text,) = texts(run, "only switch")
-    assert "faster" not in text
+    finding = only(run, Kind.UNDECIDED)
+    assert isinstance(finding.detail, OpenEffects)
+    assert finding.detail.blind
+    assert settings(finding)["min_blocks"] == 6
+    assert of_switch(run, "flash").verdict == "undecided"
 
 
 def test_an_undecided_interaction_is_not_told(full_run: Run) -> None:
     run = with_effect(full_run, "flash:mask", verdict="undecided")
-    assert not [text for text in texts(run, "interaction") if "flash and mask" in text]
+    assert "flash:mask" not in [finding.subject for finding in of_kind(findings(run), Kind.INTERACTION)]
 
 
-def test_of_more_than_three_pairs_the_smaller_ones_are_told_by_their_size(full_run: Run) -> None:
+def test_the_three_largest_pairs_of_a_condition_are_told(full_run: Run) -> None:
     run = full_run
     for n, term in enumerate(("flash:mask", "flash:norm", "mlp:mask", "tie:norm", "mlp:norm")):
         run = with_effect(run, term, verdict="faster", estimate=1.5 - n / 10, lo=1.49 - n / 10, hi=1.51 - n / 10)
-    told = [text for text in texts(run, "interaction") if "(prefill 1×512 graph)" in text]
-    assert [text.partition(":")[0] for text in told] == [
-        "flash and mask", "flash and norm", "mlp and mask", "Smaller joint effects"
-    ]  # fmt: skip
-    assert "tie:norm 1.20× [1.19, 1.21]" in told[-1]
-    assert "mlp:norm 1.10× [1.09, 1.11]" in told[-1]
+    told = [f.subject for f in of_kind(findings(run), Kind.INTERACTION) if f.condition == "prefill 1×512 graph"]
+    assert told == ["flash:mask", "flash:norm", "mlp:mask"]
 
 
 def test_an_effect_that_cannot_be_estimated_gives_its_reason(small_run: Run) -> None:
     gone = {"verdict": "", "estimate": np.nan, "lo": np.nan, "hi": np.nan, "reason": "aliased with tie"}
-    text = of_switch(with_effect(small_run, "flash", **gone), "flash")
-    assert text == "flash: not known (prefill 1×512 graph: aliased with tie)."
+    finding = of_switch(with_effect(small_run, "flash", **gone), "flash")
+    assert math.isnan(finding.estimate)
+    assert isinstance(finding.detail, Beside)
+    assert finding.detail.reason == "aliased with tie"
 
 
 def of_design(lines: Lines, names: list[str]) -> Lines:
@@ -275,25 +283,19 @@ def test_a_switch_is_told_beside_none_or_all_of_the_others_where_the_cells_tell_
     record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run], names: list[str], others: str
 ) -> None:
     run = run_of(of_design(record_lines(factors=("flash", "mlp", "mask")), names))
-    found = findings(run)
-    assert f"Each switch, {others}" in dict(grouped(found))
-    (text,) = [finding.text for finding in found if finding.text.startswith("mlp: ")]
+    finding = of_switch(run, "mlp")
     on, off = ("mlp", "baseline") if "mlp" in names else ("flash+mlp+mask", "flash+mask")
     latency = run.cells.set_index("cell")["latency_s"].astype(float)
-    effect = run.effects.query("metric == 'latency_s' and kind == 'main' and term == 'mlp'").iloc[0]
-    assert effect["estimate"] == pytest.approx(latency[off] / latency[on], rel=0.002)
-    assert text.startswith(f"mlp: {ratio(effect['estimate'], effect['lo'], effect['hi'])} faster (")
-    assert "average" not in " ".join(finding.text for finding in found)
+    assert finding.estimate == pytest.approx(latency[off] / latency[on], rel=0.002)
+    assert (finding.verdict, finding.detail) == ("faster", Beside(others))
 
 
 def test_what_is_told_beside_the_others_off_is_so_without_an_interval_too(
     record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
 ) -> None:
     lines = record_lines(factors=("flash", "mlp", "mask"), blocks=1)
-    found = findings(run_of(of_design(lines, ["baseline", "flash", "mlp", "mask"])))
-    (text,) = [finding.text for finding in found if finding.text.startswith("mlp: ")]
-    assert text.endswith("(prefill 1×512 graph: no interval: one block).")
-    assert "Each switch, with the others off" in dict(grouped(found))
+    finding = of_switch(run_of(of_design(lines, ["baseline", "flash", "mlp", "mask"])), "mlp")
+    assert finding.detail == Beside("with the others off", "no interval: one block")
 
 
 def decode_whole_prefill_alone(record_lines: Callable[..., Lines]) -> Lines:
@@ -307,12 +309,12 @@ def test_where_conditions_tell_different_things_each_says_which(
     record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
 ) -> None:
     run = run_of(decode_whole_prefill_alone(record_lines))
-    found = findings(run)
-    (group,) = [group for heading, group in grouped(found) if heading == "Each switch, beside others that differ"]
-    assert [finding.text.split(":")[0] for finding in group] == ["flash", "mlp", "mask"]
-    for finding in group:
-        assert "(prefill 1×512 graph: with the others off" in finding.text
-        assert "(decode 1×512 graph: on average over the others)" in finding.text
+    found = of_kind(findings(run), Kind.SWITCH)
+    others = {f.condition: f.detail.others for f in found if isinstance(f.detail, Beside)}
+    assert others == {
+        "prefill 1×512 graph": "with the others off",
+        "decode 1×512 graph": "on average over the others",
+    }
     with figures.style():
         together = by_condition(run)
         alone, whole = (forest(run, condition) for condition in conditions(run))
@@ -327,10 +329,7 @@ def test_where_conditions_tell_different_things_each_says_which(
     assert "each switch" not in noted(whole.figure)
     frame = effects_over([run])
     assert sorted(frame["others"].unique()) == ["on average over the others", "with the others off"]
-    told = [finding.text for finding in over_findings(frame, ["flash"], 0.01)]
-    assert len(told) == 2
-    for text in told:
-        assert ("prefill" in text) == ("decode" not in text) == ("with the others off" in text)
+    assert len(list(over_findings(frame, ["flash"], 0.01))) == 2
     with figures.style():
         plot = regimes(frame, ["flash", "mlp", "mask"], 0.01)
     assert plot is not None
@@ -347,10 +346,9 @@ def test_a_half_that_lacks_a_cell_tells_nothing_of_a_pair(
 ) -> None:
     """Without the baseline the half without flash tells mask beside norm alone, the half with it an average."""
     lines = record_lines(factors=("flash", "mask", "norm"))
-    pairs = texts(run_of(without_baseline(lines) if lost else lines), "interaction")
-    (text,) = [text for text in pairs if text.startswith("flash and mask")]
-    assert ("mask pays only with flash" in text) == (not lost)
-    assert ("without it" in text) == (not lost)
+    pairs = of_kind(findings(run_of(without_baseline(lines) if lost else lines)), Kind.INTERACTION)
+    (pair,) = [finding for finding in pairs if finding.subject == "flash:mask"]
+    assert isinstance(pair.detail, Pair) == (not lost)
 
 
 @pytest.mark.parametrize(("factors", "names", "advised"), [(("flash",), ["baseline"], False), (TWO, None, True)])
@@ -365,45 +363,51 @@ def test_a_design_is_advised_only_where_it_measures_more(
     kept = names or ["baseline", "+".join(factors)]
     lines = [line for line in lines if line.get("cell") in (None, *kept)]
     lines[0]["cells"] = kept if advised else lines[0]["cells"]
-    (text,) = [text for text in texts(run_of(lines), "undecided") if "cannot be told" in text]
-    assert ("design=full" in text) == advised
+    advice = only(run_of(lines), Kind.UNTOLD).advice
+    assert (advice is not None and advice.settings == ("design=full",)) == advised
 
 
-def test_of_a_pair_of_cells_one_sentence_says_that_no_switch_can_be_told(
+def test_of_a_pair_of_cells_one_finding_says_that_no_switch_can_be_told(
     record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
 ) -> None:
     run = run_of(of_design(record_lines(factors=("flash", "mlp", "mask")), ["baseline", "flash+mlp+mask"]))
-    assert not texts(run, "switch")
-    (text,) = texts(run, "undecided")
-    assert "cannot be told from the cells measured" in text
+    assert not of_kind(findings(run), Kind.SWITCH)
+    assert only(run, Kind.UNTOLD).advice
 
 
 @pytest.mark.parametrize("status", ["oom", "not_equivalent", "crashed", "timeout", "invalid"])
 def test_a_failed_cell_is_named_and_never_praised(small_run: Run, status: str) -> None:
     run = with_cell(small_run, "flash+tie", status=status, reason="it did not work\nsecond line")
-    (text,) = texts(run, "failure")
-    assert text == f"flash+tie has status {status} and no speed-up: it did not work."
-    praised = [finding.text for finding in findings(run) if finding.kind in ("together", "recommended")]
-    assert not [text for text in praised if "flash+tie" in text or "together" in text]
+    found = findings(run)
+    (finding,) = of_kind(found, Kind.FAILURE)
+    assert (finding.verdict, finding.detail) == (status, Failed(("flash+tie",), (), "it did not work"))
+    assert not [each for each in found if each.kind in (Kind.TOGETHER, Kind.ANSWER) and each.subject == "flash+tie"]
 
 
 def test_a_noisy_run_warns_recommends_nothing_and_tells_noise_from_gain(
     record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
 ) -> None:
     run = run_of(record_lines(factors=("flash", "mlp"), copy_shift=0.02))
-    assert any(
-        text.startswith("Noisy: two copies of the baseline differ by more than 0.5 %") for text in texts(run, "control")
-    )
-    assert texts(run, "recommended") == ["No recommendation for prefill 1×512 graph: it is noisy."]
-    assert "no more than the noise" in of_switch(run, "mlp")  # 1.2 %, but the copies are 2 % apart
-    assert "faster (prefill 1×512 graph, noisy)" in of_switch(run, "flash")
+    found = findings(run)
+    assert ControlOutcome.FAILED in [outcome_of(finding) for finding in of_kind(found, Kind.CONTROL)]
+    answer = only(run, Kind.ANSWER)
+    assert choice(answer).none == NoAnswer.NOISY
+    assert settings(answer)["min_processes"] == 4  # twice as many as now
+    assert of_switch(run, "mlp").verdict == "noise"  # 1.2 %, but the copies are 2 % apart
+    assert (of_switch(run, "flash").verdict, of_switch(run, "flash").noisy) == ("faster", True)
 
 
 def test_nothing_is_recommended_when_nothing_is_shown_to_be_faster(small_run: Run) -> None:
     cells = small_run.cells.assign(speedup=1.001, speedup_lo=0.98, speedup_hi=1.022)
     run = replace(small_run, cells=cells)
-    assert texts(run, "recommended") == ["No cell is shown to be faster than the baseline (prefill 1×512 graph)."]
-    assert all("undecided" in text for text in texts(run, "together"))
+    assert choice(only(run, Kind.ANSWER)).none == NoAnswer.NOTHING_FASTER
+    assert only(run, Kind.TOGETHER).verdict == "undecided"
+
+
+def test_an_answer_that_is_none_ends_with_what_would_give_it(small_run: Run) -> None:
+    unsure = with_effect(small_run, "flash", verdict="undecided", estimate=1.002, lo=0.982, hi=1.0224)
+    run = replace(unsure, cells=small_run.cells.assign(speedup=1.001, speedup_lo=0.98, speedup_hi=1.022))
+    assert only(run, Kind.ANSWER).advice == only(run, Kind.UNDECIDED).advice
 
 
 def test_the_best_of_many_needs_more_than_its_own_interval() -> None:
@@ -435,9 +439,11 @@ def limited(run: Run, gib: float) -> Run:
 
 def test_a_recommendation_without_memory_claims_none(small_run: Run) -> None:
     run = replace(small_run, cells=small_run.cells.assign(peak_allocated_bytes=pd.NA))
-    (text,) = texts(run, "recommended")
-    assert text.startswith("flash: ")
-    assert text.endswith("of these it has the fewest switches.")
+    answer = only(run, Kind.ANSWER)
+    times = choice(answer).times
+    assert answer.subject == "flash"  # of two as fast, that with fewer switches
+    assert times
+    assert math.isnan(times.peak_bytes)
 
 
 @pytest.mark.filterwarnings("error")
@@ -447,28 +453,27 @@ def test_a_baseline_whose_fellows_all_failed_is_quiet(
     lines = record_lines(factors=TWO)
     failed = [{"type": "failure", "cell": cell, "status": "oom", "reason": "no room"} for cell in lines[0]["cells"][1:]]
     found = findings(run_of([*lines[:-1], *failed, lines[-1]]))
-    assert not [finding.text for finding in found if "faster" in finding.text]
+    assert not [finding for finding in found if finding.verdict == "faster"]
 
 
 def test_the_recommendation_keeps_the_memory_limit(small_run: Run) -> None:
-    (free,) = texts(small_run, "recommended")
-    assert free.startswith("flash+tie: ")
+    assert only(small_run, Kind.ANSWER).subject == "flash+tie"
     need = small_run.cells.set_index("cell")["peak_allocated_bytes"] / 2**30
-    (none,) = texts(limited(small_run, float(need.min()) - 0.01), "recommended")
-    assert none.startswith("No cell fits within ")
-    (fits,) = texts(limited(with_cell(small_run, "flash+tie", peak_allocated_bytes=2**40), 4), "recommended")
-    assert fits.startswith("flash within 4 GiB: ")
+    none = choice(only(limited(small_run, float(need.min()) - 0.01), Kind.ANSWER))
+    assert (none.none, none.smallest) == (NoAnswer.NOTHING_FITS, "flash+tie")
+    fits = only(limited(with_cell(small_run, "flash+tie", peak_allocated_bytes=2**40), 4), Kind.ANSWER)
+    assert (fits.subject, choice(fits).limit_gib) == ("flash", 4)
 
 
 def test_a_memory_limit_without_measured_memory_is_said_to_be_unknown(small_run: Run) -> None:
     run = replace(small_run, cells=small_run.cells.assign(peak_allocated_bytes=pd.NA))
-    (text,) = texts(limited(run, 4), "recommended")
-    assert "unknown: peak memory was not measured" in text
+    answer = only(limited(run, 4), Kind.ANSWER)
+    assert (choice(answer).none, answer.level) == (NoAnswer.MEMORY_UNKNOWN, Level.WARNING)
 
 
 def test_equal_cells_are_settled_by_memory(small_run: Run) -> None:
-    (text,) = texts(small_run, "recommended")
-    assert "It and 1 other cell are as fast within ±1 %, as far as can be told" in text
+    answer = only(small_run, Kind.ANSWER)
+    assert (answer.subject, choice(answer).alike) == ("flash+tie", 1)
 
 
 def test_a_baseline_that_scatters_hides_no_difference_between_cells(
@@ -485,9 +490,8 @@ def test_a_baseline_that_scatters_hides_no_difference_between_cells(
     run = run_of(lines)
     flash, both = (run.cells.set_index("cell").loc[name] for name in ("flash", "flash+mlp"))
     assert flash["speedup_hi"] > both["speedup_lo"]
-    (text,) = texts(run, "recommended")
-    assert text.startswith("flash+mlp: ")
-    assert "as far as can be told" not in text
+    answer = only(run, Kind.ANSWER)
+    assert (answer.subject, choice(answer).alike) == ("flash+mlp", 0)
 
 
 def test_a_cell_that_reads_slower_is_not_recommended_because_it_is_noisy(
@@ -501,9 +505,8 @@ def test_a_cell_that_reads_slower_is_not_recommended_because_it_is_noisy(
             line["latency_s"] *= 0.3
         if line["type"] == "sample" and line["cell"] == "flash":
             line["latency_s"] *= float(np.exp(0.15 + jumps[line["block"]]))
-    (text,) = texts(run_of(lines), "recommended")
-    assert text.startswith("flash+mlp: ")
-    assert "Of 1 more cell it is not shown" in text
+    answer = only(run_of(lines), Kind.ANSWER)
+    assert (answer.subject, choice(answer).unsure) == ("flash+mlp", 1)
 
 
 @pytest.mark.parametrize(("scatter", "shown"), [(0.36, False), (0.22, True)])
@@ -519,8 +522,7 @@ def test_of_several_cells_one_is_shown_to_be_slower_beyond_their_number(
         if line["type"] == "sample" and line["cell"] == "flash":
             line["latency_s"] *= float(np.exp(0.15 + jumps[line["block"]]))
     run = run_of(lines)
-    (text,) = texts(run, "recommended")
-    assert ("it is not shown" in text) == (not shown)
+    assert (choice(only(run, Kind.ANSWER)).unsure > 0) == (not shown)
 
 
 @pytest.mark.parametrize("confidence", [0.95, 0.8, 0.5])
@@ -544,7 +546,7 @@ def test_what_is_recommended_is_shown_with_the_degrees_of_freedom_of_its_interva
         return shown_faster(cells, freedom, *rest)
 
     monkeypatch.setattr(findings_cells, "shown_faster", shown)
-    assert texts(small_run, "recommended")
+    assert only(small_run, Kind.ANSWER)
     others = [cell for cell in small_run.cells["cell"] if cell != "baseline"]
     assert given == [block_matrix(small_run.samples).log_ratios("baseline", others).df.min()]
     assert 2 < given[0] <= 3  # a prior is worth at most two beside the one of two processes
@@ -558,21 +560,20 @@ def test_without_a_baseline_nothing_is_compared_with_it(
     record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
 ) -> None:
     run = run_of(without_baseline(record_lines(factors=("flash", "tie", "norm"))))
-    (text,) = texts(run, "together")
-    assert text.startswith("All 3 switches together: 4.8")
-    assert "the baseline has no latency to compare with" in text
-    (text,) = texts(run, "recommended")
-    assert text.endswith("the baseline has no latency to compare with.")
-    assert all(
-        "without baseline, interactions of more than 2 factors taken for nil)" in t for t in texts(run, "memory")
-    )
+    taken = only(run, Kind.TOGETHER).detail
+    assert isinstance(taken, Times)
+    assert taken.latency_s == pytest.approx(4.8e-3, rel=0.01)
+    assert math.isnan(taken.baseline_s)
+    assert choice(only(run, Kind.ANSWER)).none == NoAnswer.NO_BASELINE
+    assumed = [f.detail.reason for f in of_kind(findings(run), Kind.SWITCH) if isinstance(f.detail, Beside)]
+    assert set(assumed) == {"without baseline, interactions of more than 2 factors taken for nil"}
 
 
 def test_a_failure_names_where_it_failed(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:
     lines = record_lines(factors=TWO, workloads=("prefill", "decode"))
     where = {"cell": "flash", "workload": "decode", "runtime": "graph", "status": "oom", "pass": "time"}
     run = run_of([*lines[:-1], {"type": "failure", **where, "reason": "no room"}, lines[-1]])
-    assert texts(run, "failure") == ["flash has status oom and no speed-up: no room (decode 1×512 graph)."]
+    assert only(run, Kind.FAILURE).detail == Failed(("flash",), ("decode 1×512 graph",), "no room")
 
 
 def test_a_pair_that_is_undecided_says_what_would_decide(
@@ -582,17 +583,18 @@ def test_a_pair_that_is_undecided_says_what_would_decide(
     lines = [line for line in record_lines(factors=("tie", "mlp")) if line.get("cell") in pair]
     lines[0]["cells"] = list(pair[1:])
     run = with_cell(run_of(lines), "tie+mlp", speedup=1.004, speedup_lo=0.99, speedup_hi=1.02)
-    _, text = texts(run, "undecided")
-    assert text.startswith("tie+mlp 1.00× [0.99, 1.02] (prefill 1×512 graph).")
-    assert "would decide" in text
+    finding = only(run, Kind.UNDECIDED)
+    assert opened(finding) == (["tie+mlp"], False)
+    assert finding.advice
 
 
 def test_a_single_cell_compares_nothing(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:
     run = run_of(record_lines(factors=()))
-    (text,) = texts(run, "together")
-    assert text.startswith("The baseline takes 7.")
-    assert "tokens/s" in text
-    assert not [finding for finding in findings(run) if finding.kind in ("switch", "recommended", "interaction")]
+    finding = only(run, Kind.TOGETHER)
+    assert isinstance(finding.detail, Times)
+    assert finding.subject == "baseline"
+    assert finding.detail.tokens_per_s == pytest.approx(512 / finding.detail.latency_s)
+    assert not [finding for finding in findings(run) if finding.kind in (Kind.SWITCH, Kind.ANSWER, Kind.INTERACTION)]
 
 
 def test_a_partial_run_says_so(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:
@@ -601,8 +603,8 @@ def test_a_partial_run_says_so(record_lines: Callable[..., Lines], run_of: Calla
         line for line in lines if line["type"] != "end" and not (line.get("workload") == "decode" and "block" in line)
     ]
     run = run_of(cut)
-    assert any("has not finished" in text for text in texts(run, "missing"))
-    assert any(text.startswith("Without any latency: decode 1×512 graph") for text in texts(run, "missing"))
+    lacks = [finding.detail.lack for finding in findings(run) if isinstance(finding.detail, Missing)]
+    assert lacks == [Lack.END, Lack.LATENCY]
 
 
 def test_a_run_with_nothing_measured_has_only_warnings(
@@ -614,12 +616,13 @@ def test_a_run_with_nothing_measured_has_only_warnings(
 
 def test_cells_without_a_latency_are_named(small_run: Run) -> None:
     run = with_cell(small_run, "flash", latency_s=np.nan, speedup=np.nan)
-    assert "1 cell of 4 without a latency: flash (prefill 1×512 graph)." in texts(run, "missing")
+    assert only(run, Kind.MISSING).detail == Missing(Lack.CELLS, ("flash",), 4)
 
 
 def test_unverified_cells_are_named(small_run: Run) -> None:
     run = with_cell(small_run, "flash", equivalent=None)
-    assert "Not verified to compute the baseline's function: flash." in texts(run, "control")
+    (finding,) = [f for f in of_kind(findings(run), Kind.CONTROL) if f.level == Level.WARNING]
+    assert outcome_of(finding) == ControlOutcome.FAILED
 
 
 def test_a_peer_is_measured_against_the_baseline_and_never_recommended(small_run: Run) -> None:
@@ -633,10 +636,10 @@ def test_a_peer_is_measured_against_the_baseline_and_never_recommended(small_run
         latency_s=1e-3,
     )
     run = replace(small_run, cells=pd.concat([small_run.cells, peer], ignore_index=True))
-    assert texts(run, "peer") == [
-        "transformers:sdpa takes 1.000 ms; against the baseline 3.00× [2.90, 3.10] faster (prefill 1×512 graph)."
-    ]
-    assert not [text for text in texts(run, "recommended") if "transformers" in text]
+    peer_finding = only(run, Kind.PEER)
+    assert (peer_finding.subject, peer_finding.verdict) == ("transformers:sdpa", "faster")
+    assert peer_finding.detail == Against("the baseline")
+    assert only(run, Kind.ANSWER).subject != "transformers:sdpa"
 
 
 def with_peer(lines: Lines, slower: float, ours: str = "flash+tie") -> Lines:
@@ -653,34 +656,35 @@ def with_peer(lines: Lines, slower: float, ours: str = "flash+tie") -> Lines:
 
 def test_against_a_peer_noise_is_noise(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:
     run = run_of(with_peer(record_lines(factors=TWO, copy_shift=0.1), 1.03))
-    (text,) = texts(run, "peer")
-    assert "flash+tie against it no more than the noise, 1.0" in text
-    assert text.endswith(" Noisy.")
+    ours = over_peer(run)["flash+tie"]
+    assert (ours.verdict, ours.noisy) == ("noise", True)
 
 
 def test_against_a_peer_one_block_gives_a_number(
     record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
 ) -> None:
-    (text,) = texts(run_of(with_peer(record_lines(factors=TWO, blocks=1), 1.2)), "peer")
-    assert "not measured" not in text
-    assert "against it 1.20" in text
+    ours = over_peer(run_of(with_peer(record_lines(factors=TWO, blocks=1), 1.2)))["flash+tie"]
+    assert ours.estimate == pytest.approx(1.2, abs=0.01)
+    assert ours.verdict == "missing"
 
 
-@pytest.mark.parametrize(
-    ("slower", "said"), [(1.2, "1.20"), (1.0, "the same within ±1 %, 1.00"), (0.9, "slower, 0.90")]
-)
+@pytest.mark.parametrize(("slower", "verdict"), [(1.2, "faster"), (1.0, "same"), (0.9, "slower")])
 def test_all_on_is_measured_against_a_peer(
-    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run], slower: float, said: str
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run], slower: float, verdict: str
 ) -> None:
-    lines = with_peer(record_lines(factors=TWO), slower)
-    (text,) = texts(run_of(lines), "peer")
-    assert re.search(rf"; flash\+tie against it {said}\d*× \[.*\](| faster) \(prefill", text), text
+    ours = over_peer(run_of(with_peer(record_lines(factors=TWO), slower)))["flash+tie"]
+    assert ours.verdict == verdict
+    assert ours.estimate == pytest.approx(slower, rel=0.005)
 
 
-def against(text: str) -> dict[str, float]:
-    """The cells that a sentence sets against a peer, with their ratios."""
-    found = re.findall(r"; (\S+?(?:, the fastest,)?) against it (?:[^;]*?, )?([\d.]+)×", text)
-    return {cell: float(gain) for cell, gain in found}
+def over_peer(run: Run) -> dict[str, Finding]:
+    """The cells that are set against a peer."""
+    found = of_kind(findings(run), Kind.PEER)
+    return {f.subject: f for f in found if f.detail == Against("transformers:sdpa")}
+
+
+def gains(run: Run) -> dict[str, float]:
+    return {cell: finding.estimate for cell, finding in over_peer(run).items()}
 
 
 def test_where_more_than_the_five_is_on_they_are_set_against_a_peer_too(
@@ -693,8 +697,7 @@ def test_where_more_than_the_five_is_on_they_are_set_against_a_peer_too(
     for line in lines:
         if line["type"] == "sample" and "gemv" in line["cell"]:
             line["latency_s"] /= 1.3
-    (text,) = texts(run_of(with_peer(lines, 1.2, kept[2])), "peer")
-    assert against(text) == pytest.approx({kept[2]: 1.2, kept[3]: 1.56}, abs=0.01)
+    assert gains(run_of(with_peer(lines, 1.2, kept[2]))) == pytest.approx({kept[2]: 1.2, kept[3]: 1.56}, abs=0.01)
 
 
 @pytest.mark.parametrize(("faster", "told"), [(1.1, True), (1.005, False)])
@@ -705,17 +708,15 @@ def test_the_fastest_cell_is_set_against_a_peer_where_it_is_not_all_on(
     for line in lines:
         if line["type"] == "sample" and line["cell"] == "flash":
             line["latency_s"] /= faster
-    (text,) = texts(run_of(with_peer(lines, 1.2)), "peer")
-    expected = {"flash+tie": 1.2} | ({"flash, the fastest,": 1.2 * faster} if told else {})
-    assert against(text) == pytest.approx(expected, abs=0.01)
+    expected = {"flash+tie": 1.2} | ({"flash": 1.2 * faster} if told else {})
+    assert gains(run_of(with_peer(lines, 1.2))) == pytest.approx(expected, abs=0.01)
 
 
 def test_a_failed_all_on_leaves_the_fastest_against_a_peer(
     record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
 ) -> None:
     run = with_cell(run_of(with_peer(record_lines(factors=TWO), 1.2)), "flash+tie", status="not_equivalent")
-    (text,) = texts(run, "peer")
-    assert list(against(text)) == ["flash, the fastest,"]
+    assert list(over_peer(run)) == ["flash"]
 
 
 @pytest.mark.parametrize(
@@ -732,13 +733,8 @@ def test_verdict_of_a_speed_up(lo: float, hi: float, verdict: str) -> None:
     assert verdict_of(lo, hi, 0.01) == verdict
 
 
-def test_words_without_a_verdict_claim_nothing() -> None:
-    assert worth("", 1.2, 1.1, 1.3, 0.01) == "1.20× [1.10, 1.30] without a verdict"
-    assert worth("missing", math.nan, math.nan, math.nan, 0.01) == "not measured"
-
-
 def test_every_plain_finding_has_a_heading(full_findings: list[Finding]) -> None:
-    plain = [finding for finding in full_findings if finding.level == "plain"]
+    plain = [finding for finding in full_findings if finding.level == Level.PLAIN]
     assert sum(len(group) for _, group in grouped(plain)) == len(plain)
-    x = Finding("x", "switch")
-    assert grouped([x]) == [("Each switch, on average over the others", [x])]
+    x = Finding(Kind.SWITCH, "x")
+    assert grouped([x]) == [("Each switch", [x])]

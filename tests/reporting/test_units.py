@@ -6,6 +6,7 @@ import pytest
 from qwen3bench.reporting.units import (
     SECONDS,
     count,
+    duration_words,
     interval_decimals,
     is_number,
     listing,
@@ -14,6 +15,7 @@ from qwen3bench.reporting.units import (
     seconds,
     significant,
     size,
+    times,
     unit_for,
 )
 
@@ -39,7 +41,7 @@ def test_memory_is_shown_in_binary_units(value: float, text: str) -> None:
     [
         (1.2712, 1.2653, 1.2771, "1.271× [1.265, 1.277]"),
         (1.27, 1.20, 1.34, "1.27× [1.20, 1.34]"),
-        (1.00003, 0.99991, 1.00015, "1.0000× [0.9999, 1.0002]"),
+        (1.00003, 0.99991, 1.00015, "1.000× [1.000, 1.000]"),
         (1.5, math.nan, math.nan, "1.500×"),
         (math.nan, math.nan, math.nan, ""),
     ],
@@ -48,8 +50,23 @@ def test_a_ratio_shows_the_decimals_that_its_interval_supports(value: float, lo:
     assert ratio(value, lo, hi) == text
 
 
-def test_an_interval_without_width_keeps_four_decimals() -> None:
-    assert interval_decimals(1.0, 1.0) == 4
+def test_an_interval_without_width_keeps_four_digits() -> None:
+    assert [interval_decimals(value, value) for value in (0.5, 1.0, 12.0, 123.0, 0.0)] == [4, 3, 2, 1, 4]
+
+
+@pytest.mark.parametrize("value", [0.31276, 0.99964, 1.02512, 9.9996, 12.3456, 134.21])
+def test_a_ratio_has_four_digits_at_most(value: float) -> None:
+    said = ratio(value, value * 0.999999, value * 1.000001).partition("×")[0]
+    assert len(said.lstrip("0.").replace(".", "")) <= 4
+    assert times(value, value * 0.999999, value * 1.000001) == f"{said}×"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.2, "1 second"), (59, "59 seconds"), (61, "2 minutes"), (540, "9 minutes"), (5400, "2 hours"), (4e5, "5 days")],
+)
+def test_a_length_of_time_is_rounded_up(value: float, text: str) -> None:
+    assert duration_words(value) == text
 
 
 def test_a_column_takes_one_unit_by_its_median() -> None:

@@ -1,0 +1,160 @@
+"""The answer's cards: for each workload and runtime the switches to turn on, what that gives, and how sure it is."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from qwen3bench.record.design import cell_of
+from qwen3bench.record.lines import SessionLine
+from qwen3bench.reporting.conditions import Condition, conditions
+from qwen3bench.reporting.control_findings import control_list, outcome_of, tally
+from qwen3bench.reporting.finding import Advice, Choice, ControlOutcome, Finding, Kind, Times
+from qwen3bench.reporting.lookup import blocks_of, level, of_peers
+from qwen3bench.reporting.units import count, is_number, ratio, seconds, significant, size, times
+from qwen3bench.reporting.wording import choice_notes, sentence
+
+if TYPE_CHECKING:
+    from qwen3bench.analysis.run import Run
+
+# Of the command that measured: what says which cells are measured, how long, and where results go.
+_NOT_KEPT = ("design", "opt", "workload", "runtime", "peer", "measure", "run", "resume", "hydra", "report", "analysis")
+
+
+@dataclass(frozen=True)
+class AnswerCard:
+    """What is shown of one workload under one runtime: an answer with its numbers, or why there is none."""
+
+    condition: Condition
+    gain: str = ""
+    interval: str = ""
+    switches: tuple[str, ...] = ()
+    said: str = ""
+    command: str = ""
+    python: str = ""
+    facts: tuple[tuple[str, str, str], ...] = ()  # what, in this cell, in the baseline
+    notes: tuple[str, ...] = ()
+    peers: tuple[str, ...] = ()
+    sure: str = ""
+    warnings: tuple[str, ...] = ()
+    advice: str = ""
+
+
+def cards(run: Run, found: Sequence[Finding]) -> list[AnswerCard]:
+    """A card for each condition of the run, in its order."""
+    outcome = control_list(run)
+    return [_card(run, condition, found, outcome) for condition in conditions(run)]
+
+
+def _card(run: Run, condition: Condition, found: Sequence[Finding], outcome: Sequence[Finding]) -> AnswerCard:
+    here = {kind: [f for f in found if f.kind == kind and f.condition == str(condition)] for kind in Kind}
+    about = [f for f in outcome if f.condition in ("", str(condition))]
+    failed = [f for f in about if outcome_of(f) == ControlOutcome.FAILED]
+    notes = [_plain(finding) for finding in about if outcome_of(finding) == ControlOutcome.UNSURE]
+    card = AnswerCard(
+        condition,
+        notes=tuple(notes),
+        peers=tuple(_plain(replace(finding, noisy=False)) for finding in here[Kind.PEER]),
+        sure=_sure(run, condition, about),
+        warnings=tuple(_plain(finding) for finding in (*here[Kind.MISSING], *(f for f in failed if f.condition))),
+    )
+    answers, whole = here[Kind.ANSWER], here[Kind.TOGETHER]
+    if answers and isinstance(choice := answers[0].detail, Choice):
+        answer = answers[0]
+        if choice.none is None and choice.times:
+            card = _chosen(run, card, answer, choice.times)
+            return replace(card, notes=(*choice_notes(answer, choice), *notes))
+        card = replace(card, said=sentence(replace(answer, advice=None)), advice=_asked(run, answer.advice))
+    if whole and isinstance(taken := whole[0].detail, Times):
+        return replace(card, said=card.said or _plain(whole[0]), facts=_facts(taken))
+    return card if card.said else replace(card, said="Nothing was measured here.", sure="")
+
+
+def _chosen(run: Run, card: AnswerCard, answer: Finding, taken: Times) -> AnswerCard:
+    switches = cell_of(answer.subject)
+    quoted = ", ".join(f'"{name}"' for name in switches) + ("," if len(switches) == 1 else "")
+    bounds = ratio(answer.estimate, answer.lo, answer.hi).partition(" ")[2].strip("[]").replace(", ", " to ")
+    return replace(
+        card,
+        gain=times(answer.estimate, answer.lo, answer.hi),
+        interval=f"{level(run)} interval {bounds}",
+        switches=switches,
+        command=command_for(run, card.condition, switches),
+        python=f"build_model(config, opts=({quoted}))",
+        facts=_facts(taken),
+    )
+
+
+def _plain(finding: Finding) -> str:
+    """A finding's sentence where its condition is clear."""
+    return sentence(replace(finding, condition=""))
+
+
+def _asked(run: Run, advice: Advice | None) -> str:
+    """The run's command with the settings that would give an answer, each in place of what it had."""
+    if not advice:
+        return ""
+    keys = {setting.partition("=")[0] for setting in advice.settings}
+    kept = [word for word in _measured_with(run) if word.lstrip("+").partition("=")[0] not in keys]
+    return shlex.join([*kept, *advice.settings])
+
+
+def _facts(taken: Times) -> tuple[tuple[str, str, str], ...]:
+    """Latency, rate and memory of a cell in words, latency beside the baseline's."""
+    beside = f"baseline {seconds(taken.baseline_s)}" if is_number(taken.baseline_s) else ""
+    return tuple(
+        (name, text(value), extra)
+        for name, value, text, extra in (
+            ("latency", taken.latency_s, seconds, beside),
+            ("tokens/s", taken.tokens_per_s, significant, ""),
+            ("peak memory", taken.peak_bytes, size, ""),
+            ("parameters", taken.parameter_bytes, size, ""),
+        )
+        if is_number(value)
+    )
+
+
+def _sure(run: Run, condition: Condition, about: Sequence[Finding]) -> str:
+    told = tally(about)
+    controls = "No control was measured" if not told.held else f"{told.passed} of {count(told.held, 'control')} passed"
+    if told.held and told.passed == told.held:
+        controls = f"All {count(told.passed, 'control')} passed" if told.passed > 1 else "The control passed"
+    return f"{controls}. Measured in {blocks_of(run, condition)}."
+
+
+def not_told(run: Run) -> list[str]:
+    """What the run's answers do not tell, in sentences."""
+    limits = ["They hold for this card, these versions and these sizes. Another prompt length is another experiment."]
+    if run.config.get("weights") == "random":
+        limits.append("The weights are random, so nothing is said about the quality of the output.")
+    if "graph" in set(run.cells["runtime"]):
+        limits.append("Graph replays are device time: what the host adds is not in them.")
+    if run.cells["peak_allocated_bytes"].notna().any():
+        limits.append("Peak memory is of one cell alone in its process, with no other request beside it.")
+    limits.append("The baseline writes attention out, which few people run.")
+    if not of_peers(run.cells).any():
+        limits[-1] += " peer=transformers in the command measures beside what they do run."
+    return limits
+
+
+def command_for(run: Run, condition: Condition, switches: Sequence[str]) -> str:
+    """The command that measures these switches against the baseline, with the sizes and options of this run."""
+    kept = []
+    for word in _measured_with(run):
+        key = word.lstrip("+").partition("=")[0]
+        option = key.split(".")
+        of_switch = option[0] == "opt" and len(option) > 2 and option[1] in switches
+        if "=" in word and (of_switch or option[0] not in _NOT_KEPT) and not word.startswith("-"):
+            kept.append(word)
+    where = [f"workload={condition.workload}", f"runtime={condition.runtime}"]
+    return shlex.join(["python", "-m", "qwen3bench", f"+opt={','.join(switches)}", *where, *kept])
+
+
+def _measured_with(run: Run) -> list[str]:
+    """The run's first command, where the record holds one, without its directory: another run has another."""
+    sessions = [line.command for line in run.record.of(SessionLine) if line.command]
+    command = sessions[0] if sessions else ("python", "-m", "qwen3bench")
+    dropped = ("run.dir=", "resume=", "hydra.", "-m", "--multirun")
+    return [*command[:3], *(word for word in command[3:] if not word.startswith(dropped))]

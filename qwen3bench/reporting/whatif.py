@@ -1,0 +1,108 @@
+"""What if: the measured cells of a run as data for the page's toggles, and what flipping each switch changes."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from qwen3bench.analysis.frames import block_matrix
+from qwen3bench.record.design import cell_of, label
+from qwen3bench.reporting import control_findings
+from qwen3bench.reporting.conditions import Condition, conditions
+from qwen3bench.reporting.finding import Effect, verdict_of
+from qwen3bench.reporting.findings_cells import ratios_over
+from qwen3bench.reporting.lookup import MEMORY, band, factors, of_peers, rows, usable
+from qwen3bench.reporting.tables import signed_bytes
+from qwen3bench.reporting.units import is_number, ratio, seconds, significant, size
+from qwen3bench.reporting.wording import worth
+
+if TYPE_CHECKING:
+    from qwen3bench.analysis.run import Run
+
+Data = dict[str, Any]
+
+
+def whatif(run: Run, start: dict[str, str]) -> Data | None:
+    """The data of the toggles; None where no two measured cells differ in one switch, or there is one switch alone.
+
+    `start`: per condition the cell that is shown first.
+    """
+    if len(factors(run)) < 2:
+        return None
+    shown = [_condition(run, condition, start.get(str(condition), "baseline")) for condition in conditions(run)]
+    shown = [each for each in shown if each["flips"]]
+    return {"switches": factors(run), "conditions": shown} if shown else None
+
+
+def as_script(data: Data) -> str:
+    """The data as JSON that can stand in a script element: nothing in it can end the element or begin a comment."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for mark, safe in (
+        ("<", "\\u003c"),
+        (">", "\\u003e"),
+        ("&", "\\u0026"),
+        ("\u2028", "\\u2028"),
+        ("\u2029", "\\u2029"),
+    ):
+        text = text.replace(mark, safe)
+    return text
+
+
+def _condition(run: Run, condition: Condition, start: str) -> Data:
+    cells = condition.select(run.cells)
+    cells = cells[~of_peers(cells)]
+    return {
+        "name": str(condition),
+        "start": start,
+        "cells": {row.cell: shown_cell(row) for row in rows(cells)},
+        "flips": _flips(run, condition),
+    }
+
+
+def shown_cell(row: Any) -> dict[str, str]:
+    """A row of cells.csv in words, by the names of the page; what was not measured is left out."""
+    texts = {
+        "latency": seconds(row.latency_s) if is_number(row.latency_s) else "",
+        "speed-up": ratio(row.speedup, row.speedup_lo, row.speedup_hi),
+        "tokens/s": significant(row.tokens_per_s) if is_number(row.tokens_per_s) else "",
+        "peak memory": size(row.peak_allocated_bytes) if is_number(row.peak_allocated_bytes) else "",
+        "parameters": size(row.parameter_bytes) if is_number(row.parameter_bytes) else "",
+    }
+    if row.status != "ok":
+        texts["status"] = ": ".join(str(part) for part in (row.status, row.reason) if isinstance(part, str))
+    return {name: text for name, text in texts.items() if text}
+
+
+def _flips(run: Run, condition: Condition) -> dict[str, dict[str, dict[str, str]]]:
+    """Per cell and switch what turning it on or off from there gives, by ratios within blocks."""
+    cells = usable(condition.select(run.cells))
+    cells = cells[~of_peers(cells)]
+    names = set(cells["cell"])
+    memory = dict(zip(cells["cell"], cells[MEMORY], strict=True))
+    blocks = block_matrix(condition.select(run.samples), cells["cell"].tolist())
+    flips: dict[str, dict[str, dict[str, str]]] = {}
+    for off in cells["cell"]:
+        with_one_more = {}
+        for name in factors(run):
+            on = label(tuple(f for f in factors(run) if f in (*cell_of(off), name)))
+            if name not in cell_of(off) and on in names and {off, on} <= set(blocks.log_s):
+                with_one_more[on] = name
+        if not with_one_more:
+            continue
+        for effect in ratios_over(run, blocks, off, list(with_one_more)):
+            name, on = with_one_more[effect.term], effect.term
+            change = (
+                float(memory[on]) - float(memory[off]) if is_number(memory[on]) and is_number(memory[off]) else math.nan
+            )
+            back = replace(effect, estimate=1 / effect.estimate, lo=1 / effect.hi, hi=1 / effect.lo)
+            flips.setdefault(off, {})[name] = _flip(run, condition, effect, change)
+            flips.setdefault(on, {})[name] = _flip(run, condition, back, -change)
+    return flips
+
+
+def _flip(run: Run, condition: Condition, effect: Effect, change: float) -> dict[str, str]:
+    verdict = control_findings.heard(run, condition, verdict_of(effect.lo, effect.hi, band(run)), effect.estimate)
+    told = {"latency": worth(replace(effect, verdict=verdict)), "verdict": str(verdict)}
+    return told | ({"memory": signed_bytes(change)} if change else {})

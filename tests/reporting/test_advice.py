@@ -1,0 +1,65 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from qwen3bench.analysis.run import Run
+from qwen3bench.reporting.advice import all_cells, more_blocks, more_processes, spent
+from qwen3bench.reporting.conditions import conditions
+
+Lines = list[dict[str, Any]]
+START, WORK = 1_000.0, 1_030.0
+
+
+def timed(lines: Lines, setup_s: float = 10.0, block_s: float = 2.0) -> Lines:
+    """The lines with times: a session, a process's set-up before its first block, each block's seconds."""
+    clock, seen = WORK, set()
+    for line in lines:
+        if line["type"] == "session":
+            line["time"] = START
+        if line["type"] == "block":
+            if line["process"] not in seen:
+                begun = next(each for each in lines if each["type"] == "process" and each["process"] == line["process"])
+                clock += setup_s if seen else 0.0
+                begun["time"] = clock
+                seen.add(line["process"])
+            clock += block_s
+            line |= {"elapsed_s": block_s, "time": clock}
+    return lines
+
+
+@pytest.fixture
+def run(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> Run:
+    """Two processes of three blocks of 2 s each, 10 s to set up the second, 30 s before the first."""
+    return run_of(timed(record_lines(factors=("flash", "tie"))))
+
+
+def test_what_a_run_spent_is_read_from_its_record(run: Run) -> None:
+    now = spent(run, conditions(run)[0])
+    assert (now.blocks, now.processes) == (6, 2)
+    assert (now.measured_s, now.setup_s, now.before_s) == pytest.approx((12, 10, 30))
+
+
+def test_more_processes_take_their_blocks_and_their_set_up(run: Run) -> None:
+    advice = more_processes(run, conditions(run)[0], 8)
+    assert advice.settings == ("measure.min_processes=8", "measure.max_seconds=60")
+    assert advice.seconds == pytest.approx(30 + 8 * (6 + 10))
+
+
+def test_more_blocks_than_a_run_takes_by_itself_are_allowed(run: Run) -> None:
+    advice = more_blocks(run, conditions(run)[0], 600)
+    assert advice.settings == ("measure.min_blocks=600", "measure.max_seconds=1500", "measure.max_blocks=600")
+    assert advice.seconds == pytest.approx(30 + 1200 + 200 * 10)
+
+
+def test_of_several_conditions_one_is_named(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:
+    run = run_of(record_lines(factors=("flash",), workloads=("prefill", "decode")))
+    advice = more_processes(run, conditions(run)[1], 4)
+    assert advice.settings == ("workload=decode", "runtime=graph", "measure.min_processes=4")
+    assert advice.seconds is None  # the record has no times
+
+
+def test_all_cells_take_as_much_more_as_they_are_more(run: Run) -> None:
+    advice = all_cells(run, 2)
+    assert advice.settings == ("design=full",)
+    assert advice.seconds == pytest.approx(2 * (30 + 12 + 2 * 10))

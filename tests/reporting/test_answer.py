@@ -1,0 +1,101 @@
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from qwen3bench.analysis.run import Run
+from qwen3bench.config.cli import main
+from qwen3bench.config.settings import Settings
+from qwen3bench.reporting.answer import AnswerCard, cards, command_for, not_told
+from qwen3bench.reporting.conditions import conditions
+from qwen3bench.reporting.findings import findings
+from qwen3bench.reporting.units import seconds, size
+
+Lines = list[dict[str, Any]]
+
+
+def card_of(run: Run) -> AnswerCard:
+    (card,) = cards(run, findings(run))
+    return card
+
+
+@pytest.fixture
+def small(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> Callable[..., Run]:
+    return lambda **options: run_of(record_lines(factors=("flash", "tie"), **options))
+
+
+def test_every_condition_has_a_card_with_its_switches(full_run: Run) -> None:
+    found = cards(full_run, findings(full_run))
+    assert [str(card.condition) for card in found] == [str(condition) for condition in conditions(full_run)]
+    assert {"flash", "mask", "norm"} <= set(found[0].switches)
+    assert found[0].gain.startswith("1.58")
+
+
+def test_a_card_shows_the_numbers_of_its_cell(small: Callable[..., Run]) -> None:
+    run = small()
+    card, cells = card_of(run), run.cells.set_index("cell")
+    facts = {name: (here, beside) for name, here, beside in card.facts}
+    chosen = cells.loc["+".join(card.switches)]
+    assert facts["latency"] == (seconds(chosen["latency_s"]), f"baseline {seconds(cells.loc['baseline', 'latency_s'])}")
+    assert facts["peak memory"][0] == size(chosen["peak_allocated_bytes"])
+    assert card.sure == "All 4 controls passed. Measured in 6 blocks in 2 processes."
+    assert card.python == 'build_model(config, opts=("flash", "tie"))'
+
+
+def test_the_command_of_a_card_measures_its_cell_at_the_sizes_of_the_run(
+    small: Callable[..., Run], record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    lines = record_lines(factors=("flash", "tie"))
+    words = ["design=full", "opt=[flash,tie]", "prompt_tokens=64", "measure=quick", "run.dir=results/x", "model=tiny"]
+    lines[1]["command"] = ["python", "-m", "qwen3bench", *words, "opt.flash.backend=math", "workload=[prefill,decode]"]
+    run = run_of(lines)
+    command = command_for(run, conditions(run)[0], ["flash"])
+    assert command == (
+        "python -m qwen3bench +opt=flash workload=prefill runtime=graph "
+        "prompt_tokens=64 model=tiny opt.flash.backend=math"
+    )
+    asked: list[Settings] = []
+    main(command.split()[3:], run=lambda settings, *_: asked.append(settings) or 0)
+    assert (list(asked[0].opts), list(asked[0].workloads), asked[0].prompt_tokens) == (["flash"], ["prefill"], 64)
+    assert "backend" not in command_for(run, conditions(run)[0], ["tie"])
+
+
+def test_a_noisy_condition_has_a_plain_warning_and_what_would_tell(small: Callable[..., Run]) -> None:
+    card = card_of(small(copy_shift=0.02))
+    assert not card.switches
+    assert "two copies of the baseline differ too much" in card.said
+    assert card.warnings[0].startswith("Noisy: two copies of the baseline differ by more than 0.5 %")
+    assert card.advice == "python -m qwen3bench design=full measure.min_processes=4"
+    assert "3 of 4 controls passed" in card.sure
+
+
+def test_a_setting_in_an_advice_stands_once(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:
+    lines = record_lines(factors=("flash", "tie"), copy_shift=0.02)
+    lines[1]["command"] += ["measure.min_processes=2", "run.dir=results/x"]
+    assert card_of(run_of(lines)).advice.split().count("measure.min_processes=4") == 1
+    assert "min_processes=2" not in card_of(run_of(lines)).advice
+
+
+def test_a_run_of_the_baseline_alone_says_what_it_takes(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    card = card_of(run_of(record_lines(factors=())))
+    assert card.said.startswith("The baseline takes 7.")
+    assert not card.command
+
+
+def test_a_condition_without_a_latency_has_no_numbers(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    card = card_of(run_of([line for line in record_lines(factors=("flash",)) if line["type"] in ("run", "end")]))
+    assert (card.said, card.facts, card.sure) == ("Nothing was measured here.", (), "")
+
+
+def test_what_the_answers_do_not_tell_follows_the_run(small: Callable[..., Run]) -> None:
+    run = small()
+    said = " ".join(not_told(run))
+    assert "random" in said
+    assert "device time" in said
+    checkpoint = replace(run, config=run.config | {"weights": "models/qwen"})
+    assert "random" not in " ".join(not_told(checkpoint))
