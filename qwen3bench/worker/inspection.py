@@ -17,8 +17,8 @@ from qwen3bench.worker.compile_counters import forget_compilations
 from qwen3bench.worker.costs import cell_cost
 from qwen3bench.worker.evidence import collect
 from qwen3bench.worker.peers import judge_peer
-from qwen3bench.worker.runtimes import Launch
-from qwen3bench.worker.session import InvalidCell, Session
+from qwen3bench.worker.runtimes import InvalidCell, Launch
+from qwen3bench.worker.session import Session
 from qwen3bench.worker.workloads import Workload, keeping_output
 
 # By the bytes of a number: compiled, a model of 28 layers in bfloat16 rounds otherwise by some 0.01 of its logits. That

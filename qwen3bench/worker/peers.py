@@ -27,6 +27,7 @@ from qwen3bench.model.weights import head_is_tied
 from qwen3bench.record.messages import Judgment
 from qwen3bench.worker.equivalence.candidate import Candidate, kv_cache
 from qwen3bench.worker.equivalence.gate import Gate
+from qwen3bench.worker.error_text import both_ends, error_text
 
 ATTENTIONS = {"sdpa": "sdpa", "eager": "eager", "sdpa_is_causal": "sdpa"}  # by their names in transformers
 FREQUENCY_ERROR = 1e-6  # relative, of the rotary frequencies, which transformers computes in float32
@@ -179,7 +180,7 @@ def _transformers() -> Any:
         from transformers import Qwen3Config, Qwen3ForCausalLM, StaticCache  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"peer=transformers needs the package transformers, 5 or newer ({' '.join(str(error).split())[:200]}); "
+            f"peer=transformers needs the package transformers, 5 or newer ({both_ends(error_text(error), 200)}); "
             "pip install 'qwen3bench[peers]', or leave the peer out"
         ) from error
     return transformers

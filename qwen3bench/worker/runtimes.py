@@ -7,6 +7,7 @@ launch, which does the same work again.
 from __future__ import annotations
 
 import itertools
+import os
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +24,14 @@ from qwen3bench.worker.workloads import Step
 
 Launch = Callable[[], object]
 
+_NOTHING_COMPILED = "found no compiled frames"
+_UNTOUCHED = 12_288.0  # no logit, and a number of every dtype
+
 _copies = itertools.count()
+
+
+class InvalidCell(Exception):
+    """A cell that runs and must not be measured, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,10 @@ class Runtime:
         return False
 
     def compilations(self) -> int:
-        """How many graphs torch.compile has made so far in this process; 0 where the runtime uses none."""
+        """How many graphs torch.compile has made so far in this process; 0 where the runtime uses none.
+
+        A call that it let run in eager counts too: either has no place in a timed value.
+        """
         return 0
 
     def prepare_model(self, model: Decoder) -> PreparedModel:
@@ -63,7 +74,10 @@ class Runtime:
         return PreparedModel(model)
 
     def prepare(self, step: Step) -> PreparedStep:
-        """What launches the work of a step of a prepared model."""
+        """What launches the work of a step of the model that was prepared last.
+
+        Raises InvalidCell where that is not what the runtime claims.
+        """
         return PreparedStep(step)
 
 
@@ -97,7 +111,8 @@ class GraphRuntime(Runtime):
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            step()
+            logits = step()
+        require_replay(graph.replay, logits)
         return PreparedStep(graph.replay)
 
 
@@ -125,27 +140,57 @@ class CompileRuntime(Runtime):
     def __post_init__(self) -> None:
         import torch._dynamo  # seconds, which the other runtimes need not wait for
 
+        torch._dynamo.config.suppress_errors = False  # where compiling fails it would run eager
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         if self.device.type == "cpu":
             _require_cpp_compiler()
+        self._eager_calls = EagerCalls()
+        self._graphs_before = self._eager_before = 0
 
     def compilations(self) -> int:
-        return compiled_graphs()
+        return compiled_graphs() + self._eager_calls.count
 
     def prepare_model(self, model: Decoder) -> PreparedModel:
         """Raises ValueError where one compilation cannot serve the whole model."""
+        self._graphs_before, self._eager_before = compiled_graphs(), self._eager_calls.count
         options = {"autotune_local_cache": False} | dict(dotted(self.peers if model.is_peer else self.inductor))
         more = {} if model.is_peer else dict(dotted(self.single_token))
         if not more:
-            return PreparedModel(model.compiled(_compiler(options)), options)
-        compiled = model.compiled(_compiler_by_tokens(_compiler(options | more), _compiler(options)))
+            return PreparedModel(model.compiled(self._compiler(options)), options)
+        compiled = model.compiled(_compiler_by_tokens(self._compiler(options | more), self._compiler(options)))
         return PreparedModel(compiled, options | {"single_token": more})
 
     def prepare(self, step: Step) -> PreparedStep:
         started = time.perf_counter()
-        for _ in range(self.warm_ups):
-            step()
-        return PreparedStep(step, time.perf_counter() - started)
+        try:
+            for _ in range(self.warm_ups):
+                step()
+        except RuntimeError as error:  # newer versions of PyTorch say by themselves that there was nothing to run
+            if _NOTHING_COMPILED not in str(error):
+                raise
+            raise InvalidCell(f"torch.compile made no code of it, it would run in eager; {_what_to_unset()}") from error
+        compile_s = time.perf_counter() - started
+        self._require_compiled()
+        return PreparedStep(step, compile_s)
+
+    def _compiler(self, options: dict[str, Any]) -> Compile:
+        def compile_(forward: Forward) -> Forward:
+            return torch.compile(_own_copy(self._eager_calls.counted(forward)), fullgraph=True, options=options)
+
+        return compile_
+
+    def _require_compiled(self) -> None:
+        """Raise InvalidCell unless Inductor made code of the model that was prepared last, and all calls ran it."""
+        if others := overridden():
+            raise InvalidCell(f"torch.compile was told to make something else than is claimed: unset {others}")
+        in_eager = self._eager_calls.count - self._eager_before
+        if in_eager:
+            raise InvalidCell(
+                f"torch.compile let {in_eager} calls of its code run in eager, so its latency would be eager's; "
+                f"{_what_to_unset()}"
+            )
+        if compiled_graphs() == self._graphs_before:
+            raise InvalidCell(f"torch.compile made no code of it, it would run in eager; {_what_to_unset()}")
 
 
 @dataclass
@@ -186,11 +231,53 @@ def dotted(options: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, A
             yield above + name, value
 
 
-def _compiler(options: dict[str, Any]) -> Compile:
-    def compile_(forward: Forward) -> Forward:
-        return torch.compile(_own_copy(forward), fullgraph=True, options=options)
+@dataclass
+class EagerCalls:
+    """How often functions that were to be compiled ran in eager, whatever let them."""
 
-    return compile_
+    count: int = 0
+
+    def counted(self, function: Forward) -> Forward:
+        """The same function. Of the count nothing is left in compiled code, where the condition is a constant."""
+
+        def run(*given: Any, **named: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                self.count += 1
+            return function(*given, **named)
+
+        return run
+
+
+def require_replay(replay: Launch, logits: Tensor) -> None:
+    """Raise InvalidCell unless replaying the graph writes the logits that its capture returned."""
+    with torch.inference_mode():
+        last = logits[(-1,) * logits.dim()]
+        last.fill_(_UNTOUCHED)
+        replay()
+        written = last.item() != _UNTOUCHED
+    if not written:
+        raise InvalidCell("replaying its CUDA graph writes no logits, so its latency would be that of nothing")
+
+
+def overridden() -> str:
+    """The settings that put something else in the place of Inductor's code, with their values; empty where none is."""
+    import torch._dynamo
+    import torch._inductor.config
+
+    asked = {
+        "TORCH_COMPILE_OVERRIDE_BACKENDS": getattr(torch._dynamo.config, "debug_backend_override", ""),
+        "TORCH_COMPILE_OVERRIDE_INDUCTOR_CONFIGS": getattr(torch._dynamo.config, "debug_inductor_config_override", ""),
+        "torch._inductor.config.fallback_by_default": getattr(torch._inductor.config, "fallback_by_default", False),
+    }
+    return ", ".join(f"{name}={value}" for name, value in asked.items() if value)
+
+
+def _what_to_unset() -> str:
+    """What may have switched the compiler off: variables that are set, or settings of the process."""
+    names = [name for name in sorted(os.environ) if name.startswith(("TORCHDYNAMO_", "TORCH_COMPILE_"))]
+    if torch._dynamo.config.disable:
+        names.append("torch._dynamo.config.disable")
+    return f"unset {', '.join(names)}" if names else "something sets torch.compiler.set_stance, or disables it in code"
 
 
 def _compiler_by_tokens(for_single: Compile, for_several: Compile) -> Compile:

@@ -10,6 +10,7 @@ import gc
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
@@ -44,10 +45,12 @@ from qwen3bench.record.messages import (
 )
 from qwen3bench.record.states import CellStatus
 from qwen3bench.worker.device import device_here, is_out_of_memory
+from qwen3bench.worker.error_text import both_ends, error_text
 from qwen3bench.worker.identity import identify
 from qwen3bench.worker.inspection import Inspection
 from qwen3bench.worker.pauses import watch_pauses
-from qwen3bench.worker.session import InvalidCell, Session
+from qwen3bench.worker.runtimes import InvalidCell
+from qwen3bench.worker.session import Session
 from qwen3bench.worker.timed_pass import TimedPass
 
 _MAX_REASON = 500  # characters of an error's text: a page of it would not be read
@@ -123,7 +126,7 @@ class Worker:
 
 def failure(error: BaseException) -> Failure:
     """The reply for an exception: the cell's status, and the reason in one line."""
-    line = " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
+    line = both_ends(error_text(error), _MAX_REASON) or type(error).__name__
     if isinstance(error, UserError):
         return Failure(status=REFUSED, reason=str(error))
     if isinstance(error, InvalidCell):
@@ -142,6 +145,8 @@ def serve(requests: BinaryIO, replies: BinaryIO, worker: Worker) -> None:
         try:
             reply = encode_reply(worker.answer(request))
         except Exception as error:
+            if not isinstance(error, (UserError, InvalidCell)):  # the reply has room for a part of it
+                traceback.print_exception(error)
             reply = encode_reply(failure(error))
         replies.write(reply)
         replies.flush()

@@ -24,10 +24,6 @@ from qwen3bench.worker.runtimes import Runtime, make_runtime
 from qwen3bench.worker.workloads import Workload, WorkloadSize, workload_sizes
 
 
-class InvalidCell(Exception):
-    """A cell that runs and must not be measured, with the reason."""
-
-
 class Session:
     """The resolved settings of a run on a device of this process. The weights are loaded when a cell needs them."""
 

@@ -13,8 +13,8 @@ from qwen3bench.model.decoder import Decoder
 from qwen3bench.record.messages import Preparation, Timed, TimedVisit
 from qwen3bench.worker.clock import TimedValue, inner_repeats, time_device, time_host, visit_repeats
 from qwen3bench.worker.pauses import unpaused
-from qwen3bench.worker.runtimes import Launch
-from qwen3bench.worker.session import InvalidCell, Session
+from qwen3bench.worker.runtimes import InvalidCell, Launch
+from qwen3bench.worker.session import Session
 from qwen3bench.worker.workloads import keeping_output
 
 FAST_S = 0.05  # what is launched once more rather than trusted at once

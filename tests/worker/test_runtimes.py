@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +19,19 @@ from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.errors import UserError
 from qwen3bench.model.build import build_model
 from qwen3bench.model.cache import KVCache
+from qwen3bench.model.decoder import Decoder
 from qwen3bench.model.qwen3 import Qwen3Model
 from qwen3bench.worker.compile_counters import compiled_graphs, forget_compilations, graph_breaks
-from qwen3bench.worker.runtimes import CompileRuntime, PreparedModel, PreparedStep, dotted, make_runtime
+from qwen3bench.worker.peers import build_peer
+from qwen3bench.worker.runtimes import (
+    CompileRuntime,
+    InvalidCell,
+    PreparedModel,
+    PreparedStep,
+    dotted,
+    make_runtime,
+    require_replay,
+)
 from qwen3bench.worker.workloads import Workload, WorkloadSize
 
 CPU = torch.device("cpu")
@@ -34,7 +47,7 @@ def dynamo() -> Iterator[None]:
     """What a runtime sets for its process, set back."""
     import torch._dynamo
 
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=False):
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=False, suppress_errors=False):
         yield
 
 
@@ -79,6 +92,150 @@ def test_compiled_generation_matches_eager_and_compiles_nothing_when_warm(model:
             assert torch.equal(step(), logits)
         assert compiled_graphs() == compiled
     assert graph_breaks() == 0
+
+
+# What a runtime claims
+
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler"
+)
+CLAIM = """
+import sys, torch
+from qwen3bench.config.choices import options_of
+from qwen3bench.config.model_config import ModelConfig
+from qwen3bench.model.build import build_model
+from qwen3bench.worker.runtimes import InvalidCell, make_runtime
+from qwen3bench.worker.workloads import Workload, WorkloadSize
+torch.set_grad_enabled(False)
+model = build_model(ModelConfig(**options_of("model", "tiny") | {"num_layers": 1}))
+runtime = make_runtime("compile", torch.device("cpu"))
+(step,) = Workload(WorkloadSize("prefill", 1, 4, 0), model).steps(runtime.prepare_model(model).model)
+try:
+    runtime.prepare(step)
+except InvalidCell as error:
+    print(error)
+else:
+    print("compiled")
+"""
+
+
+def claimed(environment: dict[str, str]) -> str:
+    """What a process with these variables says of a model that it is to compile."""
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", CLAIM],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": root} | environment,
+        check=False,
+    )
+    return done.stdout.strip() or done.stderr
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("TORCHDYNAMO_DISABLE", "1"),
+        ("TORCH_COMPILE_DISABLE", "1"),
+        ("TORCH_COMPILE_OVERRIDE_BACKENDS", ">=0:eager"),
+        ("TORCH_COMPILE_OVERRIDE_BACKENDS", ">=0:aot_eager"),
+    ],
+)
+def test_a_variable_that_switches_the_compiler_off_is_named(name: str, value: str) -> None:
+    told = claimed({name: value})
+    assert told.startswith("torch.compile")
+    assert f"unset {name}" in told
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_failure_to_compile_is_never_suppressed(tmp_path: Path) -> None:
+    broken = tmp_path / "g++"
+    broken.write_text('#!/bin/sh\ncase "$*" in *" -o "*) echo "no space left" >&2; exit 1;; esac\nexec g++ "$@"\n')
+    broken.chmod(0o755)
+    environment = {"CXX": str(broken), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    assert "no space left" in claimed({**environment, "TORCHDYNAMO_SUPPRESS_ERRORS": "1"})
+    assert claimed({"TORCHDYNAMO_SUPPRESS_ERRORS": "1"}) == "compiled"  # nothing failed
+
+
+def prepared_steps(model: Decoder, size: WorkloadSize) -> list[PreparedStep]:
+    runtime = make_runtime("compile", CPU)
+    with torch.no_grad():
+        return [runtime.prepare(step) for step in Workload(size, model).steps(runtime.prepare_model(model).model)]
+
+
+@needs_compiler
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.parametrize("peer", [False, True])
+def test_a_compiler_that_is_switched_off_is_told_of(
+    tiny: ModelConfig, tiny_weights: dict[str, Tensor], model: Qwen3Model, peer: bool
+) -> None:
+    torch.compiler.reset()
+    given: Decoder = build_peer("transformers:sdpa", tiny, tiny_weights) if peer else model
+    size = WorkloadSize("prefill", 1, 4, 0)
+    with torch._dynamo.config.patch(disable=True), pytest.raises(InvalidCell, match=r"config\.disable"):
+        prepared_steps(given, size)
+    with torch.compiler.set_stance("force_eager"), pytest.raises(InvalidCell, match="set_stance"):
+        prepared_steps(given, size)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.usefixtures("dynamo")
+def test_one_step_that_runs_in_eager_is_told_of(model: Qwen3Model) -> None:
+    torch.compiler.reset()
+    size = WorkloadSize("generate", 1, 6, 3)
+    with torch.compiler.set_stance("eager_on_recompile"), pytest.raises(InvalidCell, match="run in eager"):
+        prepared_steps(model, size)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.usefixtures("dynamo")
+def test_a_compiler_that_falls_back_is_told_of(model: Qwen3Model) -> None:
+    import torch._inductor.config
+
+    torch.compiler.reset()
+    fallback = torch._inductor.config.patch(fallback_by_default=True)
+    with fallback, pytest.raises(InvalidCell, match="fallback_by_default=True"):
+        prepared_steps(model, WorkloadSize("prefill", 1, 4, 0))
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.usefixtures("dynamo")
+def test_each_model_needs_a_compilation_of_its_own(model: Qwen3Model) -> None:
+    torch.compiler.reset()
+    size = WorkloadSize("prefill", 1, 4, 0)
+    runtime = make_runtime("compile", CPU)
+    with torch.no_grad():
+        for _ in range(2):  # a copy of a cell, too
+            (step,) = Workload(size, model).steps(runtime.prepare_model(model).model)
+            runtime.prepare(step)
+        runtime.prepare_model(model)
+        with pytest.raises(InvalidCell, match="made no code of it"):
+            runtime.prepare(step)  # another's
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_graph_that_holds_nothing_is_told_of(dtype: torch.dtype) -> None:
+    logits = torch.randn(1, 2, 3).to(dtype)
+    wanted = logits.clone()
+    require_replay(lambda: logits.copy_(wanted), logits)
+    assert torch.equal(logits, wanted)
+    with pytest.raises(InvalidCell, match="writes no logits"):
+        require_replay(lambda: None, logits)
+
+
+@pytest.mark.cuda
+def test_an_empty_capture_is_told_of_on_cuda() -> None:
+    runtime = make_runtime("graph", torch.device("cuda"))
+    logits = torch.zeros(1, 2, 3, device="cuda")
+    with pytest.raises(InvalidCell, match="writes no logits"):
+        runtime.prepare(lambda: logits)
 
 
 @pytest.mark.usefixtures("dynamo")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qwen3bench.config.choices import options_of
 from qwen3bench.config.settings import Settings
 from qwen3bench.record.messages import CellFailure, Preparation
 from qwen3bench.worker import timed_pass
@@ -140,3 +141,17 @@ def test_logits_that_are_not_finite_are_never_timed(ask: Ask, overflowing: Setti
     assert caught.value.status == "invalid"
     with pytest.raises(CellFailure):  # it was not made ready
         ask("visit", cell="baseline", copy=0, repeats=1)
+
+
+@pytest.mark.parametrize("op", ["prepare", "evidence"])
+def test_eager_is_never_reported_as_compiled(ask: Ask, settings: Settings, op: str) -> None:
+    import torch._dynamo
+
+    ask("open", config=replace(settings, runtimes={"compile": options_of("runtime", "compile")}).to_dict())
+    where = {"cell": "flash", "workload": "prefill", "runtime": "compile"}
+    with torch._dynamo.config.patch(disable=True, fail_on_recompile_limit_hit=False):
+        if op == "prepare":
+            ask("enter", **where)
+        with pytest.raises(CellFailure, match="eager") as failed:
+            ask(op, **({"cell": "flash", "copy": 0} if op == "prepare" else where))
+    assert failed.value.status == "invalid"

@@ -167,4 +167,6 @@ def _add_own(found: JudgedCases, size: WorkloadSize, shared: list[int]) -> None:
             passes.append(Pass(index, (1,) * early, n))
             if late:
                 passes.append(Pass(index, (n + steps - late, *[1] * late), last=True))
+        few = min(steps, CALLS - 1)  # of other tokens, where these stood
+        passes.append(Pass(found.prompt(whole, b, n + few, n - 1), (n, *[1] * few), last=True))
     found.cases.append(Case(name, whole, tuple(passes), size.cache_capacity, usual=True, own=True))

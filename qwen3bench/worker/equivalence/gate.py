@@ -46,6 +46,7 @@ from qwen3bench.worker.equivalence.judged_layers import judged_layers
 from qwen3bench.worker.equivalence.logit_errors import Errors, WrongLogitsError, dtype_name
 from qwen3bench.worker.equivalence.reference import LAYERS, Leniency, Reference, WrongReferenceError
 from qwen3bench.worker.equivalence.verdict import ErrorComparison
+from qwen3bench.worker.error_text import both_ends, error_text
 from qwen3bench.worker.workloads import WorkloadSize
 
 
@@ -143,8 +144,13 @@ class _DoesNotRunError(Exception):
 
 
 def _why(error: Exception, messages: Sequence[object]) -> str:
-    """What PyTorch says and warns of, in one line, without the backends that were not asked for."""
+    """What PyTorch says and warns of, in one line, without the backends that were not asked for.
+
+    Of an error its first line; where that only announces the rest, as a compiler's does, all of it.
+    """
     lines = [(str(text).strip() or type(text).__name__).splitlines()[0] for text in (error, *messages)]
+    if lines[0].endswith(":"):
+        lines[0] = error_text(error)
     lines = [line.partition(" (Triggered internally")[0].rstrip(". ") for line in lines]
     told = dict.fromkeys(line for line in lines if not line.endswith(("not used because:", "runtime disabled")))
-    return "; ".join(told)[:400]
+    return both_ends("; ".join(told), 400)

@@ -183,7 +183,7 @@ def kept_from_the_second_call(forward, kept, tokens, cache, start, keep):
     return kept[key][-1]
 
 
-@pytest.mark.parametrize("size", [("prefill", 1, 16, 0), ("decode", 2, 12, 1)])
+@pytest.mark.parametrize("size", [("prefill", 1, 16, 0), ("decode", 2, 12, 1), ("generate", 2, 12, 4)])
 @pytest.mark.parametrize("change", [kept_by_shape, kept_by_tensor, kept_from_the_second_call])
 def test_a_result_kept_from_an_earlier_call_is_rejected(size: Size, change: Callable[..., Tensor]) -> None:
     assert_rejected_by_far(judged(gate_for(size), calls(change)))
