@@ -48,7 +48,7 @@ def test_it_rebuilds_tables_and_report_from_the_record(
     assert (run / "samples.jsonl").read_bytes() == record
     out = capsys.readouterr().out
     assert str(run / "report.html") in out
-    assert "flash: 1.03" in out
+    assert "+opt=flash  1.03" in out
 
 
 def test_a_partial_run_gives_a_report_that_says_so(
@@ -56,7 +56,7 @@ def test_a_partial_run_gives_a_report_that_says_so(
 ) -> None:
     run = make_run("run", finished=False)
     assert main([str(run / "samples.jsonl")]) == 0
-    assert "This run has not finished" in capsys.readouterr().out
+    assert "this run has not finished" in capsys.readouterr().out
     assert "This run has not finished" in (run / "report.md").read_text("utf-8")
 
 
