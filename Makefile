@@ -64,13 +64,16 @@ clean: ## remove what was built here; results stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# Not --quiet: a first download takes a minute or two, in which nothing else would be seen.
+INSTALL = @echo 'setting up $(VENV) (a minute or two)'; \
+  $(BIN)/python -m pip install --progress-bar on --disable-pip-version-check -c constraints.txt -e
 # The versions that the suite is tested with. Measuring does without the extras, so that it starts sooner.
 $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(INSTALL) .
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(INSTALL) '.[dev]'
 	@touch $@ $(VENV)/.run
 
 $(BIN)/python:

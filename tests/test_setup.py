@@ -55,6 +55,18 @@ def test_make_ablate_is_the_command_of_the_contract() -> None:
     )
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(("target", "what"), [("ablate", "."), ("test", "'.[dev]'")])
+def test_make_says_that_it_sets_up_and_shows_progress(target: str, what: str) -> None:
+    planned = _make("-n", "-W", "pyproject.toml", target)
+    said, install = planned.index("setting up .venv (a minute or two)"), planned.index("-m pip install")
+    assert said < install
+    line = planned[install:].splitlines()[0]
+    assert "--quiet" not in line
+    assert "--progress-bar on" in line
+    assert line.endswith(f"-c constraints.txt -e {what}")
+
+
 def test_every_direct_dependency_is_pinned_within_its_bounds() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [
