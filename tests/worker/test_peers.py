@@ -160,7 +160,7 @@ def test_compiles_whole_without_breaks(size: WorkloadSize) -> None:
 
 
 @each_peer
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_the_gate_accepts_it(tiny: ModelConfig, peer: str, dtype: torch.dtype) -> None:
     verdict = judge_peer(
         Gate(
