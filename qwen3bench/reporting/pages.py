@@ -29,7 +29,7 @@ from qwen3bench.reporting.tables import Table
 from qwen3bench.reporting.templates import render
 from qwen3bench.reporting.units import duration_words, listing
 from qwen3bench.reporting.whatif import as_script, whatif
-from qwen3bench.reporting.wording import FLASH_AND_MASK, METHOD, command_of, control_mark, sentence
+from qwen3bench.reporting.wording import FLASH_AND_MASK, METHOD, OPENING, command_of, control_mark, sentence
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -85,6 +85,7 @@ def page_content(run: Run, found: list[Finding]) -> dict[str, Any]:
         "title": f"{run.record.run.model or 'A model'} on {device(run)}",
         "factors": factors(run),
         "about": about(run),
+        "opening": OPENING,
         "warnings": [sentence(finding) for finding in alone],
         "cards": answers,
         "not_told": not_told(run),

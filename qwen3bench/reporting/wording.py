@@ -58,6 +58,10 @@ HEADINGS = {
     Kind.DEPENDENT: "Do they stack?",
     Kind.CONTROL: "Controls",
 }
+OPENING = (
+    "qwen3bench builds one Qwen3 model with optimizations switched on or off. A cell is one combination of switches. "
+    "Each cell is checked to compute what the baseline does, with all of them off. Then it is timed beside it."
+)
 METHOD = (
     "Cells are timed in blocks. A block visits every cell once, in a fresh random order, and a second copy of the "
     "baseline. A visit is one untimed value, then one or more timed ones. Blocks are spread over fresh processes. An "
