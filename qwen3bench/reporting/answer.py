@@ -12,7 +12,7 @@ from qwen3bench.record.lines import SessionLine
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.control_findings import control_list, outcome_of, tally
 from qwen3bench.reporting.finding import Advice, Choice, ControlOutcome, Finding, Kind, Times
-from qwen3bench.reporting.lookup import blocks_of, level, of_peers
+from qwen3bench.reporting.lookup import blocks_of, level, of_peers, rows
 from qwen3bench.reporting.units import count, is_number, ratio, seconds, significant, size, times
 from qwen3bench.reporting.wording import choice_notes, sentence
 
@@ -121,7 +121,11 @@ def _sure(run: Run, condition: Condition, about: Sequence[Finding]) -> str:
     controls = "No control was measured" if not told.held else f"{told.passed} of {count(told.held, 'control')} passed"
     if told.held and told.passed == told.held:
         controls = f"All {count(told.passed, 'control')} passed" if told.passed > 1 else "The control passed"
-    return f"{controls}. Measured in {blocks_of(run, condition)}."
+    copies = "".join(
+        f" Two copies of the baseline read {ratio(row.ratio, row.lo, row.hi)}."
+        for row in rows(condition.select(run.controls.aa))
+    )
+    return f"{controls}.{copies} Measured in {blocks_of(run, condition)}."
 
 
 def not_told(run: Run) -> list[str]:

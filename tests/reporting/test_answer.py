@@ -10,7 +10,7 @@ from qwen3bench.config.settings import Settings
 from qwen3bench.reporting.answer import AnswerCard, cards, command_for, not_told
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.findings import findings
-from qwen3bench.reporting.units import seconds, size
+from qwen3bench.reporting.units import ratio, seconds, size
 
 Lines = list[dict[str, Any]]
 
@@ -39,7 +39,9 @@ def test_a_card_shows_the_numbers_of_its_cell(small: Callable[..., Run]) -> None
     chosen = cells.loc["+".join(card.switches)]
     assert facts["latency"] == (seconds(chosen["latency_s"]), f"baseline {seconds(cells.loc['baseline', 'latency_s'])}")
     assert facts["peak memory"][0] == size(chosen["peak_allocated_bytes"])
-    assert card.sure == "All 4 controls passed. Measured in 6 blocks in 2 processes."
+    (aa,) = run.controls.aa.itertuples()
+    copies = f"Two copies of the baseline read {ratio(aa.ratio, aa.lo, aa.hi)}."
+    assert card.sure == f"All 4 controls passed. {copies} Measured in 6 blocks in 2 processes."
     assert card.python == 'build_model(config, opts=("flash", "tie"))'
 
 
