@@ -14,12 +14,13 @@ from rich.text import Text
 from qwen3bench.record.states import CellStatus, Verdict
 from qwen3bench.reporting import control_findings
 from qwen3bench.reporting.conditions import Condition, conditions
-from qwen3bench.reporting.finding import ControlOutcome, NoVerdict, verdict_of
+from qwen3bench.reporting.finding import ControlOutcome, NoVerdict, Pair, verdict_of
 from qwen3bench.reporting.findings_cells import recommended
+from qwen3bench.reporting.findings_effects import joint
 from qwen3bench.reporting.lookup import BASELINE, LATENCY, band, directory, of_peers, others_beside, rows, terms, usable
 from qwen3bench.reporting.text_table import FIXED, narrow_table, packed, text_table, wrapped
-from qwen3bench.reporting.units import count, is_number, percent, ratio, seconds, significant, size
-from qwen3bench.reporting.wording import sentence
+from qwen3bench.reporting.units import count, is_number, listing, percent, ratio, seconds, significant, size
+from qwen3bench.reporting.wording import only_with, sentence
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -164,6 +165,7 @@ def _table(run: Run, width: int) -> list[str]:
         others_said = f", {others.pop()}" if len(others) == 1 and len(run.factors) > 1 else ""
         lines += ["", *wrapped(f"Each switch{others_said} {marks}", width)]
         lines += effect_lines(_cut(switches), heads, width)
+        lines += [line for text in _dependent(run) for line in wrapped(text, width)]
     names = [str(cell) for cell in dict.fromkeys(run.cells[of_peers(run.cells)]["cell"])]
     title = "Other implementations against the baseline"
     if not switches:
@@ -173,6 +175,16 @@ def _table(run: Run, width: int) -> list[str]:
     if any(each for estimates in cells.values() for each in estimates):
         lines += ["", *wrapped(title, width), *effect_lines(_cut(cells), heads, width)]
     return lines
+
+
+def _dependent(run: Run) -> Iterator[str]:
+    """Which switches help only with another one on, and where: the table's averages hide it."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for finding in joint(run):
+        if isinstance(finding.detail, Pair) and only_with(finding.detail):
+            places.setdefault((finding.detail.small, finding.detail.large), []).append(finding.condition)
+    for (small, large), found in places.items():
+        yield f"{small} helps only with {large} on ({listing(found)})."
 
 
 def _cut(table: Rows) -> Rows:

@@ -73,6 +73,16 @@ def test_one_condition_shows_intervals_and_verdicts(record_lines: Callable[..., 
     assert any(re.fullmatch(r"tie    [01]\.\d+× \[[01]\.\d+, 1\.\d+\] =", line) for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("name", "told"), [("mask", ["mask helps only with flash on (prefill 1×512 graph)."]), ("tie", [])]
+)
+def test_a_switch_that_helps_only_with_another_is_named_under_the_table(
+    record_lines: Callable[..., Lines], run_of: RunOf, name: str, told: list[str]
+) -> None:
+    lines = printed(run_of(record_lines(factors=("flash", name))))
+    assert [line for line in lines if "helps only" in line] == told
+
+
 @pytest.mark.parametrize("width", [40, 60, 72])
 def test_a_narrow_terminal_breaks_no_number(full_run: Run, width: int) -> None:
     lines = printed(full_run, width)
