@@ -10,6 +10,8 @@ import pytest
 from rich.console import Console
 
 from qwen3bench.analysis.run import Run
+from qwen3bench.reporting import terminal
+from qwen3bench.reporting.finding import Effect, Finding, Kind, Pair
 from qwen3bench.reporting.terminal import MAX_LINES, terminal_summary
 
 Lines = list[dict[str, Any]]
@@ -81,6 +83,15 @@ def test_a_switch_that_helps_only_with_another_is_named_under_the_table(
 ) -> None:
     lines = printed(run_of(record_lines(factors=("flash", name))))
     assert [line for line in lines if "helps only" in line] == told
+
+
+def test_a_switch_that_helps_without_the_other_too_is_not_named(
+    record_lines: Callable[..., Lines], run_of: RunOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(record_lines(factors=("flash", "norm")))
+    both = Pair("norm", "flash", Effect("norm", 1.5, 1.4, 1.6, "faster"), Effect("norm", 1.2, 1.1, 1.3, "faster"))
+    monkeypatch.setattr(terminal, "joint", lambda _: [Finding(Kind.INTERACTION, "flash:norm", detail=both)])
+    assert [line for line in printed(run) if "helps only" in line] == []
 
 
 @pytest.mark.parametrize("width", [40, 60, 72])
