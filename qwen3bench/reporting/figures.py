@@ -129,17 +129,16 @@ def label_point(axes: Axes, text: str, point: tuple[float, float]) -> None:
     axes.annotate(text, point, (-8, -10), textcoords="offset points", ha="right", va="top", fontsize=8)
 
 
-def heat(axes: Axes, logs: NDArray[np.float64], signs: dict[tuple[int, int], str], width: float, label: str) -> None:
-    """A heat map of ratios, given as logarithms, with its color bar; each field says its ratio and its sign.
+def heat(axes: Axes, logs: NDArray[np.float64], texts: dict[tuple[int, int], str], width: float, label: str) -> None:
+    """A heat map of ratios, given as logarithms, with its color bar; each field says its text.
 
-    `logs` (rows, columns), NaN where there is none; `signs` by row and column; the colors reach to `width` at
+    `logs` (rows, columns), NaN where there is none; `texts` by row and column; the colors reach to `width` at
     least, so that noise is not blown up.
     """
     limit = max(float(np.nanmax(np.abs(logs))), width)
     mesh = axes.pcolormesh(logs, cmap="PuOr", vmin=-limit, vmax=limit, edgecolors=PAPER, linewidth=1)
-    for (row, column), sign in signs.items():
+    for (row, column), text in texts.items():
         color = "#fefefe" if abs(logs[row, column]) > 0.6 * limit else "#1e1e1e"
-        text = f"{np.exp(logs[row, column]):.3f}{sign}"
         axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=color, fontsize=9)
     axes.invert_yaxis()
     axes.grid(visible=False)

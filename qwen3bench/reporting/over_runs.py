@@ -32,8 +32,7 @@ from qwen3bench.reporting.findings_cells import failures, missing
 from qwen3bench.reporting.findings_effects import joint
 from qwen3bench.reporting.lookup import AVERAGE, LATENCY, band, level, rows, terms
 from qwen3bench.reporting.tables import Entry, Table, drop_empty
-from qwen3bench.reporting.units import ratio
-from qwen3bench.reporting.wording import band_words, only_with
+from qwen3bench.reporting.wording import band_words, only_with, worth
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -125,7 +124,7 @@ def over_table(effects: pd.DataFrame, names: Sequence[str]) -> Table:
     for _, group in effects.groupby(["run", "condition"], sort=False):
         first = rows(group)[0]
         found = {
-            row.term: Entry(f"{ratio(row.estimate, row.lo, row.hi)} {row.verdict}", float(row.estimate))
+            row.term: Entry(worth(Effect(row.term, row.estimate, row.lo, row.hi, row.verdict)), float(row.estimate))
             for row in rows(group)
         }
         opening = [Entry(str(first.run), float(first.run)), Entry(first.condition, first.condition)]

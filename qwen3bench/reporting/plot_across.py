@@ -16,9 +16,17 @@ from qwen3bench.reporting.figures import MUTED, PAPER, RULE, SERIES, Plot, heat,
 from qwen3bench.reporting.finding import NoVerdict
 from qwen3bench.reporting.lookup import rows
 from qwen3bench.reporting.units import count, listing, times
+from qwen3bench.reporting.wording import band_words
 
 MAX_ROWS = 60  # that can be told apart on a page
-_SIGNS: dict[str, str] = {Verdict.FASTER: "*", Verdict.SLOWER: "*", Verdict.SAME: "="}
+_SIGNS: dict[str, str] = {
+    Verdict.FASTER: "*",
+    Verdict.SLOWER: "*",
+    Verdict.SAME: "=",
+    Verdict.UNDECIDED: "?",
+    NoVerdict.NOISE: "~",
+}
+_UNKNOWN = "–"
 
 
 def regimes(effects: pd.DataFrame, names: Sequence[str], width: float, max_rows: int = MAX_ROWS) -> Plot | None:
@@ -26,21 +34,30 @@ def regimes(effects: pd.DataFrame, names: Sequence[str], width: float, max_rows:
     every = list(effects.groupby(["run", "condition"], sort=False))
     groups = every[:max_rows]
     grid = np.full((len(groups), len(names)), np.nan)
-    signs: dict[tuple[int, int], str] = {}
+    texts: dict[tuple[int, int], str] = {}
     conditions = [_row_label(rows(group)[0]) for _, group in groups]
     for y, (_, group) in enumerate(groups):
         for effect in rows(group):
             x = names.index(effect.term)
-            grid[y, x], signs[y, x] = np.log(effect.estimate), _SIGNS.get(effect.verdict, "?")
+            grid[y, x] = np.log(effect.estimate)
+            texts[y, x] = f"{times(effect.estimate, effect.lo, effect.hi)}{_SIGNS.get(effect.verdict, _UNKNOWN)}"
     title = _regimes_title(effects, names)
-    legend = f"* verdict faster or slower, = same within ±{100 * width:g} %, ? undecided"
+    said = {
+        "*": "faster or slower",
+        "=": f"same within {band_words(width)}",
+        "?": "undecided",
+        "~": "within the noise",
+        _UNKNOWN: "no verdict",
+    }
+    seen = {_SIGNS.get(verdict, _UNKNOWN) for verdict in effects["verdict"]}
+    legend = ", ".join(f"{sign} {words}" for sign, words in said.items() if sign in seen)
     if len(every) > len(groups):
         legend += f"; the first {len(groups)} of {len(every)} conditions"
     note = f"n = {count(effects['run'].nunique(), 'run')}; {legend}"
     longest = max(map(len, conditions))
     figure = new_figure(title, note, 1.7 + 0.3 * len(groups), 8.0 + 0.07 * max(0, longest - 24))
     axes = figure.subplots()
-    heat(axes, grid, signs, width, "speed-up when switched on (×)")
+    heat(axes, grid, texts, width, "× as fast when switched on")
     axes.set_xticks(np.arange(len(names)) + 0.5, names)
     axes.set_yticks(np.arange(len(groups)) + 0.5, conditions)
     return Plot("regimes", figure, title, f"Effect of every switch under every condition. {title}.")
@@ -106,7 +123,7 @@ def trends(effects: pd.DataFrame, names: Sequence[str], width: float) -> Plot | 
             bars = np.clip([line["estimate"] - line["lo"], line["hi"] - line["estimate"]], 0, None)
             stroke = {"color": look["color"], "linestyle": look["linestyle"], "linewidth": 1}
             panel.errorbar(x, line["estimate"], yerr=bars, capsize=2, **stroke)
-            hollow = ~line["verdict"].isin(_SIGNS)
+            hollow = ~line["verdict"].isin((Verdict.FASTER, Verdict.SLOWER, Verdict.SAME))
             faces = [PAPER if empty else look["color"] for empty in hollow]
             marks = {"marker": look["marker"], "edgecolor": look["color"], "facecolor": faces}
             panel.scatter(x, line["estimate"], s=26, zorder=3, **marks)
@@ -123,7 +140,7 @@ def trends(effects: pd.DataFrame, names: Sequence[str], width: float) -> Plot | 
         panel.set_axis_off()
     spare[0].legend(handles=handles, loc="upper left", fontsize=8).set_in_layout(False)
     for line in panels:
-        line[0].set_ylabel("speed-up (×)")
+        line[0].set_ylabel("× as fast")
     return Plot("trends", figure, title, f"{title}.")
 
 

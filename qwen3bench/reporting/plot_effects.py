@@ -38,7 +38,7 @@ from qwen3bench.reporting.lookup import (
     rows,
     terms,
 )
-from qwen3bench.reporting.units import count, listing, ratio
+from qwen3bench.reporting.units import count, listing, ratio, times
 from qwen3bench.reporting.wording import band_words
 
 if TYPE_CHECKING:
@@ -76,9 +76,7 @@ def forest(run: Run, condition: Condition) -> Plot | None:
     axes.set_yticks(range(len(shown)), [term.replace(":", " : ") for term in shown["term"]])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel(
-        f"speed-up when switched on (×, above 1 is faster), {level(run)} interval; gray: ±{width * 100:g} %"
-    )
+    axes.set_xlabel(f"× as fast when switched on, {level(run)} interval; gray: ±{width * 100:g} %")
     axes.legend(handles=_verdict_handles(shown["verdict"]), loc="best")
     said = [f"{effect.term} {ratio(effect.estimate, effect.lo, effect.hi)}" for effect in rows(shown_main)]
     alt = f"Effects on latency with intervals: {listing(said, 12)}."
@@ -119,16 +117,17 @@ def interactions(run: Run, condition: Condition) -> Plot | None:
     if len(names) < 3 or pairs.empty:
         return None
     grid = np.full((len(names) - 1, len(names) - 1), np.nan)
-    signs: dict[tuple[int, int], str] = {}
+    texts: dict[tuple[int, int], str] = {}
     for effect in rows(pairs):
         column, row = sorted(names.index(name) for name in effect.term.split(":"))
         grid[row - 1, column] = np.log(effect.estimate)
-        signs[row - 1, column] = "*" if effect.verdict in (Verdict.FASTER, Verdict.SLOWER) else ""
+        sign = "*" if effect.verdict in (Verdict.FASTER, Verdict.SLOWER) else ""
+        texts[row - 1, column] = f"{times(effect.estimate, effect.lo, effect.hi)}{sign}"
     title = _noisy(run, condition, _interactions_title(pairs))
     note = f"{condition}; {device(run)}; n = {blocks_of(run, condition)}"
     figure = new_figure(title, note, 1.6 + 0.55 * len(names), 6.6)
     axes = figure.subplots()
-    heat(axes, grid, signs, band(run), "joint effect (×, above 1: worth more together)")
+    heat(axes, grid, texts, band(run), "joint effect (×, above 1: worth more together)")
     axes.set_xticks(np.arange(len(names) - 1) + 0.5, names[:-1])
     axes.set_yticks(np.arange(len(names) - 1) + 0.5, names[1:])
     axes.set_xlabel("* verdict faster or slower; without: same or undecided")
@@ -201,9 +200,7 @@ def by_condition(run: Run) -> Plot | None:
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.45, -0.55)
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel(
-        f"speed-up when switched on (×), {level(run)} interval; hollow: undecided; gray: ±{width * 100:g} %"
-    )
+    axes.set_xlabel(f"× as fast when switched on, {level(run)} interval; hollow: undecided; gray: ±{width * 100:g} %")
     longest = max(len(str(text)) for text in axes.get_legend_handles_labels()[1])
     axes.legend(loc="upper left", bbox_to_anchor=(0, -0.13), ncols=1 if longest > _COLUMN else 2, fontsize=8.5)
     return Plot("effects-by-condition", figure, title, f"Main effects by workload and runtime. {title}.")

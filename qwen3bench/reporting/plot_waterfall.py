@@ -24,7 +24,7 @@ from qwen3bench.reporting.lookup import (
     usable,
 )
 from qwen3bench.reporting.tables import signed_bytes
-from qwen3bench.reporting.units import BYTES, SECONDS, Unit, ratio, unit_for
+from qwen3bench.reporting.units import BYTES, SECONDS, Unit, ratio, times, unit_for
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -65,7 +65,8 @@ def waterfall(run: Run, condition: Condition, metric: str) -> Plot | None:
 
 
 def _steps(axes: Axes, shares: pd.DataFrame, levels: list[float], latency: bool, unit: Unit) -> None:
-    for i, share in enumerate(shares["estimate"]):
+    for i, row in enumerate(rows(shares)):
+        share = row.estimate
         before, after = levels[i] / unit.size, levels[i + 1] / unit.size
         low, high = sorted((before, after))
         gain = after <= before
@@ -79,7 +80,7 @@ def _steps(axes: Axes, shares: pd.DataFrame, levels: list[float], latency: bool,
             zorder=2,
         )
         axes.plot([i - 0.31, i + 1.31], [before, before], color=MUTED, linewidth=0.7)
-        text = f"{share:.3f}×" if latency else signed_bytes(share)
+        text = times(share, row.lo, row.hi) if latency else signed_bytes(share)
         axes.annotate(text, (i + 1, high), (0, 3), textcoords="offset points", ha="center")
     axes.plot([len(shares) - 0.31, len(shares) + 1.31], [levels[-1] / unit.size] * 2, color=MUTED, linewidth=0.7)
 

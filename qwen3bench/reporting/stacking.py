@@ -55,7 +55,11 @@ def _halves(told: Sequence[Finding]) -> Table | None:
             halves = [Entry(worth(half), half.estimate) for half in (pair.with_it, pair.without)]
             joint = Entry(ratio(finding.estimate, finding.lo, finding.hi), finding.estimate)
             rows.append([Entry(pair.small, pair.small), Entry(pair.large, pair.large), *halves, joint])
-    return Table(["switch", "beside", "with it on", "with it off", "joint effect"], rows) if rows else None
+    return (
+        Table(["switch", "beside", "with it on (× as fast)", "with it off (× as fast)", "joint effect"], rows)
+        if rows
+        else None
+    )
 
 
 def _ran(run: Run, condition: Condition, told: Sequence[Finding]) -> Table | None:

@@ -7,19 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwen3bench.record.states import Verdict
-from qwen3bench.reporting.finding import Beside, Finding, Kind, NoVerdict, Pair
+from qwen3bench.reporting.finding import Beside, Finding, Kind, Pair
 from qwen3bench.reporting.lookup import AVERAGE, UNLIKE
 from qwen3bench.reporting.units import is_number, ratio, times
-from qwen3bench.reporting.wording import only_with
+from qwen3bench.reporting.wording import only_with, verdict_word
 
 _DARKEST = 45  # % of the color behind the largest effect, on which text can still be read
-_WORDS: dict[str, str] = {
-    Verdict.SLOWER: "slower",
-    Verdict.SAME: "same",
-    Verdict.UNDECIDED: "undecided",
-    NoVerdict.NOISE: "within the noise",
-    "": "no interval",
-}
 _LOOKS: dict[str, str] = {Verdict.FASTER: "gain", Verdict.SLOWER: "loss", Verdict.SAME: "same"}
 
 
@@ -79,7 +72,7 @@ def _field(finding: Finding, largest: float, note: str) -> Field:
     return Field(
         times(finding.estimate, finding.lo, finding.hi),
         ratio(finding.estimate, finding.lo, finding.hi).partition(" ")[2],
-        ", ".join(filter(None, (_WORDS.get(finding.verdict, ""), note, "noisy" if finding.noisy else ""))),
+        ", ".join(filter(None, (verdict_word(finding.verdict), note, "noisy" if finding.noisy else ""))),
         look,
         shade,
     )

@@ -17,7 +17,7 @@ from qwen3bench.reporting.units import BYTES, SECONDS, Unit, count, is_number, r
 # Column of cells.csv → heading and how its values read; the order of the report's table.
 _CELL_COLUMNS: dict[str, tuple[str, str]] = {
     "latency_s": ("latency", "seconds"),
-    "speedup": ("speed-up over baseline", "ratio"),
+    "speedup": ("× as fast as the baseline", "ratio"),
     "tokens_per_s": ("tokens/s", "number"),
     "ttft_s": ("TTFT", "seconds"),
     "tpot_s": ("TPOT", "seconds"),
@@ -121,7 +121,8 @@ def effects_table(effects: pd.DataFrame) -> Table:
         if missing := int((unknown & (effects["kind"] == kind)).sum()):
             left_out.append(f"{count(missing, words)} that the cells do not tell")
     note = f"Left out here: {'; '.join(left_out)}." if left_out else ""
-    return drop_empty(Table(["term", "kind", "effect", "p (Holm)", "verdict", "reason"], lines, note=note))
+    effect = "effect (× as fast)" if (effects["metric"] == LATENCY).any() else "effect"
+    return drop_empty(Table(["term", "kind", effect, "p (Holm)", "verdict", "reason"], lines, note=note))
 
 
 def equivalence_table(cells: pd.DataFrame) -> Table:

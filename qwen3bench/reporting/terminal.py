@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MAX_LINES = 25  # one screen
 _WIDTH = 100
 _MAX_ROWS = 9  # of the table
-_MARKS: dict[str, str] = {Verdict.SAME: "=", Verdict.UNDECIDED: "?", NoVerdict.NOISE: "?", NoVerdict.MISSING: ""}
+_MARKS: dict[str, str] = {Verdict.SAME: "=", Verdict.UNDECIDED: "?", NoVerdict.NOISE: "~", NoVerdict.MISSING: ""}
 Estimate = tuple[float, float, float, str]  # ratio, its interval, its verdict
 Rows = dict[str, list[Estimate | None]]  # one estimate for each condition
 
@@ -158,7 +158,8 @@ def _table(run: Run, width: int) -> list[str]:
         for name in run.factors
         if name in told
     }
-    marks = f"(= the same within ±{100 * band(run):g}{FIXED}%, ? undecided)"
+    noisy = ", ~ within the noise" if any(control_findings.noise(run, condition) for condition in found) else ""
+    marks = f"(= the same within ±{100 * band(run):g}{FIXED}%, ? undecided{noisy})"
     lines: list[str] = []
     if switches:
         others = {others_beside(frame) for frame in main.values() if len(frame)}

@@ -16,7 +16,7 @@ from qwen3bench.reporting.findings_cells import ratios_over
 from qwen3bench.reporting.lookup import MEMORY, band, factors, of_peers, rows, usable
 from qwen3bench.reporting.tables import signed_bytes
 from qwen3bench.reporting.units import is_number, ratio, seconds, significant, size
-from qwen3bench.reporting.wording import worth
+from qwen3bench.reporting.wording import worth_said
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -104,5 +104,5 @@ def _flips(run: Run, condition: Condition) -> dict[str, dict[str, dict[str, str]
 
 def _flip(run: Run, condition: Condition, effect: Effect, change: float) -> dict[str, str]:
     verdict = control_findings.heard(run, condition, verdict_of(effect.lo, effect.hi, band(run)), effect.estimate)
-    told = {"latency": worth(replace(effect, verdict=verdict)), "verdict": str(verdict)}
+    told = {"latency": worth_said(replace(effect, verdict=verdict)), "verdict": str(verdict)}
     return told | ({"memory": signed_bytes(change)} if change else {})

@@ -144,15 +144,25 @@ def _interval(finding: Finding | Effect) -> str:
 
 
 def worth(effect: Finding | Effect) -> str:
-    """An effect on latency in the words that its verdict supports, for a table: `1.27× [1.26, 1.28]`, `… same`."""
-    text = _interval(effect)
-    if not text:
-        return "not measured"
-    return text if effect.verdict == Verdict.FASTER else f"{text} {_VERDICT_WORDS.get(effect.verdict, 'no verdict')}"
+    """An effect on latency for a table of how many times as fast: `1.27× [1.26, 1.28]`, `1.00× [0.99, 1.01] same`."""
+    return f"{_interval(effect)} {verdict_word(effect.verdict)}".rstrip() if _interval(effect) else "not measured"
+
+
+def worth_said(effect: Finding | Effect) -> str:
+    """The same where no heading says what the ratio is of: `0.90× as fast [0.89, 0.91]`, and a word for its verdict."""
+    gain, _, interval = _interval(effect).partition(" ")
+    said = f"{gain} as fast {interval}".rstrip()
+    return ", ".join(filter(None, (said, verdict_word(effect.verdict)))) if gain else "not measured"
+
+
+def verdict_word(verdict: str) -> str:
+    """What a verdict adds to a ratio: nothing where the ratio says it itself, above or below 1."""
+    return _VERDICT_WORDS.get(verdict, "no verdict")
 
 
 _VERDICT_WORDS: dict[str, str] = {
-    Verdict.SLOWER: "slower",
+    Verdict.FASTER: "",
+    Verdict.SLOWER: "",
     Verdict.SAME: "same",
     Verdict.UNDECIDED: "undecided",
     NoVerdict.NOISE: "within the noise",
@@ -168,7 +178,7 @@ def _fast(finding: Finding, other: str) -> str:
     interval = _interval(finding)
     words: dict[str, str] = {
         Verdict.FASTER: f"is {interval} as fast as {other}",
-        Verdict.SLOWER: f"is slower than {other}: {interval} as fast",
+        Verdict.SLOWER: f"is {interval} as fast as {other}",
         Verdict.SAME: f"is as fast as {other} within {band_words(finding.width)}: {interval}",
         Verdict.UNDECIDED: f"against {other} is undecided: {interval}",
         NoVerdict.NOISE: f"against {other} shows no more than the noise: {interval}",
@@ -224,7 +234,7 @@ def _switch(finding: Finding, beside: Beside) -> str:
     interval, name = _interval(finding), finding.subject
     words: dict[str, str] = {
         Verdict.FASTER: f"{name} on is {interval} as fast as off",
-        Verdict.SLOWER: f"{name} on is slower than off: {interval} as fast",
+        Verdict.SLOWER: f"{name} on is {interval} as fast as off",
         Verdict.SAME: f"{name} changes latency by less than {band_words(finding.width)}: {interval}",
         Verdict.UNDECIDED: f"{name} is undecided: {interval}",
         NoVerdict.NOISE: f"{name} shows no more than the noise: {interval}",
@@ -436,4 +446,4 @@ def _regime(finding: Finding, regime: Regime) -> str:
 
 def _ends(effects: tuple[Effect, ...]) -> str:
     said = [times(e.estimate, e.lo, e.hi) for e in sorted(effects, key=lambda e: e.estimate)]
-    return f" ({said[0]})" if len(said) == 1 or said[0] == said[-1] else f" ({said[0]} to {said[-1]})"
+    return f" ({said[0] if said[0] == said[-1] else f'{said[0]} to {said[-1]}'} as fast)"

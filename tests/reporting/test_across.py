@@ -124,6 +124,23 @@ def test_a_map_of_too_many_rows_says_so(runs: list[Run]) -> None:
         assert any(said in text.get_text() for text in plot.figure.texts) is (most < conditions)
 
 
+def test_the_map_marks_noise_otherwise_than_undecided(runs: list[Run]) -> None:
+    """And its legend names each mark that is on it, and no other."""
+    frame = effects_over(runs)
+    verdicts = ["faster", "same", "undecided", "noise"]
+    frame = frame.head(4).assign(verdict=verdicts)
+    said = ("* faster or slower", "= same within ±1 %", "? undecided", "~ within the noise")
+    for number in range(1, 5):
+        shown = frame.head(number)
+        with figures.style():
+            plot = regimes(shown, NAMES, 0.01)
+        assert plot is not None
+        note = " ".join(plot.figure.texts[-1].get_text().split())
+        assert [each in note for each in said] == [place < number for place in range(4)]
+        marks = [text.get_text()[-1] for text in plot.figure.axes[0].texts]
+        assert marks == ["*", "=", "?", "~"][:number]
+
+
 def test_a_trend_is_told_along_one_line_and_not_across_them(runs: list[Run]) -> None:
     """Eager was measured at the short prompts alone; graph, which does not change, at all."""
     frame = effects_over(runs)

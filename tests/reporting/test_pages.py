@@ -106,6 +106,16 @@ def test_nothing_measured_becomes_markup(page: str, text: str) -> None:
     assert "no \\| room \\<b>left\\</b> second line" in text
 
 
+def test_no_ratio_is_called_faster_or_slower(page: str, text: str) -> None:
+    """A reader may take "0.90× slower" for a tenth of the speed; "0.90× as fast" reads one way."""
+    plain = " ".join(re.sub(r"<[^>]*>", " ", page).split())
+    losses = re.findall(r"turn (?:on|off)|0\.\d+× as fast \[", plain)
+    assert losses
+    for content in (plain, text):
+        assert re.findall(r"\d×\W*(?:\[[^]]*\]\W*)?(?:faster|slower)\b.{,9}", content) == []
+        assert re.findall(r"(?:faster|slower)\W+\d+\.\d+×", content) == []
+
+
 def test_tables_of_markdown_are_rectangular(text: str) -> None:
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
     assert len(tables) > 4

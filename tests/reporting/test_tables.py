@@ -52,7 +52,9 @@ def test_missing_values_are_empty_and_sort_last(cells: pd.DataFrame) -> None:
     table = ranking_table(lost)
     assert column(table, "cell")[-1] == "flash"
     row = table.rows[-1]
-    assert [row[table.headings.index(name)] for name in ("latency (ms)", "speed-up over baseline")] == [Entry("")] * 2
+    assert [row[table.headings.index(name)] for name in ("latency (ms)", "× as fast as the baseline")] == [
+        Entry("")
+    ] * 2
     assert column(table, "status")[-1] == "oom"
 
 

@@ -147,6 +147,7 @@ def test_with_a_failed_control_no_winner_is_named(record_lines: Callable[..., Li
     lines = printed(run_of(record_lines(factors=("flash", "norm"), copy_shift=0.02)))
     assert lines[0].startswith("prefill 1×512 graph: noisy: two copies of the baseline differ by 2.0 %")
     assert not re.search(r"\+opt=|owest|astest", "\n".join(lines))
+    assert any("? undecided, ~ within the noise)" in line for line in lines)
 
 
 def test_without_peak_memory_parameters_are_told(record_lines: Callable[..., Lines], run_of: RunOf) -> None:

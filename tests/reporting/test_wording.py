@@ -36,7 +36,7 @@ from qwen3bench.reporting.finding import (
 )
 from qwen3bench.reporting.findings import findings
 from qwen3bench.reporting.over_runs import dependent, effects_over, limits, over_findings
-from qwen3bench.reporting.wording import FLASH_AND_MASK, METHOD, sentence, worth
+from qwen3bench.reporting.wording import FLASH_AND_MASK, METHOD, sentence, worth, worth_said
 
 REFERENCE = Path(__file__).parents[2] / "results" / "reference"
 Lines = list[dict[str, Any]]
@@ -63,7 +63,7 @@ SNAPSHOTS = [
     ),
     (
         Finding(Kind.TOGETHER, "flash", PREFILL, **LOSS, detail=Times(8.8e-3, 7.9e-3)),
-        "flash is slower than the baseline: 0.898× [0.896, 0.899] as fast (prefill 1×2048 graph). "
+        "flash is 0.898× [0.896, 0.899] as fast as the baseline (prefill 1×2048 graph). "
         "Latency goes from 7.900 ms to 8.800 ms.",
     ),
     (
@@ -115,7 +115,7 @@ SNAPSHOTS = [
             Kind.REGIME, "mask",
             detail=Regime(14, tuple(half("faster", e) for e in (1.215, 1.023, 1.1, 1.2)), (), 6, 4),
         ),
-        "mask is faster in 4 of 14 (1.023× to 1.215×), the same in 6 and undecided in 4.",
+        "mask is faster in 4 of 14 (1.023× to 1.215× as fast), the same in 6 and undecided in 4.",
     ),
 ]  # fmt: skip
 
@@ -133,15 +133,18 @@ def test_a_finding_of_one_of_several_runs_names_it() -> None:
 @pytest.mark.parametrize(
     ("verdict", "said"),
     [
-        (Verdict.FASTER, "1.20× [1.10, 1.30]"),
-        (Verdict.UNDECIDED, "1.20× [1.10, 1.30] undecided"),
-        (NoVerdict.NOISE, "1.20× [1.10, 1.30] within the noise"),
-        ("", "1.20× [1.10, 1.30] no verdict"),
+        (Verdict.FASTER, ""),
+        (Verdict.SLOWER, ""),
+        (Verdict.UNDECIDED, "undecided"),
+        (NoVerdict.NOISE, "within the noise"),
+        ("", "no verdict"),
     ],
 )
 def test_what_an_effect_is_worth_says_its_verdict(verdict: str, said: str) -> None:
-    assert worth(Effect("flash", 1.2, 1.1, 1.3, verdict)) == said
-    assert worth(Effect("flash", math.nan, math.nan, math.nan, "")) == "not measured"
+    effect, unknown = Effect("flash", 1.2, 1.1, 1.3, verdict), Effect("flash", math.nan, math.nan, math.nan, "")
+    assert worth(effect) == f"1.20× [1.10, 1.30] {said}".rstrip()
+    assert worth_said(effect) == f"1.20× as fast [1.10, 1.30]{', ' if said else ''}{said}"
+    assert worth(unknown) == worth_said(unknown) == "not measured"
 
 
 def sentences_of(text: str) -> list[str]:
