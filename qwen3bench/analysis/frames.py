@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from qwen3bench.analysis.variance import Estimates, clustered
 from qwen3bench.record.design import is_peer
-from qwen3bench.record.lines import BlockLine, SampleLine
+from qwen3bench.record.lines import BlockLine, ProcessLine, SampleLine
 from qwen3bench.record.reader import Record
 from qwen3bench.record.states import BlockState
 
@@ -26,6 +26,7 @@ COPY = "baseline (copy)"  # the column of the A/A copy in a block matrix
 SAMPLE_COLUMNS = (
     *("cell", "workload", "runtime", "copy", "process", "block", "attempt", "position", "repeat", "time"),
     *("latency_s", "ttft_s", "tpot_s", "itl_s"),
+    *("host", "card"),
 )
 
 
@@ -49,7 +50,8 @@ def used_samples(record: Record) -> pd.DataFrame:
     """The samples of finished blocks, one row each, with a 0/1 column per factor.
 
     A block counts when its last attempt is closed as ok or flagged; what was measured of others stays in the
-    record. `copy` = 1 marks the second copy of the baseline.
+    record. `copy` = 1 marks the second copy of the baseline. `host` and `card` say on which machine and card, where
+    the record does.
     """
     samples = record.frame(SampleLine)
     factors = list(record.run.factors)
@@ -63,6 +65,10 @@ def used_samples(record: Record) -> pd.DataFrame:
     closed = closed.drop_duplicates(_KEYS, keep="last")[[*_KEYS, "attempt"]]
     used = samples.merge(closed, on=[*_KEYS, "attempt"])
     codes = factor_columns(used["cell"].tolist(), factors)
+    places = {line.process: (line.host, line.card) for line in record.of(ProcessLine)}
+    for column, name in enumerate(("host", "card")):
+        of_each = [places.get(process, (None, None))[column] for process in used["process"]]
+        used[name] = pd.Series(of_each, used.index, dtype=object)
     return used.assign(**{f: codes[f].to_numpy() for f in factors})
 
 

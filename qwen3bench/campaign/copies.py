@@ -21,7 +21,7 @@ from qwen3bench.campaign.blocks import Blocks
 from qwen3bench.campaign.context import RunContext
 from qwen3bench.campaign.progress import Reporter
 from qwen3bench.campaign.state import RunState
-from qwen3bench.campaign.worker_pool import WorkerPool
+from qwen3bench.campaign.worker_pool import Seat, WorkerPool
 from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.config.settings import Settings
 from qwen3bench.errors import UserError
@@ -216,7 +216,8 @@ def _campaign(settings: Settings, identity: Identity) -> None:
             if done.of(EndLine):
                 return
         state = RunState(settings, done)
-        with WorkerPool(settings, writer, CopiesProcess, process=state.process) as workers:
+        seat = Seat(CopiesProcess, identity.environment.get("host"), identity.environment.get("card"))
+        with WorkerPool(settings, writer, seat, process=state.process) as workers:
             # The timed pass alone: the others say nothing about copies.
             Blocks(RunContext(settings, writer, progress, state, workers), Card.of(settings.device)).run(at_once=1)
         writer.append(EndLine(status=EndStatus.FINISHED, time=time.time()))

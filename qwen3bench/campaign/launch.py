@@ -22,7 +22,7 @@ from qwen3bench.campaign.context import RunContext
 from qwen3bench.campaign.passes import Campaign
 from qwen3bench.campaign.progress import Reporter, duration
 from qwen3bench.campaign.state import RunState
-from qwen3bench.campaign.worker_pool import StartWorker, WorkerPool
+from qwen3bench.campaign.worker_pool import Seat, StartWorker, WorkerPool
 from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.config.settings import Settings
 from qwen3bench.errors import UserError
@@ -185,8 +185,9 @@ def _campaign(
         continuation.refuse_changed(done, settings, identity, directory)
     writer.append(SessionLine(command=("python", "-m", "qwen3bench", *sys.argv[1:]), time=time.time()))
     state = RunState(settings, done)
-    pool = workers.enter_context(WorkerPool(settings, writer, machine.start_worker, worker, state.process))
     found = identity.environment
+    seat = Seat(machine.start_worker, found.get("host"), found.get("card"))
+    pool = workers.enter_context(WorkerPool(settings, writer, seat, worker, state.process))
     card_bytes = None if found.get("mig") else found.get("device_memory_bytes")  # of a part nothing is known
     card = machine.card or Card.of(settings.device)
     return Campaign(RunContext(settings, writer, reporter, state, pool), card, card_bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -22,6 +23,15 @@ StartWorker = Callable[[Path], WorkerProcess]
 R = TypeVar("R")
 
 
+@dataclass(frozen=True)
+class Seat:
+    """Where workers run: how one is started there, the machine's name, and the card's UUID (None on a CPU)."""
+
+    start: StartWorker
+    host: str | None = None
+    card: str | None = None
+
+
 class WorkerPool:
     """Asks the worker at work, and starts one where there is none; a context manager that ends them all.
 
@@ -33,7 +43,7 @@ class WorkerPool:
         self,
         settings: Settings,
         writer: RecordWriter,
-        start: StartWorker,
+        seat: Seat,
         ready: WorkerProcess | None = None,
         process: int = -1,
     ) -> None:
@@ -41,7 +51,7 @@ class WorkerPool:
         self.process = process
         self._settings = settings
         self._writer = writer
-        self._start = start
+        self._seat = seat
         self.ahead = [] if ready is None else [ready]  # started and not needed yet
         self._worker: WorkerProcess | None = None
         self._standing_by: dict[int, WorkerProcess] = {}  # by their places in `prepare`
@@ -173,7 +183,7 @@ class WorkerPool:
         self.process = self.number
         self._worker = worker
         line = ProcessLine(process=self.process, pid=worker.pid, purpose=self.purpose, time=time.time())
-        self._writer.append(line)
+        self._writer.append(replace(line, host=self._seat.host, card=self._seat.card))
 
     def _opened(self) -> WorkerProcess:
         """A worker that has taken the settings: one started ahead, or where that has died meanwhile a new one."""
@@ -201,4 +211,4 @@ class WorkerPool:
 
     def _launched(self) -> WorkerProcess:
         self._writer.refuse_removed()  # or it would be the worker's log that is missed
-        return self._stack.enter_context(self._start(self._writer.directory / "worker.log"))
+        return self._stack.enter_context(self._seat.start(self._writer.directory / "worker.log"))

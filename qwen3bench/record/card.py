@@ -39,12 +39,13 @@ class Card:
     def __init__(self, device_index: int = 0) -> None:
         self._nvml: Any = None
         self.handle: Any = None
+        self._mig_uuid: str | None = None
         try:
             import pynvml
 
             self._nvml = pynvml
             pynvml.nvmlInit()
-            self.handle = _find(pynvml, device_index)
+            self.handle, self._mig_uuid = _find(pynvml, device_index)
         except Exception:  # no driver, no card, no such card
             self.close()
 
@@ -82,7 +83,10 @@ class Card:
         )
 
     def describe(self) -> dict[str, Any]:
-        """What the card is and how it is set: name, memory, driver, clocks, limits; None where unknown."""
+        """What the card is and how it is set: name, UUID (`card`), memory, driver, clocks, limits; None where unknown.
+
+        Of a part of a card (MIG) the UUID is its own.
+        """
         memory = self._ask("nvmlDeviceGetMemoryInfo", self.handle)
         capability = self._ask("nvmlDeviceGetCudaComputeCapability", self.handle)
         persistence = self._ask("nvmlDeviceGetPersistenceMode", self.handle)
@@ -90,6 +94,7 @@ class Card:
         mig = self._ask("nvmlDeviceGetMigMode", self.handle)
         return {
             "device": self._ask("nvmlDeviceGetName", self.handle),
+            "card": self._mig_uuid or self._ask("nvmlDeviceGetUUID", self.handle),
             "device_memory_bytes": None if memory is None else memory.total,
             "compute_capability": None if capability is None else "{}.{}".format(*capability),
             "driver": self._ask("nvmlSystemGetDriverVersion"),
@@ -118,8 +123,10 @@ class Card:
         return tuple(sorted({p.pid for p in listed if p.pid not in own_pids and _instance(p) in ours}))
 
 
-def _find(nvml: Any, device_index: int) -> Any:
-    """NVML's handle of the whole card: NVML, unlike CUDA, does not heed CUDA_VISIBLE_DEVICES.
+def _find(nvml: Any, device_index: int) -> tuple[Any, str | None]:
+    """NVML's handle of the whole card, and the UUID of the part of it that is meant, under MIG.
+
+    NVML, unlike CUDA, does not heed CUDA_VISIBLE_DEVICES.
 
     Nor does it number unlike cards as CUDA does, the fastest first (CUDA's documentation, CUDA_DEVICE_ORDER).
     """
@@ -127,12 +134,12 @@ def _find(nvml: Any, device_index: int) -> Any:
     name = str(device_index) if visible is None else visible.split(",")[device_index].strip()
     if name.isdecimal():
         if os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or _alike(nvml):
-            return nvml.nvmlDeviceGetHandleByIndex(int(name))
+            return nvml.nvmlDeviceGetHandleByIndex(int(name)), None
         name = cuda_uuid(device_index)
     handle = nvml.nvmlDeviceGetHandleByUUID(name)
     if name.startswith("MIG-"):
-        handle = nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
-    return handle
+        return nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle), name
+    return handle, None
 
 
 def _alike(nvml: Any) -> bool:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,13 +53,14 @@ class TorchFacts:
 def environment(device: str, torch: TorchFacts, host: Host) -> dict[str, Any]:
     """The machine and the software of a run, for environment.json; what is unknown is None.
 
-    device: as PyTorch writes it ("cuda", "cuda:1", "cpu"). The host's name stays private.
+    device: as PyTorch writes it ("cuda", "cuda:1", "cpu"). `host` is the machine's name, `card` the card's UUID.
     """
     with Card.of(device) as card:
         described = card.describe()
     return {
         **(described if device.startswith("cuda") else dict.fromkeys(described)),
         "device": torch.device_name,
+        "host": socket.gethostname(),
         "cuda": torch.cuda,
         "cudnn": torch.cudnn,
         "torch": torch.version,

@@ -69,12 +69,14 @@ class SessionLine(Line):
 
 @typed
 class ProcessLine(Line):
-    """A worker process was put to work."""
+    """A worker process was put to work, on a machine (its name) and on a card (its UUID; None on a CPU)."""
 
     type: ClassVar = "process"
     process: Count
     pid: Count | None = None
     purpose: Annotated[Purpose, Field(strict=False)] | None = None
+    host: str | None = None
+    card: str | None = None
     time: Number | None = None
 
 

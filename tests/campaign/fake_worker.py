@@ -41,7 +41,7 @@ class FakeWorker:
     def identify(self):
         measured = json.dumps({k: v for k, v in self.config.items() if k not in APART}, sort_keys=True)
         digest = hashlib.sha256(measured.encode()).hexdigest()
-        environment = {"device": "a fake device", "device_memory_bytes": 80 * 2**30}
+        environment = {"device": "a fake device", "host": "here", "card": "GPU-1", "device_memory_bytes": 80 * 2**30}
         return {"environment": environment, "fingerprint": {"config": digest, **FINGERPRINT}}
 
     def load(self, cells):

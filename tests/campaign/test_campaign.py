@@ -25,7 +25,7 @@ from qwen3bench.campaign.context import RunContext
 from qwen3bench.campaign.passes import Campaign
 from qwen3bench.campaign.progress import Reporter
 from qwen3bench.campaign.state import RunState
-from qwen3bench.campaign.worker_pool import WorkerPool
+from qwen3bench.campaign.worker_pool import Seat, WorkerPool
 from qwen3bench.config.choices import choices
 from qwen3bench.config.settings import settings_from
 from qwen3bench.record.design import block_order
@@ -175,7 +175,7 @@ def _begun(directory: Path, settings: Any, *lines: dict[str, Any]) -> Iterator[R
 
 def _campaign(settings: Any, writer: RecordWriter, record: Any, start: Any, card: Any) -> Campaign:
     state = RunState(settings, record)
-    pool = WorkerPool(settings, writer, start, process=state.process)
+    pool = WorkerPool(settings, writer, Seat(start, "left", "GPU-1"), process=state.process)
     quiet = Reporter(Console(file=io.StringIO()))
     return Campaign(RunContext(settings, writer, quiet, state, pool), card)
 
@@ -373,6 +373,7 @@ def test_every_optimization_has_columns_of_its_own(measure: Measure) -> None:
     assert done.status == 0
     factors = set(choices("opt"))
     assert set(done.run.samples.columns) == {*SAMPLE_COLUMNS, *factors}
+    assert set(done.run.samples[["host", "card"]].itertuples(index=False, name=None)) == {("here", "GPU-1")}
     mains = done.run.effects[done.run.effects["kind"] == "main"]
     assert set(mains["term"]) == factors
 

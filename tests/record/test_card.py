@@ -74,6 +74,9 @@ class FakeNvml:
     def nvmlDeviceGetName(self, card: str) -> str:  # noqa: N802
         return f"NVIDIA {card}"
 
+    def nvmlDeviceGetUUID(self, card: str) -> str:  # noqa: N802
+        return f"GPU-{card}"
+
     def nvmlDeviceGetMemoryInfo(self, card: str) -> SimpleNamespace:  # noqa: N802
         return SimpleNamespace(total=85_520_809_984)
 
@@ -122,6 +125,7 @@ def test_reads_the_card(nvml: FakeNvml) -> None:
 def test_describes_the_card(nvml: FakeNvml) -> None:
     assert Card(1).describe() == {
         "device": "NVIDIA second",
+        "card": "GPU-second",
         "device_memory_bytes": 85_520_809_984,
         "compute_capability": "9.0",
         "driver": "580.95.05",
@@ -230,7 +234,10 @@ def test_finds_the_card_that_cuda_sees(
 ) -> None:
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert Card(index).describe()["device"] == name
+    described = Card(index).describe()
+    assert described["device"] == name
+    own = {"NVIDIA first": "GPU-first", "NVIDIA second": "GPU-second"}
+    assert described["card"] == (visible if visible and visible.startswith("MIG-") else own.get(str(name)))
 
 
 def test_unlike_cards_are_told_apart_as_cuda_numbers_them(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
