@@ -8,11 +8,12 @@ epilogue. The tiles were chosen on an H100.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qwen3bench.kernels import HAS_TRITON
 
@@ -52,6 +53,22 @@ if HAS_TRITON:
         tl.store(out + row * width + column, product.to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
+    def _silu_mul_backward_kernel(gate_up, gradient, out, product, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = column < width
+        gate = tl.load(gate_up + row * 2 * width + column, mask=inside).to(tl.float32)
+        up = tl.load(gate_up + row * 2 * width + width + column, mask=inside).to(tl.float32)
+        given = tl.load(gradient + row * width + column, mask=inside).to(tl.float32)
+        share = tl.sigmoid(gate)
+        silu = gate * share
+        of_gate = given * up * share * (1 + gate * (1 - share))
+        element = out.dtype.element_ty
+        tl.store(out + row * 2 * width + column, of_gate.to(element), mask=inside)
+        tl.store(out + row * 2 * width + width + column, (given * silu).to(element), mask=inside)
+        tl.store(product + row * width + column, (silu * up).to(element), mask=inside)
+
+    @triton.jit
     def _swiglu_tile_kernel(  # type: ignore[no-untyped-def]
         x, gate_up_weight, out, rows, width, dim, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr
     ):
@@ -89,6 +106,48 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     block = min(1024, triton.next_power_of_2(width))
     _silu_mul_kernel[(out.numel() // width, triton.cdiv(width, block))](gate_up, out, width, BLOCK=block)
     return out
+
+
+def silu_mul_backward(gate_up: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of `silu_mul`'s input (…, 2·width) from that of its result (…, width); and the result once more.
+
+    One Triton kernel on CUDA; plain operations elsewhere. Computed in float32.
+    """
+    if not (HAS_TRITON and gate_up.is_cuda) or gate_up.dtype is torch.float64:
+        gate, up = gate_up.chunk(2, dim=-1)
+        share = torch.sigmoid(gate)
+        silu = gate * share
+        of_gate = gradient * up * share * (1 + gate * (1 - share))
+        return torch.cat((of_gate, gradient * silu), dim=-1), silu * up
+    gate_up, gradient = gate_up.contiguous(), gradient.contiguous()
+    width = gate_up.shape[-1] // 2
+    out, product = torch.empty_like(gate_up), torch.empty_like(gradient)
+    block = min(1024, triton.next_power_of_2(width))
+    grid = (product.numel() // width, triton.cdiv(width, block))
+    _silu_mul_backward_kernel[grid](gate_up, gradient, out, product, width, BLOCK=block)
+    return out, product
+
+
+class SwiGLUDown(torch.autograd.Function):
+    """down (SiLU(gate) · up) of gate_up (…, 2·width) and down (dim, width), to (…, dim), with a gradient.
+
+    Kept for backward are gate_up and nothing else: the product that the down projection reads is computed again beside
+    the gradients (Liger-Kernel computes SiLU again likewise, but in place, which forbids recomputation and capture).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, down: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up, down)
+        return F.linear(silu_mul(gate_up), down)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate_up, down = ctx.saved_tensors
+        gradient = gradient.to(gate_up.dtype)
+        of_gate_up, product = silu_mul_backward(gate_up, gradient @ down.to(gate_up.dtype))
+        of_down = gradient.flatten(0, -2).T @ product.flatten(0, -2)
+        return of_gate_up, of_down.to(down.dtype)
 
 
 def swiglu_tiles(x: Tensor, gate_up_weight: Tensor, tile: Tile) -> Tensor:

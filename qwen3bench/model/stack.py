@@ -5,17 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3bench.model.weights import stacked
 
 
+class _Whole(torch.autograd.Function):
+    """The tensor whose row slices the given weights are; it copies nothing, and neither does its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, *weights: Tensor) -> Tensor:
+        ctx.rows = [weight.shape[0] for weight in weights]
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        return None, *gradient.split(ctx.rows)
+
+
 class StackedLinears(nn.Module):
-    """A module some of whose linear layers share one stored weight; for inference.
+    """A module some of whose linear layers share one stored weight.
 
     Checkpoints and the printed tree stay stock: the layers keep their names, and their weights are views (gpt-fast
     adapts fused layouts in a load hook likewise). Nothing is copied where the weights lie one after the other already.
+    Each layer's gradient is its rows of the stored weight's, a view as well.
     """
 
     def stack(self, *names: str) -> None:
@@ -34,7 +50,15 @@ class StackedLinears(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """All layers' outputs of x (…, in), side by side: (…, sum of their widths)."""
-        return F.linear(x, self.stacked_weight)
+        return F.linear(x, self._weight())
+
+    def _weight(self) -> Tensor:
+        """The stored weight; where gradients are asked for, one that hands its own on to the layers."""
+        weights = [getattr(self, name).weight for name in self._stacked]
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+            whole: Tensor = _Whole.apply(self.stacked_weight, *weights)
+            return whole
+        return self.stacked_weight
 
     def products(self, x: Tensor) -> tuple[Tensor, ...]:
         """Each layer's output of x (…, in), views on one product."""

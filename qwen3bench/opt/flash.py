@@ -54,7 +54,7 @@ class FlashAttention:
         return ~dense if dense.dtype is torch.bool else dense
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, mask_scores: MaskScores) -> Tensor:
-        if self.split and mask is None and token_attention.takes_query(q):
+        if self.split and mask is None and not q.requires_grad and token_attention.takes_query(q):
             split = compiled_split_attention if torch.compiler.is_compiling() else token_attention.split_attention
             return split(q, k, v)
         is_causal = False

@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.kernels import matvec
-from qwen3bench.kernels.swiglu import best_tile, multiprocessors_for_tiles, silu_mul, swiglu_tiles
+from qwen3bench.kernels.swiglu import SwiGLUDown, best_tile, multiprocessors_for_tiles, silu_mul, swiglu_tiles
 from qwen3bench.model.layers import FeedForward
 from qwen3bench.model.parts import Parts
 from qwen3bench.model.stack import StackedLinears
@@ -50,12 +51,23 @@ class FusedFeedForward(FeedForward, StackedLinears):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, tokens = self.stacked_weight, x.numel() // x.shape[-1]
+        if torch.is_grad_enabled() and x.requires_grad:
+            return self._with_gradient(x)
         if matvec.takes_token(x):
             feed_forward = compiled_token_feed_forward if torch.compiler.is_compiling() else token_feed_forward
             return feed_forward(x, weight, self.fc3.weight)
         if tile := best_tile(tokens, weight.shape[0] // 2, self._multiprocessors):
             return self.fc3(swiglu_tiles(x, weight, tile))
         return self.fc3(silu_mul(self.product(x)))
+
+    def _with_gradient(self, x: Tensor) -> Tensor:
+        """The product is written, as backward needs it; compilers fuse the plain operations, backward's too."""
+        gate_up = self.product(x)
+        if torch.compiler.is_compiling():
+            gate, up = gate_up.chunk(2, dim=-1)
+            return self.fc3(F.silu(gate) * up)
+        out: Tensor = SwiGLUDown.apply(gate_up, self.fc3.weight)
+        return out
 
 
 def apply(parts: Parts) -> Parts:
