@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from qwen3bench.errors import UserError
 from qwen3bench.model.attention import AdditiveMask, EagerAttention
 from qwen3bench.model.layers import FeedForward, GroupedQueryAttention, RMSNorm, TransformerBlock, separate_head
+from qwen3bench.model.loss import CrossEntropy, keep_activations
 from qwen3bench.model.parts import Parts
 
 Optimization = Callable[[Parts], Parts]
@@ -20,6 +21,8 @@ BASELINE_PARTS = Parts(
     norm=RMSNorm,
     mlp=FeedForward,
     head=separate_head,
+    loss=CrossEntropy(),
+    recomputed=keep_activations,
 )
 
 

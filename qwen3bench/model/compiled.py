@@ -18,14 +18,15 @@ from qwen3bench.model.layers import TransformerBlock
 class CompiledModel(Decoder):
     """A model that runs compiled code; `original` is the same model in eager, and stays as it was."""
 
-    def __init__(self, original: Decoder, run: Forward, run_first_block: Forward) -> None:
-        """`run` and `run_first_block` are called as a Decoder is."""
+    def __init__(self, original: Decoder, run: Forward, run_first_block: Forward, loss: Forward | None = None) -> None:
+        """`run` and `run_first_block` are called as a Decoder is, `loss` as its method is; by default it uses `run`."""
         super().__init__()
         self.config, self.tok_emb, self.out_head = original.config, original.tok_emb, original.out_head
         self.is_peer = original.is_peer
         self._original = original
         self._run = run
         self._run_first_block = run_first_block
+        self._loss = loss or super().loss
 
     @property
     def original(self) -> Decoder:
@@ -34,6 +35,10 @@ class CompiledModel(Decoder):
     def forward(self, tokens: Tensor, cache: KVCache | None = None, start: int = 0, logits_to_keep: int = 0) -> Tensor:
         logits: Tensor = self._run(tokens, cache, start, logits_to_keep)
         return logits
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        loss: Tensor = self._loss(tokens, targets)
+        return loss
 
     def compiled(self, compile_: Compile) -> Decoder:
         return self._original.compiled(compile_)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.model.cache import KVCache
+from qwen3bench.model.loss import cross_entropy
 
 Forward = Callable[..., Any]
 Compile = Callable[[Forward], Forward]  # from a function to compiled code that does the same
@@ -30,11 +31,15 @@ class Decoder(nn.Module):
         `logits_to_keep` > 0 computes only the last that many positions' logits.
         """
 
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """The mean cross-entropy of the targets (b, t), each the token after that of `tokens` (b, t)."""
+        return cross_entropy(self(tokens), targets)
+
     @abstractmethod
     def compiled(self, compile_: Compile) -> Decoder:
         """A `CompiledModel` on the same weights; this model stays as it is.
 
-        `compile_` is called once. Raises ValueError where one compilation cannot serve the whole model.
+        Raises ValueError where one compilation cannot serve the whole model.
         """
 
     @property

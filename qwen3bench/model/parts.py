@@ -9,6 +9,7 @@ from torch import nn
 
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.model.attention import Attend, Mask
+from qwen3bench.model.loss import Loss
 
 
 @dataclass(frozen=True)
@@ -22,3 +23,5 @@ class Parts:
     norm: Callable[[int, float], nn.Module]
     mlp: Callable[[ModelConfig], nn.Module]
     head: Callable[[nn.Embedding], nn.Linear]
+    loss: Loss
+    recomputed: Callable[[int], bool]  # of a block's number: whether backward computes it again

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.model.cache import KVCache
@@ -58,15 +59,30 @@ class Qwen3Model(Decoder):
         """
         return self._through_blocks(self.trf_blocks, tokens, cache, start, logits_to_keep)
 
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return self.parts.loss(self.out_head, self._states_of_blocks(self.trf_blocks, tokens), targets)
+
     def compiled(self, compile_: Compile) -> CompiledModel:
-        """Its regions compiled; its blocks, where these cannot be cut there."""
+        """Its regions compiled, or its blocks, where these cannot be cut there; and the loss."""
         blocks = list(self.trf_blocks)
         regions = regions_of(blocks, self.final_norm)
         modules: list[nn.Module] = [*regions] or blocks
         run = compile_(shared_forward(modules))
-        through = self._through_regions if regions else self._through_blocks
+        states = self._states_of_regions if regions else self._states_of_blocks
         calls = [partial(run, module) for module in modules]
-        return CompiledModel(self, partial(through, calls), partial(through, calls[:1]))
+
+        @cache
+        def loss_of() -> Forward:  # compiled where it is asked for, as inference does not
+            return compile_(self.parts.loss.__call__) if self.parts.loss.compiles else self.parts.loss
+
+        def through(calls: Sequence[Forward], *given: Any, **named: Any) -> Tensor:
+            return self.out_head(states(calls, *given, **named))
+
+        def loss(tokens: Tensor, targets: Tensor) -> Tensor:
+            found: Tensor = loss_of()(self.out_head, states(calls, tokens), targets)
+            return found
+
+        return CompiledModel(self, partial(through, calls), partial(through, calls[:1]), loss)
 
     def first_block_alone(self) -> Forward:
         return partial(self._through_blocks, self.trf_blocks[:1])
@@ -79,12 +95,24 @@ class Qwen3Model(Decoder):
         start: int = 0,
         logits_to_keep: int = 0,
     ) -> Tensor:
-        x, shared, layers = self._before_blocks(tokens, cache, start)
-        for block, layer in zip(blocks, layers, strict=False):
-            x = block(x, *shared, layer, start)
-        return self.out_head(self.final_norm(x[:, -logits_to_keep:]))
+        return self.out_head(self._states_of_blocks(blocks, tokens, cache, start, logits_to_keep))
 
-    def _through_regions(
+    def _states_of_blocks(
+        self,
+        blocks: Iterable[Forward],
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        start: int = 0,
+        logits_to_keep: int = 0,
+    ) -> Tensor:
+        """The normed last states, of which logits are made."""
+        x, shared, layers = self._before_blocks(tokens, cache, start)
+        for block, layer in zip(self._recomputing(blocks), layers, strict=False):
+            x = block(x, *shared, layer, start)
+        normed: Tensor = self.final_norm(x[:, -logits_to_keep:])
+        return normed
+
+    def _states_of_regions(
         self,
         regions: Iterable[Forward],
         tokens: Tensor,
@@ -95,9 +123,16 @@ class Qwen3Model(Decoder):
         x, shared, layers = self._before_blocks(tokens, cache, start)
         first: Any = self.trf_blocks[0]
         normed = first.norm1(x)
-        for region, layer in zip(regions, layers, strict=False):
+        for region, layer in zip(self._recomputing(regions), layers, strict=False):
             x, normed = region(x, normed, *shared, layer, start)
-        return self.out_head(normed[:, -logits_to_keep:])
+        return normed[:, -logits_to_keep:]
+
+    def _recomputing(self, blocks: Iterable[Forward]) -> Iterator[Forward]:
+        """The blocks, those that are to be so computed again in backward, where there is one."""
+        for number, block in enumerate(blocks):
+            again = torch.is_grad_enabled() and self.parts.recomputed(number)
+            # Nothing is random in a block, and its generator's state could not be read while a graph is captured.
+            yield partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False) if again else block
 
     def _before_blocks(
         self, tokens: Tensor, cache: KVCache | None, start: int

@@ -101,6 +101,18 @@ def test_a_region_ends_with_the_norm_after_its_block(tiny: ModelConfig, tiny_wei
     assert [module.block for module in recorder.ran] == list(model.trf_blocks)
 
 
+def test_the_loss_is_compiled_where_it_is_asked_for(tiny: ModelConfig, tiny_weights: dict[str, Tensor]) -> None:
+    model = build_model(tiny, (), tiny_weights)
+    recorder = Recorder()
+    compiled = model.compiled(recorder)
+    tokens = torch.randint(0, tiny.vocab_size, (2, 12))
+    torch.testing.assert_close(compiled.loss(tokens[:, :-1], tokens[:, 1:]), model.loss(tokens[:, :-1], tokens[:, 1:]))
+    assert recorder.compiled == [Region.forward, model.parts.loss.__call__]
+    assert recorder.ran[-1] is model.out_head
+    compiled.loss(tokens[:, :-1], tokens[:, 1:])
+    assert len(recorder.compiled) == 2
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("opts", [(), ("gemv",)])
