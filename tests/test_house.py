@@ -98,7 +98,11 @@ PLANTED = {
         "config is not allowed to import",
     ),
     "between siblings": ("worker/clock.py", "import qwen3bench.campaign.passes", "worker is not allowed to import"),
-    "a circle": ("reporting/wording.py", "import qwen3bench.reporting.pages", "cycles are allowed in qwen3bench.rep"),
+    "a circle": (
+        "reporting/wording/sentences.py",
+        "import qwen3bench.reporting.pages",
+        "cycles are allowed in qwen3bench.rep",
+    ),
     "of no layer": ("fresh.py", "", "qwen3bench.fresh"),
     "torch": ("reporting/units.py", "import torch", "reporting is not allowed to import torch"),
 }

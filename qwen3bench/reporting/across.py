@@ -17,8 +17,9 @@ from qwen3bench.reporting.over_runs import dependent, effects_over, limits, over
 from qwen3bench.reporting.pages import about, moment, switches
 from qwen3bench.reporting.plot_across import regimes, trends
 from qwen3bench.reporting.templates import render
-from qwen3bench.reporting.units import count, listing
-from qwen3bench.reporting.wording import METHOD, sentence
+from qwen3bench.reporting.units import count
+from qwen3bench.reporting.wording.page_words import PAGE, run_described
+from qwen3bench.reporting.wording.sentences import METHOD, sentence
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -34,8 +35,7 @@ def write_overview(runs: Sequence[Run], home: Path) -> Path:
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        text = f"{home}: cannot be made ({error.strerror}); name another directory with --out"
-        raise UserError(text) from error
+        raise UserError(f"{home}: cannot be made ({error.strerror}); name another directory with --out") from error
     effects = effects_over(runs)
     names = list(dict.fromkeys(name for run in runs for name in factors(run)))
     width = band(runs[0])
@@ -53,6 +53,7 @@ def write_overview(runs: Sequence[Run], home: Path) -> Path:
         "effects": over_table(effects, names) if len(effects) else None,
         "method": METHOD.format(level=level(runs[0])),
         "max_rows": _ROWS,
+        "words": PAGE,
     }
     for name in ("report.md", "report.html"):
         links = [(_link(run, home, name), _described(run)) for run in runs]
@@ -67,7 +68,6 @@ def _link(run: Run, home: Path, name: str) -> str:
 
 
 def _described(run: Run) -> str:
-    where = listing([str(condition) for condition in conditions(run)], 12)
-    state = "" if run.finished else ", unfinished"
-    measured = f", {moment(created)}" if (created := run.record.run.created) else ""
-    return f"{run.record.run.model}, {device(run)}: {where or 'nothing measured'}{measured}{state}"
+    where = [str(condition) for condition in conditions(run)]
+    measured = moment(created) if (created := run.record.run.created) else ""
+    return run_described(f"{run.record.run.model}, {device(run)}", where, measured, finished=run.finished)

@@ -13,8 +13,9 @@ from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.control_findings import control_list, outcome_of, tally
 from qwen3bench.reporting.finding import Advice, Choice, ControlOutcome, Finding, Kind, Times
 from qwen3bench.reporting.lookup import blocks_of, level, of_peers, rows
-from qwen3bench.reporting.units import count, is_number, ratio, seconds, significant, size, times
-from qwen3bench.reporting.wording import choice_notes, sentence
+from qwen3bench.reporting.units import is_number, seconds, significant, size, times
+from qwen3bench.reporting.wording.answer_words import NOTHING_HERE, how_sure, interval_words, limits_of_answers
+from qwen3bench.reporting.wording.sentences import choice_notes, sentence
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -69,17 +70,16 @@ def _card(run: Run, condition: Condition, found: Sequence[Finding], outcome: Seq
         card = replace(card, said=sentence(replace(answer, advice=None)), advice=_asked(run, answer.advice))
     if whole and isinstance(taken := whole[0].detail, Times):
         return replace(card, said=card.said or _plain(whole[0]), facts=_facts(taken))
-    return card if card.said else replace(card, said="Nothing was measured here.", sure="")
+    return card if card.said else replace(card, said=NOTHING_HERE, sure="")
 
 
 def _chosen(run: Run, card: AnswerCard, answer: Finding, taken: Times) -> AnswerCard:
     switches = cell_of(answer.subject)
     quoted = ", ".join(f'"{name}"' for name in switches) + ("," if len(switches) == 1 else "")
-    bounds = ratio(answer.estimate, answer.lo, answer.hi).partition(" ")[2].strip("[]").replace(", ", " to ")
     return replace(
         card,
         gain=times(answer.estimate, answer.lo, answer.hi),
-        interval=f"{level(run)} interval {bounds}",
+        interval=interval_words(level(run), answer.estimate, answer.lo, answer.hi),
         switches=switches,
         command=command_for(run, card.condition, switches),
         python=f"build_model(config, opts=({quoted}))",
@@ -117,30 +117,18 @@ def _facts(taken: Times) -> tuple[tuple[str, str, str], ...]:
 
 
 def _sure(run: Run, condition: Condition, about: Sequence[Finding]) -> str:
-    told = tally(about)
-    controls = "No control was measured" if not told.held else f"{told.passed} of {count(told.held, 'control')} passed"
-    if told.held and told.passed == told.held:
-        controls = f"All {count(told.passed, 'control')} passed" if told.passed > 1 else "The control passed"
-    copies = "".join(
-        f" Two copies of the baseline read {ratio(row.ratio, row.lo, row.hi)}."
-        for row in rows(condition.select(run.controls.aa))
-    )
-    return f"{controls}.{copies} Measured in {blocks_of(run, condition)}."
+    copies = [(row.ratio, row.lo, row.hi) for row in rows(condition.select(run.controls.aa))]
+    return how_sure(tally(about), copies, blocks_of(run, condition))
 
 
 def not_told(run: Run) -> list[str]:
     """What the run's answers do not tell, in sentences."""
-    limits = ["They hold for this card, these versions and these sizes. Another prompt length is another experiment."]
-    if run.config.get("weights") == "random":
-        limits.append("The weights are random, so nothing is said about the quality of the output.")
-    if "graph" in set(run.cells["runtime"]):
-        limits.append("Graph replays are device time: what the host adds is not in them.")
-    if run.cells["peak_allocated_bytes"].notna().any():
-        limits.append("Peak memory is of one cell alone in its process, with no other request beside it.")
-    limits.append("The baseline writes attention out, which few people run.")
-    if not of_peers(run.cells).any():
-        limits[-1] += " peer=transformers in the command measures beside what they do run."
-    return limits
+    return limits_of_answers(
+        random=run.config.get("weights") == "random",
+        graph="graph" in set(run.cells["runtime"]),
+        memory=bool(run.cells["peak_allocated_bytes"].notna().any()),
+        peers=bool(of_peers(run.cells).any()),
+    )
 
 
 def command_for(run: Run, condition: Condition, switches: Sequence[str]) -> str:

@@ -10,14 +10,20 @@ import pandas as pd
 
 from qwen3bench.analysis.changes import Compared
 from qwen3bench.analysis.comparison import Comparison
-from qwen3bench.analysis.doubts import Cause, Doubt
-from qwen3bench.analysis.regression import CONFIDENCE, MOST_PROCESSES, Change
+from qwen3bench.analysis.regression import Change
 from qwen3bench.record.design import BASELINE
 from qwen3bench.reporting.templates import render
-from qwen3bench.reporting.units import BYTES, SECONDS, listing, percent, ratio, seconds, unit_for
+from qwen3bench.reporting.units import BYTES, SECONDS, ratio, unit_for
+from qwen3bench.reporting.wording.comparison_words import (
+    MEMORY,
+    NO_DIFFERENCE,
+    NOT_JUDGED,
+    changes_words,
+    headline,
+    verdict_lines,
+    warned,
+)
 
-_MAX_NAMED = 12  # of what got slower, in the verdict
-_INTERVAL = f"{100 * CONFIDENCE:g} %"
 _WHERE = ("workload", "runtime")
 _RATIOS = (Compared.SPEEDUP, Compared.PEER)
 Show = Callable[[Any], str]
@@ -42,8 +48,8 @@ def comparison_page(comparison: Comparison, title: str, kind: str) -> str:
 def _parts(comparison: Comparison) -> Iterator[Part]:
     settings: dict[str, Show] = {"key": str, "a": _value, "b": _value}
     for title, table in (("Configuration", comparison.config), ("Environment", comparison.environment)):
-        yield _part(title, "" if len(table) else "No difference.", table, settings)
-    yield Part("Verdict", _headline(comparison), (*_warned(comparison), *_verdict(comparison)))
+        yield _part(title, "" if len(table) else NO_DIFFERENCE, table, settings)
+    yield Part("Verdict", headline(comparison), (*warned(comparison), *verdict_lines(comparison)))
     if comparison.only:
         yield Part("Not in both", "; ".join(comparison.only) + ".")
     if len(comparison.status):
@@ -58,91 +64,10 @@ def _parts(comparison: Comparison) -> Iterator[Part]:
         yield _memory(comparison.memory)
 
 
-def _headline(comparison: Comparison) -> str:
-    by = _share(comparison.tolerance)
-    told = len(comparison.judged)
-    if comparison.regressed:
-        return "Something got slower, is no longer ok or is no longer measured."
-    if comparison.doubts:
-        return f"These runs cannot tell whether something got slower by {by}."
-    return f"Nothing got slower by {by}: all {told} that are compared are shown to have lost less."
-
-
-def _warned(comparison: Comparison) -> Iterator[str]:
-    for warning in (*(f"A and B measure different things: {u}" for u in comparison.unlike), *comparison.warnings):
-        yield f"Warning: {warning}."
-
-
-def _verdict(comparison: Comparison) -> Iterator[str]:
-    lost = [f"{cell} is no longer measured." for cell in comparison.lost]
-    failed = [f"{row.cell} {_became(row.b)} {_where(row)}." for row in comparison.failed.itertuples()]
-    said = [*failed, *lost, *(_slower(row) for row in comparison.slower.itertuples())]
-    yield from said[:_MAX_NAMED]
-    if len(said) > _MAX_NAMED:
-        yield f"{len(said) - _MAX_NAMED} more."
-    for doubt in comparison.doubts:
-        yield from _doubted(doubt, comparison.tolerance)
-
-
-def _became(status: Any) -> str:
-    return "is not measured" if status is None else f"is {status}"
-
-
-def _where(row: Any) -> str:
-    return f"({row.workload}, {row.runtime})"
-
-
-def _slower(row: Any) -> str:
-    """What got slower, by how much and where, in one sentence."""
-    change = f"{ratio(row.ratio, row.lo, row.hi)} of before {_where(row)}"
-    if row.kind == Compared.LATENCY:
-        return f"{row.name} takes {seconds(row.b)}, and took {seconds(row.a)}: its speed is {change}."
-    if row.kind == Compared.MAIN:
-        return f"{row.name} is worth {ratio(row.b)} on average, and was {ratio(row.a)}: {change}."
-    return f"{row.name} is {ratio(row.b)} as fast as {_over(row)}, and was {ratio(row.a)}: {change}."
-
-
-def _over(row: Any) -> str:
-    return f"the {BASELINE}" if row.over == BASELINE else str(row.over)
-
-
-def _doubted(doubt: Doubt, tolerance: float) -> Iterator[str]:
-    """What the runs cannot tell, and what would tell it."""
-    where, names, by = _where(doubt), listing(list(doubt.names)), _share(tolerance)
-    more = f"measure.min_processes={doubt.processes}"
-    if doubt.cause == Cause.NOT_COMPARED:
-        yield f"{names}: no ratio within a run is in both runs {where}."
-        yield "Measure a switch or a peer beside the baseline, or judge raw latencies with --latency."
-    elif doubt.cause == Cause.NO_CONTROL:
-        yield f"{names}: no A/A control, so nothing shows how far two copies of one model differ {where}."
-        yield "Measure again with the baseline in the run: it brings its copy along."
-    elif doubt.cause == Cause.CONTROL:
-        apart = " and ".join(percent(fraction) for fraction in doubt.apart)
-        yield f"Two copies of the baseline are {apart} apart in A and B, together no less than {by} {where}."
-        if doubt.processes is None:
-            yield "Find what disturbs them: another process, too few CPUs, a clock that changes."
-        else:
-            yield f"Chance alone could do that. Measure both again with {more}."
-    else:
-        yield f"No loss is shown, and none of {by} is ruled out, for {names} {where}."
-        if doubt.processes is None:
-            yield f"It would take more than {MOST_PROCESSES} processes: use a quieter machine."
-        else:
-            yield f"Measure both again with {more}."
-        if doubt.tolerance is not None:
-            yield f"As they are, the runs rule out losses of --tolerance={doubt.tolerance:g}."
-
-
 def _changes(title: str, table: pd.DataFrame, names: tuple[str, ...], comparison: Comparison) -> Part:
     counts = {state: int((table["change"] == state).sum()) for state in Change}
-    text = (
-        f"{len(table)} compared: {counts[Change.SLOWER]} slower, {counts[Change.FASTER]} faster, "
-        f"{counts[Change.TOLERATED]} shown to have lost less than {_share(comparison.tolerance)}, "
-        f"{counts[Change.UNDECIDED]} undecided."
-    )
     rows = table[table["change"] != Change.TOLERATED]
-    if len(rows):
-        text += f" A change above 1: B is faster. Intervals hold {_INTERVAL}."
+    text = changes_words(counts, comparison.tolerance, shown=len(rows) > 0)
     return _part(title, text, _with_change(rows), _names(*names) | {"a": ratio, "b": ratio} | _CHANGE)
 
 
@@ -153,8 +78,7 @@ def _latency(comparison: Comparison) -> Part:
     shown = {f"{run} ({unit.symbol})": unit.text for run in ("a", "b")}
     table = table.rename(columns={"a": f"a ({unit.symbol})", "b": f"b ({unit.symbol})"})
     if not len(changes):
-        text = "Not judged without --latency: between two runs it also holds what the machine did."
-        return _part("Latency", text, table[table["cell"] == BASELINE], _names("cell", *_WHERE) | shown)
+        return _part("Latency", NOT_JUDGED, table[table["cell"] == BASELINE], _names("cell", *_WHERE) | shown)
     told = _with_change(changes.rename(columns={"name": "cell"}))
     rows = table.merge(told[["cell", *_WHERE, *_CHANGE]], on=["cell", *_WHERE])
     part = _changes("Latency", changes, (), comparison)
@@ -167,8 +91,7 @@ def _memory(table: pd.DataFrame) -> Part:
     shown = {f"{run} ({unit.symbol})": unit.text for run in ("a", "b")}
     rows = table.rename(columns={"a": f"a ({unit.symbol})", "b": f"b ({unit.symbol})"})
     rows = rows.assign(change=[f"{b / a:.3f}×" for a, b in zip(table["a"], table["b"], strict=True)])
-    text = "Peak memory that differs, as counted. It is not judged."
-    return _part("Memory", text, rows, _names("cell", *_WHERE) | shown | {"change": str})
+    return _part("Memory", MEMORY, rows, _names("cell", *_WHERE) | shown | {"change": str})
 
 
 _CHANGE: dict[str, Show] = {"change": str, "p_holm": lambda p: "—" if pd.isna(p) else f"{p:.2g}", "result": str}
@@ -186,10 +109,6 @@ def _names(*names: str) -> dict[str, Show]:
 def _part(title: str, text: str, table: pd.DataFrame, shown: Mapping[str, Show]) -> Part:
     texts = [[show(value) for value in table[name]] for name, show in shown.items()]
     return Part(title, text, (), tuple(shown), tuple(zip(*texts, strict=True)))
-
-
-def _share(tolerance: float) -> str:
-    return f"{100 * tolerance:g} %"
 
 
 def _value(value: Any) -> str:

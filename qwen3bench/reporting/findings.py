@@ -16,7 +16,7 @@ from qwen3bench.reporting.finding import Choice, Finding, Kind, Level, NoAnswer
 from qwen3bench.reporting.findings_cells import failures, missing, peers, recommended
 from qwen3bench.reporting.findings_effects import each_switch, joint, memory, together
 from qwen3bench.reporting.findings_undecided import undecided
-from qwen3bench.reporting.wording import HEADINGS
+from qwen3bench.reporting.wording.sentences import HEADINGS
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run

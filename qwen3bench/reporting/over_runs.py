@@ -32,7 +32,7 @@ from qwen3bench.reporting.findings_cells import failures, missing
 from qwen3bench.reporting.findings_effects import joint
 from qwen3bench.reporting.lookup import AVERAGE, LATENCY, band, level, rows, terms
 from qwen3bench.reporting.tables import Entry, Table, drop_empty
-from qwen3bench.reporting.wording import band_words, only_with, worth
+from qwen3bench.reporting.wording.sentences import band_words, only_with, worth
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run

@@ -27,9 +27,10 @@ from qwen3bench.reporting.stacking import Stack, stack
 from qwen3bench.reporting.switch_table import switch_table
 from qwen3bench.reporting.tables import Table
 from qwen3bench.reporting.templates import render
-from qwen3bench.reporting.units import duration_words, listing
+from qwen3bench.reporting.units import duration_words
 from qwen3bench.reporting.whatif import as_script, whatif
-from qwen3bench.reporting.wording import FLASH_AND_MASK, METHOD, OPENING, command_of, control_mark, sentence
+from qwen3bench.reporting.wording.page_words import PAGE, STOPPED, compiled_words, single_token_words
+from qwen3bench.reporting.wording.sentences import FLASH_AND_MASK, METHOD, OPENING, command_of, control_mark, sentence
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -115,6 +116,7 @@ def page_content(run: Run, found: list[Finding]) -> dict[str, Any]:
         "environment": tables.mapping_table(run.environment or {}, ("what", "value")),
         "config": tables.mapping_table(run.config, ("option", "value")),
         "max_rows": _MARKDOWN_ROWS,
+        "words": PAGE,
     }
 
 
@@ -198,15 +200,9 @@ def _compiled(run: Run) -> str:
         if (options := line.options) is not None:
             more = options.get("single_token", {})
             said = _assigned({key: value for key, value in options.items() if value is not more})
-            said += f", for a single token {_assigned(more)}" if more else ""
+            said += single_token_words(_assigned(more)) if more else ""
             with_options.setdefault(said, []).append(line.cell)
-    if not with_options:
-        return ""
-    each = [
-        f"{said or 'its defaults'}{f' ({listing(sorted(set(cells)))})' if len(with_options) > 1 else ''}"
-        for said, cells in with_options.items()
-    ]
-    return f"Each process compiled for itself, Inductor's options: {'; '.join(each)}."
+    return compiled_words(with_options) if with_options else ""
 
 
 def _assigned(options: Mapping[str, Any]) -> str:
@@ -225,13 +221,6 @@ def _measured(run: Run) -> Table | None:
         "half-width reached",
         "stopped because",
     ]
-    reasons = {
-        StopReason.TARGET: "every main effect is as tight as asked for",
-        StopReason.MAX_SECONDS: "the time allowed was up",
-        StopReason.MAX_BLOCKS: "the blocks allowed were used up",
-        StopReason.FAILED: "measuring failed",
-        StopReason.ENDED: "the run was ended before",
-    }
     rows = []
     for line in [*run.record.of(StopLine), *_ended(run)]:
         widest = max((width for width in line.half_width.values() if width is not None), default=None)
@@ -243,7 +232,7 @@ def _measured(run: Run) -> Table | None:
             f"{line.measured_s:.1f}" if line.measured_s is not None else "",
             f"{line.more_s:.1f}" if line.more_s else "",
             f"±{100 * widest:.2g} %" if widest is not None else "",
-            reasons[line.reason],
+            STOPPED[line.reason],
         )
         rows.append([tables.Entry("" if text is None else str(text)) for text in texts])
     return tables.drop_empty(tables.Table(headings, rows)) if rows else None

@@ -15,8 +15,16 @@ from qwen3bench.record.states import Verdict
 from qwen3bench.reporting.figures import MUTED, PAPER, RULE, SERIES, Plot, heat, new_figure
 from qwen3bench.reporting.finding import NoVerdict
 from qwen3bench.reporting.lookup import rows
-from qwen3bench.reporting.units import count, listing, times
-from qwen3bench.reporting.wording import band_words
+from qwen3bench.reporting.units import times
+from qwen3bench.reporting.wording.plot_words import (
+    OTHERS_DIFFER,
+    TIMES_AS_FAST,
+    map_alt,
+    map_note,
+    map_title,
+    trends_note,
+    trends_title,
+)
 
 MAX_ROWS = 60  # that can be told apart on a page
 _SIGNS: dict[str, str] = {
@@ -42,25 +50,15 @@ def regimes(effects: pd.DataFrame, names: Sequence[str], width: float, max_rows:
             grid[y, x] = np.log(effect.estimate)
             texts[y, x] = f"{times(effect.estimate, effect.lo, effect.hi)}{_SIGNS.get(effect.verdict, _UNKNOWN)}"
     title = _regimes_title(effects, names)
-    said = {
-        "*": "faster or slower",
-        "=": f"same within {band_words(width)}",
-        "?": "undecided",
-        "~": "within the noise",
-        _UNKNOWN: "no verdict",
-    }
-    seen = {_SIGNS.get(verdict, _UNKNOWN) for verdict in effects["verdict"]}
-    legend = ", ".join(f"{sign} {words}" for sign, words in said.items() if sign in seen)
-    if len(every) > len(groups):
-        legend += f"; the first {len(groups)} of {len(every)} conditions"
-    note = f"n = {count(effects['run'].nunique(), 'run')}; {legend}"
+    seen = [_SIGNS.get(verdict, _UNKNOWN) for verdict in effects["verdict"]]
+    note = map_note(effects["run"].nunique(), seen, width, len(groups), len(every))
     longest = max(map(len, conditions))
     figure = new_figure(title, note, 1.7 + 0.3 * len(groups), 8.0 + 0.07 * max(0, longest - 24))
     axes = figure.subplots()
-    heat(axes, grid, texts, width, "× as fast when switched on")
+    heat(axes, grid, texts, width, TIMES_AS_FAST)
     axes.set_xticks(np.arange(len(names)) + 0.5, names)
     axes.set_yticks(np.arange(len(groups)) + 0.5, conditions)
-    return Plot("regimes", figure, title, f"Effect of every switch under every condition. {title}.")
+    return Plot("regimes", figure, title, map_alt(title))
 
 
 def _row_label(first: Any) -> str:
@@ -70,22 +68,12 @@ def _row_label(first: Any) -> str:
 def _regimes_title(effects: pd.DataFrame, names: Sequence[str]) -> str:
     quiet = effects[effects["verdict"] != NoVerdict.NOISE]
     if quiet["others"].nunique() > 1:
-        return "What the other switches do differs from run to run"
+        return OTHERS_DIFFER.format(place="run")
     seen = {name: set(quiet.loc[quiet["term"] == name, "verdict"]) for name in names}
     turning = [name for name in names if {Verdict.FASTER, Verdict.SLOWER} <= seen[name]]
     fading = [name for name in names if {Verdict.FASTER, Verdict.SAME} <= seen[name] and name not in turning]
     steady = [name for name in names if seen[name] == {Verdict.FASTER}]
-    parts = [
-        f"{words}: {listing(found)}"
-        for words, found in (
-            ("faster everywhere" if len(quiet) == len(effects) else "faster wherever it is not noisy", steady),
-            ("the same in places", fading),
-            ("changes sign", turning),
-        )
-        if found
-    ]
-    title = "; ".join(parts) or "No switch is shown to be faster everywhere"
-    return title[0].upper() + title[1:]
+    return map_title(steady, fading, turning, quiet=len(quiet) == len(effects))
 
 
 def trends(effects: pd.DataFrame, names: Sequence[str], width: float) -> Plot | None:
@@ -95,8 +83,7 @@ def trends(effects: pd.DataFrame, names: Sequence[str], width: float) -> Plot | 
         return None
     columns = min(3, len(names))
     lines = len(names) // columns + 1  # a panel at least is spare, for the legend
-    legend = f"bars: intervals; gray: ±{100 * width:g} %; hollow: undecided or noise"
-    note = f"n = {count(effects['run'].nunique(), 'run')}; {legend}"
+    note = trends_note(effects["run"].nunique(), width)
     keys = [
         key
         for key in ("workload", "batch_size", "runtime", "model", "device", "dtype", "others")
@@ -110,7 +97,7 @@ def trends(effects: pd.DataFrame, names: Sequence[str], width: float) -> Plot | 
     ]
     effects = effects.assign(label=labels).sort_values("prompt_tokens", kind="stable")
     looks = dict(zip(dict.fromkeys(labels), _looks(), strict=False))
-    title = f"Effects from {lengths[0]} to {lengths[-1]} prompt tokens{_trend_words(effects)}"
+    title = trends_title(lengths[0], lengths[-1], _trend_words(effects))
     figure = new_figure(title, note, 1.6 + 2.3 * lines)
     panels = figure.subplots(lines, columns, sharex=True, squeeze=False)
     for panel, name in zip(panels.flat, names, strict=False):

@@ -38,19 +38,18 @@ from qwen3bench.reporting.lookup import (
     smallest,
     usable,
 )
-from qwen3bench.reporting.units import (
-    BYTES,
-    SECONDS,
-    Unit,
-    count,
-    listing,
-    percent,
-    seconds,
-    significant,
-    size,
-    unit_for,
+from qwen3bench.reporting.units import BYTES, SECONDS, Unit, count, significant, unit_for
+from qwen3bench.reporting.wording.plot_words import (
+    INTENSITY,
+    ceilings,
+    front_alt,
+    front_title,
+    latency_axis,
+    ranked_alt,
+    ranked_title,
+    roofline_alt,
+    roofline_title,
 )
-from qwen3bench.reporting.wording import band_words
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -86,19 +85,15 @@ def ranked(run: Run, condition: Condition) -> Plot | None:
         left.text(len(factors(run)) - 0.6, row, cells["cell"].iloc[row], ha="right", va="center", fontsize=8.5)
     keep_in_view(right, x)
     right.set_ylim(len(cells) - 0.4, -0.6 if few else -len(cells) * 0.03)
-    right.set_xlabel(f"latency ({unit.symbol}), {level(run)} interval; n = {_samples(cells)} samples per cell")
+    right.set_xlabel(latency_axis(unit.symbol, level(run), _samples(cells)))
     right.grid(visible=False, axis="y")
-    alt = f"Latency of every cell, fastest on top. {title}."
-    return Plot(f"cells-{condition.slug}", figure, title, alt)
+    return Plot(f"cells-{condition.slug}", figure, title, ranked_alt(title))
 
 
 def _ranked_title(cells: pd.DataFrame) -> str:
     first, last = rows(cells)[0], rows(cells)[-1]
-    if len(cells) == 1:
-        return f"{first.cell}: {seconds(first.latency_s)}"
-    reach = f"{count(len(cells), 'cell')} take {seconds(first.latency_s)} to {seconds(last.latency_s)}"
-    baseline = rows(cells[cells["cell"] == BASELINE])
-    return f"{reach}; the baseline takes {seconds(baseline[0].latency_s)}" if baseline else reach
+    baseline = [row.latency_s for row in rows(cells[cells["cell"] == BASELINE])]
+    return ranked_title(len(cells), (first.cell, first.latency_s), last.latency_s, baseline[0] if baseline else None)
 
 
 def _draw_switches(axes: Axes, cells: pd.DataFrame, names: list[str], few: bool) -> None:
@@ -150,11 +145,10 @@ def memory_latency(run: Run, condition: Condition) -> Plot | None:
         axes.plot([], [], " ", label=f"{number}: {cell}")
     axes.margins(0.08, 0.16)
     keep_in_view(axes, x)
-    axes.set_xlabel(f"latency ({x_unit.symbol}), {level(run)} interval; n = {_samples(cells)} samples per cell")
+    axes.set_xlabel(latency_axis(x_unit.symbol, level(run), _samples(cells)))
     axes.set_ylabel(f"peak allocated memory ({y_unit.symbol})")
     figure.legend(loc="outside right center")
-    alt = f"Latency against peak memory of {len(cells)} cells; Pareto front: {listing(list(front['cell']))}."
-    return Plot(f"memory-{condition.slug}", figure, title, alt)
+    return Plot(f"memory-{condition.slug}", figure, title, front_alt(len(cells), list(front["cell"])))
 
 
 def pareto_front(cells: pd.DataFrame, width: float) -> pd.DataFrame:
@@ -176,9 +170,7 @@ def pareto_front(cells: pd.DataFrame, width: float) -> pd.DataFrame:
 
 
 def _front_title(front: pd.DataFrame, cells: pd.DataFrame, width: float) -> str:
-    least = size(smallest(cells, MEMORY).peak_allocated_bytes)
-    many = "1 cell lies" if len(front) == 1 else f"{len(front)} cells lie"
-    return f"{many} on the Pareto front of {len(cells)}, within {band_words(width)}; the smallest peak is {least}"
+    return front_title(len(front), len(cells), width, smallest(cells, MEMORY).peak_allocated_bytes)
 
 
 class _WrittenOut(LogFormatter):
@@ -202,11 +194,10 @@ def roofline(run: Run) -> Plot | None:
     cells["intensity"] = cells["flops"] / cells["bytes"]
     cells["rate"] = cells["flops"] / cells[LATENCY]
     cells["share"] = cells["rate"] / np.minimum(flops_ceiling, bytes_ceiling * cells["intensity"])
-    title = f"Cells reach {percent(cells['share'].min())} to {percent(cells['share'].max())} of what the device allows"
+    title = roofline_title(cells["share"].min(), cells["share"].max())
     scale, unit = (1e12, "TFLOP/s") if flops_ceiling >= 1e12 else (1e9, "GFLOP/s")
-    products, copies = significant(flops_ceiling / scale), significant(bytes_ceiling / 1e9)
-    ceiling = f"{products} {unit} in matrix products, {copies} GB/s in copies"
-    figure = new_figure(title, f"{device(run)}; ceilings measured: {ceiling}", 4.6)
+    products, copies = f"{significant(flops_ceiling / scale)} {unit}", f"{significant(bytes_ceiling / 1e9)} GB/s"
+    figure = new_figure(title, ceilings(device(run), products, copies), 4.6)
     axes = figure.subplots()
     ridge = flops_ceiling / bytes_ceiling
     line = np.geomspace(min(cells["intensity"].min(), ridge) / 3, max(cells["intensity"].max(), ridge) * 3, 200)
@@ -227,10 +218,10 @@ def roofline(run: Run) -> Plot | None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(_WrittenOut())
         axis.set_minor_formatter(_WrittenOut(minor_thresholds=(1, 0.4)))
-    axes.set_xlabel("arithmetic intensity (FLOP per byte that must be moved)")
+    axes.set_xlabel(INTENSITY)
     axes.set_ylabel(f"achieved rate ({unit})")
     axes.legend(loc="best")
-    return Plot("roofline", figure, title, f"Achieved arithmetic rate of each cell under the roofline. {title}.")
+    return Plot("roofline", figure, title, roofline_alt(title))
 
 
 def _kinds(cells: pd.DataFrame) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

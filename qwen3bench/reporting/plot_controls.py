@@ -12,8 +12,9 @@ from qwen3bench.reporting.conditions import Condition
 from qwen3bench.reporting.control_findings import aa_series, drifts, processes_apart
 from qwen3bench.reporting.figures import BLUE, MUTED, ORANGE, PAPER, RULE, SERIES, Plot, new_figure
 from qwen3bench.reporting.lookup import band, device, level, rows
-from qwen3bench.reporting.units import count, is_number, percent, ratio
-from qwen3bench.reporting.wording import drift_words
+from qwen3bench.reporting.units import is_number
+from qwen3bench.reporting.wording.plot_words import copies_axis, copies_title, drift_axis, processes_title
+from qwen3bench.reporting.wording.sentences import drift_words
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -42,7 +43,7 @@ def _draw_aa(axes: Axes, run: Run, condition: Condition) -> None:
         if is_number(row.lo):
             axes.axhspan(row.lo, row.hi, color=color, alpha=0.25, linewidth=0)
     axes.scatter(pairs["block"], pairs["ratio"], s=18, color=BLUE, zorder=3)
-    axes.set_xlabel(f"block (n = {len(pairs)}); gray: allowed; colored: mean, {level(run)}")
+    axes.set_xlabel(copies_axis(len(pairs), level(run)))
     axes.set_ylabel("second copy / first")
     axes.ticklabel_format(useOffset=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -66,7 +67,7 @@ def _draw_drift(figure: Figure, axes: Axes, run: Run, condition: Condition) -> N
             label=f"process {place + 1}",
         )
     axes.axhline(0, color=MUTED, linewidth=0.9)
-    axes.set_xlabel(f"time into the run (s); n = {count(len(series), 'block')}")
+    axes.set_xlabel(drift_axis(len(series)))
     axes.set_ylabel("latency over its mean (%)")
     if series["process"].nunique() <= 8:
         figure.legend(loc="outside right center", fontsize=8)
@@ -74,11 +75,10 @@ def _draw_drift(figure: Figure, axes: Axes, run: Run, condition: Condition) -> N
 
 def _aa_title(run: Run, condition: Condition) -> list[str]:
     summary = rows(condition.select(run.controls.aa))
-    said = [f"two copies of the baseline read {ratio(row.ratio, row.lo, row.hi)}" for row in summary]
-    return [f"Noisy: {text}" if row.noisy else text.capitalize() for text, row in zip(said, summary, strict=True)]
+    return [copies_title(row.ratio, row.lo, row.hi, noisy=row.noisy) for row in summary]
 
 
 def _drift_title(run: Run, condition: Condition) -> list[str]:
     if (apart := processes_apart(run, condition)) > band(run):
-        return [f"processes are up to {percent(apart)} apart"]
+        return [processes_title(apart)]
     return [drift_words(drift) for drift in drifts(run, condition)]

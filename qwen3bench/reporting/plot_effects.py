@@ -23,7 +23,7 @@ from qwen3bench.reporting.figures import (
     mark,
     new_figure,
 )
-from qwen3bench.reporting.finding import NoVerdict
+from qwen3bench.reporting.finding import Effect, NoVerdict
 from qwen3bench.reporting.lookup import (
     AVERAGE,
     LATENCY,
@@ -38,8 +38,25 @@ from qwen3bench.reporting.lookup import (
     rows,
     terms,
 )
-from qwen3bench.reporting.units import count, listing, ratio, times
-from qwen3bench.reporting.wording import band_words
+from qwen3bench.reporting.units import times
+from qwen3bench.reporting.wording.plot_words import (
+    DECIDED_MARK,
+    HOLLOW,
+    JOINT_EFFECT,
+    NOISE_NOT_COUNTED,
+    NOISY_EVERYWHERE,
+    OTHERS_DIFFER,
+    by_condition_alt,
+    by_condition_title,
+    each_switch_beside,
+    effect_axis,
+    effects_alt,
+    effects_title,
+    interactions_alt,
+    interactions_left_out,
+    interactions_title,
+    noisy_title,
+)
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -58,10 +75,10 @@ def forest(run: Run, condition: Condition) -> Plot | None:
     size = np.log(worth_a_row["estimate"]).abs().sort_values(ascending=False, kind="stable").index
     shown_main = main.loc[np.log(main["estimate"]).sort_values(ascending=False, kind="stable").index]
     shown = pd.concat([shown_main, joint.loc[size[: max(0, _MAX_TERMS - len(main))]]])
-    others = "" if others_beside(main) == AVERAGE else f"; each switch {others_beside(main)}"
+    others = "" if others_beside(main) == AVERAGE else each_switch_beside(others_beside(main))
     note = f"{condition}; {device(run)}; n = {blocks_of(run, condition)}{others}"
     if left_out := len(main) + len(joint) - len(shown):
-        note += f"; {count(left_out, 'interaction')} left out: small, or of three and more without a direction"
+        note += interactions_left_out(left_out)
     title = _noisy(run, condition, _forest_title(main if len(main) else joint, band(run)))
     figure = new_figure(title, note, 1.6 + 0.27 * len(shown))
     axes = figure.subplots()
@@ -76,28 +93,16 @@ def forest(run: Run, condition: Condition) -> Plot | None:
     axes.set_yticks(range(len(shown)), [term.replace(":", " : ") for term in shown["term"]])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel(f"× as fast when switched on, {level(run)} interval; gray: ±{width * 100:g} %")
+    axes.set_xlabel(effect_axis(level(run), width))
     axes.legend(handles=_verdict_handles(shown["verdict"]), loc="best")
-    said = [f"{effect.term} {ratio(effect.estimate, effect.lo, effect.hi)}" for effect in rows(shown_main)]
-    alt = f"Effects on latency with intervals: {listing(said, 12)}."
-    return Plot(f"effects-{condition.slug}", figure, title, alt)
+    return Plot(f"effects-{condition.slug}", figure, title, effects_alt(rows(shown_main)))
 
 
 def _forest_title(effects: pd.DataFrame, width: float) -> str:
     """Which switches have which verdict, those that are faster by their size."""
     ordered = effects.sort_values("estimate", ascending=False, kind="stable")
-    parts = []
-    for verdict, words in (
-        (Verdict.FASTER, "faster"),
-        (Verdict.SLOWER, "slower"),
-        (Verdict.SAME, f"same within {band_words(width)}"),
-        (Verdict.UNDECIDED, "undecided"),
-    ):
-        names = list(ordered.loc[ordered["verdict"] == verdict, "term"])
-        if names:
-            parts.append(f"{words}: {listing(names)}")
-    title = "; ".join(parts) or "No effect on latency could be judged"
-    return title[0].upper() + title[1:]
+    names = {str(verdict): list(found) for verdict, found in ordered.groupby("verdict", sort=False)["term"]}
+    return effects_title(names, width)
 
 
 def _verdict_handles(verdicts: pd.Series) -> list[Line2D]:
@@ -127,26 +132,24 @@ def interactions(run: Run, condition: Condition) -> Plot | None:
     note = f"{condition}; {device(run)}; n = {blocks_of(run, condition)}"
     figure = new_figure(title, note, 1.6 + 0.55 * len(names), 6.6)
     axes = figure.subplots()
-    heat(axes, grid, texts, band(run), "joint effect (×, above 1: worth more together)")
+    heat(axes, grid, texts, band(run), JOINT_EFFECT)
     axes.set_xticks(np.arange(len(names) - 1) + 0.5, names[:-1])
     axes.set_yticks(np.arange(len(names) - 1) + 0.5, names[1:])
-    axes.set_xlabel("* verdict faster or slower; without: same or undecided")
-    alt = f"Two-way interactions of latency. {title}."
-    return Plot(f"interactions-{condition.slug}", figure, title, alt)
+    axes.set_xlabel(DECIDED_MARK)
+    return Plot(f"interactions-{condition.slug}", figure, title, interactions_alt(title))
 
 
 def _noisy(run: Run, condition: Condition, title: str) -> str:
-    return f"Noisy: {title}" if control_findings.noise(run, condition) else title
+    return noisy_title(title, noisy=control_findings.noise(run, condition) > 0)
 
 
 def _interactions_title(pairs: pd.DataFrame) -> str:
     decided = pairs[pairs["verdict"].isin((Verdict.FASTER, Verdict.SLOWER))]
     if decided.empty:
-        return f"None of {count(len(pairs), 'pair')} is shown to be worth more or less together"
+        return interactions_title(0, len(pairs), None)
     most = largest(decided.assign(size=np.log(decided["estimate"]).abs()), "size")
-    much = "more" if most.estimate > 1 else "less"
-    words = f"{' and '.join(most.term.split(':'))} are worth {much} together, {ratio(most.estimate, most.lo, most.hi)}"
-    return f"{len(decided)} of {count(len(pairs), 'pair')} interact; {words}"
+    effect = Effect(most.term, most.estimate, most.lo, most.hi, most.verdict)
+    return interactions_title(len(decided), len(pairs), effect)
 
 
 def by_condition(run: Run) -> Plot | None:
@@ -161,14 +164,14 @@ def by_condition(run: Run) -> Plot | None:
     title = (
         _by_condition_title(told, names, sum(len(effects) for _, effects in frames) == sum(len(e) for _, e in told))
         if any(len(effects) for _, effects in told)
-        else "Noisy everywhere: two copies of the baseline differ"
+        else NOISY_EVERYWHERE
     )
     others = others_beside(pd.concat([effects for _, effects in frames]))
     if others == UNLIKE:
-        title = "What the other switches do differs from condition to condition"
-    note = device(run) + f"; each switch {others}" * (others not in (AVERAGE, UNLIKE))
-    if any(control_findings.noise(run, condition) > 0 for condition, _ in frames):
-        note += "; what is no more than the noise does not count in the title"
+        title = OTHERS_DIFFER.format(place="condition")
+    note = device(run) + each_switch_beside(others) * (others not in (AVERAGE, UNLIKE))
+    noisy = any(control_findings.noise(run, condition) > 0 for condition, _ in frames)
+    note += NOISE_NOT_COUNTED if noisy else ""
     figure = new_figure(title, note, 2.1 + len(names) * (0.25 + 0.17 * len(frames)))
     axes = figure.subplots()
     width = band(run)
@@ -200,10 +203,10 @@ def by_condition(run: Run) -> Plot | None:
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.45, -0.55)
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel(f"× as fast when switched on, {level(run)} interval; hollow: undecided; gray: ±{width * 100:g} %")
+    axes.set_xlabel(effect_axis(level(run), width, HOLLOW[noisy]))
     longest = max(len(str(text)) for text in axes.get_legend_handles_labels()[1])
     axes.legend(loc="upper left", bbox_to_anchor=(0, -0.13), ncols=1 if longest > _COLUMN else 2, fontsize=8.5)
-    return Plot("effects-by-condition", figure, title, f"Main effects by workload and runtime. {title}.")
+    return Plot("effects-by-condition", figure, title, by_condition_alt(title))
 
 
 def _by_condition_title(frames: list[tuple[Condition, pd.DataFrame]], names: list[str], every: bool) -> str:
@@ -214,13 +217,4 @@ def _by_condition_title(frames: list[tuple[Condition, pd.DataFrame]], names: lis
     turns = [
         name for name in names if Verdict.FASTER in verdicts(name) and verdicts(name) & {Verdict.SAME, Verdict.SLOWER}
     ]
-    parts = [
-        f"{words}: {listing(found)}"
-        for words, found in (
-            ("Faster everywhere" if every else "Faster wherever it is not noisy", everywhere),
-            ("faster only in places", turns),
-        )
-        if found
-    ]
-    title = "; ".join(parts) or "No switch is shown to be faster everywhere"
-    return title[0].upper() + title[1:]
+    return by_condition_title(everywhere, turns, quiet=every)

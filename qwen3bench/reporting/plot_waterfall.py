@@ -25,6 +25,7 @@ from qwen3bench.reporting.lookup import (
 )
 from qwen3bench.reporting.tables import signed_bytes
 from qwen3bench.reporting.units import BYTES, SECONDS, Unit, ratio, times, unit_for
+from qwen3bench.reporting.wording.plot_words import SHAPLEY, noisy_title, waterfall_alt, waterfall_title
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -46,7 +47,7 @@ def waterfall(run: Run, condition: Condition, metric: str) -> Plot | None:
         levels.append(levels[-1] / share if latency else levels[-1] + share)
     what = "latency" if latency else "peak memory"
     title = _waterfall_title(shares, what, latency, start, end)
-    title = f"Noisy: {title}" if latency and control_findings.noise(run, condition) else title
+    title = noisy_title(title, noisy=latency and control_findings.noise(run, condition) > 0)
     about = f"{condition}; {device(run)}; n = {blocks_of(run, condition)}"
     figure = new_figure(title, about, 3.6)
     axes = figure.subplots()
@@ -59,9 +60,9 @@ def waterfall(run: Run, condition: Condition, metric: str) -> Plot | None:
     axes.grid(visible=False, axis="x")
     axes.margins(y=0.12)
     axes.set_ylabel(f"{what} ({unit.symbol})")
-    axes.set_xlabel("Shapley share of each switch, the mean over all orders of switching on; the largest first")
+    axes.set_xlabel(SHAPLEY)
     name = f"waterfall-{'latency' if latency else 'memory'}-{condition.slug}"
-    return Plot(name, figure, title, f"Waterfall of {what} from baseline to all on. {title}.")
+    return Plot(name, figure, title, waterfall_alt(what, title))
 
 
 def _steps(axes: Axes, shares: pd.DataFrame, levels: list[float], latency: bool, unit: Unit) -> None:
@@ -87,10 +88,10 @@ def _steps(axes: Axes, shares: pd.DataFrame, levels: list[float], latency: bool,
 
 def _waterfall_title(shares: pd.DataFrame, what: str, latency: bool, start: float, end: float) -> str:
     unit = unit_for([start], SECONDS if latency else BYTES)
-    whole = f"All on: {what} {unit.text(start)} → {unit.text(end)} {unit.symbol}"
+    ends = f"{unit.text(start)} → {unit.text(end)} {unit.symbol}"
     first, second = rows(shares)[:2]
     apart = first.lo > second.hi if latency else first.hi < second.lo  # or it is named by chance
     if first.verdict not in (Verdict.FASTER, Verdict.LESS) or not apart:
-        return whole
+        return waterfall_title(what, ends, None)
     share = ratio(first.estimate, first.lo, first.hi) if latency else signed_bytes(first.estimate)
-    return f"{whole}; the largest share is that of {first.term}, {share}"
+    return waterfall_title(what, ends, (first.term, share))

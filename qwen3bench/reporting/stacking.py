@@ -11,8 +11,9 @@ from qwen3bench.reporting.conditions import Condition
 from qwen3bench.reporting.finding import Finding, Kind, Pair
 from qwen3bench.reporting.lookup import LATENCY, factors, terms, usable
 from qwen3bench.reporting.tables import Entry, Table, evidence_table
-from qwen3bench.reporting.units import count, ratio
-from qwen3bench.reporting.wording import sentence, worth
+from qwen3bench.reporting.units import ratio
+from qwen3bench.reporting.wording.page_words import HALVES_HEADINGS, pairs_left
+from qwen3bench.reporting.wording.sentences import sentence, worth
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -38,12 +39,7 @@ def stack(run: Run, condition: Condition, found: Sequence[Finding]) -> Stack | N
     pairs = joint[joint["term"].str.count(":") == 1] if len(joint) else joint
     if pairs.empty:
         return None
-    left = len(pairs) - len(told)
-    note = (
-        f"{count(left, 'other pair')} of {len(pairs)}: a smaller joint effect, or none that is shown." if left else ""
-    )
-    if not told:
-        note = f"No interaction of {count(len(pairs), 'pair')} is shown."
+    note = pairs_left(len(pairs) - len(told), len(pairs), len(told))
     said = tuple(sentence(replace(finding, condition="", noisy=False)) for finding in told)
     return Stack(said, note, _halves(told), _ran(run, condition, told))
 
@@ -55,11 +51,7 @@ def _halves(told: Sequence[Finding]) -> Table | None:
             halves = [Entry(worth(half), half.estimate) for half in (pair.with_it, pair.without)]
             joint = Entry(ratio(finding.estimate, finding.lo, finding.hi), finding.estimate)
             rows.append([Entry(pair.small, pair.small), Entry(pair.large, pair.large), *halves, joint])
-    return (
-        Table(["switch", "beside", "with it on (× as fast)", "with it off (× as fast)", "joint effect"], rows)
-        if rows
-        else None
-    )
+    return Table(HALVES_HEADINGS, rows) if rows else None
 
 
 def _ran(run: Run, condition: Condition, told: Sequence[Finding]) -> Table | None:

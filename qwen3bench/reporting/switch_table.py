@@ -10,7 +10,7 @@ from qwen3bench.record.states import Verdict
 from qwen3bench.reporting.finding import Beside, Finding, Kind, Pair
 from qwen3bench.reporting.lookup import AVERAGE, UNLIKE
 from qwen3bench.reporting.units import is_number, ratio, times
-from qwen3bench.reporting.wording import only_with, verdict_word
+from qwen3bench.reporting.wording.sentences import only_with, verdict_word
 
 _DARKEST = 45  # % of the color behind the largest effect, on which text can still be read
 _LOOKS: dict[str, str] = {Verdict.FASTER: "gain", Verdict.SLOWER: "loss", Verdict.SAME: "same"}

@@ -12,12 +12,13 @@ from qwen3bench.record.lines import EvidenceLine
 from qwen3bench.record.states import CellStatus, Verdict
 from qwen3bench.record.typed import flat
 from qwen3bench.reporting.lookup import LATENCY, rows
-from qwen3bench.reporting.units import BYTES, SECONDS, Unit, count, is_number, ratio, significant, unit_for
+from qwen3bench.reporting.units import BYTES, SECONDS, Unit, is_number, ratio, significant, unit_for
+from qwen3bench.reporting.wording.page_words import GAIN_HEADING, effects_left_out
 
 # Column of cells.csv → heading and how its values read; the order of the report's table.
 _CELL_COLUMNS: dict[str, tuple[str, str]] = {
     "latency_s": ("latency", "seconds"),
-    "speedup": ("× as fast as the baseline", "ratio"),
+    "speedup": (GAIN_HEADING, "ratio"),
     "tokens_per_s": ("tokens/s", "number"),
     "ttft_s": ("TTFT", "seconds"),
     "tpot_s": ("TPOT", "seconds"),
@@ -115,12 +116,8 @@ def effects_table(effects: pd.DataFrame) -> Table:
         texts = [Entry(row.term, row.term), Entry(row.kind, row.kind), Entry(estimate, _key(row.estimate))]
         lines.append([*texts, Entry(p, _key(row.p_holm)), _text(row.verdict), _text(row.reason)])
     verdicts = effects.loc[large & ~unknown, "verdict"].value_counts(sort=False)
-    said = ", ".join(f"{number} {verdict}" for verdict, number in verdicts.items())
-    left_out = [f"interactions of three and more switches, {said}"] if said else []
-    for kind, words in (("interaction", "interaction"), ("shapley", "Shapley share")):
-        if missing := int((unknown & (effects["kind"] == kind)).sum()):
-            left_out.append(f"{count(missing, words)} that the cells do not tell")
-    note = f"Left out here: {'; '.join(left_out)}." if left_out else ""
+    untold = {kind: int((unknown & (effects["kind"] == kind)).sum()) for kind in ("interaction", "shapley")}
+    note = effects_left_out({str(verdict): number for verdict, number in verdicts.items()}, untold)
     effect = "effect (× as fast)" if (effects["metric"] == LATENCY).any() else "effect"
     return drop_empty(Table(["term", "kind", effect, "p (Holm)", "verdict", "reason"], lines, note=note))
 

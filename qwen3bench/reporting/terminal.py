@@ -18,9 +18,24 @@ from qwen3bench.reporting.finding import ControlOutcome, NoVerdict, Pair, verdic
 from qwen3bench.reporting.findings_cells import recommended
 from qwen3bench.reporting.findings_effects import joint
 from qwen3bench.reporting.lookup import BASELINE, LATENCY, band, directory, of_peers, others_beside, rows, terms, usable
-from qwen3bench.reporting.text_table import FIXED, narrow_table, packed, text_table, wrapped
-from qwen3bench.reporting.units import count, is_number, listing, percent, ratio, seconds, significant, size
-from qwen3bench.reporting.wording import only_with, sentence
+from qwen3bench.reporting.text_table import narrow_table, packed, text_table, wrapped
+from qwen3bench.reporting.units import is_number, ratio, seconds, significant, size
+from qwen3bench.reporting.wording.sentences import only_with, sentence
+from qwen3bench.reporting.wording.terminal_words import (
+    PEERS_TITLE,
+    UNFINISHED,
+    answers_left,
+    cells_title,
+    damaged,
+    failed_cells,
+    failed_controls,
+    gain_words,
+    marks_of,
+    noisy_answer,
+    nothing_measured,
+    only_helps_with,
+    switches_title,
+)
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -84,7 +99,7 @@ def _answers(run: Run, width: int, room: int) -> list[str]:
     for number, block in enumerate(blocks):
         last = number == len(blocks) - 1
         if len(lines) + len(block) > room - (not last):
-            return [*lines, f"{count(len(blocks) - number, 'more answer')} in the report"]
+            return [*lines, answers_left(len(blocks) - number)]
         lines += block
     return lines
 
@@ -92,12 +107,10 @@ def _answers(run: Run, width: int, room: int) -> list[str]:
 def _answer(run: Run, condition: Condition, width: int, brief: bool = False) -> list[str]:
     cells = usable(condition.select(run.cells))
     if noise := control_findings.noise(run, condition):
-        apart = percent(math.expm1(noise)).replace(" ", FIXED)
-        text = f"{condition}: noisy: two copies of the baseline differ by {apart}, so no switch is recommended."
-        return wrapped(text, width)
+        return wrapped(noisy_answer(str(condition), math.expm1(noise)), width)
     by_label = {row.cell: row for row in rows(cells)}
     if not by_label:
-        return wrapped(f"{condition}: nothing was measured.", width)
+        return wrapped(nothing_measured(str(condition)), width)
     finding = next(recommended(run, condition), None)
     chosen = finding.subject if finding else ""
     if row := by_label.get(chosen):
@@ -105,7 +118,7 @@ def _answer(run: Run, condition: Condition, width: int, brief: bool = False) -> 
         lines = packed(f"{condition}:", [f"+opt={chosen.replace('+', ',')}"], width)
         if brief:
             return [*lines, *packed(f"  {gain.partition(' ')[0]} as fast,", _facts(row, brief), width)]
-        gain += " as fast as the baseline"
+        gain = gain_words(gain)
         if len(lines[-1]) + 2 + len(gain) <= width:
             return [*lines[:-1], f"{lines[-1]}  {gain}", *packed("", _facts(row, brief), width)]
         return [*lines, *packed(f"  {gain},", _facts(row, brief), width)]
@@ -131,17 +144,16 @@ def _facts(row: Any, brief: bool) -> list[str]:
 def _warnings(run: Run) -> Iterator[str]:
     """What limits the worth of all answers."""
     if not run.finished:
-        yield "this run has not finished: what is here is what was measured until now."
+        yield UNFINISHED
     bad = run.cells[run.cells["status"].notna() & (run.cells["status"] != CellStatus.OK)]
     if len(bad):
         by_status = bad.drop_duplicates(["cell", "status"])["status"].value_counts()
-        said = ", ".join(f"{number} {status}" for status, number in by_status.items())
-        yield f"cells without a speed-up: {said}; the report says why."
+        yield failed_cells({str(status): number for status, number in by_status.items()})
     if run.warnings:
-        yield f"the record is damaged in {count(len(run.warnings), 'place')}; the report says where."
+        yield damaged(len(run.warnings))
     outcomes = [control_findings.outcome_of(control) for control in control_findings.control_list(run)]
     if others := outcomes.count(ControlOutcome.FAILED) - int(run.controls.aa["noisy"].sum()):
-        yield f"{count(others, 'control')} failed; the report says which, and what it means."
+        yield failed_controls(others)
 
 
 # The table
@@ -158,20 +170,19 @@ def _table(run: Run, width: int) -> list[str]:
         for name in run.factors
         if name in told
     }
-    noisy = ", ~ within the noise" if any(control_findings.noise(run, condition) for condition in found) else ""
-    marks = f"(= the same within ±{100 * band(run):g}{FIXED}%, ? undecided{noisy})"
+    marks = marks_of(band(run), noisy=any(control_findings.noise(run, condition) for condition in found))
     lines: list[str] = []
     if switches:
         others = {others_beside(frame) for frame in main.values() if len(frame)}
-        others_said = f", {others.pop()}" if len(others) == 1 and len(run.factors) > 1 else ""
-        lines += ["", *wrapped(f"Each switch{others_said} {marks}", width)]
+        others_said = others.pop() if len(others) == 1 and len(run.factors) > 1 else ""
+        lines += ["", *wrapped(switches_title(others_said, marks), width)]
         lines += effect_lines(_cut(switches), heads, width)
         lines += [line for text in _dependent(run) for line in wrapped(text, width)]
     names = [str(cell) for cell in dict.fromkeys(run.cells[of_peers(run.cells)]["cell"])]
-    title = "Other implementations against the baseline"
+    title = PEERS_TITLE
     if not switches:
         ours = dict.fromkeys(str(cell) for cell in run.cells["cell"] if cell != BASELINE)
-        title, names = f"Against the baseline {marks}", list(ours)
+        title, names = cells_title(marks), list(ours)
     cells: Rows = {name: [_speedup(run, condition, name) for condition in found] for name in names}
     if any(each for estimates in cells.values() for each in estimates):
         lines += ["", *wrapped(title, width), *effect_lines(_cut(cells), heads, width)]
@@ -185,7 +196,7 @@ def _dependent(run: Run) -> Iterator[str]:
         if isinstance(finding.detail, Pair) and only_with(finding.detail):
             places.setdefault((finding.detail.small, finding.detail.large), []).append(finding.condition)
     for (small, large), found in places.items():
-        yield f"{small} helps only with {large} on ({listing(found)})."
+        yield only_helps_with(small, large, found)
 
 
 def _cut(table: Rows) -> Rows:

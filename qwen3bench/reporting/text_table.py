@@ -5,7 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 
-FIXED = "\N{NO-BREAK SPACE}"  # between a number and its unit, until the lines are made
+from qwen3bench.reporting.units import FIXED
+from qwen3bench.reporting.wording.terminal_words import more_columns
 
 
 def text_table(fields: Mapping[str, Sequence[str]], heads: Sequence[str], columns: int | None = None) -> list[str]:
@@ -29,7 +30,7 @@ def narrow_table(fields: Mapping[str, Sequence[str]], heads: Sequence[str], widt
     while shown > 1 and max(map(len, text_table(fields, heads, shown))) > width:
         shown -= 1
     left = len(heads) - shown
-    return text_table(fields, heads, shown) + [f"{left} more column{'s' * (left > 1)} in a wider window"] * (left > 0)
+    return text_table(fields, heads, shown) + [more_columns(left)] * (left > 0)
 
 
 def packed(head: str, pieces: Sequence[str], width: int) -> list[str]:

@@ -19,6 +19,7 @@ class Unit:
         return significant(value / self.size) if is_number(value) else ""
 
 
+FIXED = "\N{NO-BREAK SPACE}"  # between a number and its unit, until the lines of a terminal are made
 SECONDS = (Unit("s", 1.0), Unit("ms", 1e-3), Unit("µs", 1e-6))
 BYTES = (Unit("GiB", 2.0**30), Unit("MiB", 2.0**20), Unit("KiB", 2.0**10), Unit("B", 1.0))
 

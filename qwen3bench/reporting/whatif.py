@@ -16,7 +16,7 @@ from qwen3bench.reporting.findings_cells import ratios_over
 from qwen3bench.reporting.lookup import MEMORY, band, factors, of_peers, rows, usable
 from qwen3bench.reporting.tables import signed_bytes
 from qwen3bench.reporting.units import is_number, ratio, seconds, significant, size
-from qwen3bench.reporting.wording import worth_said
+from qwen3bench.reporting.wording.sentences import worth_said
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3bench.reporting.text_table import FIXED, narrow_table, packed, text_table, wrapped
+from qwen3bench.reporting.text_table import narrow_table, packed, text_table, wrapped
+from qwen3bench.reporting.units import FIXED
 
 FIELDS = {"flash": ["1.203×", "1.05× ?"], "tie": ["1.0×", "not known"]}
 

@@ -36,9 +36,9 @@ from qwen3bench.reporting.finding import (
 )
 from qwen3bench.reporting.findings import findings
 from qwen3bench.reporting.over_runs import dependent, effects_over, limits, over_findings
-from qwen3bench.reporting.wording import FLASH_AND_MASK, METHOD, sentence, worth, worth_said
+from qwen3bench.reporting.wording.sentences import FLASH_AND_MASK, METHOD, sentence, worth, worth_said
 
-REFERENCE = Path(__file__).parents[2] / "results" / "reference"
+REFERENCE = Path(__file__).parents[3] / "results" / "reference"
 Lines = list[dict[str, Any]]
 PREFILL = "prefill 1×2048 graph"
 GAIN = {"estimate": 1.2712, "lo": 1.2653, "hi": 1.2771, "verdict": "faster"}

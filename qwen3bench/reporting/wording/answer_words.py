@@ -1,0 +1,41 @@
+"""What an answer's card says beside its numbers: how sure it is, and what it does not tell."""
+
+from __future__ import annotations
+
+from qwen3bench.reporting.finding import Passed
+from qwen3bench.reporting.units import count, duration_words, ratio
+
+NOTHING_HERE = "Nothing was measured here."
+_SCOPE = "They hold for this card, these versions and these sizes. Another prompt length is another experiment."
+_RANDOM = "The weights are random, so nothing is said about the quality of the output."
+_GRAPH = "Graph replays are device time: what the host adds is not in them."
+_ALONE = "Peak memory is of one cell alone in its process, with no other request beside it."
+_BASELINE = "The baseline writes attention out, which few people run."
+_PEERS = "peer=transformers in the command measures beside what they do run."
+
+
+def interval_words(level: str, estimate: float, lo: float, hi: float) -> str:
+    """The interval of a gain that is shown by itself: `95 % interval 1.26 to 1.28`."""
+    bounds = ratio(estimate, lo, hi).partition(" ")[2].strip("[]").replace(", ", " to ")
+    return f"{level} interval {bounds}"
+
+
+def how_sure(told: Passed, copies: list[tuple[float, float, float]], blocks: str) -> str:
+    """How many controls passed, how far two copies of the baseline are apart, and in how many blocks."""
+    controls = "No control was measured" if not told.held else f"{told.passed} of {count(told.held, 'control')} passed"
+    if told.held and told.passed == told.held:
+        controls = f"All {count(told.passed, 'control')} passed" if told.passed > 1 else "The control passed"
+    apart = "".join(f" Two copies of the baseline read {ratio(*each)}." for each in copies)
+    return f"{controls}.{apart} Measured in {blocks}."
+
+
+def cut_short(seconds: float | None, blocks: int, least: int) -> str:
+    """That a run reached its time limit with fewer blocks than it was to take at least."""
+    limit = f" of {duration_words(seconds)}" if seconds else ""
+    return f"The time limit{limit} ended it after {count(blocks, 'block')}, before the least number of {least}."
+
+
+def limits_of_answers(*, random: bool, graph: bool, memory: bool, peers: bool) -> list[str]:
+    """What a run's answers do not tell, by what it measured."""
+    said = [_SCOPE, *[_RANDOM] * random, *[_GRAPH] * graph, *[_ALONE] * memory]
+    return [*said, _BASELINE if peers else f"{_BASELINE} {_PEERS}"]

@@ -1,0 +1,68 @@
+"""What the report's pages say beside findings: leads, notes of tables, why measuring stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from qwen3bench.record.states import StopReason
+from qwen3bench.reporting.units import count, listing
+
+# What stands over tables and toggles, by the name that the templates use.
+PAGE = {
+    "nothing": "Nothing was measured.",
+    "gain": "as fast as the baseline",
+    "answer": "Turn on **{switches}**: **{gain}** as fast as the baseline ({interval}).",
+    "effects": "How many times as fast with the switch on as with it off, {others}.",
+    "shading": "Effect of each switch on latency. Shaded by size, gray: the same within the band, dashed: not decided.",
+    "open": "If the estimates stay, these settings in the command decide.",
+    "what_if": "Every number was measured. Beside each switch stands how many times as fast the model is once it is "
+    "turned on or off from here. Each interval stands for itself: of twenty, one misses.",
+    "halves": "What a switch is worth with the other on and off, on average over the rest",
+    "ran": "What ran in the cells of these pairs",
+    "over": "How many times as fast with the switch on, by run and condition",
+    "cut": "{most} of {total} rows; all of them are in report.html and in the csv files.",
+}
+GAIN_HEADING = "× as fast as the baseline"
+HALVES_HEADINGS = ["switch", "beside", "with it on (× as fast)", "with it off (× as fast)", "joint effect"]
+STOPPED = {
+    StopReason.TARGET: "every main effect is as tight as asked for",
+    StopReason.MAX_SECONDS: "the time allowed was up",
+    StopReason.MAX_BLOCKS: "the blocks allowed were used up",
+    StopReason.FAILED: "measuring failed",
+    StopReason.ENDED: "the run was ended before",
+}
+
+
+def compiled_words(by_options: Mapping[str, Sequence[str]]) -> str:
+    """How cells were compiled: the options, and the cells of each where they are several."""
+    each = [
+        f"{said or 'its defaults'}{f' ({listing(sorted(set(cells)))})' if len(by_options) > 1 else ''}"
+        for said, cells in by_options.items()
+    ]
+    return f"Each process compiled for itself, Inductor's options: {'; '.join(each)}."
+
+
+def single_token_words(options: str) -> str:
+    return f", for a single token {options}"
+
+
+def pairs_left(left: int, pairs: int, told: int) -> str:
+    """Of the interactions that no sentence tells."""
+    if not told:
+        return f"No interaction of {count(pairs, 'pair')} is shown."
+    return f"{count(left, 'other pair')} of {pairs}: a smaller joint effect, or none that is shown." if left else ""
+
+
+def effects_left_out(verdicts: Mapping[str, int], untold: Mapping[str, int]) -> str:
+    """Of a table of effects: interactions of three and more by verdict, and how many of a kind are not told."""
+    said = ", ".join(f"{number} {verdict}" for verdict, number in verdicts.items())
+    parts = [f"interactions of three and more switches, {said}"] if said else []
+    kinds = {"interaction": "interaction", "shapley": "Shapley share"}
+    parts += [f"{count(number, kinds[kind])} that the cells do not tell" for kind, number in untold.items() if number]
+    return f"Left out here: {'; '.join(parts)}." if parts else ""
+
+
+def run_described(name: str, where: Sequence[str], measured: str, *, finished: bool) -> str:
+    """A run in the list of a page over several."""
+    state = "" if finished else ", unfinished"
+    return f"{name}: {listing(list(where), 12) or 'nothing measured'}{f', {measured}' if measured else ''}{state}"

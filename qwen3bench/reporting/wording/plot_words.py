@@ -1,0 +1,191 @@
+"""Titles, notes, legends and alternative texts of plots; a title states what is seen, as far as verdicts go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from qwen3bench.record.states import Verdict
+from qwen3bench.reporting.finding import Effect
+from qwen3bench.reporting.units import count, listing, percent, ratio, seconds, size
+from qwen3bench.reporting.wording.sentences import band_words
+
+NO_STEADY_GAIN = "No switch is shown to be faster everywhere"
+OTHERS_DIFFER = "What the other switches do differs from {place} to {place}"
+NOISY_EVERYWHERE = "Noisy everywhere: two copies of the baseline differ"
+NOISE_NOT_COUNTED = "; what is no more than the noise does not count in the title"
+TIMES_AS_FAST = "× as fast when switched on"
+JOINT_EFFECT = "joint effect (×, above 1: worth more together)"
+DECIDED_MARK = "* verdict faster or slower; without: same or undecided"
+HOLLOW = {False: "undecided", True: "undecided or noise"}  # marks, by whether a condition is noisy
+SHAPLEY = "Shapley share of each switch, the mean over all orders of switching on; the largest first"
+INTENSITY = "arithmetic intensity (FLOP per byte that must be moved)"
+# A mark on the map over several runs, and what it says.
+MAP_MARKS: dict[str, str] = {
+    "*": "faster or slower",
+    "=": "same within {band}",
+    "?": "undecided",
+    "~": "within the noise",
+    "–": "no verdict",
+}
+
+
+def sentence_of(parts: Sequence[tuple[str, Sequence[str]]], otherwise: str) -> str:
+    """`Faster: flash and norm; undecided: mask`, or `otherwise` where no part has a name."""
+    title = "; ".join(f"{words}: {listing(list(names))}" for words, names in parts if names) or otherwise
+    return title[0].upper() + title[1:]
+
+
+def noisy_title(title: str, *, noisy: bool = True) -> str:
+    """The title, with a warning before it where the condition is noisy."""
+    return title if not noisy else f"Noisy: {title}"
+
+
+def effects_title(names: Mapping[str, Sequence[str]], width: float) -> str:
+    """Which switches have which verdict."""
+    words = {
+        Verdict.FASTER: "faster",
+        Verdict.SLOWER: "slower",
+        Verdict.SAME: f"same within {band_words(width)}",
+        Verdict.UNDECIDED: "undecided",
+    }
+    parts = [(said, names.get(verdict, ())) for verdict, said in words.items()]
+    return sentence_of(parts, "No effect on latency could be judged")
+
+
+def effects_alt(effects: Iterable[Any]) -> str:
+    """`effects`: rows with a term, an estimate and its interval."""
+    named = [f"{row.term} {ratio(row.estimate, row.lo, row.hi)}" for row in effects]
+    return f"Effects on latency with intervals: {listing(named, 12)}."
+
+
+def interactions_left_out(number: int) -> str:
+    """To follow a note."""
+    return f"; {count(number, 'interaction')} left out: small, or of three and more without a direction"
+
+
+def each_switch_beside(others: str) -> str:
+    """To follow a note: what the other switches do."""
+    return f"; each switch {others}"
+
+
+def effect_axis(level: str, width: float, hollow: str = "") -> str:
+    """What the axis of effects is, its bars, its `hollow` marks and its gray band."""
+    marks = f"hollow: {hollow}; " if hollow else ""
+    return f"{TIMES_AS_FAST}, {level} interval; {marks}gray: {band_words(width)}"
+
+
+def interactions_alt(title: str) -> str:
+    return f"Two-way interactions of latency. {title}."
+
+
+def interactions_title(shown: int, pairs: int, most: Effect | None) -> str:
+    """How many pairs have a direction, and the largest of these."""
+    if most is None:
+        return f"None of {count(pairs, 'pair')} is shown to be worth more or less together"
+    much = "more" if most.estimate > 1 else "less"
+    words = f"{' and '.join(most.term.split(':'))} are worth {much} together, {ratio(most.estimate, most.lo, most.hi)}"
+    return f"{shown} of {count(pairs, 'pair')} interact; {words}"
+
+
+def by_condition_title(everywhere: Sequence[str], in_places: Sequence[str], *, quiet: bool) -> str:
+    """Which switches are faster in all conditions, and which in some alone."""
+    steady = "faster everywhere" if quiet else "faster wherever it is not noisy"
+    return sentence_of([(steady, everywhere), ("faster only in places", in_places)], NO_STEADY_GAIN)
+
+
+def by_condition_alt(title: str) -> str:
+    return f"Main effects by workload and runtime. {title}."
+
+
+def map_title(steady: Sequence[str], fading: Sequence[str], turning: Sequence[str], *, quiet: bool) -> str:
+    """Over several runs: which switches are faster everywhere, which the same in places, which change sign."""
+    said = "faster everywhere" if quiet else "faster wherever it is not noisy"
+    parts = [(said, steady), ("the same in places", fading), ("changes sign", turning)]
+    return sentence_of(parts, NO_STEADY_GAIN)
+
+
+def map_note(runs: int, marks: Iterable[str], width: float, shown: int, total: int) -> str:
+    """How many runs, what the marks on the map say, and how many conditions have room."""
+    seen = set(marks)
+    said = [f"{mark} {words.format(band=band_words(width))}" for mark, words in MAP_MARKS.items() if mark in seen]
+    cut = f"; the first {shown} of {total} conditions" if shown < total else ""
+    return f"n = {count(runs, 'run')}; {', '.join(said)}{cut}"
+
+
+def map_alt(title: str) -> str:
+    return f"Effect of every switch under every condition. {title}."
+
+
+def trends_note(runs: int, width: float) -> str:
+    return f"n = {count(runs, 'run')}; bars: intervals; gray: {band_words(width)}; hollow: {HOLLOW[True]}"
+
+
+def trends_title(first: int, last: int, most: str) -> str:
+    return f"Effects from {first} to {last} prompt tokens{most}"
+
+
+def ranked_title(number: int, fastest: tuple[str, float], slowest_s: float, baseline_s: float | None) -> str:
+    """From where to where the cells reach, and where the baseline stands."""
+    name, least_s = fastest
+    if number == 1:
+        return f"{name}: {seconds(least_s)}"
+    reach = f"{count(number, 'cell')} take {seconds(least_s)} to {seconds(slowest_s)}"
+    return reach if baseline_s is None else f"{reach}; the baseline takes {seconds(baseline_s)}"
+
+
+def ranked_alt(title: str) -> str:
+    return f"Latency of every cell, fastest on top. {title}."
+
+
+def latency_axis(unit: str, level: str, samples: str) -> str:
+    return f"latency ({unit}), {level} interval; n = {samples} samples per cell"
+
+
+def front_title(front: int, cells: int, width: float, least_bytes: float) -> str:
+    """How many cells no other one equals or beats in both latency and peak memory."""
+    many = f"{count(front, 'cell')} {'lies' if front == 1 else 'lie'} on the Pareto front of {cells}"
+    return f"{many}, within {band_words(width)}; the smallest peak is {size(least_bytes)}"
+
+
+def front_alt(cells: int, front: Sequence[str]) -> str:
+    return f"Latency against peak memory of {cells} cells; Pareto front: {listing(list(front))}."
+
+
+def roofline_title(least: float, most: float) -> str:
+    return f"Cells reach {percent(least)} to {percent(most)} of what the device allows"
+
+
+def ceilings(device: str, products: str, copies: str) -> str:
+    return f"{device}; ceilings measured: {products} in matrix products, {copies} in copies"
+
+
+def roofline_alt(title: str) -> str:
+    return f"Achieved arithmetic rate of each cell under the roofline. {title}."
+
+
+def waterfall_title(what: str, ends: str, largest: tuple[str, str] | None) -> str:
+    """From where to where all switches lead, and the largest share where it stands apart."""
+    whole = f"All on: {what} {ends}"
+    return f"{whole}; the largest share is that of {largest[0]}, {largest[1]}" if largest else whole
+
+
+def waterfall_alt(what: str, title: str) -> str:
+    return f"Waterfall of {what} from baseline to all on. {title}."
+
+
+def copies_title(estimate: float, lo: float, hi: float, *, noisy: bool) -> str:
+    said = f"two copies of the baseline read {ratio(estimate, lo, hi)}"
+    return noisy_title(said) if noisy else said[0].upper() + said[1:]
+
+
+def processes_title(apart: float) -> str:
+    return f"processes are up to {percent(apart)} apart"
+
+
+def copies_axis(blocks: int, level: str) -> str:
+    return f"block (n = {blocks}); gray: allowed; colored: mean, {level}"
+
+
+def drift_axis(blocks: int) -> str:
+    return f"time into the run (s); n = {count(blocks, 'block')}"

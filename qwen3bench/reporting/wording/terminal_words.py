@@ -1,0 +1,64 @@
+"""What the terminal says at the end of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from qwen3bench.reporting.units import FIXED, count, listing, percent
+
+UNFINISHED = "this run has not finished: what is here is what was measured until now."
+PEERS_TITLE = "Other implementations against the baseline"
+
+
+def more_columns(number: int) -> str:
+    return f"{count(number, 'more column')} in a wider window"
+
+
+def noisy_answer(condition: str, apart: float) -> str:
+    """Why nothing is recommended where two copies of the baseline are a fraction `apart`."""
+    said = percent(apart).replace(" ", FIXED)
+    return f"{condition}: noisy: two copies of the baseline differ by {said}, so no switch is recommended."
+
+
+def nothing_measured(condition: str) -> str:
+    return f"{condition}: nothing was measured."
+
+
+def gain_words(gain: str) -> str:
+    """A speed-up and of what it is one."""
+    return f"{gain} as fast as the baseline"
+
+
+def answers_left(number: int) -> str:
+    return f"{count(number, 'more answer')} in the report"
+
+
+def failed_cells(by_status: Mapping[str, int]) -> str:
+    said = ", ".join(f"{number} {status}" for status, number in by_status.items())
+    return f"cells without a speed-up: {said}; the report says why."
+
+
+def damaged(places: int) -> str:
+    return f"the record is damaged in {count(places, 'place')}; the report says where."
+
+
+def failed_controls(number: int) -> str:
+    return f"{count(number, 'control')} failed; the report says which, and what it means."
+
+
+def marks_of(band: float, *, noisy: bool) -> str:
+    """What the marks of the table mean; that of noise where there is some."""
+    noise = ", ~ within the noise" if noisy else ""
+    return f"(= the same within ±{100 * band:g}{FIXED}%, ? undecided{noise})"
+
+
+def switches_title(others: str, marks: str) -> str:
+    return f"Each switch{f', {others}' if others else ''} {marks}"
+
+
+def cells_title(marks: str) -> str:
+    return f"Against the baseline {marks}"
+
+
+def only_helps_with(small: str, large: str, places: Iterable[str]) -> str:
+    return f"{small} helps only with {large} on ({listing(list(places))})."
