@@ -7,7 +7,15 @@ from dataclasses import fields, replace
 
 from qwen3bench.errors import UserError
 from qwen3bench.model.attention import AdditiveMask, EagerAttention
-from qwen3bench.model.layers import FeedForward, GroupedQueryAttention, RMSNorm, TransformerBlock, separate_head
+from qwen3bench.model.layers import (
+    FeedForward,
+    GroupedQueryAttention,
+    RMSNorm,
+    SeparateResidual,
+    TransformerBlock,
+    separate_head,
+    separate_rope,
+)
 from qwen3bench.model.loss import CrossEntropy, keep_activations
 from qwen3bench.model.parts import Parts
 
@@ -16,9 +24,11 @@ Optimization = Callable[[Parts], Parts]
 BASELINE_PARTS = Parts(
     block=TransformerBlock,
     attention=GroupedQueryAttention,
+    rope=separate_rope,
     attend=EagerAttention(),
     mask=AdditiveMask(),
     norm=RMSNorm,
+    residual=SeparateResidual(),
     mlp=FeedForward,
     head=separate_head,
     loss=CrossEntropy(),

@@ -70,17 +70,25 @@ class Region(nn.Module):
         start: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """The block's output and its norm, both (b, t, e); `normed` is x after the block's first norm."""
-        x = self.block.after_norm1(x, normed, mask, cos, sin, cache, start)
-        return x, self.next_norm(x)
+        stream = self.block.after_norm1(x, normed, mask, cos, sin, cache, start)
+        return self.block.residual.norm(stream, self.next_norm)
 
 
 def regions_of(blocks: Sequence[nn.Module], final_norm: nn.Module) -> list[Region]:
-    """The regions of these blocks, in order; none where a block has a forward or a hook that a region would skip."""
+    """The regions of these blocks, in order; none where a block has a forward or a hook that a region would skip.
+
+    Blocks of a class that says which calls are whole have regions for the others.
+    """
     plain = [block for block in blocks if isinstance(block, TransformerBlock) and _is_plain(block)]
-    if len(plain) < len(blocks):
+    if len(plain) < len(blocks) or (any(map(has_whole_calls, plain)) and len(set(map(type, plain))) > 1):
         return []
     following = [block.norm1 for block in plain[1:]] + [final_norm]
     return [Region(block, norm) for block, norm in zip(plain, following, strict=True)]
+
+
+def has_whole_calls(block: nn.Module) -> bool:
+    """Whether the block's class does some calls as one, and says which."""
+    return isinstance(block, TransformerBlock) and type(block).is_whole is not TransformerBlock.is_whole
 
 
 def shared_forward(modules: Sequence[nn.Module]) -> Forward:
@@ -102,7 +110,8 @@ def _call(module: nn.Module, *given: Any, **named: Any) -> Any:
 
 
 def _is_plain(block: TransformerBlock) -> bool:
-    return not _has_hooks(block) and _runs(block, TransformerBlock.forward)
+    forward = type(block).forward if has_whole_calls(block) else TransformerBlock.forward
+    return not _has_hooks(block) and _runs(block, forward)
 
 
 def _runs(module: nn.Module, forward: Forward) -> bool:

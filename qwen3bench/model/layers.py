@@ -6,12 +6,14 @@ Source: Qwen3 Technical Report (arXiv:2505.09388); module names follow the docum
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3bench.config.model_config import ModelConfig
-from qwen3bench.model.parts import Parts
+from qwen3bench.model.parts import Angles, HeadNorms, Heads, Parts
 
 
 class Linear(nn.Linear):
@@ -77,6 +79,35 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def separate_rope(
+    projected: Heads, norms: HeadNorms, angles: Angles, cache: tuple[Tensor, Tensor] | None, start: int
+) -> Heads:
+    """Norms, rotation and the write into the cache, each by itself: see `Rope`."""
+    queries, keys = (
+        apply_rope(norm(heads).transpose(1, 2), *angles) for norm, heads in zip(norms, projected, strict=False)
+    )
+    values = projected[2].transpose(1, 2)
+    if cache is None:
+        return queries, keys, values
+    end = start + queries.shape[2]
+    for new, stored in ((keys, cache[0]), (values, cache[1])):
+        stored[:, :, start:end] = new
+    return queries, cache[0][:, :, :end], cache[1][:, :, :end]
+
+
+class SeparateResidual:
+    """The sum and the norm after it, each by itself: see `Residual`."""
+
+    def add(self, x: Tensor, change: Tensor) -> Tensor:
+        return x + change
+
+    def norm(self, stream: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        return stream, norm(stream)
+
+    def last(self, stream: Tensor, positions: int) -> Tensor:
+        return stream[:, -positions:]
+
+
 class GroupedQueryAttention(nn.Module):
     """Grouped-query attention (arXiv:2305.13245) with a norm on each query and key head, (b, t, e) to (b, t, e)."""
 
@@ -89,6 +120,7 @@ class GroupedQueryAttention(nn.Module):
         self.out_proj = Linear(config.num_heads * config.head_dim, config.emb_dim, bias=False)
         self.q_norm = parts.norm(config.head_dim, config.rms_norm_eps)
         self.k_norm = parts.norm(config.head_dim, config.rms_norm_eps)
+        self.rope = parts.rope
         self.attend = parts.attend
         self.mask_scores = parts.mask.apply
 
@@ -107,14 +139,8 @@ class GroupedQueryAttention(nn.Module):
     ) -> Tensor:
         """`cache` holds keys and values (b, g, capacity, d), filled before `start`; the new ones are written in."""
         queries, keys, values = (y.unflatten(-1, (-1, self.head_dim)) for y in self.project(x))  # (b, t, heads, d)
-        queries = apply_rope(self.q_norm(queries).transpose(1, 2), cos, sin)
-        keys = apply_rope(self.k_norm(keys).transpose(1, 2), cos, sin)
-        values = values.transpose(1, 2)
-        if cache is not None:
-            end = start + x.shape[1]
-            for new, stored in ((keys, cache[0]), (values, cache[1])):
-                stored[:, :, start:end] = new
-            keys, values = cache[0][:, :, :end], cache[1][:, :, :end]
+        norms = self.q_norm, self.k_norm
+        queries, keys, values = self.rope((queries, keys, values), norms, (cos, sin), cache, start)
         context = self.attend(queries, keys, values, mask, self.mask_scores)  # (b, h, t, d)
         return self.out_proj(context.transpose(1, 2).flatten(-2))
 
@@ -123,7 +149,7 @@ class GroupedQueryAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """One pre-norm decoder block, (b, t, e) to (b, t, e)."""
+    """One pre-norm decoder block, from the residual stream (b, t, e) to the stream (see `Residual`)."""
 
     def __init__(self, config: ModelConfig, parts: Parts) -> None:
         super().__init__()
@@ -131,17 +157,19 @@ class TransformerBlock(nn.Module):
         self.ff = parts.mlp(config)
         self.norm1 = parts.norm(config.emb_dim, config.rms_norm_eps)
         self.norm2 = parts.norm(config.emb_dim, config.rms_norm_eps)
+        self.residual = parts.residual
 
     def forward(
         self,
-        x: Tensor,
+        stream: Any,
         mask: Tensor | None,
         cos: Tensor,
         sin: Tensor,
         cache: tuple[Tensor, Tensor] | None = None,
         start: int = 0,
-    ) -> Tensor:
-        return self.after_norm1(x, self.norm1(x), mask, cos, sin, cache, start)
+    ) -> Any:
+        x, normed = self.residual.norm(stream, self.norm1)
+        return self.after_norm1(x, normed, mask, cos, sin, cache, start)
 
     def after_norm1(
         self,
@@ -152,10 +180,15 @@ class TransformerBlock(nn.Module):
         sin: Tensor,
         cache: tuple[Tensor, Tensor] | None = None,
         start: int = 0,
-    ) -> Tensor:
+    ) -> Any:
         """The rest of the block, `normed` being norm1(x): where a `Region` of compiled code begins."""
-        x = x + self.att(normed, mask, cos, sin, cache, start)
-        return x + self.ff(self.norm2(x))
+        stream = self.residual.add(x, self.att(normed, mask, cos, sin, cache, start))
+        x, normed = self.residual.norm(stream, self.norm2)
+        return self.residual.add(x, self.ff(normed))
+
+    def is_whole(self, stream: Any, cache: tuple[Tensor, Tensor] | None) -> bool:
+        """Whether `forward` does a call as one, so that compiled code takes the block with its first norm."""
+        return False
 
     def _get_name(self) -> str:
         return "TransformerBlock"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.model.cache import KVCache
-from qwen3bench.model.compiled import CompiledModel, regions_of, shared_forward
+from qwen3bench.model.compiled import CompiledModel, has_whole_calls, regions_of, shared_forward
 from qwen3bench.model.decoder import Compile, Decoder, Forward
 from qwen3bench.model.layers import Embedding
 from qwen3bench.model.parts import Parts
@@ -57,77 +57,66 @@ class Qwen3Model(Decoder):
 
         `logits_to_keep` > 0 computes only the last that many positions' logits.
         """
-        return self._through_blocks(self.trf_blocks, tokens, cache, start, logits_to_keep)
+        return self.out_head(self._states([*self.trf_blocks], (), tokens, cache, start, logits_to_keep))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        return self.parts.loss(self.out_head, self._states_of_blocks(self.trf_blocks, tokens), targets)
+        return self.parts.loss(self.out_head, self._states([*self.trf_blocks], (), tokens), targets)
 
     def compiled(self, compile_: Compile) -> CompiledModel:
-        """Its regions compiled, or its blocks, where these cannot be cut there; and the loss."""
+        """Its regions compiled; its blocks where these cannot be cut, and for calls that they do as one; the loss."""
         blocks = list(self.trf_blocks)
         regions = regions_of(blocks, self.final_norm)
-        modules: list[nn.Module] = [*regions] or blocks
-        run = compile_(shared_forward(modules))
-        states = self._states_of_regions if regions else self._states_of_blocks
-        calls = [partial(run, module) for module in modules]
+        by_region = _calls(compile_, regions)
+        by_block = _calls(compile_, blocks) if not regions or has_whole_calls(blocks[0]) else []
+        states = partial(self._states, by_block, by_region)
+        states_of_one = partial(self._states, by_block[:1], by_region[:1])
 
         @cache
         def loss_of() -> Forward:  # compiled where it is asked for, as inference does not
             return compile_(self.parts.loss.__call__) if self.parts.loss.compiles else self.parts.loss
 
-        def through(calls: Sequence[Forward], *given: Any, **named: Any) -> Tensor:
-            return self.out_head(states(calls, *given, **named))
+        def through(states: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:
+            return self.out_head(states(*given, **named))
 
         def loss(tokens: Tensor, targets: Tensor) -> Tensor:
-            found: Tensor = loss_of()(self.out_head, states(calls, tokens), targets)
+            found: Tensor = loss_of()(self.out_head, states(tokens), targets)
             return found
 
-        return CompiledModel(self, partial(through, calls), partial(through, calls[:1]), loss)
+        return CompiledModel(self, partial(through, states), partial(through, states_of_one), loss)
 
     def first_block_alone(self) -> Forward:
-        return partial(self._through_blocks, self.trf_blocks[:1])
+        def run(*given: Any, **named: Any) -> Tensor:
+            return self.out_head(self._states([self.trf_blocks[0]], (), *given, **named))
 
-    def _through_blocks(
+        return run
+
+    def _states(
         self,
-        blocks: Iterable[Forward],
+        by_block: Sequence[Forward],
+        by_region: Sequence[Forward],
         tokens: Tensor,
         cache: KVCache | None = None,
         start: int = 0,
         logits_to_keep: int = 0,
     ) -> Tensor:
-        return self.out_head(self._states_of_blocks(blocks, tokens, cache, start, logits_to_keep))
+        """The normed last states, of which logits are made.
 
-    def _states_of_blocks(
-        self,
-        blocks: Iterable[Forward],
-        tokens: Tensor,
-        cache: KVCache | None = None,
-        start: int = 0,
-        logits_to_keep: int = 0,
-    ) -> Tensor:
-        """The normed last states, of which logits are made."""
-        x, shared, layers = self._before_blocks(tokens, cache, start)
-        for block, layer in zip(self._recomputing(blocks), layers, strict=False):
-            x = block(x, *shared, layer, start)
-        normed: Tensor = self.final_norm(x[:, -logits_to_keep:])
-        return normed
-
-    def _states_of_regions(
-        self,
-        regions: Iterable[Forward],
-        tokens: Tensor,
-        cache: KVCache | None = None,
-        start: int = 0,
-        logits_to_keep: int = 0,
-    ) -> Tensor:
+        Through the regions, where there are any and the blocks do not do this call as one.
+        """
         x, shared, layers = self._before_blocks(tokens, cache, start)
         first: Any = self.trf_blocks[0]
-        normed = first.norm1(x)
-        for region, layer in zip(self._recomputing(regions), layers, strict=False):
-            x, normed = region(x, normed, *shared, layer, start)
-        return normed[:, -logits_to_keep:]
+        if by_region and not (by_block and first.is_whole(x, layers[0])):
+            normed = first.norm1(x)
+            for region, layer in zip(self._recomputing(by_region), layers, strict=False):
+                x, normed = region(x, normed, *shared, layer, start)
+            return normed[:, -logits_to_keep:]
+        stream: Any = x
+        for block, layer in zip(self._recomputing(by_block), layers, strict=False):
+            stream = block(stream, *shared, layer, start)
+        residual = self.parts.residual
+        return residual.norm(residual.last(stream, logits_to_keep), self.final_norm)[1]
 
-    def _recomputing(self, blocks: Iterable[Forward]) -> Iterator[Forward]:
+    def _recomputing(self, blocks: Sequence[Forward]) -> Iterator[Forward]:
         """The blocks, those that are to be so computed again in backward, where there is one."""
         for number, block in enumerate(blocks):
             again = torch.is_grad_enabled() and self.parts.recomputed(number)
@@ -145,3 +134,11 @@ class Qwen3Model(Decoder):
         mask = self.parts.attend.mask(self.parts.mask, tokens.shape[1], start, x.device, x.dtype)
         layers = [None if cache is None else cache.layer(index) for index in range(self.config.num_layers)]
         return x, (mask, self.cos[start:end], self.sin[start:end]), layers
+
+
+def _calls(compile_: Compile, modules: Sequence[nn.Module]) -> list[Forward]:
+    """The compiled call of each of these modules."""
+    if not modules:
+        return []
+    run = compile_(shared_forward(modules))
+    return [partial(run, module) for module in modules]

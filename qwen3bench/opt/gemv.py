@@ -95,7 +95,7 @@ compiled_token_block.register_fake(lambda x, *rest: torch.empty_like(x))
 
 
 class FusedTokenBlock(TransformerBlock):
-    """A decoder block, (b, t, e) to (b, t, e), that takes five kernels for a single token."""
+    """A decoder block that takes five kernels for a single token."""
 
     att: GroupedQueryAttention
     ff: FeedForward
@@ -122,25 +122,27 @@ class FusedTokenBlock(TransformerBlock):
 
     def forward(
         self,
-        x: Tensor,
+        stream: Any,
         mask: Tensor | None,
         cos: Tensor,
         sin: Tensor,
         cache: tuple[Tensor, Tensor] | None = None,
         start: int = 0,
-    ) -> Tensor:
-        if cache is None or not self._takes(x):
-            return super().forward(x, mask, cos, sin, cache, start)
+    ) -> Any:
+        if cache is None or not self.is_whole(stream, cache):
+            return super().forward(stream, mask, cos, sin, cache, start)
         att, ff = self.att, self.ff
         queries = [att.W_query.weight, att.W_key.weight, att.W_value.weight, att.q_norm.weight, att.k_norm.weight]
         products = [self.norm2.weight, ff.fc1.weight, ff.fc2.weight, ff.fc3.weight]
         weights: list[Any] = [self.norm1.weight, *queries, att.out_proj.weight, *products]
         block = compiled_token_block if torch.compiler.is_compiling() else token_block
-        return block(x, weights, cos, sin, *cache, self.arrivals, start, self.norm1.eps, self.dependent_launch)
+        return block(stream, weights, cos, sin, *cache, self.arrivals, start, self.norm1.eps, self.dependent_launch)
 
-    def _takes(self, x: Tensor) -> bool:
+    def is_whole(self, stream: Any, cache: tuple[Tensor, Tensor] | None) -> bool:
+        """Whether it is a single token, and so for the five kernels; a sum that is still to be made is none."""
         head_dim = self.config.head_dim
-        return matvec.takes_token(x) and head_dim & (head_dim - 1) == 0
+        token = cache is not None and isinstance(stream, Tensor) and matvec.takes_token(stream)
+        return token and head_dim & (head_dim - 1) == 0
 
     def _get_name(self) -> str:
         return "TransformerBlock"

@@ -61,7 +61,8 @@ def test_regions_compute_what_the_blocks_do(
     compiled = model.compiled(recorder)
     for expected, found in zip(by_blocks, run(compiled, tiny, tokens), strict=True):
         torch.testing.assert_close(found, expected)
-    assert len(recorder.compiled) == 1
+    assert len(recorder.compiled) == (2 if "gemv" in each_cell else 1)  # its blocks, for what they do as one
+    assert {type(module) for module in recorder.ran} == {Region}
     assert len(recorder.ran) == 3 * tiny.num_layers
     assert list(model.state_dict()) == names
 
@@ -151,6 +152,36 @@ def test_a_block_with_a_forward_of_its_own_stays_whole(tiny: ModelConfig, tiny_w
     assert torch.equal(model.compiled(recorder)(tokens), expected)
     assert recorder.ran == list(model.trf_blocks)
     assert not torch.equal(plain(tokens), expected)
+
+
+class SometimesDoublingBlock(DoublingBlock):
+    """One that says when its forward is its own: for a single token."""
+
+    def forward(self, x: Tensor, *rest: object, **named: object) -> Tensor:
+        return (
+            super().forward(x, *rest, **named) if self.is_whole(x, None) else TransformerBlock.forward(self, x, *rest)
+        )  # type: ignore[arg-type]
+
+    def is_whole(self, stream: Tensor, cache: object) -> bool:
+        return stream.shape[1] == 1
+
+
+@torch.no_grad()
+def test_a_block_that_says_which_calls_are_whole_is_cut_for_the_others(
+    tiny: ModelConfig, tiny_weights: dict[str, Tensor]
+) -> None:
+    model = Qwen3Model(tiny, replace(BASELINE_PARTS, block=SometimesDoublingBlock))
+    plain = build_model(tiny, (), tiny_weights)
+    model.load_state_dict(plain.state_dict())
+    model.cos, model.sin = plain.cos, plain.sin
+    for tokens, kind in (
+        (torch.arange(5)[None], Region),
+        (torch.zeros(1, 1, dtype=torch.long), SometimesDoublingBlock),
+    ):
+        recorder = Recorder()
+        torch.testing.assert_close(model.compiled(recorder)(tokens), model(tokens))
+        assert [type(module) for module in recorder.ran] == [kind] * tiny.num_layers
+        assert torch.equal(model(tokens), plain(tokens)) == (kind is Region)
 
 
 @torch.no_grad()
