@@ -12,9 +12,15 @@ from qwen3bench.record.lines import SessionLine
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.control_findings import control_list, outcome_of, tally
 from qwen3bench.reporting.finding import Advice, Choice, ControlOutcome, Finding, Kind, Times
-from qwen3bench.reporting.lookup import blocks_of, level, of_peers, rows
+from qwen3bench.reporting.lookup import blocks_of, ended_early, level, of_peers, rows
 from qwen3bench.reporting.units import is_number, seconds, significant, size, times
-from qwen3bench.reporting.wording.answer_words import NOTHING_HERE, how_sure, interval_words, limits_of_answers
+from qwen3bench.reporting.wording.answer_words import (
+    NOTHING_HERE,
+    cut_short,
+    how_sure,
+    interval_words,
+    limits_of_answers,
+)
 from qwen3bench.reporting.wording.sentences import choice_notes, sentence
 
 if TYPE_CHECKING:
@@ -53,7 +59,8 @@ def _card(run: Run, condition: Condition, found: Sequence[Finding], outcome: Seq
     here = {kind: [f for f in found if f.kind == kind and f.condition == str(condition)] for kind in Kind}
     about = [f for f in outcome if f.condition in ("", str(condition))]
     failed = [f for f in about if outcome_of(f) == ControlOutcome.FAILED]
-    notes = [_plain(finding) for finding in about if outcome_of(finding) == ControlOutcome.UNSURE]
+    early = [cut_short(*blocks)] if (blocks := ended_early(run, condition)) else []
+    notes = [*early, *(_plain(finding) for finding in about if outcome_of(finding) == ControlOutcome.UNSURE)]
     card = AnswerCard(
         condition,
         notes=tuple(notes),

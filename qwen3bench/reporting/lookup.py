@@ -10,7 +10,8 @@ import pandas as pd
 from qwen3bench.analysis.contrasts import others_of
 from qwen3bench.analysis.frames import analysis_setting
 from qwen3bench.record.design import is_peer
-from qwen3bench.record.states import CellStatus
+from qwen3bench.record.lines import StopLine
+from qwen3bench.record.states import CellStatus, StopReason
 from qwen3bench.reporting.conditions import Condition
 from qwen3bench.reporting.units import count
 
@@ -87,6 +88,17 @@ def blocks_of(run: Run, condition: Condition) -> str:
     samples = condition.select(run.samples)
     blocks, processes = samples["block"].nunique(), samples["process"].nunique()
     return f"{count(blocks, 'block')} in {count(processes, 'process', 'processes')}"
+
+
+def ended_early(run: Run, condition: Condition) -> tuple[int, int] | None:
+    """Blocks of a condition that its time limit ended before the least number of them, and that number; else None."""
+    least = int((run.config.get("measure") or {}).get("min_blocks") or 0)
+    where = condition.workload, condition.runtime
+    for line in run.record.of(StopLine):
+        here = (line.workload, line.runtime) == where and line.reason == StopReason.MAX_SECONDS
+        if here and line.blocks is not None and line.blocks < least:
+            return line.blocks, least
+    return None
 
 
 def rows(frame: pd.DataFrame) -> list[Any]:

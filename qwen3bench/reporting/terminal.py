@@ -17,7 +17,18 @@ from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.finding import ControlOutcome, NoVerdict, Pair, verdict_of
 from qwen3bench.reporting.findings_cells import recommended
 from qwen3bench.reporting.findings_effects import joint
-from qwen3bench.reporting.lookup import BASELINE, LATENCY, band, directory, of_peers, others_beside, rows, terms, usable
+from qwen3bench.reporting.lookup import (
+    BASELINE,
+    LATENCY,
+    band,
+    directory,
+    ended_early,
+    of_peers,
+    others_beside,
+    rows,
+    terms,
+    usable,
+)
 from qwen3bench.reporting.text_table import narrow_table, packed, text_table, wrapped
 from qwen3bench.reporting.units import is_number, ratio, seconds, significant, size
 from qwen3bench.reporting.wording.sentences import only_with, sentence
@@ -27,6 +38,7 @@ from qwen3bench.reporting.wording.terminal_words import (
     answers_left,
     cells_title,
     damaged,
+    ended_early_words,
     failed_cells,
     failed_controls,
     gain_words,
@@ -151,6 +163,9 @@ def _warnings(run: Run) -> Iterator[str]:
         yield failed_cells({str(status): number for status, number in by_status.items()})
     if run.warnings:
         yield damaged(len(run.warnings))
+    early = {str(each): blocks for each in conditions(run) if (blocks := ended_early(run, each))}
+    if early:
+        yield ended_early_words(early)
     outcomes = [control_findings.outcome_of(control) for control in control_findings.control_list(run)]
     if others := outcomes.count(ControlOutcome.FAILED) - int(run.controls.aa["noisy"].sum()):
         yield failed_controls(others)

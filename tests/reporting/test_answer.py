@@ -1,8 +1,10 @@
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from qwen3bench.analysis.run import Run
 from qwen3bench.config.cli import main
@@ -10,6 +12,7 @@ from qwen3bench.config.settings import Settings
 from qwen3bench.reporting.answer import AnswerCard, cards, command_for, not_told
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.findings import findings
+from qwen3bench.reporting.terminal import terminal_summary
 from qwen3bench.reporting.units import ratio, seconds, size
 
 Lines = list[dict[str, Any]]
@@ -101,3 +104,23 @@ def test_what_the_answers_do_not_tell_follows_the_run(small: Callable[..., Run])
     assert "device time" in said
     checkpoint = replace(run, config=run.config | {"weights": "models/qwen"})
     assert "random" not in " ".join(not_told(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("reason", "blocks", "told"), [("max_seconds", 2, True), ("max_seconds", 6, False), ("target", 2, False)]
+)
+def test_a_card_says_that_the_time_limit_came_before_enough_blocks(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run], reason: str, blocks: int, told: bool
+) -> None:
+    lines = record_lines(factors=("flash", "tie"))
+    lines[0]["config"]["measure"] = {"min_blocks": 6}
+    for line in lines:
+        if line["type"] == "stop":
+            line |= {"reason": reason, "blocks": blocks}
+    run = run_of(lines)
+    said = "The time limit ended measuring after 2 blocks, before the least number of 6."
+    assert (said in card_of(run).notes) is told
+    console = Console(width=100, record=True, file=io.StringIO())
+    terminal_summary(run, console)
+    warning = "the time limit ended measuring before its least number of blocks: prefill 1×512 graph (2 of 6 blocks)."
+    assert (warning in " ".join(console.export_text().split())) is told

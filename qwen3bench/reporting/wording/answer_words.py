@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qwen3bench.reporting.finding import Passed
-from qwen3bench.reporting.units import count, duration_words, ratio
+from qwen3bench.reporting.units import count, ratio
 
 NOTHING_HERE = "Nothing was measured here."
 _SCOPE = "They hold for this card, these versions and these sizes. Another prompt length is another experiment."
@@ -29,10 +29,9 @@ def how_sure(told: Passed, copies: list[tuple[float, float, float]], blocks: str
     return f"{controls}.{apart} Measured in {blocks}."
 
 
-def cut_short(seconds: float | None, blocks: int, least: int) -> str:
-    """That a run reached its time limit with fewer blocks than it was to take at least."""
-    limit = f" of {duration_words(seconds)}" if seconds else ""
-    return f"The time limit{limit} ended it after {count(blocks, 'block')}, before the least number of {least}."
+def cut_short(blocks: int, least: int) -> str:
+    """That the time limit ended measuring with fewer blocks than it was to take at least."""
+    return f"The time limit ended measuring after {count(blocks, 'block')}, before the least number of {least}."
 
 
 def limits_of_answers(*, random: bool, graph: bool, memory: bool, peers: bool) -> list[str]:

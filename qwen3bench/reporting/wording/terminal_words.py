@@ -42,6 +42,12 @@ def damaged(places: int) -> str:
     return f"the record is damaged in {count(places, 'place')}; the report says where."
 
 
+def ended_early_words(places: Mapping[str, tuple[int, int]]) -> str:
+    """`places`: conditions with their blocks and the least number of these."""
+    said = [f"{where} ({blocks} of {count(least, 'block')})" for where, (blocks, least) in places.items()]
+    return f"the time limit ended measuring before its least number of blocks: {listing(said)}."
+
+
 def failed_controls(number: int) -> str:
     return f"{count(number, 'control')} failed; the report says which, and what it means."
 
