@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from qwen3bench.config import cli
 
-        return cli.main(argv, _run, _finished)
+        return cli.main(argv, _run, _finished, _about)
     except KeyboardInterrupt:  # while it imports
         return 130
 
@@ -30,6 +30,12 @@ def _finished(settings: Settings) -> int | None:
     from qwen3bench.campaign.launch import finished_status
 
     return finished_status(settings)
+
+
+def _about(settings: Settings) -> Sequence[str]:
+    from qwen3bench.campaign.forecast import about_design
+
+    return about_design(settings)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from qwen3bench.config.settings import Settings, settings_from
 from qwen3bench.errors import Refused, UserError
 from qwen3bench.record.environment import CHANGES_NO_NUMBER, differences
 from qwen3bench.record.files import RECORD, write_atomic
-from qwen3bench.record.lines import EndLine, ProcessLine, RunLine, SessionLine
+from qwen3bench.record.lines import EndLine, ProcessLine, RunLine, ScreenFacts, SessionLine
 from qwen3bench.record.messages import CellFailure, Identify, Identity, Open, Probe
 from qwen3bench.record.reader import Record, read_record
 from qwen3bench.record.states import EndStatus
@@ -92,6 +92,23 @@ def first_line(settings: Settings, config: dict[str, Any], identity: Identity) -
         device=identity.environment.get("device"),
         dtype=settings.dtype,
         fingerprint=dict(identity.fingerprint),
+        design=screen_facts(settings),
+    )
+
+
+def screen_facts(settings: Settings) -> ScreenFacts | None:
+    """How the screen of a run was made; None of other designs."""
+    if settings.design != "screen":
+        return None
+    screen = settings.screen
+    of_mains, of_pairs = screen.variance or (None, None)
+    return ScreenFacts(
+        made=screen.made,
+        terms=len(screen.terms),
+        d_efficiency=screen.efficiency,
+        variance_main=of_mains,
+        variance_pair=of_pairs,
+        aliases=tuple(" = ".join(map(":".join, group)) for group in screen.aliases),
     )
 
 

@@ -14,14 +14,15 @@ from typing import Any
 
 from hydra.utils import get_method
 
-from qwen3bench.config.choices import choices, content_of, nearest
+from qwen3bench.config.choices import DECLARATIONS, choices, content_of, nearest
 from qwen3bench.errors import UserError
+from qwen3bench.record.screen import Rules
 
-_NOT_OPTIONS = ("_target_", "order")
+_NOT_OPTIONS = ("_target_", *DECLARATIONS)
 
 
 def declared(name: str) -> dict[str, Any]:
-    """What the YAML file of an optimization says: `_target_` (its function Parts → Parts), `order`, and its options.
+    """What the YAML file of an optimization says: `_target_` (its function Parts → Parts), declarations, options.
 
     Raises `UserError`, naming those that exist and the nearest, where there is no such optimization.
     """
@@ -30,6 +31,27 @@ def declared(name: str) -> dict[str, Any]:
             f"unknown optimization {name!r}; there are {', '.join(choices('opt'))}{nearest(name, choices('opt'))}"
         )
     return content_of("opt", name)
+
+
+def rules_of(names: Iterable[str]) -> Rules:
+    """Which of these optimizations do not go together: what their YAML files list under `excludes` and `needs`.
+
+    Raises `UserError` where a file lists what is no optimization, and where one that is needed is not among the names.
+    """
+    names = tuple(names)
+    excludes = [(name, other) for name in names for other in _listed(name, "excludes") if other in names]
+    needs = [(name, other) for name in names for other in _listed(name, "needs")]
+    for name, other in needs:
+        if other not in names:
+            raise UserError(f"{name} needs {other}; name both, as in opt={other},{name}")
+    return Rules(tuple(excludes), tuple(needs))
+
+
+def _listed(name: str, key: str) -> list[str]:
+    listed = declared(name).get(key) or []
+    if not isinstance(listed, list) or not set(listed) <= set(choices("opt")) - {name}:
+        raise UserError(f"opt/{name}.yaml: {key} must be a list of other optimizations, not {listed}")
+    return listed
 
 
 def described(name: str, recorded: Any = None) -> str:

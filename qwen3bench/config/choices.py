@@ -17,6 +17,8 @@ from qwen3bench.errors import UserError
 
 SEVERAL = ("opt", "workload", "runtime", "peer")  # groups that take several options
 SINGLE = ("model", "design", "measure")  # and those that take one
+# Keys of a choice's YAML file that say when and where it is offered; the others are its options.
+DECLARATIONS = ("order", "excludes", "needs")
 
 
 @cache
@@ -70,8 +72,8 @@ def content_of(group: str, name: str) -> dict[str, Any]:
 
 
 def options_of(group: str, name: str) -> dict[str, Any]:
-    """The options of one choice of a group, as its YAML file has them, without its place."""
-    return {key: value for key, value in content_of(group, name).items() if key != "order"}
+    """The options of one choice of a group, as its YAML file has them, without its declarations."""
+    return {key: value for key, value in content_of(group, name).items() if key not in DECLARATIONS}
 
 
 def place(options: Any) -> float:

@@ -25,18 +25,20 @@ __all__ = ["Parser", "compose", "guarded", "main"]
 
 Run = Callable[[Settings], int]
 Finished = Callable[[Settings], int | None]
+About = Callable[[Settings], Sequence[str]]
 _CONFIG = "config"
 _HYDRA = "1.3"  # the release whose behavior is asked for
 _INTERRUPTED = 128  # and more: 128 plus the number of a signal
 
 
-def main(argv: Sequence[str] | None, run: Run, finished: Finished = lambda _: None) -> int:
+def main(argv: Sequence[str] | None, run: Run, finished: Finished = lambda _: None, about: About = lambda _: ()) -> int:
     """Exit status of `python -m qwen3bench ARGV`: the worst of the runs that it asks for.
 
     `run` measures one set of settings and returns its exit status. `finished` is the exit status of the run that their
-    directory holds, or None where it holds another or an unfinished one.
+    directory holds, or None where it holds another or an unfinished one. `about` says what they would measure, in lines
+    that `--cfg job` prints as comments below the config.
     """
-    return guarded(lambda: _launch(sys.argv[1:] if argv is None else argv, run, finished))
+    return guarded(lambda: _launch(sys.argv[1:] if argv is None else argv, run, finished, about))
 
 
 def compose(argv: Sequence[str] | None = None) -> Settings:
@@ -53,7 +55,7 @@ def compose(argv: Sequence[str] | None = None) -> Settings:
     return with_checkpoint_shape(settings_from(config), overrides)
 
 
-def _launch(argv: Sequence[str], run: Run, finished: Finished) -> int:
+def _launch(argv: Sequence[str], run: Run, finished: Finished, about: About) -> int:
     statuses = [0]
     points: list[Path] = []  # of a multirun
     homes: list[Path] = []  # that Hydra made for them
@@ -86,6 +88,9 @@ def _launch(argv: Sequence[str], run: Run, finished: Finished) -> int:
             program()
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    if any(argument in ("--cfg=job", "--cfg=all") for argument in arguments):
+        overrides = [argument for argument in arguments if not argument.startswith("-")]
+        print("\n".join(f"# {line}" for line in about(compose(overrides))))
     _drop_empty(homes)
     if len(points) > 1:
         print(f"One page over these runs: python -m qwen3bench.report {shlex.quote(str(points[0].parent))}")

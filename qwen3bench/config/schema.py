@@ -11,13 +11,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, TypeAdapter, with_config
 
-from qwen3bench.config.choices import SEVERAL, place
+from qwen3bench.config.choices import DECLARATIONS, SEVERAL, place
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.config.validation import (
     AnyText,
     Count,
     CountOrZero,
     Distinct,
+    Flag,
     Positive,
     Share,
     Text,
@@ -27,12 +28,14 @@ from qwen3bench.config.validation import (
 )
 from qwen3bench.errors import UserError
 from qwen3bench.record.design import DESIGNS
+from qwen3bench.record.screen import RESOLUTIONS
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 _MAX_TIMEOUT_S = 1e6  # eleven days
 _closed = with_config(extra="forbid")
 
-Design = Annotated[str, one_of(*DESIGNS)]
+Design = Annotated[str, one_of(*DESIGNS, "screen")]
+Resolution = Annotated[int, one_of(*RESOLUTIONS)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"), must_be("auto, cpu, cuda, cuda:0, cuda:1, …")]
 Dtype = Annotated[str, one_of(*_DTYPES)]
 Timeout = Annotated[Positive, Field(lt=_MAX_TIMEOUT_S), must_be(f"a number above 0 and below {_MAX_TIMEOUT_S:g}")]
@@ -82,9 +85,16 @@ class Measure:
 @_closed
 @dataclass(frozen=True)
 class DesignGroup:
-    """The group `design`."""
+    """The group `design`; `measured` are a screen's cells by their labels, where they are known.
+
+    A record from before there were screens has the name alone.
+    """
 
     name: Design
+    cells: Count | None = None
+    resolution: Resolution = RESOLUTIONS[0]
+    force: Flag = False
+    measured: list[Text] | None = None
 
 
 @_closed
@@ -161,10 +171,12 @@ def _adapter() -> TypeAdapter[Config]:
 
 
 def _in_order(chosen: Any) -> Any:
-    """The choices of a group by their wish `order`, without it."""
+    """The choices of a group by their wish `order`, without their declarations."""
     if not isinstance(chosen, dict):
         return chosen
     return {
-        name: {key: value for key, value in options.items() if key != "order"} if isinstance(options, dict) else options
+        name: {key: value for key, value in options.items() if key not in DECLARATIONS}
+        if isinstance(options, dict)
+        else options
         for name, options in sorted(chosen.items(), key=lambda choice: place(choice[1]))
     }

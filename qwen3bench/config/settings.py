@@ -10,17 +10,19 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from qwen3bench.config.catalogue import all_options
+from qwen3bench.config.catalogue import all_options, rules_of
 from qwen3bench.config.checkpoint_source import checkpoint_shape
 from qwen3bench.config.choices import choices, no_such_choice, options_of
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.config.schema import Measure, Options, PeerOptions, Sizes, read_config
 from qwen3bench.errors import Refused, UserError
-from qwen3bench.record.design import Cell, design_cells, label
+from qwen3bench.record.design import Cell, cell_of, design_cells, label
+from qwen3bench.record.screen import MOST, Rules, Screen, Wish, screen
 
 _PROMPT_TOKENS = {"cuda": 2048, "cpu": 16}  # 2048 on two CPU cores would take minutes a block
 _NO_SHAPE = ("name", "context_length", "tie_word_embeddings")  # of a model, what a checkpoint's may differ in
 _SHAPE = [field.name for field in fields(ModelConfig) if field.name not in _NO_SHAPE]
+_MOST_CELLS = 2**9  # of a design: an hour on an H100; of more switches nobody waits for every combination
 _DTYPE = {"cuda": "bfloat16", "cpu": "float32"}  # bfloat16 is slow on a CPU without native support
 
 
@@ -30,7 +32,9 @@ class Settings:
 
     `opts`, `workloads`, `runtimes` and `peers` map a name to its options, in the order of labels and tables;
     the options of an optimization hold its `_target_`. Before `resolved`, `device`, `dtype` and a runtime may
-    be `auto`. Raises `UserError` where nothing would be measured, and on a runtime or an optimization without code.
+    be `auto`. `wish` is asked of a screen; `measured` are its cells where a record knows them. Raises `UserError` where
+    nothing would be measured, on a runtime or an optimization without code, and on a design with too many cells or with
+    one that cannot be built.
     """
 
     model: ModelConfig
@@ -39,6 +43,9 @@ class Settings:
     runtimes: Options
     peers: dict[str, PeerOptions]
     design: str
+    wish: Wish
+    force: bool
+    measured: tuple[str, ...] | None
     measure: Measure
     batch_size: int
     prompt_tokens: int | None
@@ -68,6 +75,23 @@ class Settings:
                 raise UserError(
                     f"opt.{name} names no function; its YAML file needs `_target_: package.module.function`"
                 )
+        self._check_design()
+
+    def _check_design(self) -> None:
+        if self.design != "screen" and self.wish != Wish():
+            raise UserError(f"design.cells and design.resolution are for design=screen, and this is {self.design}")
+        count = len(self.factors)
+        if self.design == "full" and 2**count > _MOST_CELLS and not self.force:
+            of_how_many = f"up to {MOST} of them"
+            if count <= MOST:
+                of_how_many = f"these {count} in {len(self.screen.cells)} cells"
+            raise UserError(
+                f"design=full would measure 2^{count} = {2**count:,} cells; design=screen tells every main effect and "
+                f"pair of {of_how_many}\ndesign.force=true measures them all"
+            )
+        for cell in self.cells:
+            if why := self.rules.broken_by(cell):
+                raise UserError(f"{label(cell)}: {why}; switch one off, or let design=screen leave such cells out")
 
     @property
     def factors(self) -> tuple[str, ...]:
@@ -77,7 +101,20 @@ class Settings:
     @property
     def cells(self) -> list[Cell]:
         """The cells of the run's design, the baseline first; peers are not among them."""
-        return design_cells(self.design, self.factors)
+        if self.design == "screen":
+            return [*map(cell_of, self.measured)] if self.measured else [*self.screen.cells]
+        cells = design_cells(self.design, self.factors)
+        return [cell for cell in cells if self.rules.allow(cell)] if self.design == "full" else cells
+
+    @property
+    def screen(self) -> Screen:
+        """The screen of the run's optimizations, whatever its design."""
+        return screen(self.factors, self.rules, self.wish)
+
+    @property
+    def rules(self) -> Rules:
+        """Which of the run's optimizations do not go together, as their YAML files declare."""
+        return rules_of(self.factors)
 
     @property
     def labels(self) -> list[str]:
@@ -167,7 +204,13 @@ class Settings:
             "workload": {name: asdict(sizes) for name, sizes in self.workloads.items()},
             "runtime": {name: dict(options) for name, options in self.runtimes.items()},
             "peer": {name: dict(options) for name, options in self.peers.items()},
-            "design": {"name": self.design},
+            "design": {
+                "name": self.design,
+                "cells": self.wish.cells,
+                "resolution": self.wish.resolution,
+                "force": self.force,
+                "measured": [*map(label, self.cells)] if self.design == "screen" else None,
+            },
             "measure": asdict(self.measure),
             "analysis": {"band": self.band, "confidence": self.confidence},
             "report": {"memory_limit_gib": self.memory_limit_gib},
@@ -220,6 +263,9 @@ def settings_from(config: DictConfig | Mapping[str, Any]) -> Settings:
         runtimes=read.runtime,
         peers=read.peer,
         design=read.design.name,
+        wish=Wish(read.design.cells, read.design.resolution),
+        force=read.design.force,
+        measured=None if read.design.measured is None else tuple(read.design.measured),
         measure=read.measure,
         device=read.device,
         dtype=read.dtype,

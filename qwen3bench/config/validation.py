@@ -42,8 +42,8 @@ def must_be(wanted: str) -> WrapValidator:
     return WrapValidator(validate)
 
 
-def one_of(*allowed: str) -> WrapValidator:
-    """Allow these texts alone; a mistake names them and the nearest."""
+def one_of(*allowed: Any) -> WrapValidator:
+    """Allow these values alone; a mistake names them and the nearest."""
 
     def validate(value: Any, _: ValidatorFunctionWrapHandler) -> Any:
         if value not in allowed:
@@ -106,7 +106,8 @@ def _line(detail: ErrorDetails, values: Any, unknown: set[tuple[int | str, ...]]
             return f"{key} must be {context['wanted']}, not {value!r}"
         case "one_of":
             allowed = context["allowed"]
-            return f"{key}={value!r} is unknown: use {' | '.join(allowed)}{nearest(str(value), allowed)}"
+            known = [str(each) for each in allowed]
+            return f"{key}={value!r} is unknown: use {' | '.join(known)}{nearest(str(value), known)}"
         case "dict_type" | "dataclass_type":
             return f"{key} must be a group of settings ({key}.KEY=VALUE), not {value!r}"
     return f"{key}: {detail['msg']}, not {value!r}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from qwen3bench.record.messages import Ceilings, Cost, Evidence, Judgment, ParameterCounts, PeakMemory, Timed
 from qwen3bench.record.states import BlockState, CellStatus, EndStatus, Purpose, StopReason
@@ -34,8 +34,27 @@ class Line:
 
 
 @typed
+class ScreenFacts:
+    """How a screen was made and how good it is, as `screen.Screen` says it; `aliases` as in `flash:tie = mlp:mask`."""
+
+    made: str
+    terms: Count
+    d_efficiency: Number | None = None
+    variance_main: Number | None = None
+    variance_pair: Number | None = None
+    aliases: Names = ()
+
+
+def _facts(value: Any) -> Any:
+    return made(ScreenFacts, value) if isinstance(value, dict) else value
+
+
+@typed
 class RunLine(Line):
-    """The first line: what is measured. `config` is the resolved one; `fingerprint` what a continued run must keep."""
+    """The first line: what is measured. `config` is the resolved one; `fingerprint` what a continued run must keep.
+
+    `design`: how a screen was made, and how good it is (`ScreenFacts`).
+    """
 
     type: ClassVar = "run"
     key: ClassVar = ("type",)
@@ -49,6 +68,7 @@ class RunLine(Line):
     device: str | None = None
     dtype: str | None = None
     fingerprint: dict[str, Any] | None = None
+    design: Annotated[ScreenFacts | None, BeforeValidator(_facts)] = None
 
     def setting(self, *path: str) -> Any:
         """What the config says there; None where it says nothing, or has no group on the way."""

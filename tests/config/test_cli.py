@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from qwen3bench.config.choices import choices
 from qwen3bench.config.cli import compose, guarded, main, normalize
@@ -476,3 +477,13 @@ def test_a_checkout_works_uninstalled() -> None:
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(SOURCE)}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_composed_config_is_followed_by_what_it_would_measure(capsys) -> None:  # type: ignore[no-untyped-def]
+    def run(_: object) -> int:
+        raise AssertionError("--cfg measures nothing")
+
+    assert main(["--cfg", "job", "design=each"], run, about=lambda settings: [f"{len(settings.cells)} cells"]) == 0
+    config = capsys.readouterr().out
+    assert config.endswith("# 6 cells\n")
+    assert OmegaConf.create(config).design.name == "each"

@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 import math
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+from qwen3bench.config import choices as choices_module
 from qwen3bench.config.choices import choices, config_dir, five
 from qwen3bench.config.cli import compose
 from qwen3bench.config.settings import Settings, settings_from
 from qwen3bench.errors import UserError
 from qwen3bench.record.design import label
+
+OwnSwitches = Callable[..., None]
+
+
+@pytest.fixture
+def own_switches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OwnSwitches]:
+    """Adds optimizations to a copy of the catalogue, by name and what their files declare."""
+    shutil.copytree(config_dir(), tmp_path / "configs")
+    monkeypatch.setattr(choices_module, "__file__", str(tmp_path / "qwen3bench/config/choices.py"))
+
+    def add(**declarations: str) -> None:
+        for name, text in declarations.items():
+            content = f"# @package opt.{name}\n_target_: somewhere.apply\norder: 90\n{text}"
+            (tmp_path / f"configs/opt/{name}.yaml").write_text(content, encoding="utf-8")
+        forget()
+
+    def forget() -> None:
+        for name in ("choices", "config_dir"):
+            getattr(choices_module, name).cache_clear()
+
+    yield add
+    monkeypatch.undo()
+    forget()
+
 
 GROUPS = ("model", "opt", "workload", "runtime", "peer", "design", "measure")
 FIVE = ("flash", "tie", "mlp", "mask", "norm")
@@ -93,6 +121,61 @@ def test_full_without_names_is_the_five_in_label_order() -> None:
 )
 def test_designs_make_these_cells(argv: list[str], cells: list[str]) -> None:
     assert [label(cell) for cell in compose(argv).cells] == cells
+
+
+SEVEN = "opt=flash,tie,mlp,mask,norm,qkv,gemv"
+
+
+def test_a_screen_of_seven_has_64_cells_and_a_record_brings_them_back() -> None:
+    settings = compose(["design=screen", SEVEN])
+    assert len(settings.cells) == 64
+    assert (settings.cells[0], settings.cells[-1]) == ((), settings.factors)
+    recorded = settings.to_dict()
+    assert recorded["design"]["measured"] == [label(cell) for cell in settings.cells]
+    fewer = {**recorded, "design": {**recorded["design"], "measured": ["baseline", "flash"]}}
+    assert settings_from(recorded).cells == settings.cells
+    assert settings_from(fewer).labels == ["baseline", "flash"]  # as recorded, and not found again
+    assert settings_from({**recorded, "design": {"name": "full"}}).design == "full"  # from before there were screens
+
+
+def test_a_screen_takes_a_size_or_a_resolution() -> None:
+    assert len(compose(["design=screen", SEVEN, "design.cells=40"]).cells) == 40
+    assert len(compose(["design=screen", SEVEN, "design.resolution=4"]).cells) == 16
+    for argv, message in (
+        (["design=full", "design.cells=9"], r"design\.cells and design\.resolution are for design=screen"),
+        (["design=screen", "design.resolution=2"], r"design\.resolution=2 is unknown: use 5 \| 4 \| 3"),
+        (["design=screen", SEVEN, "design.cells=10"], r"ask for 29 or more"),
+    ):
+        with pytest.raises(UserError, match=message):
+            compose(argv)
+
+
+def test_more_than_512_cells_are_refused_with_the_screen_that_would_do(own_switches: OwnSwitches) -> None:
+    own_switches(**{f"own{i}": "" for i in range(5)})
+    ten = "opt=flash,tie,mlp,mask,norm," + ",".join(f"own{i}" for i in range(5))
+    with pytest.raises(
+        UserError, match="1,024 cells; design=screen tells every main effect and pair of these 10 in 80"
+    ):
+        compose(["design=full", ten])
+    assert len(compose(["design=full", ten, "design.force=true"]).cells) == 1024
+    assert len(compose(["design=screen", ten]).cells) == 80
+
+
+def test_switches_that_do_not_go_together_are_left_out_or_refused(own_switches: OwnSwitches) -> None:
+    own_switches(own0="excludes: [flash]\n", own1="needs: [mask]\n")
+    settings = compose(["design=screen", "opt=flash,mask,own0,own1"])
+    assert settings.opts["own0"] == {"_target_": "somewhere.apply"}
+    together = [set(cell) for cell in settings.cells]
+    assert not any({"flash", "own0"} <= cell or ("own1" in cell and "mask" not in cell) for cell in together)
+    assert len(together) == 9
+    assert compose(["design=full", "opt=flash,mask,own0,own1"]).cells == settings.cells
+    with pytest.raises(UserError, match=r"flash\+own0: own0 and flash exclude each other; switch one off"):
+        compose(["opt=flash,own0"])
+    with pytest.raises(UserError, match="own1 needs mask; name both"):
+        compose(["opt=own1"])
+    own_switches(own2="excludes: [nothing]\n")
+    with pytest.raises(UserError, match=r"opt/own2\.yaml: excludes must be a list of other optimizations"):
+        compose(["opt=own2"])
 
 
 def test_generating_nothing_is_refused() -> None:
