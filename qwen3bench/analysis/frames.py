@@ -25,7 +25,7 @@ COPY = "baseline (copy)"  # the column of the A/A copy in a block matrix
 # Of a sample, beside a column for each factor.
 SAMPLE_COLUMNS = (
     *("cell", "workload", "runtime", "copy", "process", "block", "attempt", "position", "repeat", "time"),
-    *("latency_s", "ttft_s", "tpot_s", "itl_s"),
+    *("latency_s", "ttft_s", "tpot_s", "itl_s", "waited_s", "switches", "disturbed"),
     *("host", "card"),
 )
 

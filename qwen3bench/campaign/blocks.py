@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from qwen3bench.analysis.stopping import Limits, half_widths, stop_reason
@@ -17,12 +18,13 @@ from qwen3bench.campaign.state import Place, Timing, Where
 from qwen3bench.record.card import Card
 from qwen3bench.record.design import BASELINE, block_order
 from qwen3bench.record.lines import BlockLine, CompileLine, SampleLine, StopLine, VisitLine
-from qwen3bench.record.messages import CellFailure, Enter, Prepare, Request, TimedVisit, Visit
+from qwen3bench.record.messages import CellFailure, Enter, Prepare, Request, Surroundings, TimedVisit, Visit
 from qwen3bench.record.states import BlockState, CellStatus, Purpose, StopReason
 from qwen3bench.record.typed import fields_of
 
 MEASURED_PER_SETUP = 0.25  # of the time that a process takes to be ready, at least so much again is measured in it
 PAUSED = "paused (its process was stopped, or the machine suspended)"  # of a block's flags
+MAX_TAKES = 3  # of a visit: of a machine that is busy half of the time seven in eight are then undisturbed
 _PASS = "time"
 
 
@@ -250,13 +252,17 @@ class Blocks:
         workload, runtime = where
         order = block_order(self._context.cells(where), self._settings.seed, workload, runtime, block, attempt)
         taken: list[tuple[VisitLine, list[SampleLine]]] = []
-        repeats = self._settings.measure.repeats
+        timing, spare = self._timings[where], len(order)  # takes: a block lasts at most twice as long for them
         with self._progress.part(self._block_title(where), len(order)) as stage:
             for position, (cell, copy) in enumerate(order):
                 stage.step(cell)
                 with self._context.failing(_PASS, Place(cell, *where)) as outcome:
-                    answer = self._workers.ask(Visit(cell=cell, copy=copy, repeats=repeats))
-                    if repeats and len(answer.samples) != repeats:
+                    repeats = timing.pace.repeats if timing.pace else self._settings.measure.repeats
+                    inner = timing.pace.inner if timing.pace else None
+                    takes = min(MAX_TAKES, 1 + spare)
+                    asked = Visit(cell=cell, copy=copy, repeats=repeats, inner=inner, takes=takes)
+                    answer = self._workers.ask(asked)
+                    if len(answer.samples) < (repeats or 1):
                         text = f"the worker answered {len(answer.samples)} values, not {repeats}"
                         raise CellFailure(CellStatus.CRASHED, text)
                     visit = VisitLine(
@@ -269,8 +275,10 @@ class Blocks:
                         attempt=attempt,
                         position=position,
                         samples=len(answer.samples),
-                        paused=answer.paused,
+                        **{field.name: getattr(answer, field.name) for field in fields(Surroundings)},
                     )
+                    spare -= (answer.takes or 1) - 1
+                    timing.see_pace(answer)
                     samples = _samples(visit, answer)
                     self._context.writer.append(*samples, visit)
                     taken.append((visit, samples))
@@ -357,7 +365,8 @@ def _company(left: list[Where], at_once: int) -> tuple[list[Where], list[Where]]
 
 def _samples(visit: VisitLine, answer: TimedVisit) -> list[SampleLine]:
     """The samples of a visit, as the record has them."""
-    where = {name: value for name, value in fields_of(visit).items() if name not in ("samples", "paused")}
+    of_visit = {"samples", *(field.name for field in fields(Surroundings))}
+    where = {name: value for name, value in fields_of(visit).items() if name not in of_visit}
     return [
         SampleLine(**fields_of(value), **where, repeat=repeat, time=answer.time)
         for repeat, value in enumerate(answer.samples)

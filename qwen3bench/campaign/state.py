@@ -17,8 +17,17 @@ from qwen3bench.record.lines import (
     SampleLine,
     StopLine,
     VerifyLine,
+    VisitLine,
 )
-from qwen3bench.record.messages import CollectEvidence, CountParameters, MeasureMemory, Request, Verify
+from qwen3bench.record.messages import (
+    CollectEvidence,
+    CountParameters,
+    MeasureMemory,
+    Pace,
+    Request,
+    Surroundings,
+    Verify,
+)
 from qwen3bench.record.reader import Record
 from qwen3bench.record.states import BlockState, CellStatus
 
@@ -55,7 +64,13 @@ class Timing:
     measured_s: float = 0.0
     setup_s: float = 0.0  # of its last process
     more_s: float = 0.0  # spent on getting processes ready beyond the least that a run takes
+    pace: Pace | None = None  # found at the first visit of all
     stopped: bool = False
+
+    def see_pace(self, visit: Surroundings) -> None:
+        """Take note of the pace that a visit was taken at, so that it is found once."""
+        if visit.repeats and visit.inner:
+            self.pace = Pace(inner=visit.inner, repeats=visit.repeats)
 
 
 class RunState:
@@ -110,6 +125,8 @@ class RunState:
                 timing.more_s += line.more_s or 0.0
                 timing.blocks = max(timing.blocks, line.block + 1)
                 timing.processes.add(line.process)
+        for visit in record.of(VisitLine):
+            self.timings[visit.workload, visit.runtime].see_pace(visit)
         samples = record.of(SampleLine)
         attempts: list[SampleLine | BlockLine] = [*samples, *record.of(BlockLine)]
         for begun in attempts:

@@ -11,7 +11,16 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
 
-from qwen3bench.record.messages import Ceilings, Cost, Evidence, Judgment, ParameterCounts, PeakMemory, Timed
+from qwen3bench.record.messages import (
+    Ceilings,
+    Cost,
+    Evidence,
+    Judgment,
+    ParameterCounts,
+    PeakMemory,
+    Surroundings,
+    Timed,
+)
 from qwen3bench.record.states import BlockState, CellStatus, EndStatus, Purpose, StopReason
 from qwen3bench.record.typed import Count, Names, Number, json_line, made, parsed_line, plain, typed
 
@@ -192,8 +201,8 @@ class SampleLine(Timed, Line):
 
 
 @typed
-class VisitLine(Line):
-    """A visit is complete, with so many samples; `paused` as in `TimedVisit`."""
+class VisitLine(Surroundings, Line):
+    """A visit is complete, with so many samples, and what went on around it."""
 
     type: ClassVar = "visit"
     key: ClassVar = (*_ATTEMPT, "cell", "copy", "position")
@@ -206,7 +215,6 @@ class VisitLine(Line):
     attempt: Count = 0
     position: Count | None = None
     samples: Count | None = None
-    paused: bool | None = None
 
 
 @typed

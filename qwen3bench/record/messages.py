@@ -134,12 +134,19 @@ class Preparation:
 
 @typed
 class Timed:
-    """One timed value: latency in seconds; where tokens are generated TTFT, mean TPOT and each inter-token latency."""
+    """One timed value: latency in seconds; where tokens are generated TTFT, mean TPOT and each inter-token latency.
+
+    On the host's clock: its threads waited `waited_s` for a core, and lost one `switches` times. `disturbed`:
+    other work took so much that the value counts only where its visit has no other; None: it did not, or none looked.
+    """
 
     latency_s: Seconds
     ttft_s: Seconds | None = None
     tpot_s: Seconds | None = None
     itl_s: Times | None = None
+    waited_s: Number | None = None
+    switches: Count | None = None
+    disturbed: bool | None = None
 
 
 def _timed(value: Any) -> Timed:
@@ -147,14 +154,35 @@ def _timed(value: Any) -> Timed:
 
 
 @typed
-class TimedVisit:
-    """The timed values of one visit, which began at `time` (seconds since the epoch).
+class Pace:
+    """How much each visit takes in, the same for all cells and processes: values, and launches inside one."""
 
-    `paused`: the process was stopped, or the machine suspended, in them.
+    inner: Count
+    repeats: Count
+
+
+@typed
+class Surroundings:
+    """What went on around a visit: seconds that other processes and the hypervisor took of our CPUs, and their clock.
+
+    `takes`: how often it was taken, as other work disturbed it. `paused`: the process was stopped, or the machine
+    suspended, in it. `repeats` values were asked for, each of `inner` launches.
     """
 
-    time: Number
     paused: bool | None = None
+    takes: Count | None = None
+    repeats: Count | None = None
+    inner: Count | None = None
+    others_s: Number | None = None
+    steal_s: Number | None = None
+    clock_mhz: Count | None = None
+
+
+@typed
+class TimedVisit(Surroundings):
+    """The timed values of one visit, which began at `time` (seconds since the epoch), those of all its takes."""
+
+    time: Number
     samples: Annotated[tuple[Annotated[Timed, BeforeValidator(_timed)], ...], Field(strict=False)]
 
 
@@ -308,13 +336,18 @@ class Prepare(Request[Preparation]):
 
 @typed
 class Visit(Request[TimedVisit]):
-    """Time a cell that is ready: `repeats` values, as many as it asks for where None."""
+    """Time a cell that is ready: `repeats` values of `inner` launches, as many as the cells ask for where None.
+
+    Where other work disturbs it, it is taken again at once, up to `takes` times in all.
+    """
 
     op: ClassVar = "visit"
     reply: ClassVar = TimedVisit
     cell: str
     copy: Count
     repeats: Count | None = None
+    inner: Count | None = None
+    takes: Count = 1
 
 
 REQUESTS: dict[str, type[Request[Any]]] = {

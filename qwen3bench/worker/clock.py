@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -47,29 +47,30 @@ def time_host(
     inner: int = 1,
     synchronize: Callable[[], object] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
-) -> list[TimedValue]:
+) -> Iterator[TimedValue]:
     """`repeats` timed values by a monotonic host clock around a synchronize, behind an untimed launch.
 
-    With several launches each is synchronized, as a program that reads each token does.
+    The launch is made at once and each value when it is asked for, so that the caller may look around in between. With
+    several launches each is synchronized, as a program that reads each token does.
     """
     for launch in launches:
         launch()
-    values = []
-    for _ in range(repeats):
+
+    def value() -> TimedValue:
         synchronize()
         marks = [clock()]
         if len(launches) == 1:
             for _ in range(inner):
                 launches[0]()
             synchronize()
-            values.append(TimedValue((clock() - marks[0]) / inner))
-            continue
+            return TimedValue((clock() - marks[0]) / inner)
         for launch in launches:
             launch()
             synchronize()
             marks.append(clock())
-        values.append(TimedValue(marks[-1] - marks[0], _differences(marks)))
-    return values
+        return TimedValue(marks[-1] - marks[0], _differences(marks))
+
+    return (value() for _ in range(repeats))
 
 
 def time_device(launches: Sequence[Callable[[], object]], repeats: int, inner: int = 1) -> list[TimedValue]:

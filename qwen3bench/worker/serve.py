@@ -77,7 +77,7 @@ class Worker:
             MeasureCeilings: lambda asked: self.looking.ceilings(),
             Enter: self.enter,
             Prepare: lambda asked: self.timing.prepare(asked.cell, asked.copy),
-            Visit: lambda asked: self.timing.visit(asked.cell, asked.copy, asked.repeats),
+            Visit: lambda asked: self.timing.visit(asked),
         }
 
     def answer(self, request: Request[Any]) -> object:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from qwen3bench.model.decoder import Decoder
-from qwen3bench.record.messages import Preparation, Timed, TimedVisit
+from qwen3bench.record.messages import Pace, Preparation, Timed, TimedVisit, Visit
 from qwen3bench.worker.clock import TimedValue, inner_repeats, time_device, time_host, visit_repeats
+from qwen3bench.worker.disturbance import CoreTimes, Waits, Watch
 from qwen3bench.worker.pauses import unpaused
 from qwen3bench.worker.runtimes import InvalidCell, Launch
 from qwen3bench.worker.session import Session
@@ -29,11 +30,12 @@ class PreparedCell:
 
 
 @dataclass(frozen=True)
-class Pace:
-    """How much a visit takes in, the same for all cells that are compared."""
+class Take:
+    """The timed values of one attempt at a visit, when it began, and what others took of our CPUs meanwhile."""
 
-    inner: int  # launches inside one timed value
-    repeats: int  # timed values, unless the settings say how many
+    time: float
+    values: list[Timed]
+    cores: CoreTimes
 
 
 class TimedPass:
@@ -45,7 +47,9 @@ class TimedPass:
         self.runtime = session.runtime(runtime)
         self.workload = session.inputs(workload, session.on_bank(cell))
         self.ready: dict[tuple[str, int], PreparedCell] = {}
-        self.pace: Pace | None = None  # found at the first visit, as others may get ready before
+        self.launch_s: dict[tuple[str, int], float] = {}  # about how long a cell takes, where getting ready tells
+        self.pace: Pace | None = None  # found at the first visit of a run, as others may get ready before
+        self.watch = None if self.runtime.on_device_clock else Watch()
 
     def prepare(self, cell: str, copy: int) -> Preparation:
         """Build a cell on the bank, warm it up, capture it. Raises `InvalidCell` where its logits are not finite."""
@@ -53,8 +57,10 @@ class TimedPass:
         outputs: list[torch.Tensor] = []
         on_device_clock = self.runtime.on_device_clock
         if not on_device_clock:
+            started = time.perf_counter()
             for step in self.workload.steps(model):
                 logits = step()
+            eager_s = time.perf_counter() - started
         prepared_model = self.runtime.prepare_model(model)
         steps = self.workload.steps(prepared_model.model)
         if on_device_clock:  # a graph's logits can be read after its replay
@@ -69,45 +75,87 @@ class TimedPass:
             raise InvalidCell("its logits are not finite (NaN or infinity), so its latency would mean nothing")
         self.ready[cell, copy] = PreparedCell(prepared_model.model, launches)
         self.pace = None
+        if self.session.device.type == "cpu" and not on_device_clock:  # it got ready alone
+            told = self.runtime.name == "eager" and eager_s >= FAST_S
+            self.launch_s[cell, copy] = eager_s if told else seconds_of(launches, self.session.synchronize)
         compile_s = [step.compile_s for step in prepared if step.compile_s is not None]
         return Preparation(
             compile_s=sum(compile_s) if compile_s else None, compile_options=prepared_model.compile_options
         )
 
-    def visit(self, cell: str, copy: int, repeats: int | None) -> TimedVisit:
-        """An untimed launch, then `repeats` timed values (None: as the slowest cell asks), in seconds.
+    def visit(self, asked: Visit) -> TimedVisit:
+        """An untimed launch, then as many timed values as are asked for; disturbed ones are taken again at once.
 
         Where a pause of the process or the machine struck, it is made again once. Raises `InvalidCell` where something
         was compiled meanwhile.
         """
-        launches = self.ready[cell, copy].launches
+        launches = self.ready[asked.cell, asked.copy].launches
         compilations = self.runtime.compilations()
-        cells = [prepared.launches for prepared in self.ready.values()]
-        found = self.pace
-        pace, paces_paused = unpaused(lambda: found or pace_of(cells, self.session.synchronize))
-        self.pace = None if paces_paused else pace
-        count, inner = repeats or pace.repeats, pace.inner
-        (started, values), paused = unpaused(lambda: (time.time(), self._time(launches, count, inner)))
+        if asked.repeats and asked.inner:  # as it was found before
+            self.pace = Pace(inner=asked.inner, repeats=asked.repeats)
+        found, paces_paused = unpaused(lambda: self.pace or self._pace())
+        self.pace = None if paces_paused else found
+        pace = Pace(inner=asked.inner or found.inner, repeats=asked.repeats or found.repeats)
+        takes: list[Take] = []
+        left, paused = pace.repeats, False
+        while not takes or (left and len(takes) < asked.takes):
+            count = left
+            take, struck = unpaused(lambda: self._take(launches, replace(pace, repeats=count)))  # noqa: B023
+            takes.append(take)
+            paused |= struck
+            left -= sum(not value.disturbed for value in take.values)
         if self.runtime.compilations() != compilations:
             raise InvalidCell("it was compiled again while it was timed, so its latency may hold a compilation")
         return TimedVisit(
-            time=started, samples=tuple(_timed(value) for value in values), paused=paused or paces_paused or None
+            time=takes[0].time,
+            samples=tuple(value for take in takes for value in take.values),
+            takes=len(takes),
+            repeats=pace.repeats,
+            inner=None if paces_paused else pace.inner,
+            others_s=_total(take.cores.others_s for take in takes),
+            steal_s=_total(take.cores.steal_s for take in takes),
+            clock_mhz=None if self.watch is None else self.watch.clock_mhz(),
+            paused=paused or paces_paused or None,
         )
 
-    def _time(self, launches: Sequence[Launch], repeats: int, inner: int) -> list[TimedValue]:
-        if self.runtime.on_device_clock:
-            return time_device(launches, repeats, inner)
-        return time_host(launches, repeats, inner, self.session.synchronize)
+    def _pace(self) -> Pace:
+        """The pace of the cells that are ready, whose launches it times where getting ready did not tell."""
+        launch_s = [
+            self.launch_s.get(cell) or seconds_of(each.launches, self.session.synchronize)
+            for cell, each in self.ready.items()
+        ]
+        return pace_of(launch_s, all(len(each.launches) == 1 for each in self.ready.values()))
+
+    def _take(self, launches: Sequence[Launch], pace: Pace) -> Take:
+        began = time.time()
+        if self.watch is None:
+            values = time_device(launches, pace.repeats, pace.inner)
+            return Take(began, [_timed(value) for value in values], CoreTimes())
+        self.watch.find_threads()
+        cores, started = self.watch.core_times(), time.perf_counter()
+        found = []
+        timed = time_host(launches, pace.repeats, pace.inner, self.session.synchronize)
+        before, since_s = self.watch.waits(), time.perf_counter()
+        for value in timed:
+            now_s, after = time.perf_counter(), self.watch.waits()
+            found.append(_timed(value, after.since(before), now_s - since_s))
+            before, since_s = after, time.perf_counter()
+        taken = self.watch.core_times().since(cores)
+        if taken.disturb(time.perf_counter() - started, len(self.watch.cpus)):
+            found = [replace(value, disturbed=True) for value in found]
+        return Take(began, found, taken)
 
 
-def pace_of(cells: Sequence[Sequence[Launch]], synchronize: Callable[[], object]) -> Pace:
-    """The pace for these cells' launches: values of the fastest are long enough, and the slowest fills a visit."""
-    estimates_s = [_estimate_s(launches, synchronize) for launches in cells]
-    inner = inner_repeats(min(estimates_s)) if all(len(launches) == 1 for launches in cells) else 1
-    return Pace(inner, visit_repeats(max(estimates_s) * inner))
+def pace_of(launch_s: Sequence[float], single: bool) -> Pace:
+    """The pace for cells whose launches take so long: values of the fastest are long enough, the slowest fills a visit.
+
+    `single`: each is one launch, which can be repeated inside a value.
+    """
+    inner = inner_repeats(min(launch_s)) if single else 1
+    return Pace(inner=inner, repeats=visit_repeats(max(launch_s) * inner))
 
 
-def _estimate_s(launches: Sequence[Launch], synchronize: Callable[[], object]) -> float:
+def seconds_of(launches: Sequence[Launch], synchronize: Callable[[], object]) -> float:
     """About how long all launches take, in seconds."""
     estimate_s = math.inf
     for _ in range(2):
@@ -122,8 +170,18 @@ def _estimate_s(launches: Sequence[Launch], synchronize: Callable[[], object]) -
     return estimate_s
 
 
-def _timed(value: TimedValue) -> Timed:
-    if not value.steps_s:
-        return Timed(latency_s=value.latency_s)
-    first, *rest = value.steps_s
-    return Timed(latency_s=value.latency_s, ttft_s=first, tpot_s=sum(rest) / len(rest), itl_s=tuple(rest))
+def _timed(value: TimedValue, waits: Waits | None = None, wall_s: float = 0.0) -> Timed:
+    """A timed value as the record has it; `waits`: what its process waited for in `wall_s` seconds around it."""
+    timed = Timed(latency_s=value.latency_s)
+    if value.steps_s:
+        first, *rest = value.steps_s
+        timed = replace(timed, ttft_s=first, tpot_s=sum(rest) / len(rest), itl_s=tuple(rest))
+    if waits is None:
+        return timed
+    disturbed = waits.disturb(wall_s) or None
+    return replace(timed, waited_s=waits.waited_s, switches=waits.switches, disturbed=disturbed)
+
+
+def _total(parts: Iterable[float | None]) -> float | None:
+    known = [part for part in parts if part is not None]
+    return sum(known) if known else None

@@ -76,17 +76,17 @@ class FakeWorker:
     def prepare(self, cell, copy):
         return {"compile_s": None}
 
-    def visit(self, cell, copy, repeats=None):
+    def visit(self, cell, copy, repeats=None, inner=None, takes=1):
         true_s = 0.01
         for name in cell.split("+"):
             true_s *= EFFECT.get(name, 1.0)
         samples = []
         for _ in range(repeats or 1):
-            sample = {"latency_s": true_s * self.random.lognormvariate(0, 0.002)}
+            sample = {"latency_s": true_s * self.random.lognormvariate(0, 0.002), "waited_s": 0.0, "switches": 0}
             if self.workload == "generate":
                 sample |= {"ttft_s": 0.004, "tpot_s": 0.001, "itl_s": [0.001, 0.001]}
             samples.append(sample)
-        return {"time": time.time(), "samples": samples}
+        return {"time": time.time(), "samples": samples, "takes": 1, "repeats": repeats or 1, "inner": inner or 1}
 
 
 def strikes(fault, request):

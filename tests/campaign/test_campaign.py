@@ -40,6 +40,7 @@ from qwen3bench.record.lines import (
     Telemetry,
     VisitLine,
 )
+from qwen3bench.record.messages import Pace
 from qwen3bench.record.reader import read_record
 from qwen3bench.record.typed import made
 from qwen3bench.record.writer import RecordWriter
@@ -372,7 +373,7 @@ def test_every_optimization_has_columns_of_its_own(measure: Measure) -> None:
     done = measure("design=each", f"opt=[{','.join(choices('opt'))}]", "workload=generate")
     assert done.status == 0
     factors = set(choices("opt"))
-    assert set(done.run.samples.columns) == {*SAMPLE_COLUMNS, *factors}
+    assert set(done.run.samples.columns) == {*SAMPLE_COLUMNS, *factors} - {"disturbed"}  # which no sample is
     assert set(done.run.samples[["host", "card"]].itertuples(index=False, name=None)) == {("here", "GPU-1")}
     mains = done.run.effects[done.run.effects["kind"] == "main"]
     assert set(mains["term"]) == factors
@@ -399,3 +400,21 @@ def test_a_directory_with_other_files_is_refused(measure: Measure, tmp_path: Pat
     done = measure(*FULL, to=tmp_path / "mine")
     assert "holds other files and no run; name a new directory" in done.error
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_the_pace_is_found_once_and_kept(measure: Measure, tmp_path: Path) -> None:
+    """By all processes, and where the run goes on."""
+    found = {"does": "answer", "op": "visit", "inner": None, "fields": {"inner": 7}, "once": str(tmp_path / "found")}
+    done = measure(faults=[found])
+    assert [visit.inner for visit in done.record.of(VisitLine)] == [7] * 6
+    assert len({visit.process for visit in done.record.of(VisitLine)}) == 2
+    settings = settings_from(done.run.config)
+    assert RunState(settings, done.record).timings["prefill", "eager"].pace == Pace(repeats=1, inner=7)
+    assert RunState(settings).timings["prefill", "eager"].pace is None
+
+
+def test_more_takes_make_a_block_at_most_twice_as_long(measure: Measure) -> None:
+    """Each visit is disturbed: of five visits there are at most five more takes."""
+    again = [{"does": "answer", "op": "visit", "takes": takes, "fields": {"takes": takes}} for takes in (3, 2)]
+    done = measure(*FULL, "measure.max_blocks=1", "measure.min_blocks=1", faults=again)
+    assert [visit.takes for visit in done.record.of(VisitLine)] == [3, 3, 2, 1, 1]

@@ -33,7 +33,7 @@ class FakeClock:
 
 def test_a_value_is_the_time_of_its_launch() -> None:
     clock = FakeClock()
-    values = time_host([clock.work(0.25)], repeats=3, clock=clock)
+    values = list(time_host([clock.work(0.25)], repeats=3, clock=clock))
     assert [value.latency_s for value in values] == pytest.approx([0.25] * 3)
     assert all(value.steps_s == () for value in values)
     assert len(clock.log) == 1 + 3  # one untimed

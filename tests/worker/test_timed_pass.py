@@ -14,13 +14,13 @@ from torch import Tensor
 
 from qwen3bench.config.choices import options_of
 from qwen3bench.config.settings import Settings
-from qwen3bench.record.messages import CellFailure, Preparation
+from qwen3bench.record.messages import CellFailure, Pace, Preparation
 from qwen3bench.worker import timed_pass
 from qwen3bench.worker.clock import TimedValue
 from qwen3bench.worker.runtimes import PreparedStep, Runtime
 from qwen3bench.worker.serve import Worker
 from qwen3bench.worker.session import Session
-from qwen3bench.worker.timed_pass import Pace, PreparedCell
+from qwen3bench.worker.timed_pass import PreparedCell
 
 Ask = Callable[..., Any]
 
@@ -87,6 +87,7 @@ def test_cells_have_as_many_values_however_fast_they_are(opened: Ask, worker: Wo
         launched[cell] += 1
         time.sleep(asleep_s[cell])
 
+    timed.launch_s.clear()  # as where cells got ready beside others, and their launches are timed now
     for cell in asleep_s:
         timed.ready[cell, 0] = PreparedCell(model, [partial(launch, cell)])
     values = {cell: len(opened("visit", cell=cell, copy=0, repeats=None).samples) for cell in asleep_s}
@@ -126,7 +127,8 @@ class Recompiling(Runtime):
 
 def test_a_compilation_in_the_untimed_launch_counts_too(opened: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Session, "runtime", lambda session, name: Recompiling(torch.device("cpu")))
-    monkeypatch.setattr(timed_pass, "pace_of", lambda cells, synchronize: Pace(inner=1, repeats=1))
+    monkeypatch.setattr(timed_pass, "pace_of", lambda launch_s, single: Pace(inner=1, repeats=1))
+    monkeypatch.setattr(timed_pass, "seconds_of", lambda launches, synchronize: 1.0)
     opened("enter", workload="prefill", runtime="eager", cell="baseline")
     opened("prepare", cell="baseline", copy=0)
     with pytest.raises(CellFailure, match="compiled again"):
