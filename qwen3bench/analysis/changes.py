@@ -76,7 +76,7 @@ def _both(a: Run, b: Run, latency: bool) -> pd.DataFrame:
     parts = []
     if set(a.factors) == set(b.factors):
         parts.append(_effects(b).merge(_effects(a), on=[*_WHAT, "others"], suffixes=("_b", "_a")))
-    for tell in (_ratios, _latencies)[: 1 + latency]:
+    for tell in (ratios_told, _latencies)[: 1 + latency]:
         parts.append(tell(b).merge(tell(a), on=_WHAT, suffixes=("_b", "_a")))
     return pd.concat([part for part in parts if len(part)] or parts[-1:], ignore_index=True)
 
@@ -88,11 +88,11 @@ def _effects(run: Run) -> pd.DataFrame:
     table = table.assign(others=table["reason"].map(others_of), name=table["term"], over="", value=table["estimate"])
     table = table[(table["others"] != OTHERS_OFF) & (len(run.factors) > 1)]
     lo, hi, df = (table[name].to_numpy(float) for name in ("lo", "hi", "df"))
-    se = _error_of(lo, hi, df, analysis_setting(run.record, "confidence"))
+    se = error_of(lo, hi, df, analysis_setting(run.record, "confidence"))
     return table.assign(estimate=np.log(table["value"].astype(float)), se=se, df=df)[[*_TOLD, "others"]]
 
 
-def _ratios(run: Run) -> pd.DataFrame:
+def ratios_told(run: Run) -> pd.DataFrame:
     """Each cell's speed-up over the baseline, and every cell of ours over each peer."""
     rows: list[tuple[Any, ...]] = []
     for (workload, runtime), here in ok_cells(run).groupby(PLACE, sort=False):
@@ -116,13 +116,13 @@ def _latencies(run: Run) -> pd.DataFrame:
     timed = run.samples.groupby(_KEYS)[["process", "block"]].nunique()
     clusters = timed["process"].where(timed["process"] > 1, timed["block"])  # which the intervals of cells.csv stand on
     df = table[_KEYS].join(clusters.rename("clusters"), on=_KEYS)["clusters"].to_numpy(float) - 1
-    se = _error_of(lo, hi, df, analysis_setting(run.record, "confidence"))
+    se = error_of(lo, hi, df, analysis_setting(run.record, "confidence"))
     log_speed = -np.log(table["latency_s"].astype(float))
     table = table.assign(kind=Compared.LATENCY.value, name=table["cell"], over="", value=table["latency_s"])
     return table.assign(estimate=log_speed, se=se, df=df)[_TOLD]
 
 
-def _error_of(
+def error_of(
     lo: NDArray[np.float64], hi: NDArray[np.float64], df: NDArray[np.float64], confidence: float
 ) -> NDArray[np.float64]:
     """The standard error in log scale that an interval [lo, hi] was made from."""

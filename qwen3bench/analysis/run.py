@@ -109,6 +109,27 @@ def load_runs(path: str | Path) -> list[Run]:
     return [load_run(home) for home in find_runs([Path(path)])]
 
 
+def of_each_card(run: Run) -> list[tuple[str | None, str | None, Run]]:
+    """Machine, card, and the run as what this card alone measured; None where the record does not name them.
+
+    Cells and effects are recomputed from its samples. The controls stay those of the whole run.
+    """
+    if run.samples.empty:
+        return [(None, None, run)]
+    places = run.samples[["host", "card"]].astype(object).where(run.samples[["host", "card"]].notna(), None)
+    different = list(dict.fromkeys(places.itertuples(index=False, name=None)))
+    if len(different) == 1:
+        return [(*different[0], run)]
+    found = []
+    for host, card in different:
+        here = [place == (host, card) for place in places.itertuples(index=False, name=None)]
+        samples = run.samples[here]
+        cells = cells_table(run.record, samples)
+        table = _all_effects(run.record, cells, samples)
+        found.append((host, card, replace(run, samples=samples, cells=cells, effects=table)))
+    return found
+
+
 def write_derived(run: Run) -> None:
     """Writes cells.csv and effects.csv into the run's directory, each whole or not at all."""
     directory = run.record.path.parent

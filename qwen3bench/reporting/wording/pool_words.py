@@ -1,0 +1,87 @@
+"""What a page over several machines says: for what its intervals hold, each switch, how far machines differ."""
+
+from __future__ import annotations
+
+from qwen3bench.record.states import Verdict
+from qwen3bench.reporting.finding import Effect
+from qwen3bench.reporting.units import count, is_number, listing, ratio
+
+POOL_METHOD = (
+    "Each run is analyzed by itself, as its own report says. A card's effect is the mean of its runs', a machine's "
+    "that of its cards. The pooled effect is the mean of the machines', each counting once. Its interval is Student's "
+    "t on their scatter, with one degree of freedom less than machines. So it holds for machines drawn at random from "
+    "one kind. Where there are two kinds of them, a few machines do not show it, and intervals are too narrow. What "
+    "differs between machines, and between cards, is the standard deviation that the runs' own errors do not explain. "
+    "Latencies are not pooled, as cards of one kind differ in them by more than in effects."
+)
+
+
+def pool_scope(machines: int, cards: int, device: str) -> str:
+    """On what pooled intervals stand, and for what they hold."""
+    stand = f"{count(cards, 'card')} in {count(machines, 'machine')}"
+    if machines == 1:
+        return f"All is of one machine ({count(cards, 'card')}). What another would show, these runs cannot tell."
+    return f"Intervals hold for {device}. They stand on {stand}: {count(machines - 1, 'degree')} of freedom."
+
+
+def pooled_words(effect: Effect, where: str) -> str:
+    """What a switch, or a cell, is worth on this kind of card, with its verdict."""
+    shown = f"{ratio(effect.estimate, effect.lo, effect.hi)} as fast ({where})"
+    if not is_number(effect.lo):
+        return f"{effect.term} is {shown} on this machine."
+    if effect.verdict == Verdict.SAME:
+        return f"{effect.term} makes no difference: {shown}."
+    return f"{effect.term} is {effect.verdict}: {shown}."
+
+
+def spread_words(sd: float, lo: float, hi: float) -> str:
+    """A standard deviation with its interval; empty where nothing tells it."""
+    if hi == 0:
+        return "none seen"
+    return f"{_share(sd)} [{_share(lo)}, {_share(hi)}]" if is_number(sd) and is_number(lo) else ""
+
+
+def widest_words(term: str, where: str, spread: tuple[float, float, float]) -> str:
+    """What differs most between machines: the standard deviation of its effect, with its interval."""
+    if spread[1] > 0:
+        return f"{term} differs most between machines: standard deviation {spread_words(*spread)} ({where})."
+    text = f"No switch is shown to be worth more on one machine than on another ({where})."
+    return f"{text} Most it could be {term}: standard deviation {spread_words(*spread)}."
+
+
+def few_machines(machines: int) -> str:
+    """What so few machines do to the intervals."""
+    text = f"{count(machines, 'machine')} are few: whether they agree by chance decides how wide an interval is."
+    return f"{text} Each machine more helps much."
+
+
+def weak_run(run: int, what: str) -> str:
+    """What makes one run of a pool less than it should be."""
+    return f"Run {run} {what}."
+
+
+def machines_differ(keys: list[str]) -> str:
+    """In what else the machines differ, which is then part of their spread."""
+    return f"The machines also differ in {listing(keys)}. What that does to effects is part of their spread."
+
+
+# Captions of tables, by the name that the templates use.
+POOL = {
+    "pooled": "How many times as fast with the switch on, over all machines",
+    "pooled_ratios": "How many times as fast a cell is as another, over all machines",
+    "of_cards": "Latency of each card, which is not pooled",
+    "unlike": "What is not the same on all machines",
+}
+UNFINISHED, NOISY = "has not finished", "is noisy: two copies of its baseline differ"
+
+
+def _share(fraction: float) -> str:
+    return f"{100 * fraction:.2g} %"
+
+
+def machines_title(machines: int) -> str:
+    """Title of a plot of each machine's effects."""
+    return f"Each machine's effects beside those of all {machines}"
+
+
+BESIDE_POOLED = "difference from the pooled effect (%); gray: pooled interval"

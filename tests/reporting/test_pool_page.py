@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from records import write_record
+
+from qwen3bench.pool import main
+
+Lines = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture
+def run_on(tmp_path: Path, record_lines: Lines) -> Callable[..., str]:
+    """Writes a run of three switches that one card of a machine measured; gives its directory."""
+
+    def write(name: str, host: str, card: str, seed: int, finished: bool = True, noisy: bool = False) -> str:
+        lines = record_lines(factors=("flash", "tie", "norm"), seed=seed, copy_shift=0.05 * noisy)
+        for line in lines:
+            if line["type"] == "process":
+                line |= {"host": host, "card": card}
+        return str(write_record(tmp_path / name, lines if finished else lines[:-1]))
+
+    return write
+
+
+def text_of(page: Path) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page.read_text("utf-8")))
+
+
+def test_the_page_and_the_terminal_say_for_what_the_intervals_hold(
+    run_on: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [run_on(f"run{n}", f"left-{n}", f"GPU-{n}", n) for n in range(3)]
+    out = tmp_path / "pool"
+    assert main([*runs, "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    scope = "Intervals hold for NVIDIA H100 80GB HBM3. They stand on 3 cards in 3 machines: 2 degrees of freedom."
+    assert scope in said
+    assert re.search(r"flash is faster: 1\.1\d+× \[1\.1\d+, 1\.1\d+\] as fast \(prefill 1×512 graph\)", said)
+    assert "tie makes no difference" in said
+    assert "No switch is shown to be worth more on one machine than on another" in said
+    assert str(out / "report.html") in said
+    for name in ("report.md", "report.html"):
+        text = text_of(out / name)
+        assert scope in text
+        assert "left-2, GPU-2" in text
+        assert "Warning" not in text
+    table = pd.read_csv(out / "effects.csv")
+    assert set(table["kind"]) == {"main", "interaction", "shapley", "speedup"}
+    assert set(table["df"]) == {2}
+    each = pd.read_csv(out / "machines.csv")
+    assert set(each["machine"]) == {"left-0", "left-1", "left-2"}
+    assert 'id="machines-prefill-graph' in (out / "report.html").read_text("utf-8")
+    assert (out / "plots" / "machines-prefill-graph.svg").is_file()
+    rows = re.findall(r"^\| \d \|.*ms.*|^\| \d \| left-\d .*", (out / "report.md").read_text("utf-8"), re.MULTILINE)
+    assert len(rows) == 6, "each card's latency of the baseline and of all switches"
+
+
+def test_with_one_machine_it_says_that_it_cannot_tell(
+    run_on: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [run_on(f"run{n}", "left", f"GPU-{n}", n) for n in range(2)]
+    assert main([*runs, "--out", str(tmp_path / "pool")]) == 0
+    said = capsys.readouterr().out
+    assert "All is of one machine (2 cards). What another would show, these runs cannot tell." in said
+    assert re.search(r"flash is 1\.\d+× as fast \(.*\) on this machine\.", said)
+    assert "[" not in said
+    assert "faster" not in said
+    assert not (tmp_path / "pool" / "plots").exists()
+
+
+def test_two_machines_are_said_to_be_few_and_weak_runs_are_named(
+    run_on: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [run_on("a", "left", "GPU-1", 0, finished=False), run_on("b", "right", "GPU-2", 1, noisy=True)]
+    assert main([*runs, "--out", str(tmp_path / "pool")]) == 0
+    assert "2 machines are few" in capsys.readouterr().out
+    text = text_of(tmp_path / "pool" / "report.md")
+    assert "Run 1 has not finished." in text
+    assert "Run 2 is noisy: two copies of its baseline differ." in text
+
+
+def test_it_refuses_what_it_cannot_pool_and_where_it_cannot_write(
+    run_on: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = run_on("a", "left", "GPU-1", 0), run_on("b", "right", "GPU-2", 1)
+    (tmp_path / "file").write_text("")
+    for out, said in ((a, "holds a run"), (str(tmp_path / "file" / "x"), "cannot be made")):
+        assert main([a, b, "--out", out]) == 1
+        assert said in capsys.readouterr().err
+    assert main([a, a, "--out", str(tmp_path / "pool")]) == 0, "a directory named twice is one run"
+    assert "one machine" in capsys.readouterr().out
+    assert main([a, b, "--out", str(tmp_path / "pool"), "--machines", "left"]) == 1
+    assert "--machines names 1 machines for 2 runs" in capsys.readouterr().err
