@@ -84,6 +84,8 @@ def test_what_stands_underneath(capsys: pytest.CaptureFixture[str]) -> None:
         "Memory is (parameters + gradients + RoPE buffers) × element size; its GB are GiB (2^30 bytes).\n"
         "Weights alone: 2.80 GiB in float32, 1.40 GiB in bfloat16.\n"
         "Non-embedding parameters: 440,467,456\n"
+        "Training holds weights, gradients and AdamW's two moments, 4 × the weights: "
+        "11.20 GiB in amp or fp32, 5.60 GiB in bf16; activations besides.\n"
     )
 
 

@@ -36,14 +36,15 @@ from qwen3bench.record.states import CellStatus
 _KEYS = ["cell", "workload", "runtime"]
 _PARAMETERS = ["parameter_bytes", "num_parameters", "num_unique_parameters", "num_non_embedding_parameters"]
 _VERIFY = ["equivalent", "max_abs_error", "kl_mean", "top1_agreement"]
-_MEMORY = ["peak_allocated_bytes", "peak_reserved_bytes", "cache_bytes"]
+_HELD = ["gradient_bytes", "optimizer_bytes", "activation_bytes"]  # at the peak of a training step
+_MEMORY = ["peak_allocated_bytes", "peak_reserved_bytes", "cache_bytes", *_HELD]
 _EVIDENCE = ["attention_backend", "kernel_launches", "graph_breaks", "recompiles", "tied_storage"]
 _BEFORE = ["model", "workload", "runtime", "device", "dtype", "batch_size", "prompt_tokens", "new_tokens"]
 _LATENCY = ["latency_s", "latency_lo_s", "latency_hi_s", "samples"]
 _SPEED = ["tokens_per_s", "ttft_s", "tpot_s", "speedup", "speedup_lo", "speedup_hi"]
 _RATIOS = {"ttft_ratio": "ttft_s", "tpot_ratio": "tpot_s"}
 _AFTER = ["attention_backend", "kernel_launches", "mfu", "mbu"]
-_MORE = ["cache_bytes", "compile_s", "graph_breaks", "recompiles", "tied_storage", "itl_p50_s", "itl_p99_s"]
+_MORE = ["cache_bytes", "compile_s", "graph_breaks", "recompiles", "tied_storage", "itl_p50_s", "itl_p99_s", *_HELD]
 
 
 def columns(factors: Iterable[str]) -> list[str]:
@@ -105,7 +106,8 @@ def _grid(record: Record, samples: pd.DataFrame) -> pd.DataFrame:
     measured = samples[_KEYS].drop_duplicates().itertuples(index=False, name=None)
     table = pd.DataFrame(list(dict.fromkeys([*planned, *measured])), columns=_KEYS, dtype=object)
     table["model"] = run.model or run.setting("model", "name")
-    table["device"], table["dtype"] = run.device, run.dtype
+    precisions = {w: run.setting("workload", w, "precision") or run.dtype for w in table["workload"].unique()}
+    table["device"], table["dtype"] = run.device, table["workload"].map(precisions)
     for field in ("batch_size", "prompt_tokens", "new_tokens"):
         sizes = {w: _size(run, w, field) for w in table["workload"].unique()}
         table[field] = pd.array([sizes[w] for w in table["workload"]], dtype="Int64")
@@ -242,9 +244,9 @@ def _rates(record: Record, table: pd.DataFrame) -> None:
     table["ttft_s"] = table["ttft_s"].where(~only_first.fillna(False).astype(bool), latency)
     table["tpot_s"] = table["tpot_s"].where(workload != "decode", latency)
     tokens = table["batch_size"].astype(float)
-    tokens = tokens * table["prompt_tokens"].astype(float).where(workload == "prefill", 1.0)
+    tokens = tokens * table["prompt_tokens"].astype(float).where(workload.isin(["prefill", "train"]), 1.0)
     tokens = tokens * table["new_tokens"].astype(float).where(workload == "generate", 1.0)
-    table["tokens_per_s"] = (tokens / latency).where(workload.isin(["prefill", "decode", "generate"]))
+    table["tokens_per_s"] = (tokens / latency).where(workload.isin(["prefill", "decode", "generate", "train"]))
     ceiling = next(reversed(record.of(CeilingLine)), CeilingLine())
     cost = _add(table[["cell", "workload"]], record.frame(CostLine), ["flops", "bytes"], ["cell", "workload"])
     peaks = (("mfu", "flops", ceiling.matmul_flops_per_s), ("mbu", "bytes", ceiling.copy_bytes_per_s))

@@ -164,13 +164,18 @@ def _asks_for_multirun(arguments: Sequence[str]) -> bool:
 
 
 def _lengthened(override: str) -> str:
-    """`opt.flash.backend=…` for `flash.backend=…`, `model=qwen3-8b` for `model=8b`, `design=…` for `+design=…`."""
+    """The override in full: `opt.flash.backend=…` for `flash.backend=…`, `workload.train.clip=…` for `train.clip=…`.
+
+    `model=qwen3-8b` for `model=8b`, `design=…` for `+design=…`.
+    """
     key, equals, value = override.partition("=")
     name = key.lstrip("+~")
     sign = key[: len(key) - len(name)]
     first, dot, _ = name.partition(".")
     if dot and first in choices("opt"):
         return f"{sign}opt.{name}{equals}{value}"
+    if dot and first in choices("workload"):
+        return f"{sign}workload.{name}{equals}{value}"
     if name in _PATHS and value.startswith("~"):  # a shell leaves it as it is within a word
         return f"{sign}{name}={_quoted(str(_home(value)))}"
     if name in SINGLE and "~" not in sign:  # to Hydra the plus would add it to the one that there is

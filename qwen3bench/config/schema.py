@@ -30,6 +30,7 @@ from qwen3bench.errors import UserError
 from qwen3bench.record.design import DESIGNS
 from qwen3bench.record.screen import RESOLUTIONS
 
+PRECISIONS = ("auto", "amp", "bf16", "fp32")
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 _MAX_TIMEOUT_S = 1e6  # eleven days
 _closed = with_config(extra="forbid")
@@ -38,6 +39,7 @@ Design = Annotated[str, one_of(*DESIGNS, "screen")]
 Resolution = Annotated[int, one_of(*RESOLUTIONS)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"), must_be("auto, cpu, cuda, cuda:0, cuda:1, …")]
 Dtype = Annotated[str, one_of(*_DTYPES)]
+Precision = Annotated[str, one_of(*PRECISIONS)]
 Timeout = Annotated[Positive, Field(lt=_MAX_TIMEOUT_S), must_be(f"a number above 0 and below {_MAX_TIMEOUT_S:g}")]
 Options = dict[str, dict[str, Any]]
 PeerOptions = Annotated[
@@ -50,11 +52,16 @@ PeerOptions = Annotated[
 @_closed
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of one workload. `prompt_tokens` is None until the device is known."""
+    """The sizes of one workload. `prompt_tokens` is None until the device is known.
+
+    Of training also its `precision`, auto until then, and the norm that gradients are clipped to; None elsewhere.
+    """
 
     batch_size: Count
     prompt_tokens: Count | None
     new_tokens: CountOrZero
+    precision: Precision | None = None
+    clip: Positive | None = None
 
 
 @_closed

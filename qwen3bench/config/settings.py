@@ -23,6 +23,8 @@ _PROMPT_TOKENS = {"cuda": 2048, "cpu": 16}  # 2048 on two CPU cores would take m
 _NO_SHAPE = ("name", "context_length", "tie_word_embeddings")  # of a model, what a checkpoint's may differ in
 _SHAPE = [field.name for field in fields(ModelConfig) if field.name not in _NO_SHAPE]
 _MOST_CELLS = 2**9  # of a design: an hour on an H100; of more switches nobody waits for every combination
+_PRECISION = {"cuda": "amp", "cpu": "fp32"}  # of training
+TRAIN = "train"
 _DTYPE = {"cuda": "bfloat16", "cpu": "float32"}  # bfloat16 is slow on a CPU without native support
 
 
@@ -140,9 +142,15 @@ class Settings:
         context = self.model.context_length
         prompt_tokens = self.prompt_tokens or min(_PROMPT_TOKENS[kind], max(1, context - self.new_tokens))
         workloads = {
-            name: replace(sizes, prompt_tokens=sizes.prompt_tokens or prompt_tokens)
+            name: replace(
+                sizes,
+                prompt_tokens=sizes.prompt_tokens or prompt_tokens,
+                precision=_PRECISION[kind] if sizes.precision == "auto" else sizes.precision,
+            )
             for name, sizes in self.workloads.items()
         }
+        if kind == "cpu" and any(sizes.precision == "amp" for sizes in workloads.values()):
+            raise Refused("train.precision=amp is for CUDA; on a CPU use fp32, or bf16 where it has that")
         for name, sizes in workloads.items():
             tokens = (sizes.prompt_tokens or 0) + sizes.new_tokens
             if tokens > context:
@@ -201,7 +209,7 @@ class Settings:
             "seed": self.seed,
             "weights": self.weights,
             "opt": {name: dict(options) for name, options in self.opts.items()},
-            "workload": {name: asdict(sizes) for name, sizes in self.workloads.items()},
+            "workload": {name: _sizes(sizes) for name, sizes in self.workloads.items()},
             "runtime": {name: dict(options) for name, options in self.runtimes.items()},
             "peer": {name: dict(options) for name, options in self.peers.items()},
             "design": {
@@ -277,6 +285,12 @@ def settings_from(config: DictConfig | Mapping[str, Any]) -> Settings:
         dir=_path(read.run.dir),
         resume=_path(read.resume),
     )
+
+
+def _sizes(sizes: Sizes) -> dict[str, Any]:
+    """The sizes as plain data; what only training has is left out elsewhere."""
+    plain = asdict(sizes)
+    return plain if sizes.precision is not None else {k: v for k, v in plain.items() if k not in ("precision", "clip")}
 
 
 def _path(text: str | None) -> Path | None:

@@ -6,7 +6,7 @@ That is from behind a block's first norm to behind the next block's: see `Region
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -15,18 +15,27 @@ from qwen3bench.model.decoder import Compile, Decoder, Forward
 from qwen3bench.model.layers import TransformerBlock
 
 
+class Training(NamedTuple):
+    """What a training step runs of a model, called as a Decoder's methods of these names are."""
+
+    states: Forward
+    loss_of: Forward
+
+
 class CompiledModel(Decoder):
     """A model that runs compiled code; `original` is the same model in eager, and stays as it was."""
 
-    def __init__(self, original: Decoder, run: Forward, run_first_block: Forward, loss: Forward | None = None) -> None:
-        """`run` and `run_first_block` are called as a Decoder is, `loss` as its method is; by default it uses `run`."""
+    def __init__(
+        self, original: Decoder, run: Forward, run_first_block: Forward, training: Training | None = None
+    ) -> None:
+        """`run` and `run_first_block` are called as a Decoder is."""
         super().__init__()
         self.config, self.tok_emb, self.out_head = original.config, original.tok_emb, original.out_head
         self.is_peer = original.is_peer
         self._original = original
         self._run = run
         self._run_first_block = run_first_block
-        self._loss = loss or super().loss
+        self._training = training or Training(original.states, original.loss_of)
 
     @property
     def original(self) -> Decoder:
@@ -36,8 +45,12 @@ class CompiledModel(Decoder):
         logits: Tensor = self._run(tokens, cache, start, logits_to_keep)
         return logits
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        loss: Tensor = self._loss(tokens, targets)
+    def states(self, tokens: Tensor) -> Tensor:
+        states: Tensor = self._training.states(tokens)
+        return states
+
+    def loss_of(self, states: Tensor, targets: Tensor) -> Tensor:
+        loss: Tensor = self._training.loss_of(states, targets)
         return loss
 
     def compiled(self, compile_: Compile) -> Decoder:

@@ -33,7 +33,15 @@ class Decoder(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """The mean cross-entropy of the targets (b, t), each the token after that of `tokens` (b, t)."""
-        return cross_entropy(self(tokens), targets)
+        return self.loss_of(self.states(tokens), targets)
+
+    @abstractmethod
+    def states(self, tokens: Tensor) -> Tensor:
+        """The normed last states (b, t, e), of which logits are made."""
+
+    def loss_of(self, states: Tensor, targets: Tensor) -> Tensor:
+        """The loss of normed last states (b, t, e)."""
+        return cross_entropy(self.out_head(states), targets)
 
     @abstractmethod
     def compiled(self, compile_: Compile) -> Decoder:

@@ -12,6 +12,7 @@ _RULE = "=" * 50  # as wide as the seed document's
 _GIB = 2**30
 _FLOAT32_BYTES = 4
 _BFLOAT16_BYTES = 2
+_TRAINED = 4  # times the weights: they, their gradients and AdamW's two moments, all in one dtype
 
 
 def description(config: ModelConfig, opts: Iterable[str] | Mapping[str, Mapping[str, Any]] = ()) -> str:
@@ -38,5 +39,8 @@ def description(config: ModelConfig, opts: Iterable[str] | Mapping[str, Mapping[
             f"Weights alone: {parameters * _FLOAT32_BYTES / _GIB:.2f} GiB in float32, "
             f"{parameters * _BFLOAT16_BYTES / _GIB:.2f} GiB in bfloat16.",
             f"Non-embedding parameters: {model.num_non_embedding_parameters:,}",
+            f"Training holds weights, gradients and AdamW's two moments, {_TRAINED} × the weights: "
+            f"{_TRAINED * parameters * _FLOAT32_BYTES / _GIB:.2f} GiB in amp or fp32, "
+            f"{_TRAINED * parameters * _BFLOAT16_BYTES / _GIB:.2f} GiB in bf16; activations besides.",
         )
     )

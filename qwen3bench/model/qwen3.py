@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.model.cache import KVCache
-from qwen3bench.model.compiled import CompiledModel, has_whole_calls, regions_of, shared_forward
+from qwen3bench.model.compiled import CompiledModel, Training, has_whole_calls, regions_of, shared_forward
 from qwen3bench.model.decoder import Compile, Decoder, Forward
 from qwen3bench.model.layers import Embedding
 from qwen3bench.model.parts import Parts
@@ -59,8 +59,11 @@ class Qwen3Model(Decoder):
         """
         return self.out_head(self._states([*self.trf_blocks], (), tokens, cache, start, logits_to_keep))
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        return self.parts.loss(self.out_head, self._states([*self.trf_blocks], (), tokens), targets)
+    def states(self, tokens: Tensor) -> Tensor:
+        return self._states([*self.trf_blocks], (), tokens)
+
+    def loss_of(self, states: Tensor, targets: Tensor) -> Tensor:
+        return self.parts.loss(self.out_head, states, targets)
 
     def compiled(self, compile_: Compile) -> CompiledModel:
         """Its regions compiled; its blocks where these cannot be cut, and for calls that they do as one; the loss."""
@@ -72,17 +75,18 @@ class Qwen3Model(Decoder):
         states_of_one = partial(self._states, by_block[:1], by_region[:1])
 
         @cache
-        def loss_of() -> Forward:  # compiled where it is asked for, as inference does not
+        def loss() -> Forward:  # compiled where it is asked for, as inference does not
             return compile_(self.parts.loss.__call__) if self.parts.loss.compiles else self.parts.loss
 
         def through(states: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:
             return self.out_head(states(*given, **named))
 
-        def loss(tokens: Tensor, targets: Tensor) -> Tensor:
-            found: Tensor = loss_of()(self.out_head, states(tokens), targets)
-            return found
+        def loss_of(found: Tensor, targets: Tensor) -> Tensor:
+            of_batch: Tensor = loss()(self.out_head, found, targets)
+            return of_batch
 
-        return CompiledModel(self, partial(through, states), partial(through, states_of_one), loss)
+        training = Training(states, loss_of)
+        return CompiledModel(self, partial(through, states), partial(through, states_of_one), training)
 
     def first_block_alone(self) -> Forward:
         def run(*given: Any, **named: Any) -> Tensor:

@@ -85,16 +85,25 @@ class Judgment:
 
 @typed
 class PeakMemory:
-    """The allocator's peaks with one cell alone resident, and its KV cache, in bytes."""
+    """The allocator's peaks with one cell alone resident, and its KV cache, in bytes.
+
+    Of training also what is held at the peak: gradients, the optimizer's state, activations kept for backward.
+    """
 
     peak_allocated_bytes: Count | None = None
     peak_reserved_bytes: Count | None = None
     cache_bytes: Count | None = None
+    gradient_bytes: Count | None = None
+    optimizer_bytes: Count | None = None
+    activation_bytes: Count | None = None
 
 
 @typed
 class Evidence:
-    """What really ran. `kernels`: name → launches. `eager_s`: about how long eager takes, where it is not timed."""
+    """What really ran. `kernels`: name → launches. `eager_s`: about how long eager takes, where it is not timed.
+
+    `parts_s`: about how long the parts of a training step take, launched from Python one by one, in seconds.
+    """
 
     attention_backend: str | None = None
     kernel_launches: Count | None = None
@@ -104,6 +113,7 @@ class Evidence:
     kernels: dict[str, Count] = Field(default_factory=dict)
     notes: Names = ()
     eager_s: Seconds | None = None
+    parts_s: dict[str, Seconds] | None = None
 
 
 @typed

@@ -13,13 +13,14 @@ from qwen3bench.model.checkpoint import EMBEDDING, HEAD
 from qwen3bench.model.qwen3 import Qwen3Model
 from qwen3bench.model.weights import load_weights
 from qwen3bench.record.design import Cell
+from qwen3bench.worker.training import TrainingState
 
 
 class Bank:
     """Weights loaded once; each model built from it is a view on them.
 
     So 32 cells fit where one does, and every cell reads the same bytes at the same addresses. The one extra tensor is
-    the head of the cells without `tie`.
+    the head of the cells without `tie`. `training` is what their training steps share.
     """
 
     def __init__(
@@ -32,6 +33,8 @@ class Bank:
         options: Mapping[str, Mapping[str, Any]],
     ) -> None:
         self.config = config
+        self.dtype = dtype
+        self.training = TrainingState()
         self.options = options
         weights = load_weights(source, config, device=device, dtype=dtype, seed=seed)
         head, embedding = weights[HEAD], weights[EMBEDDING]

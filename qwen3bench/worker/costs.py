@@ -26,6 +26,9 @@ class ForwardShape(NamedTuple):
 def cell_cost(config: ModelConfig, tied: bool, size: WorkloadSize, dtype_bytes: int) -> Cost:
     """Operations and bytes of one timed value of a workload: the least that any cell can do with.
 
+    A training step costs three forwards (Chowdhery et al., appendix B: backward's products are twice the forward's),
+    each pair of query and key once, where PaLM's own convention counts all pairs. What is recomputed does not count,
+    and its bytes are not known.
     The same for every cell but for the embedding's rows, which a `tied` model has read with the head.
     """
     flops = moved = 0
@@ -33,13 +36,13 @@ def cell_cost(config: ModelConfig, tied: bool, size: WorkloadSize, dtype_bytes: 
         pairs = causal_pairs(shape.queries, shape.start)
         flops += forward_flops(config, size.batch_size, shape.queries, pairs, shape.logits)
         moved += _forward_bytes(config, tied, size, shape, dtype_bytes)
-    return Cost(flops=flops, bytes=moved)
+    return Cost(flops=3 * flops) if size.name == "train" else Cost(flops=flops, bytes=moved)
 
 
 def forwards(size: WorkloadSize) -> list[ForwardShape]:
     """The forwards of one timed value."""
     n = size.prompt_tokens
-    if size.name == "prefill":
+    if size.name in ("prefill", "train"):
         return [ForwardShape(n, 0, n)]
     if size.name == "decode":
         return [ForwardShape(1, n, 1)]

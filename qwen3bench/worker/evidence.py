@@ -104,7 +104,7 @@ def collect(
         if on_cpu:
             operations = operations_of(steps[i])
         elif backend is None:  # each operation costs the profiler far more than a kernel, and all blocks are alike
-            operations = operations_of(workload.steps(model.first_block_alone())[i])
+            operations = operations_of(workload.forwards(model.first_block_alone())[i])
         backends.append(backend or attention_backend((), operations, compiled))
         last = ran if not on_cpu else Counter() if compiled else operations
     notes = [f"attention by an unknown kernel: {name}" for name in _unknown_attention(kernels)]

@@ -19,6 +19,7 @@ from qwen3bench.worker.evidence import collect
 from qwen3bench.worker.peers import judge_peer
 from qwen3bench.worker.runtimes import InvalidCell, Launch
 from qwen3bench.worker.session import Session
+from qwen3bench.worker.training_inspection import training_evidence, training_memory
 from qwen3bench.worker.workloads import Workload, keeping_output
 
 # By the bytes of a number: compiled, a model of 28 layers in bfloat16 rounds otherwise by some 0.01 of its logits. That
@@ -69,7 +70,7 @@ class Inspection:
         return judge_peer(gate, cell) if is_peer(cell) else gate.judge_cell(cell_of(cell))
 
     def memory(self, cell: str, workload: str, runtime: str) -> PeakMemory:
-        """Peak CUDA memory of one forward with this cell alone resident, on weights of its own, in bytes.
+        """Peak CUDA memory of one forward, or step, with this cell alone resident, on weights of its own, in bytes.
 
         The allocator's peaks (torch.cuda.max_memory_allocated and _reserved) from an empty device until the cell has
         run in `runtime`; what its libraries keep outside the allocator is the same for every cell and not counted.
@@ -77,9 +78,11 @@ class Inspection:
         self.release()
         self.session.forget_everything()
         torch._C._cuda_clearCublasWorkspaces()
+        if self.session.size(workload).precision:
+            return training_memory(self.session, cell, workload, runtime)
         device = self.session.device
-        model = self.session.alone(cell)
-        inputs = self.session.inputs(workload, model)
+        model = self.session.alone(cell, workload)
+        inputs = self.session.inputs_alone(workload, model)
         torch.cuda.empty_cache()  # making the weights needed more for a moment than keeping them does
         torch.cuda.reset_peak_memory_stats(device)
         self._warm = self._warmed_up((cell, workload, runtime), model, inputs)
@@ -102,12 +105,16 @@ class Inspection:
 
         Raises `InvalidCell` where it computes something else than when PyTorch launches it.
         """
+        if self.session.size(workload).precision:
+            self.release()
+            self.session.free()
+            return training_evidence(self.session, cell, workload, runtime)
         where = cell, workload, runtime
         warm, self._warm = self._warm, None
         if warm is None or warm.where != where:
             del warm
             self.session.free()
-            model = self.session.on_bank(cell)
+            model = self.session.on_bank(cell, workload)
             if self._workload is None or self._workload.size.name != workload:
                 self._workload = self.session.inputs(workload, model)
             warm = self._warmed_up(where, model, self._workload)

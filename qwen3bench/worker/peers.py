@@ -115,6 +115,13 @@ class TransformersModel(Decoder):
     def forward(self, tokens: Tensor, cache: KVCache | None = None, start: int = 0, logits_to_keep: int = 0) -> Tensor:
         return self._through(self.language_model, tokens, cache, start, logits_to_keep)
 
+    def states(self, tokens: Tensor) -> Tensor:
+        mask = {"full_attention": None} if self.attention == "sdpa_is_causal" else None
+        states: Tensor = self.language_model.model(
+            input_ids=tokens, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        return states
+
     def compiled(self, compile_: Compile) -> CompiledModel:
         """The whole model compiled, as transformers does."""
         run = compile_(shared_forward([self.language_model]))

@@ -21,6 +21,7 @@ from qwen3bench.worker.equivalence.gate import Gate
 from qwen3bench.worker.equivalence.reference import SMALL_DIM
 from qwen3bench.worker.peers import build_peer, require_peer
 from qwen3bench.worker.runtimes import Runtime, make_runtime
+from qwen3bench.worker.training import WEIGHTS_DTYPE, TrainingState, TrainingWorkload
 from qwen3bench.worker.workloads import Workload, WorkloadSize, workload_sizes
 
 
@@ -43,41 +44,50 @@ class Session:
             torch.set_num_threads(1)
         torch.set_grad_enabled(False)
 
-    @property
-    def bank(self) -> Bank:
-        """The weights that all cells share; loading them lets go of the gate's."""
-        if self._bank is None:
+    def weights_dtype(self, workload: str) -> torch.dtype:
+        """The dtype of a workload's weights: the run's; of training by its precision."""
+        precision = self.settings.workloads[workload].precision
+        return self.dtype if precision is None else WEIGHTS_DTYPE[precision]
+
+    def bank(self, dtype: torch.dtype) -> Bank:
+        """The weights that all cells share; loading them lets go of those in another dtype, and of the gate's."""
+        if self._bank is None or self._bank.dtype is not dtype:
             s = self.settings
-            self._gate = None
-            self._bank = Bank(s.model, s.weights, self.device, self.dtype, s.seed, s.opts)
+            self._gate = self._bank = None
+            self._bank = Bank(s.model, s.weights, self.device, dtype, s.seed, s.opts)
         return self._bank
 
     @property
     def gate(self) -> Gate:
-        """The equivalence gate, with weights of its own."""
+        """The equivalence gate of forwards, with weights of its own."""
         if self._gate is None:
             s = self.settings
             sizes = workload_sizes(s)
             self._gate = Gate(s.model, device=self.device, dtype=self.dtype, seed=s.seed, opts=s.opts, workloads=sizes)
         return self._gate
 
-    def on_bank(self, cell: str) -> Decoder:
-        """A cell's model, its parameters views on the bank."""
-        bank = self.bank
+    def on_bank(self, cell: str, workload: str | None = None) -> Decoder:
+        """A cell's model, its parameters views on the bank in the dtype of the workload, or of the first.
+
+        What was trained on the bank is put back: a trained head is no longer the embedding.
+        """
+        bank = self.bank(self.weights_dtype(workload or next(iter(self.settings.workloads))))
+        bank.training.restore()
         return self.build(cell, bank.weights) if is_peer(cell) else bank.build(cell_of(cell))
 
-    def alone(self, cell: str) -> Decoder:
+    def alone(self, cell: str, workload: str) -> Decoder:
         """A cell's model on weights of its own."""
-        s = self.settings
-        return self.build(cell, load_weights(s.weights, s.model, device=self.device, dtype=self.dtype, seed=s.seed))
+        s, dtype = self.settings, self.weights_dtype(workload)
+        return self.build(cell, load_weights(s.weights, s.model, device=self.device, dtype=dtype, seed=s.seed))
 
     def build(self, cell: str, weights: dict[str, torch.Tensor] | None = None) -> Decoder:
         """A cell's model on `weights`, or on `meta`, where nothing is allocated."""
         if is_peer(cell):
             return build_peer(cell, self.settings.model, weights, self.dtype)
-        device = "meta" if weights is None else self.device
         opts: dict[str, dict[str, Any]] = {name: self.settings.opts.get(name, {}) for name in cell_of(cell)}
-        return build_model(self.settings.model, opts, weights, device, self.dtype)
+        if weights is None:
+            return build_model(self.settings.model, opts, None, "meta", self.dtype)
+        return build_model(self.settings.model, opts, weights)
 
     def runtime(self, name: str) -> Runtime:
         """A fresh runtime with the options of the settings."""
@@ -88,8 +98,20 @@ class Session:
         return next(size for size in workload_sizes(self.settings) if size.name == workload)
 
     def inputs(self, workload: str, model: Decoder) -> Workload:
-        """A workload's inputs, its cache filled by `model`."""
-        return Workload(self.size(workload), model, self.settings.seed)
+        """A workload's inputs, its cache filled by `model`; in training its steps train what is on the bank."""
+        size, seed = self.size(workload), self.settings.seed
+        if size.precision is None:
+            return Workload(size, model, seed)
+        return TrainingWorkload(size, model, seed, self.bank(self.weights_dtype(workload)).training)
+
+    def inputs_alone(self, workload: str, model: Decoder) -> Workload:
+        """As `inputs`, for a model on weights of its own, which are trained without a copy to restore."""
+        size, seed = self.size(workload), self.settings.seed
+        return (
+            Workload(size, model, seed)
+            if size.precision is None
+            else TrainingWorkload(size, model, seed, TrainingState(restorable=False))
+        )
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given."""

@@ -45,7 +45,7 @@ class TimedPass:
         """`cell` fills the cache where there is one."""
         self.session = session
         self.runtime = session.runtime(runtime)
-        self.workload = session.inputs(workload, session.on_bank(cell))
+        self.workload = session.inputs(workload, session.on_bank(cell, workload))
         self.ready: dict[tuple[str, int], PreparedCell] = {}
         self.launch_s: dict[tuple[str, int], float] = {}  # about how long a cell takes, where getting ready tells
         self.pace: Pace | None = None  # found at the first visit of a run, as others may get ready before
@@ -53,7 +53,7 @@ class TimedPass:
 
     def prepare(self, cell: str, copy: int) -> Preparation:
         """Build a cell on the bank, warm it up, capture it. Raises `InvalidCell` where its logits are not finite."""
-        model = self.session.on_bank(cell)
+        model = self.session.on_bank(cell, self.workload.size.name)
         outputs: list[torch.Tensor] = []
         on_device_clock = self.runtime.on_device_clock
         if not on_device_clock:
@@ -72,7 +72,9 @@ class TimedPass:
                 launch()
             logits = outputs.pop()
         if not bool(torch.isfinite(logits).all()):
-            raise InvalidCell("its logits are not finite (NaN or infinity), so its latency would mean nothing")
+            raise InvalidCell(
+                f"its {self.workload.output} not finite (NaN or infinity), so its latency would mean nothing"
+            )
         self.ready[cell, copy] = PreparedCell(prepared_model.model, launches)
         self.pace = None
         if self.session.device.type == "cpu" and not on_device_clock:  # it got ready alone
@@ -85,6 +87,8 @@ class TimedPass:
 
     def visit(self, asked: Visit) -> TimedVisit:
         """An untimed launch, then as many timed values as are asked for; disturbed ones are taken again at once.
+
+        Before, and not timed, what the workload's steps change is put back as it was.
 
         Where a pause of the process or the machine struck, it is made again once. Raises `InvalidCell` where something
         was compiled meanwhile.
@@ -127,6 +131,7 @@ class TimedPass:
         return pace_of(launch_s, all(len(each.launches) == 1 for each in self.ready.values()))
 
     def _take(self, launches: Sequence[Launch], pace: Pace) -> Take:
+        self.workload.restore()
         began = time.time()
         if self.watch is None:
             values = time_device(launches, pace.repeats, pace.inner)

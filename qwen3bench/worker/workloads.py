@@ -1,4 +1,4 @@
-"""What a cell is asked to do: prefill, decode, generate, over inputs that every cell shares.
+"""What a cell is asked to do: prefill, decode, generate, over inputs that every cell shares; `training` has `train`.
 
 A workload turns a model into a list of steps, functions without arguments that launch one forward each. A timed value
 is the time of all its steps, one after another; only `generate` has more than one.
@@ -21,18 +21,24 @@ Step = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class WorkloadSize:
-    """How large a workload is: sequences, tokens of each prompt, tokens to generate."""
+    """How large a workload is: sequences, tokens of each prompt, tokens to generate.
+
+    Of training also the precision, and the norm that gradients are clipped to where they are.
+    """
 
     name: str
     batch_size: int
     prompt_tokens: int
     new_tokens: int
+    precision: str | None = None
+    clip: float | None = None
 
     @property
     def cache_capacity(self) -> int:
         """Positions that the KV cache holds; 0 where the workload has no cache."""
         return {
             "prefill": 0,
+            "train": 0,
             "decode": self.prompt_tokens + 1,
             "generate": self.prompt_tokens + self.new_tokens,
         }[self.name]
@@ -41,13 +47,15 @@ class WorkloadSize:
 def workload_sizes(settings: Settings) -> list[WorkloadSize]:
     """How large each workload of resolved settings is."""
     return [
-        WorkloadSize(name, sizes.batch_size, sizes.prompt_tokens or 1, sizes.new_tokens)
+        WorkloadSize(name, sizes.batch_size, sizes.prompt_tokens or 1, sizes.new_tokens, sizes.precision, sizes.clip)
         for name, sizes in settings.workloads.items()
     ]
 
 
 class Workload:
     """A workload's inputs on a device: seeded random token ids, and the KV cache where there is one."""
+
+    output = "logits are"  # what a step returns, in words
 
     def __init__(
         self,
@@ -94,6 +102,13 @@ class Workload:
             return step
 
         return [greedy(prompt, 0)] + [greedy(token, n + i) for i in range(self.size.new_tokens - 1)]
+
+    def restore(self) -> None:
+        """Put back what its steps change: nothing here, as a cache is written over."""
+
+    def forwards(self, model: Forward) -> list[Step]:
+        """The forwards of `steps` alone, each returning logits."""
+        return self.steps(model)
 
 
 def keeping_output(step: Step, outputs: list[Tensor]) -> Step:

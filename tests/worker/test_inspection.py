@@ -183,7 +183,7 @@ def test_evidence_after_the_memory_pass_is_that_of_a_cell_built_anew(
     ask("open", config=replace(settings, device="cuda", runtimes={runtime: {}}).to_dict())
     built = []
     build = worker.session.on_bank
-    monkeypatch.setattr(worker.session, "on_bank", lambda cell: built.append(cell) or build(cell))
+    monkeypatch.setattr(worker.session, "on_bank", lambda cell, *_: built.append(cell) or build(cell))
     where = {"workload": "decode", "runtime": runtime}
     ask("memory", cell="tie", **where)
     kept = ask("evidence", cell="tie", **where)

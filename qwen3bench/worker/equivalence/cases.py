@@ -103,7 +103,8 @@ def judged_cases(context: int, workloads: Iterable[WorkloadSize]) -> JudgedCases
     _add_loud(found, min(LOUD, context))
     own: dict[tuple[int, int], list[int]] = {}
     for size in dict.fromkeys(workloads):
-        _add_own(found, size, own.setdefault((size.batch_size, size.prompt_tokens), []))
+        if size.name != "train":  # whose function is judged at the gate's own sizes, its gradients by themselves
+            _add_own(found, size, own.setdefault((size.batch_size, size.prompt_tokens), []))
     return found
 
 
