@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from own_project import write_own_project
 
 from qwen3bench import __version__, aa, compare, describe, load_run, pool, report, verify
 from qwen3bench.analysis.cells import columns
@@ -85,6 +86,8 @@ def test_a_command_works(
 ) -> None:
     """Make's targets exist, runs compose and fit the device, and what is quick on a tiny model is done."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    write_own_project(tmp_path)
     words = shlex.split(command)
     runs: list[Settings] = []
 

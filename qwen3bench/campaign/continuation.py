@@ -14,15 +14,16 @@ from typing import Any
 
 import yaml
 
-from qwen3bench.campaign.worker_pool import QUIET_S
+from qwen3bench.campaign.worker_pool import QUIET_S, opening
 from qwen3bench.campaign.worker_process import WorkerProcess
-from qwen3bench.config.choices import choices, content_of
+from qwen3bench.config.catalogue import described
+from qwen3bench.config.choices import choices, content_of, own_config_dir, own_file
 from qwen3bench.config.settings import Settings, settings_from
 from qwen3bench.errors import Refused, UserError
 from qwen3bench.record.environment import CHANGES_NO_NUMBER, differences
 from qwen3bench.record.files import RECORD, write_atomic
 from qwen3bench.record.lines import EndLine, ProcessLine, RunLine, ScreenFacts, SessionLine
-from qwen3bench.record.messages import CellFailure, Identify, Identity, Open, Probe
+from qwen3bench.record.messages import CellFailure, Identify, Identity, Probe
 from qwen3bench.record.reader import Record, read_record
 from qwen3bench.record.states import EndStatus
 from qwen3bench.record.typed import flat
@@ -40,7 +41,7 @@ def identified(settings: Settings, worker: WorkerProcess, directory: Path) -> tu
     """
     try:
         settings = settings.resolved(worker.ask(Probe(device=settings.device), QUIET_S).device)
-        worker.ask(Open(config=settings.to_dict()), QUIET_S)
+        worker.ask(opening(settings), QUIET_S)
         return settings, worker.ask(Identify(), settings.measure.step_timeout_s)
     except CellFailure as failure:
         raise UserError(f"no worker could be started: {failure.reason}; see {directory / 'worker.log'}") from None
@@ -92,6 +93,8 @@ def first_line(settings: Settings, config: dict[str, Any], identity: Identity) -
         device=identity.environment.get("device"),
         dtype=settings.dtype,
         fingerprint=dict(identity.fingerprint),
+        own_switches={name: described(name, settings.opts[name]) for name in settings.factors if own_file("opt", name)}
+        or None,
         design=screen_facts(settings),
     )
 
@@ -178,7 +181,9 @@ def report_command(directory: Path) -> str:
 
 def resume_command(directory: Path) -> str:
     """The line that continues this run."""
-    return f"python -m qwen3bench {_override('resume', directory)}"
+    own = own_config_dir()
+    folder = f"--config-dir {shlex.quote(str(own))} " if own else ""
+    return f"python -m qwen3bench {folder}{_override('resume', directory)}"
 
 
 def _override(key: str, path: Path) -> str:

@@ -24,6 +24,7 @@ from qwen3bench.campaign.progress import Reporter, duration
 from qwen3bench.campaign.state import RunState
 from qwen3bench.campaign.worker_pool import Seat, StartWorker, WorkerPool
 from qwen3bench.campaign.worker_process import WorkerProcess
+from qwen3bench.config.overrides import OWN_FOLDER
 from qwen3bench.config.settings import Settings
 from qwen3bench.errors import UserError
 from qwen3bench.record.card import Card
@@ -172,7 +173,8 @@ def _campaign(
         continuation.refuse_finished(done, directory)
         for warning in done.warnings:
             reporter.note(f"warning: {warning}")
-        if len(sys.argv) == 2 and sys.argv[1].startswith("resume="):  # the command says nothing but which run
+        typed = [argument for argument in sys.argv[1:] if not argument.startswith(OWN_FOLDER)]
+        if len(typed) == 1 and typed[0].startswith("resume="):  # the command says nothing but which run
             settings = continuation.recorded_settings(done, directory)
     elif settings.resume:
         raise UserError(f"resume={directory}: nothing is recorded there yet; begin again with run.dir={directory}")

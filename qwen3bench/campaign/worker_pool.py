@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -11,7 +12,9 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from qwen3bench.campaign.worker_process import WorkerProcess, answers
+from qwen3bench.config.choices import own_config_dir
 from qwen3bench.config.settings import Settings
+from qwen3bench.config.sources import own_code
 from qwen3bench.errors import UserError
 from qwen3bench.record.lines import ProcessLine
 from qwen3bench.record.messages import CellFailure, Open, Request, Touch
@@ -32,6 +35,17 @@ class Seat:
     card: str | None = None
 
 
+def opening(settings: Settings) -> Open:
+    """What a worker is told first: the settings, and where and what a switch of the user's own is."""
+    folder = own_config_dir()
+    return Open(
+        config=settings.to_dict(),
+        config_dir=None if folder is None else str(folder),
+        import_path=tuple(str(Path(place).absolute()) for place in sys.path),
+        own_code=own_code(settings.opts),
+    )
+
+
 class WorkerPool:
     """Asks the worker at work, and starts one where there is none; a context manager that ends them all.
 
@@ -50,6 +64,7 @@ class WorkerPool:
         self.purpose = Purpose.CHECK
         self.process = process
         self._settings = settings
+        self._opening = opening(settings)
         self._writer = writer
         self._seat = seat
         self.ahead = [] if ready is None else [ready]  # started and not needed yet
@@ -168,10 +183,6 @@ class WorkerPool:
         return there_were
 
     # Helpers
-
-    @property
-    def _opening(self) -> Open:
-        return Open(config=self._settings.to_dict())
 
     def _at_work(self) -> WorkerProcess:
         if self._worker is None:

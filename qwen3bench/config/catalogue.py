@@ -1,4 +1,4 @@
-"""The catalogue of optimizations: what configs/opt/*.yaml declares.
+"""The catalogue of optimizations: what configs/opt/*.yaml declares, and opt/*.yaml of a folder of the user's own.
 
 No module names an optimization; adding one takes its Python file and its YAML file.
 """
@@ -8,13 +8,12 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from hydra.utils import get_method
 
 from qwen3bench.config.choices import DECLARATIONS, choices, content_of, nearest
+from qwen3bench.config.sources import module_file
 from qwen3bench.errors import UserError
 from qwen3bench.record.screen import Rules
 
@@ -54,6 +53,24 @@ def _listed(name: str, key: str) -> list[str]:
     return listed
 
 
+def known_to(workloads: Iterable[str]) -> tuple[str, ...]:
+    """The optimizations that one of these workloads knows, in the order of labels: what `opt=all` names.
+
+    A YAML file lists under `workloads` those in which its switch can change what runs; without that it is all of them.
+    Raises `UserError` where it lists one that does not exist.
+    """
+    return tuple(name for name in choices("opt") if set(workloads_of(name)) & set(workloads))
+
+
+def workloads_of(name: str) -> tuple[str, ...]:
+    """The workloads that know an optimization. Raises as `known_to` does."""
+    every = choices("workload")
+    listed = declared(name).get("workloads", list(every))
+    if not (isinstance(listed, list) and set(listed) <= set(every)):
+        raise UserError(f"opt/{name}.yaml: workloads must be a list of some of {', '.join(every)}, not {listed}")
+    return tuple(each for each in every if each in listed)
+
+
 def described(name: str, recorded: Any = None) -> str:
     """What an optimization of the catalogue is, in a line: how its module's docstring begins, and its recorded options.
 
@@ -65,12 +82,10 @@ def described(name: str, recorded: Any = None) -> str:
     target = own.get("_target_", "")
     if content.get("_target_", target) != target:
         return ""
-    module = target.rpartition(".")[0]
+    file = module_file(target.rpartition(".")[0])
     try:
-        spec = find_spec(module)
-        source = Path(spec.origin).read_text("utf-8") if spec and spec.origin else ""
-        docstring = ast.get_docstring(ast.parse(source)) or ""
-    except (ImportError, OSError, SyntaxError, ValueError):
+        docstring = ast.get_docstring(ast.parse(file.read_text("utf-8") if file else "")) or ""
+    except (OSError, SyntaxError, ValueError):
         return ""
     line = " ".join(docstring.partition("\n\n")[0].split()).rstrip(".")
     if line.startswith("`"):  # its name

@@ -1,24 +1,28 @@
-"""The config groups and their choices, as the YAML files under configs/ name them."""
+"""The config groups and their choices, as the YAML files of configs/, and of a folder of the user's own, name them."""
 
 from __future__ import annotations
 
 import difflib
 import math
 import re
+import sys
 from collections.abc import Iterable
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from qwen3bench.errors import UserError
 
 SEVERAL = ("opt", "workload", "runtime", "peer")  # groups that take several options
 SINGLE = ("model", "design", "measure")  # and those that take one
 # Keys of a choice's YAML file that say when and where it is offered; the others are its options.
-DECLARATIONS = ("order", "excludes", "needs")
+DECLARATIONS = ("order", "workloads", "excludes", "needs")
+_SWITCH = re.compile(r"[A-Za-z][\w-]*", re.ASCII)  # a name that stands in labels, terms and columns
+_RESERVED = ("all", "none", "null", "baseline")  # which mean something else where a switch is named
+_own: dict[str, Path] = {}  # "dir": the folder of `use_config_dir`
 
 
 @cache
@@ -31,18 +35,57 @@ def config_dir() -> Path:
     raise UserError(f"{package}: the config files are missing; install again with `pip install -e .`")
 
 
+def own_config_dir() -> Path | None:
+    """The folder of the user's own that offers choices besides configs/, where there is one."""
+    return _own.get("dir")
+
+
+def use_config_dir(directory: str | Path | None) -> None:
+    """Offer the choices of this folder, laid out as configs/, besides those of configs/ itself; of none where None.
+
+    What its files name is imported from wherever Python looks, and then from the current directory and from beside the
+    folder. Raises `UserError` where there is no such folder.
+    """
+    found = None if directory is None else Path(directory).expanduser().absolute()
+    if found and not found.is_dir():
+        raise UserError(f"--config-dir: there is no folder {str(directory)!r}; name one that is laid out as configs/")
+    if found:
+        import_from(str(Path.cwd()), str(found.parent))
+    if found != own_config_dir():
+        _own.clear()
+        _own.update({"dir": found} if found else {})
+        for cached in (choices, _content):
+            cached.cache_clear()
+
+
+def import_from(*places: str) -> None:
+    """Let Python look in these places too, after all others."""
+    sys.path += [place for place in dict.fromkeys(places) if place not in sys.path]
+
+
 @cache
 def choices(group: str) -> tuple[str, ...]:
     """The options of a config group, e.g. `opt`: in the order that their YAML files ask for, then by name.
 
-    Raises `UserError` where an optimization's file would set another one's options.
+    Raises `UserError` where an optimization's file would set another one's options, and where a file of the user's own
+    has a name that is taken or means something else.
     """
+    ours, own = _files(config_dir(), group), _files(own_config_dir(), group)
+    for name, path in own.items():
+        if name in ours or (group == "opt" and (name in _RESERVED or not _SWITCH.fullmatch(name))):
+            why = "is taken" if name in ours else "is none for an optimization"
+            raise UserError(f"{path}: the name {name!r} {why}; give the file another one")
     if group == "opt":
-        for path in (config_dir() / group).glob("*.yaml"):
-            if f"# @package opt.{path.stem}" not in path.read_text("utf-8").splitlines():
-                raise UserError(f"{path}: the line `# @package opt.{path.stem}` is missing, by which Hydra names it")
-    orders = {path.stem: place(OmegaConf.load(path)) for path in (config_dir() / group).glob("*.yaml")}
+        for name, path in {**ours, **own}.items():
+            if f"# @package opt.{name}" not in path.read_text("utf-8").splitlines():
+                raise UserError(f"{path}: the line `# @package opt.{name}` is missing, by which Hydra names it")
+    orders = {name: place(_loaded(path)) for name, path in {**ours, **own}.items()}
     return tuple(sorted(orders, key=lambda name: (orders[name], _natural(name))))
+
+
+def own_file(group: str, name: str) -> Path | None:
+    """The YAML file of a choice in the user's own folder; None where configs/ has it, or nobody."""
+    return _files(own_config_dir(), group).get(name)
 
 
 @cache
@@ -68,7 +111,7 @@ def no_such_choice(group: str, name: str, found: Iterable[str] = ()) -> str:
 
 def content_of(group: str, name: str) -> dict[str, Any]:
     """What the YAML file of one choice of a group says."""
-    return deepcopy(_content(config_dir() / group / f"{name}.yaml"))
+    return deepcopy(_content(own_file(group, name) or config_dir() / group / f"{name}.yaml"))
 
 
 def options_of(group: str, name: str) -> dict[str, Any]:
@@ -82,11 +125,26 @@ def place(options: Any) -> float:
     return order if isinstance(order, (int, float)) else math.inf
 
 
+def _files(directory: Path | None, group: str) -> dict[str, Path]:
+    return {path.stem: path for path in (directory / group).glob("*.yaml")} if directory else {}
+
+
 @cache
 def _content(path: Path) -> dict[str, Any]:
-    content = OmegaConf.to_container(OmegaConf.load(path))
+    content = OmegaConf.to_container(_loaded(path))
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
+
+
+def _loaded(path: Path) -> Any:
+    """Raises `UserError` where the file is no YAML mapping."""
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # whatever the parser of YAML raises
+        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path}: is a list; write KEY: VALUE, as the files in configs/ do")
+    return loaded
 
 
 def _natural(name: str) -> list[str | int]:

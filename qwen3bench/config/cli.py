@@ -14,10 +14,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from qwen3bench.config.choices import config_dir
+from qwen3bench.config.choices import config_dir, own_config_dir
 from qwen3bench.config.composition_errors import plain_errors
 from qwen3bench.config.entry import FULL_ERROR, Parser, guarded
-from qwen3bench.config.overrides import check, normalize, sweep_directory
+from qwen3bench.config.overrides import OWN_FOLDER, check, normalize, quoted, sweep_directory
 from qwen3bench.config.settings import Settings, settings_from, with_checkpoint_shape
 from qwen3bench.errors import UserError
 
@@ -46,10 +46,13 @@ def compose(argv: Sequence[str] | None = None) -> Settings:
 
     Raises `UserError` where it describes none.
     """
-    overrides = normalize(sys.argv[1:] if argv is None else argv)
-    if any(override.startswith("-") for override in overrides):
-        raise UserError(f"{overrides[0]} is not an option here; give KEY=VALUE, as in `model=tiny`")
+    arguments = normalize(sys.argv[1:] if argv is None else argv)
+    overrides = [argument for argument in arguments if not argument.startswith(OWN_FOLDER)]
+    if option := next((override for override in overrides if override.startswith("-")), None):
+        raise UserError(f"{option} is not an option here; give KEY=VALUE, as in `model=tiny`")
     check(overrides)
+    if own := own_config_dir():
+        overrides.append(f"hydra.searchpath=[{quoted(f'file://{own}')}]")  # what --config-dir is to Hydra's own main
     with plain_errors(overrides), hydra.initialize_config_dir(str(config_dir()), version_base=_HYDRA):
         config = hydra.compose(_CONFIG, overrides)
     return with_checkpoint_shape(settings_from(config), overrides)
@@ -89,7 +92,7 @@ def _launch(argv: Sequence[str], run: Run, finished: Finished, about: About) -> 
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     if any(argument in ("--cfg=job", "--cfg=all") for argument in arguments):
-        overrides = [argument for argument in arguments if not argument.startswith("-")]
+        overrides = [argument for argument in arguments if argument.startswith(OWN_FOLDER) or argument[0] != "-"]
         print("\n".join(f"# {line}" for line in about(compose(overrides))))
     _drop_empty(homes)
     if len(points) > 1:

@@ -11,9 +11,11 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
+from omegaconf import OmegaConf
 
 from qwen3bench import __version__
-from qwen3bench.config.choices import SEVERAL, SINGLE, choices
+from qwen3bench.config.catalogue import known_to
+from qwen3bench.config.choices import SEVERAL, SINGLE, choices, config_dir, use_config_dir
 from qwen3bench.config.entry import Parser
 from qwen3bench.errors import UserError
 
@@ -26,6 +28,8 @@ _REFUSED = {  # what Hydra would do with its own directory, and this program doe
     "hydra.output_subdir": "config.yaml in run.dir holds the composed config",
 }
 _SWEEP_DIR = "hydra.sweep.dir"
+OWN_FOLDER = "--config-dir="  # as `normalize` gives it
+_ALL = "all"  # of `opt`: every switch that the workload knows
 _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
@@ -34,10 +38,12 @@ def normalize(argv: Sequence[str]) -> list[str]:
 
     In groups that take several options `+opt=tie,flash`, `opt=[flash,tie,tie]`, … become `opt=[flash,tie]`;
     with multirun a comma keeps Hydra's meaning, and `+opt=tie` becomes `opt=tie`. `flash.backend=math` is short for
-    `opt.flash.backend=math`, `model=8b` for `model=qwen3-8b`. Raises `UserError` on an option that does not exist, and
+    `opt.flash.backend=math`, `model=8b` for `model=qwen3-8b`. `opt=all` names what the workloads of the arguments know.
+    From here on the choices are those of `--config-dir` too. Raises `UserError` on an option that does not exist, and
     on `+opt=flash +opt=tie`, which asks for both; of `opt=flash opt=tie` the last is taken, as Hydra does.
     """
     args = _parser().parse_intermixed_args(list(argv))
+    use_config_dir(args.config_dir)
     if args.experimental_rerun is not None:
         raise UserError("--experimental-rerun reads a pickle, which can run anything; give the overrides again")
     options = [
@@ -47,7 +53,9 @@ def normalize(argv: Sequence[str]) -> list[str]:
     ]
     overrides = [_lengthened(override) for override in args.overrides]
     _refuse_repeats(overrides)
-    several = _chosen if _asks_for_multirun([*options, *overrides]) else _as_list
+    multirun = _asks_for_multirun([*options, *overrides])
+    overrides = [_all_named(override, overrides, multirun) for override in overrides]
+    several = _chosen if multirun else _as_list
     return options + [several(override) for override in overrides]
 
 
@@ -85,7 +93,7 @@ def sweep_directory(arguments: Sequence[str]) -> list[str]:
         return []
     if _SWEEP_DIR in given:
         raise UserError(f"run.dir and {_SWEEP_DIR} both name the multirun's directory; give one of them")
-    return [f"{_SWEEP_DIR}={_quoted(str(_home(str(named.value()))))}"] if named.value() else []
+    return [f"{_SWEEP_DIR}={quoted(str(_home(str(named.value()))))}"] if named.value() else []
 
 
 def _parsed(arguments: Sequence[str]) -> list[Override]:
@@ -115,7 +123,7 @@ def _settings_of(override: Override) -> Iterator[tuple[str, object]]:
         yield key, value
 
 
-def _quoted(value: str) -> str:
+def quoted(value: str) -> str:
     """`value` as Hydra reads text with any characters in it."""
     return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + (r"\'" if found[2] else ""), value) + "'"
 
@@ -123,14 +131,14 @@ def _quoted(value: str) -> str:
 def _with_quotes(override: str) -> str:
     """What to type in a shell for a path that Hydra misreads; empty where it is no path, or nothing helps."""
     key, _, value = override.partition("=")
-    quoted = f"{key}={_quoted(value.strip(chr(39) + chr(34)))}"
-    if key.lstrip("+") not in _PATHS or not quoted.isprintable():
+    typed = f"{key}={quoted(value.strip(chr(39) + chr(34)))}"
+    if key.lstrip("+") not in _PATHS or not typed.isprintable():
         return ""
     try:
-        OverridesParser.create().parse_override(quoted)
+        OverridesParser.create().parse_override(typed)
     except OverrideParseException:
         return ""
-    return f'"{quoted}"' if not set(quoted) & set('"$`\\!') else shlex.quote(quoted)
+    return f'"{typed}"' if not set(typed) & set('"$`\\!') else shlex.quote(typed)
 
 
 def _home(path: str) -> Path:
@@ -177,7 +185,7 @@ def _lengthened(override: str) -> str:
     if dot and first in choices("workload"):
         return f"{sign}workload.{name}{equals}{value}"
     if name in _PATHS and value.startswith("~"):  # a shell leaves it as it is within a word
-        return f"{sign}{name}={_quoted(str(_home(value)))}"
+        return f"{sign}{name}={quoted(str(_home(value)))}"
     if name in SINGLE and "~" not in sign:  # to Hydra the plus would add it to the one that there is
         return f"{name}{equals}{_model_names(value) if name == 'model' else value}"
     return override
@@ -198,6 +206,30 @@ def _refuse_repeats(overrides: Sequence[str]) -> None:
             raise UserError(f"{group} is given more than once; name all together, as in {group}={names}")
 
 
+def _all_named(override: str, overrides: Sequence[str], multirun: bool) -> str:
+    """`opt=[flash,…]` with every switch that the workloads of `overrides` know, for `opt=all`."""
+    key, _, value = override.partition("=")
+    named = _names(value)
+    if key.lstrip("+") != "opt" or _ALL not in named:
+        return override
+    typed = [_names(each.partition("=")[2]) for each in overrides if each.lstrip("+").startswith("workload=")]
+    everything = known_to(typed[-1] if typed else _default_workloads())
+    together = f"[{','.join(everything)}]"
+    if multirun and not value.strip().startswith("["):  # each a point of its own
+        return f"{key}={','.join(together if each == _ALL else each for each in named)}"
+    return f"{key}=[{','.join(dict.fromkeys((*everything, *(each for each in named if each != _ALL))))}]"
+
+
+def _default_workloads() -> list[str]:
+    defaults = OmegaConf.load(config_dir() / "config.yaml").defaults
+    return next(list(each["workload"]) for each in defaults if "workload" in each)
+
+
+def _names(value: str) -> list[str]:
+    """The names of `flash,tie` and of `[flash, tie]`."""
+    return [name.strip() for name in value.strip().strip("[]").split(",") if name.strip()]
+
+
 def _chosen(override: str) -> str:
     """`opt=tie` for `+opt=tie`: to Hydra the plus would add it to those that a design brings."""
     bare = override.lstrip("+")
@@ -210,7 +242,7 @@ def _as_list(override: str) -> str:
     group = key.lstrip("+")
     if not equals or group not in SEVERAL or not _NAMES.fullmatch(value.strip()):
         return override
-    names = list(dict.fromkeys(name.strip() for name in value.strip().strip("[]").split(",") if name.strip()))
+    names = list(dict.fromkeys(_names(value)))
     known = choices(group)
     names.sort(key=lambda name: known.index(name) if name in known else len(known))
     return f"{group}=[{','.join([] if names in (['none'], ['null']) else names)}]"

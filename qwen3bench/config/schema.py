@@ -182,8 +182,6 @@ def _in_order(chosen: Any) -> Any:
     if not isinstance(chosen, dict):
         return chosen
     return {
-        name: {key: value for key, value in options.items() if key not in DECLARATIONS}
-        if isinstance(options, dict)
-        else options
+        name: {k: v for k, v in options.items() if k not in DECLARATIONS} if isinstance(options, dict) else options
         for name, options in sorted(chosen.items(), key=lambda choice: place(choice[1]))
     }

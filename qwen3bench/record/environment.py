@@ -118,10 +118,21 @@ def refuse_other_code(theirs: RunningCode) -> None:
             f"{theirs.package}: a worker runs this qwen3bench, and the run that of {ours.package}; keep one of them"
         )
     if theirs.code != ours.code:
-        raise UserError(
-            f"{ours.package}: its code has changed since this run began, and a new worker would measure with another\n"
-            "restore it and continue with resume=DIR, or begin a new run"
-        )
+        raise _other_code(ours.package)
+
+
+def refuse_other_own_code(begun: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raise `UserError` where a switch of the user's own is not what it was when the run began; both are hashes."""
+    for name, code in now.items():
+        if begun.get(name) != code:
+            raise _other_code(name)
+
+
+def _other_code(name: str) -> UserError:
+    return UserError(
+        f"{name}: its code has changed since this run began, and a new worker would measure with another\n"
+        "restore it and continue with resume=DIR, or begin a new run"
+    )
 
 
 def fingerprint(config: dict[str, Any], weights_fingerprint: str, torch: TorchFacts, host: Host) -> dict[str, str]:
@@ -167,7 +178,13 @@ def differences(old: dict[str, str], new: dict[str, str]) -> list[str]:
     words = {"config": "the configuration", "weights": "the weights", "code": "the code of qwen3bench"}
     keys = [key for key in dict.fromkeys((*old, *new)) if key not in HOST_KEYS or (key in old and key in new)]
     changed = [key for key in keys if old.get(key) != new.get(key)]
-    return [words.get(key) or f"{key} ({old.get(key)} then, {new.get(key)} now)" for key in changed]
+    return [words.get(key) or _then_and_now(key, old.get(key), new.get(key)) for key in changed]
+
+
+def _then_and_now(key: str, then: str | None, now: str | None) -> str:
+    """What differs: for a hash, which says nothing to a reader, its name alone."""
+    is_hash = any(value is not None and value.startswith("sha256:") for value in (then, now))
+    return key if is_hash else f"{key} ({then} then, {now} now)"
 
 
 def version_of(package: str) -> str | None:

@@ -63,6 +63,7 @@ class RunLine(Line):
     """The first line: what is measured. `config` is the resolved one; `fingerprint` what a continued run must keep.
 
     `design`: how a screen was made, and how good it is (`ScreenFacts`).
+    `own_switches`: those from a folder of the user's own, each with what it is in a line.
     """
 
     type: ClassVar = "run"
@@ -78,6 +79,7 @@ class RunLine(Line):
     dtype: str | None = None
     fingerprint: dict[str, Any] | None = None
     design: Annotated[ScreenFacts | None, BeforeValidator(_facts)] = None
+    own_switches: dict[str, str] | None = None
 
     def setting(self, *path: str) -> Any:
         """What the config says there; None where it says nothing, or has no group on the way."""

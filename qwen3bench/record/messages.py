@@ -229,11 +229,18 @@ class Probe(Request[DeviceFound]):
 
 @typed
 class Open(Request[RunningCode]):
-    """Take the resolved settings, and say which code will measure them."""
+    """Take the resolved settings, and say which code will measure them.
+
+    `config_dir` is the folder of the user's own (--config-dir) and `import_path` where the campaign's Python looks for
+    modules, for what his switches name. `own_code`: their hashes when the run began; other code is refused.
+    """
 
     op: ClassVar = "open"
     reply: ClassVar = RunningCode
     config: dict[str, Any]
+    config_dir: str | None = None
+    import_path: Names = ()
+    own_code: dict[str, str] = Field(default_factory=dict)
 
 
 @typed

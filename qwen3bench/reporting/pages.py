@@ -165,9 +165,13 @@ def about(run: Run) -> list[tuple[str, str]]:
 
 
 def switches(runs: Iterable[Run]) -> list[tuple[str, str]]:
-    """Each switch of the runs and what it is, where the catalogue can tell."""
-    recorded = {name: run.record.run.setting("opt", name) for run in runs for name in factors(run)}
-    return [(name, told) for name, options in recorded.items() if (told := described(name, options))]
+    """Each switch of the runs and what it is, where the catalogue can tell, or the record of one of the user's own."""
+    found: dict[str, str] = {}
+    for run in runs:
+        first = run.record.run
+        for name in factors(run):
+            found[name] = described(name, first.setting("opt", name)) or (first.own_switches or {}).get(name, "")
+    return [(name, told) for name, told in found.items() if told]
 
 
 def moment(text: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from qwen3bench.config.settings import Settings
+from qwen3bench.config.sources import own_code
 from qwen3bench.errors import UserError
 from qwen3bench.model.weights import judge_weights, weights_fingerprint
 from qwen3bench.record.environment import TorchFacts, environment, fingerprint, system_device_name
@@ -23,9 +24,10 @@ def identify(settings: Settings) -> Identity:
     memory_bytes = found["device_memory_bytes"] if on_card else available_memory_bytes()
     judge_weights(settings.weights, settings.model, getattr(torch, settings.dtype), memory_bytes)  # sooner than hashed
     weights = weights_fingerprint(settings.weights, settings.seed)
+    own = own_code(settings.opts)
     return Identity(
-        environment=found,
-        fingerprint=fingerprint(settings.to_dict(), weights, facts, host),
+        environment=found | own,
+        fingerprint=fingerprint(settings.to_dict(), weights, facts, host) | own,
     )
 
 

@@ -16,9 +16,11 @@ from typing import Any, BinaryIO
 
 import torch
 
+from qwen3bench.config.choices import import_from, use_config_dir
 from qwen3bench.config.settings import settings_from
+from qwen3bench.config.sources import own_code
 from qwen3bench.errors import UserError
-from qwen3bench.record.environment import running_code
+from qwen3bench.record.environment import refuse_other_own_code, running_code
 from qwen3bench.record.messages import (
     REFUSED,
     CollectEvidence,
@@ -99,7 +101,11 @@ class Worker:
     def open(self, asked: Open) -> RunningCode:
         """Take the resolved settings; nothing is loaded yet."""
         self.timed_pass = None
-        self.session = Session(settings_from(asked.config))
+        import_from(*asked.import_path)
+        use_config_dir(asked.config_dir)
+        settings = settings_from(asked.config)
+        refuse_other_own_code(asked.own_code, own_code(settings.opts))
+        self.session = Session(settings)
         self.inspection = Inspection(self.session)
         return running_code()
 

@@ -31,7 +31,7 @@ class FakeWorker:
     def probe(self, device):
         return {"device": "cpu" if device == "auto" else device}
 
-    def open(self, config):
+    def open(self, config, **_):
         self.config = config
         return self.code
 

@@ -269,7 +269,7 @@ def test_choices_of_ones_own_are_listed_too(
     own.mkdir(parents=True)
     (own / "mine.yaml").write_text("defaults: [default]\nname: mine\n", encoding="utf-8")
     assert main(["--config-dir=own", "measure=brief"], run=run) == 1
-    assert "there are: default, quick, thorough, mine" in capsys.readouterr().err
+    assert "there are: default, mine, quick, thorough" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("typed", ["~/a b", "~/a=b", "'~/x'", "~"])

@@ -16,6 +16,7 @@ import torch
 
 from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.config.settings import Settings
+from qwen3bench.config.sources import own_code
 from qwen3bench.errors import Refused, UserError
 from qwen3bench.record.environment import HOST_KEYS
 from qwen3bench.record.lines import FailureLine
@@ -68,6 +69,20 @@ def test_it_tells_what_must_not_change(opened: Ask) -> None:
     identity = opened("identify")
     assert set(identity.fingerprint) - set(HOST_KEYS) == {"config", "weights", "code", "torch", "device"}
     assert identity.environment["torch"] == torch.__version__
+
+
+def test_code_of_the_users_own_that_changed_meanwhile_is_refused(
+    ask: Ask, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "edited.py").write_text("def apply(parts):\n    return parts\n")
+    target = {"tie": {"_target_": "edited.apply"}}
+    config = replace(settings, opts=settings.opts | target).to_dict()
+    begun = own_code(target)
+    ask("open", config=config, own_code=begun)
+    (tmp_path / "edited.py").write_text("def apply(parts):\n    return None\n")
+    with pytest.raises(UserError, match="edited: its code has changed since this run began"):
+        ask("open", config=config, own_code=begun)
 
 
 @pytest.mark.slow
