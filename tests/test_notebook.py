@@ -73,10 +73,10 @@ def execute(monkeypatch: pytest.MonkeyPatch, directory: Path, run: Path | None =
 @pytest.mark.slow
 def test_it_goes_from_a_record_to_its_findings(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = execute(monkeypatch, tmp_path / "notebooks", run_dir)
-    found = re.search(r"^flash: ([\d.]+), from 6 blocks", said, re.MULTILINE)
+    found = re.search(r"^flash: ([\d.]+)×, from 6 blocks", said, re.MULTILINE)
     assert found is not None
     assert float(found[1]) == pytest.approx(1.25, rel=3e-3)
-    assert f"effects.csv: {found[1]} [" in said
+    assert f"effects.csv: {found[1]}× [" in said
     product = re.search(r"of shares ([\d.]+), all on ([\d.]+)", said)
     assert product is not None
     assert product[1] == product[2]

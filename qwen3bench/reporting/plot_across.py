@@ -48,7 +48,7 @@ def regimes(effects: pd.DataFrame, names: Sequence[str], width: float, max_rows:
         for effect in rows(group):
             x = names.index(effect.term)
             grid[y, x] = np.log(effect.estimate)
-            texts[y, x] = f"{times(effect.estimate, effect.lo, effect.hi)}{_SIGNS.get(effect.verdict, _UNKNOWN)}"
+            texts[y, x] = f"{times(effect.estimate, effect.lo, effect.hi)[:-1]}{_SIGNS.get(effect.verdict, _UNKNOWN)}"
     title = _regimes_title(effects, names)
     seen = [_SIGNS.get(verdict, _UNKNOWN) for verdict in effects["verdict"]]
     note = map_note(effects["run"].nunique(), seen, width, len(groups), len(every))

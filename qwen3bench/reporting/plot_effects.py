@@ -127,7 +127,7 @@ def interactions(run: Run, condition: Condition) -> Plot | None:
         column, row = sorted(names.index(name) for name in effect.term.split(":"))
         grid[row - 1, column] = np.log(effect.estimate)
         sign = "*" if effect.verdict in (Verdict.FASTER, Verdict.SLOWER) else ""
-        texts[row - 1, column] = f"{times(effect.estimate, effect.lo, effect.hi)}{sign}"
+        texts[row - 1, column] = f"{times(effect.estimate, effect.lo, effect.hi)[:-1]}{sign}"
     title = _noisy(run, condition, _interactions_title(pairs))
     note = f"{condition}; {device(run)}; n = {blocks_of(run, condition)}"
     figure = new_figure(title, note, 1.6 + 0.55 * len(names), 6.6)

@@ -10,7 +10,7 @@ from qwen3bench.record.states import Verdict
 from qwen3bench.reporting.finding import Beside, Finding, Kind, Pair
 from qwen3bench.reporting.lookup import AVERAGE, UNLIKE
 from qwen3bench.reporting.units import is_number, ratio, times
-from qwen3bench.reporting.wording.sentences import only_with, verdict_word
+from qwen3bench.reporting.wording.sentences import only_with, only_with_note, verdict_word
 
 _DARKEST = 45  # % of the color behind the largest effect, on which text can still be read
 _LOOKS: dict[str, str] = {Verdict.FASTER: "gain", Verdict.SLOWER: "loss", Verdict.SAME: "same"}
@@ -50,7 +50,7 @@ def switch_table(found: Sequence[Finding]) -> SwitchTable | None:
     sizes = [abs(math.log(f.estimate)) for f in effects if is_number(f.estimate) and f.verdict in _LOOKS]
     largest = max([*sizes, math.log(1.1)])
     only = {
-        (f.detail.small, f.condition): f"only with {f.detail.large}"
+        (f.detail.small, f.condition): only_with_note(f.detail)
         for f in found
         if isinstance(f.detail, Pair) and only_with(f.detail)
     }

@@ -17,7 +17,8 @@ PAGE = {
     "open": "If the estimates stay, these settings in the command decide.",
     "what_if": "Every number was measured. Beside each switch stands how many times as fast the model is once it is "
     "turned on or off from here. Each interval stands for itself: of twenty, one misses.",
-    "halves": "What a switch is worth with the other on and off, on average over the rest",
+    "halves": "What a switch is worth with the other on and off, on average over the rest (joint effect above 1: more "
+    "together)",
     "ran": "What ran in the cells of these pairs",
     "over": "How many times as fast with the switch on, by run and condition",
     "cut": "{most} of {total} rows; all of them are in report.html and in the csv files.",

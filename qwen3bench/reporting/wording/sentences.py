@@ -264,6 +264,11 @@ def only_with(pair: Pair) -> bool:
     return pair.with_it.verdict == Verdict.FASTER and pair.without.verdict in (Verdict.SAME, Verdict.SLOWER)
 
 
+def only_with_note(pair: Pair) -> str:
+    """What the table of switches adds to an average that hides it."""
+    return f"helps only with {pair.large}"
+
+
 def _open(finding: Finding, unsure: OpenEffects) -> str:
     named = listing([f"{e.term} {times(e.estimate, e.lo, e.hi)}" for e in unsure.effects])
     what = "Undecided interactions" if unsure.pairs else "Undecided"
