@@ -11,8 +11,11 @@ from math import factorial
 import numpy as np
 from numpy.typing import NDArray
 
-Term = tuple[int, ...]  # the positions of a term's factors
+from qwen3bench.analysis.least_squares import Fit, Term, effect_regressors, fit_of
+
 OTHERS_OFF, OTHERS_ON = "with the others off", "with the others on"
+TAKEN_FOR_NIL = "interactions of more than {} factors taken for nil"
+_WHOLE = 5  # factors; of more, fewer than all cells are a screen, and main effects and pairs its model
 _TINY = 1e-9  # what rounding leaves of a zero, relative
 
 
@@ -21,12 +24,17 @@ class Contrasts:
     """For each of the 2^k − 1 terms the contrast of cell means that estimates it.
 
     `matrix` (terms, cells) is NaN where a term cannot be estimated; `reasons` then says why, and else what an
-    estimate takes for nil, or that it is of a factor `OTHERS_OFF` or `OTHERS_ON` instead of an average.
+    estimate takes for nil, or that it is of a factor `OTHERS_OFF` or `OTHERS_ON` instead of an average. `fit`: the
+    model where it is of main effects and pairs alone; `aliased` (groups, cells) tells groups of aliased terms, which
+    `alias_names` names.
     """
 
     terms: tuple[Term, ...]
     matrix: NDArray[np.float64]
     reasons: tuple[str, ...]
+    fit: Fit | None = None
+    aliased: NDArray[np.float64] | None = None
+    alias_names: tuple[str, ...] = ()
 
 
 def all_terms(k: int) -> tuple[Term, ...]:
@@ -49,21 +57,12 @@ def every_cell(k: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(code >> i & 1 for i in range(k)) for code in range(2**k))
 
 
-def model_matrix(cells: Sequence[Sequence[int]], terms: Sequence[Term]) -> NDArray[np.float64]:
-    """The regressors of `terms` at `cells` (cells, terms), coded ±1/2.
-
-    A coefficient is then the textbook effect, contrast / 2^(k−1), for main effects and interactions alike
-    (Montgomery, Design and Analysis of Experiments, chapter 6).
-    """
-    signs = 2.0 * np.asarray(cells, dtype=float) - 1.0
-    return np.stack([signs[:, term].prod(axis=1) / 2 for term in terms], axis=1)
-
-
 @lru_cache(maxsize=32)
 def contrasts(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> Contrasts:
     """The contrasts that estimate each term from the means of `cells`.
 
-    All 2^k cells: the orthogonal ones. Fewer: least squares under the hierarchy principle (Box, Hunter &
+    All 2^k cells: the orthogonal ones. Fewer, of more than five factors: least squares of main effects and pairs, and
+    no other terms. Fewer of up to five: least squares under the hierarchy principle (Box, Hunter &
     Hunter, Statistics for Experimenters, chapter 6): a term counts as estimable when it can be told from
     every term of its own and of lower order, a main effect from the interactions of two factors as well, as no
     average over the other factors is known without them; higher interactions are then taken for nil, as few
@@ -71,9 +70,11 @@ def contrasts(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> C
     none of the others, or else beside all of them, where these two cells are there, and the reason says which.
     """
     k = len(factors)
+    if k > _WHOLE and len(cells) < 2**k:
+        return _of_screen(factors, cells)
     terms = all_terms(k)
     if len(cells) == 2**k:
-        return Contrasts(terms, model_matrix(cells, terms).T * (4 / len(cells)), ("",) * len(terms))
+        return Contrasts(terms, effect_regressors(cells, terms).T * (4 / len(cells)), ("",) * len(terms))
     matrix = np.full((len(terms), len(cells)), np.nan)
     reasons = [""] * len(terms)
     missing = _missing(factors, cells)
@@ -81,7 +82,7 @@ def contrasts(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> C
     min_order = min(2, k)
     for order in range(k, min_order - 1, -1):
         n = sum(len(term) <= order for term in terms)  # terms come sorted by order
-        design = np.column_stack([np.ones(len(cells)), model_matrix(cells, terms[:n])])
+        design = np.column_stack([np.ones(len(cells)), effect_regressors(cells, terms[:n])])
         u, s, vt = np.linalg.svd(design, full_matrices=False)
         v = vt[s > s[0] * _TINY].T
         solve = (v / s[: v.shape[1]]) @ u[:, : v.shape[1]].T
@@ -93,13 +94,15 @@ def contrasts(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> C
                 matrix[t] = solve[t + 1]
                 open_terms.discard(t)
                 if order < k:
-                    reasons[t] = f"{missing}, interactions of more than {order} factors taken for nil"
+                    reasons[t] = f"{missing}, {TAKEN_FOR_NIL.format(order)}"
             elif max(min_order, len(terms[t])) == order:
                 alias = [terms[i] for i in range(n) if i != t and abs(known[t + 1, i + 1]) > _TINY]
                 names = ["the mean"] * bool(abs(known[t + 1, 0]) > _TINY) + [term_name(a, factors) for a in alias]
                 reasons[t] = f"too few cells, {missing}: it cannot be told from {_some(names)}"
         if not open_terms:
             break
+    if open_terms & set(range(k)) and _some_go_together(fit_of(cells)):
+        return _of_screen(factors, cells)
     for t in sorted(open_terms & set(range(k))):
         if len(levels := {cell[t] for cell in cells}) == 1:
             reasons[t] = f"no cell {'without' if 1 in levels else 'with'} it"
@@ -111,6 +114,32 @@ def contrasts(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> C
                 reasons[t] = reason
                 break
     return Contrasts(terms, matrix, tuple(reasons))
+
+
+def _of_screen(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> Contrasts:
+    """The contrasts of main effects and pairs, each by itself or, where aliased, together."""
+    k, fit = len(factors), fit_of(cells)
+    terms: tuple[Term, ...] = (*((i,) for i in range(k)), *combinations(range(k), 2))
+    matrix = np.full((len(terms), len(cells)), np.nan)
+    missing = _missing(factors, cells)
+    reasons = [f"too few cells, {missing}: it cannot be told"] * len(terms)
+    aliased, names = [], []
+    for group, row in zip(fit.groups, fit.solve[1:], strict=True):
+        if np.isnan(row).any():
+            continue
+        if len(group) == 1:
+            index = terms.index(group[0])
+            matrix[index], reasons[index] = row, f"{missing}, {TAKEN_FOR_NIL.format(2)}"
+            continue
+        aliased.append(row)
+        names.append(" = ".join(term_name(term, factors) for term in group))
+        for term in group:
+            others = [term_name(other, factors) for other in group if other != term]
+            reasons[terms.index(term)] = f"{missing}: it cannot be told from {_some(others)}"
+    for term in fit.absent:
+        reasons[terms.index(term)] = f"{factors[term[0]]} and {factors[term[1]]} are not switched by themselves"
+    aliases = np.array(aliased) if aliased else None
+    return Contrasts(terms, matrix, tuple(reasons), fit, aliases, tuple(names))
 
 
 @lru_cache(maxsize=32)
@@ -130,6 +159,11 @@ def shapley_contrasts(k: int) -> NDArray[np.float64]:
 def others_of(reason: str) -> str:
     """What the other factors do where an effect with this reason is told; empty where it is an average over them."""
     return next((others for others in (OTHERS_OFF, OTHERS_ON) if reason.startswith(others)), "")
+
+
+def _some_go_together(fit: Fit) -> bool:
+    """Whether all is told but pairs that never run together, and there are others: averages then mean something."""
+    return bool(fit.absent) and fit.can_predict and any(len(group[0]) > 1 for group in fit.groups)
 
 
 def _missing(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> str:

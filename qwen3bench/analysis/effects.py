@@ -11,7 +11,15 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from qwen3bench.analysis.contrasts import contrasts, every_cell, shapley_contrasts, term_name
+from qwen3bench.analysis.contrasts import (
+    TAKEN_FOR_NIL,
+    cell_label,
+    contrasts,
+    every_cell,
+    shapley_contrasts,
+    term_name,
+)
+from qwen3bench.analysis.least_squares import Fit, LackOfFit, lack_of_fit, with_model_error
 from qwen3bench.analysis.significance import OF_BYTES, OF_TIMES, Gains, holm, verdicts
 from qwen3bench.analysis.variance import Estimates, clustered, replicated
 from qwen3bench.errors import UserError
@@ -32,12 +40,15 @@ def effects(
     confidence: float = 0.95,
     exact: bool = False,
 ) -> pd.DataFrame:
-    """All 2^k − 1 effects and the k Shapley shares of `value`, with intervals, Holm's p and verdicts.
+    """All effects, 2^k − 1 of a whole design, and the k Shapley shares of `value`, with intervals and verdicts.
 
     `samples`: long form, one 0/1 column per factor; several values of one cell in one block (a visit's
     repeats) count as their median; rows of a second copy of the baseline (`copy` = 1) do not count. Returns
     one row per term: `term`, `kind` (main, interaction, shapley), `estimate`, `lo`, `hi`, `p_holm`,
-    `verdict`, `reason` (why a row is empty, or what it takes for granted), `p`, `df`.
+    `verdict`, `reason` (why a row is empty, or what it takes for granted), `p`, `df`. Of a screen, fewer than all cells
+    of more than five factors: main effects, pairs and Shapley shares of the model fitted to them; of kind `alone` and
+    `last` what that model says a factor is worth beside none and beside all others; of kind `aliased` (`a:b = c:d`) the
+    sum of terms that no cell tells apart. Their intervals hold what interactions of three, as far as seen, may do.
 
     The estimate is the textbook effect E = contrast / 2^(k−1), on − off (Montgomery, Design and Analysis of
     Experiments, chapter 6); where cells are missing, what `contrasts.contrasts` can tell, as `reason` says.
@@ -63,30 +74,19 @@ def effects(
     if not 0 <= band < 1:
         raise UserError(f"band={band} must be a fraction from 0 to below 1; 0.01 is ±1 %")
     table = _by_cell(samples, _Question(factors, value, block, process, log))
-    k = len(factors)
-    plan = contrasts(factors, table.cells)
-    full = len(table.cells) == 2**k
-    known = ~np.isnan(plan.matrix).any(axis=1)
-    matrix = np.vstack([plan.matrix[known], shapley_contrasts(k)]) if full else plan.matrix[known]
-    found = table.estimates(matrix, (12 if log else 3) if exact else None)  # bytes are whole; a logarithm is not
-
-    names = [term_name(term, factors) for term in plan.terms]
-    shapley_reason = "" if full else "undefined: cells are missing, and none is made up"
-    frame = pd.DataFrame(
-        {
-            "term": [*names, *factors],
-            "kind": ["main"] * k + ["interaction"] * (len(names) - k) + ["shapley"] * k,
-            "reason": [*plan.reasons, *[shapley_reason] * k],
-        }
-    )
-    where = np.concatenate([known, np.full(k, full)])
+    asked = _asked(factors, table.cells)
+    decimals = (12 if log else 3) if exact else None  # bytes are whole; a logarithm is not
+    where = np.array([row.contrast is not None for row in asked])
+    found = _estimated(table, [row for row in asked if row.contrast is not None], decimals)
+    frame = pd.DataFrame({name: [getattr(row, name) for row in asked] for name in ("term", "kind", "reason")})
     spread = np.full((5, len(frame)), np.nan)  # estimate, lo, hi, p, df
     half = found.half_width(confidence)
     e = found.estimate
     spread[:, where] = e, e - half, e + half, found.p(), np.where(found.df > 0, found.df, np.nan)
     estimate, lo, hi, p, df = spread
     frame["p"], frame["df"] = p, df
-    families = np.where(frame["kind"] == "shapley", 0, order_of(frame["term"]))
+    of_term = frame["kind"].isin(["main", "interaction"])
+    families = np.where(of_term, order_of(frame["term"]).astype(str), frame["kind"])
     frame["p_holm"] = frame["p"].groupby(families).transform(lambda of_family: holm(of_family.to_numpy()))
     is_time = value.endswith("_s") and not value.endswith("_per_s")
     if log:
@@ -127,6 +127,111 @@ def process_shares(samples: pd.DataFrame, factors: Sequence[str]) -> dict[str, f
     return {term_name(plan.terms[i], factors): float(share) for i, share in zip(known, shares, strict=True)}
 
 
+def predictions(samples: pd.DataFrame, factors: Sequence[str], confidence: float = 0.95) -> pd.DataFrame:
+    """Of a screen, each of the 2^k cells' speed-up over the baseline as its model predicts it, the fastest first.
+
+    `samples`: as for `effects`, of latencies in blocks. Columns `cell` (its label), `speedup`, `lo`, `hi`; `se`, `df`
+    of its logarithm. The error holds what interactions of three may do to that very cell. Empty where the model does
+    not tell every term; without cells of switches that do not go together.
+    """
+    factors = tuple(factors)
+    table = _by_cell(samples, _Question(factors, "latency_s", "block", "process", log=True))
+    fit = contrasts(factors, table.cells).fit
+    cells = [cell for cell in every_cell(len(factors)) if any(cell)]
+    if fit is None or not fit.can_predict:
+        return pd.DataFrame({name: [] for name in ("cell", "speedup", "lo", "hi", "se", "df")})
+    cells = [cell for cell in cells if fit.allows(cell)]
+    rows = [
+        _Row("", "", "", row, truth) for row, truth in zip(fit.predicting(cells), fit.of_triples(cells), strict=True)
+    ]
+    found = _estimated(table, rows, None)
+    half = found.half_width(confidence)
+    bounds = {"speedup": -found.estimate, "lo": -found.estimate - half, "hi": -found.estimate + half}
+    labels = [cell_label(cell, factors) for cell in cells]
+    result = pd.DataFrame({"cell": labels, **{name: np.exp(values) for name, values in bounds.items()}})
+    result["se"], result["df"] = found.se, found.df
+    return result.sort_values("speedup", ascending=False, kind="stable", ignore_index=True)
+
+
+def left_over(samples: pd.DataFrame, factors: Sequence[str]) -> LackOfFit | None:
+    """How far the latencies of a screen are from its model of main effects and pairs; None of other designs."""
+    factors = tuple(factors)
+    table = _by_cell(samples, _Question(factors, "latency_s", "block", "process", log=True))
+    fit = contrasts(factors, table.cells).fit
+    if fit is None:
+        return None
+    return lack_of_fit(fit, table.estimates(fit.told, None), table.estimates(fit.left_over, None))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What one row is of, and the contrast that tells it; `truth`: what each interaction of three adds to it."""
+
+    term: str
+    kind: str
+    reason: str
+    contrast: NDArray[np.float64] | None
+    truth: NDArray[np.float64] | None = None
+
+
+def _asked(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> list[_Row]:
+    """The rows of `effects`, told or not."""
+    k = len(factors)
+    plan = contrasts(factors, cells)
+    rows = [
+        _Row(
+            term_name(term, factors),
+            "main" if len(term) == 1 else "interaction",
+            reason,
+            None if np.isnan(row).any() else row,
+        )
+        for term, row, reason in zip(plan.terms, plan.matrix, plan.reasons, strict=True)
+    ]
+    if plan.aliased is not None:
+        rows += [_Row(name, "aliased", "", row) for name, row in zip(plan.alias_names, plan.aliased, strict=True)]
+    if len(cells) == 2**k:
+        return rows + [_Row(f, "shapley", "", row) for f, row in zip(factors, shapley_contrasts(k), strict=True)]
+    if plan.fit is None or not plan.fit.tells_every_term:
+        reason = "undefined: cells are missing, and none is made up"
+        return rows + [_Row(factor, "shapley", reason, None) for factor in factors]
+    return rows + _of_model(factors, plan.fit)
+
+
+def _of_model(factors: tuple[str, ...], fit: Fit) -> list[_Row]:
+    """Shapley shares, and what each factor is worth beside none and beside all others, as the model has them."""
+    k = len(factors)
+    reason = f"of the model fitted to {len(fit.cells)} of {2**k} cells, {TAKEN_FOR_NIL.format(2)}"
+    cells = every_cell(k)
+    logs, triples = fit.predicting(cells), fit.of_triples(cells)
+    whole = 2**k - 1
+    weights = {
+        "shapley": shapley_contrasts(k),
+        "alone": np.array([[float(code == 1 << i) for code in range(2**k)] for i in range(k)]),
+        "last": np.array(
+            [[float(code == whole) - float(code == whole - (1 << i)) for code in range(2**k)] for i in range(k)]
+        ),
+    }
+    return [
+        _Row(factor, kind, reason, of_factor @ logs, of_factor @ triples)
+        for kind, of_factors in weights.items()
+        for factor, of_factor in zip(factors, of_factors, strict=True)
+    ]
+
+
+def _estimated(table: _Table, rows: Sequence[_Row], decimals: int | None) -> Estimates:
+    """The estimates of rows that have a contrast; of a model with what it does not describe as an error."""
+    matrix = np.array([row.contrast for row in rows]).reshape(len(rows), len(table.cells))
+    fit = contrasts(table.factors, table.cells).fit
+    if fit is None:
+        return table.estimates(matrix, decimals)
+    everything = table.estimates(np.vstack([matrix, fit.told, fit.left_over]), decimals)
+    ends = len(rows), len(rows) + len(fit.told)
+    found, terms, left = (everything.at(slice(*part)) for part in ((0, ends[0]), ends, (ends[1], None)))
+    no_triples = np.zeros(fit.triples.shape[1])
+    truth = np.array([no_triples if row.truth is None else row.truth for row in rows]).reshape(len(rows), -1)
+    return with_model_error(found, matrix, truth, fit, lack_of_fit(fit, terms, left))
+
+
 @dataclass(frozen=True)
 class _Question:
     """Of which factors' effects on which column is asked; the columns of blocks and of their processes."""
@@ -142,6 +247,7 @@ class _Question:
 class _Table:
     """Values by cell: `y` (blocks, cells) with each block's `process`, or without blocks each cell's replicates."""
 
+    factors: tuple[str, ...]
     cells: tuple[tuple[int, ...], ...]
     y: NDArray[np.float64] | None
     process: NDArray[Any]
@@ -227,7 +333,7 @@ def _by_cell(samples: pd.DataFrame, asked: _Question) -> _Table:
         values = np.log(values) if log else values
         present = np.unique(code)
         replicates = [values[code == c] for c in present]
-        return _Table(tuple(cell[c] for c in present), None, np.empty(0), replicates)
+        return _Table(factors, tuple(cell[c] for c in present), None, np.empty(0), replicates)
     visits = pd.Series(values).groupby([rows[block].to_numpy(), code]).median().unstack()
     visits = visits.loc[:, visits.notna().mean() >= 0.5]  # a cell that most blocks lack is a missing cell
     visits = visits.dropna()
@@ -239,7 +345,7 @@ def _by_cell(samples: pd.DataFrame, asked: _Question) -> _Table:
     else:
         names = np.zeros(len(visits))
     y = visits.to_numpy()
-    return _Table(tuple(cell[c] for c in visits.columns.to_numpy()), np.log(y) if log else y, names, [])
+    return _Table(factors, tuple(cell[c] for c in visits.columns.to_numpy()), np.log(y) if log else y, names, [])
 
 
 def _join(first: str, second: str) -> str:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 Array = NDArray[np.float64]
+_SPREAD, _MANY = 0.4, 24  # of the cells, and cells; an effect of a screen of nine in 64 is spread over 0.48 of them
 _OWN_LEVEL = 0.10
 _SURE_LEVEL = 0.008  # with two processes an effect that does not scatter stays undecided as often as this
 _SHARED_DF = 0.5  # beside a single degree of freedom: Student's t falls from 12.7 to 6.2
@@ -31,6 +32,12 @@ class Estimates:
     se: Array
     df: Array
     process_share: Array
+
+    def at(self, where: slice) -> Estimates:
+        """Those of some of the contrasts."""
+        return Estimates(
+            self.estimate[..., where], self.se[..., where], self.df[..., where], self.process_share[..., where]
+        )
 
     def half_width(self, confidence: float) -> Array:
         """Half of each Student-t interval."""
@@ -54,10 +61,10 @@ def clustered(y: Array, process: NDArray[Any], contrasts: Array) -> Estimates:
     level where the variance lives). Two processes give one contrast a single degree of freedom and a useless
     interval, and a bootstrap over two clusters does not work at all. So variances are pooled as far as that is true:
 
-    - A contrast with equal weights on all cells (an effect of a whole design): cells are in random order in a
-      block, so their errors are independent of the factors, and every such contrast has the same variance, even
-      where the cells' differ: signs vanish in the square. The mean square between clusters is pooled over the
-      cells, with Satterthwaite's (1946) degrees of freedom for cells of unequal variance.
+    - A contrast with equal weights on all cells (an effect of a whole design), or about equal ones on many (of a
+      screen): cells are in random order in a block, so their errors are independent of the factors, and every such
+      contrast has the same variance, even where the cells' differ: signs vanish in the square. The mean square between
+      clusters is pooled over the cells, with Satterthwaite's (1946) degrees of freedom for cells of unequal variance.
     - Any other (a ratio of two cells, a Shapley share) depends on how noisy just its cells are: it stands on its
       own scatter, between clusters and between the blocks of each (see `_alone`).
 
@@ -80,7 +87,7 @@ def clustered(y: Array, process: NDArray[Any], contrasts: Array) -> Estimates:
     between = _MeanSquares((means - y.mean(axis=-2, keepdims=True)) * np.sqrt(size)[:, None], clusters - 1, contrasts)
     within = _MeanSquares(y - means[..., group, :], blocks - clusters, contrasts) if blocks > clusters else None
     weight = np.abs(contrasts)
-    equal = np.isclose(weight, weight.max(axis=1, keepdims=True)).all(axis=1)
+    equal = np.isclose(weight, weight.max(axis=1, keepdims=True)).all(axis=1) | _spread(weight)
     if cells == 2:  # its own is all there is
         usual, usual_df = _own(between, within)
     else:
@@ -225,6 +232,14 @@ class _MeanSquares:
             with np.errstate(divide="ignore", invalid="ignore"):
                 ratio = ratio * np.where(total > 0, scaled / total, 1).mean(axis=-1)
         return ratio
+
+
+def _spread(weight: Array) -> NDArray[np.bool_]:
+    """Whether weights (contrasts, cells) are spread over so many cells that each cell's own variance hardly matters."""
+    cells = weight.shape[1]
+    squares = weight**2
+    alike = squares.sum(axis=1) ** 2 / (squares**2).sum(axis=1)  # how many cells of equal weight would be as spread
+    return (alike >= _SPREAD * cells) & (cells >= _MANY)
 
 
 def _inflation(size: NDArray[Any]) -> float:
