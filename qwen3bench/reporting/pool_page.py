@@ -41,8 +41,7 @@ def write_pool(pool: Pool, home: Path) -> Path:
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        text = f"{home}: cannot be made ({error.strerror}); name another directory with --out"
-        raise UserError(text) from error
+        raise UserError(f"{home}: cannot be made ({error.strerror}); name another directory with --out") from error
     with figures.style():
         drawn = [machines_plot(pool, condition) for condition in conditions(pool.runs[0])]
         saved = [figures.save(plot, home / "plots") for plot in drawn if plot]
