@@ -22,6 +22,7 @@ from qwen3bench.record.lines import (
     CeilingLine,
     CostLine,
     EvidenceLine,
+    GradientsLine,
     Line,
     MemoryLine,
     ParametersLine,
@@ -40,6 +41,7 @@ from qwen3bench.record.messages import (
     PeakMemory,
     Request,
     Verify,
+    VerifyGradients,
 )
 from qwen3bench.record.states import CellStatus
 from qwen3bench.record.typed import fields_of
@@ -48,6 +50,7 @@ from qwen3bench.record.typed import fields_of
 _LINES: dict[type[Request[Any]], Callable[..., Line]] = {
     CountParameters: ParametersLine,
     Verify: VerifyLine,
+    VerifyGradients: GradientsLine,
     MeasureMemory: MemoryLine,
     CollectEvidence: EvidenceLine,
 }
@@ -101,6 +104,7 @@ class Campaign:
             self._workers.start_ahead(len(shares) - 1 + timing)  # and the first that time
             self._take("counting parameters", (CountParameters(cell=cell) for cell in self._settings.labels))
             self._verify(shares)
+            self._verify_gradients()
             self._look_at_each_cell()
             self._ceilings()
             self._workers.end()
@@ -144,6 +148,13 @@ class Campaign:
                     if answer.equivalent:  # what is not may be of the others' making, too
                         self._record(step, answer)
         self._take(title, (Verify(cell=cell) for cell in self._settings.labels))
+
+    def _verify_gradients(self) -> None:
+        """The gradient gate, where a workload trains."""
+        for workload, sizes in self._settings.workloads.items():
+            if sizes.precision is not None:
+                title = "verifying that every cell trains as the baseline does"
+                self._take(title, (VerifyGradients(cell=cell, workload=workload) for cell in self._settings.labels))
 
     def _look_at_each_cell(self) -> None:
         """Peak memory, then evidence of what has just run there, so that a cell is built and compiled once for both."""

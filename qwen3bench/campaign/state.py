@@ -11,6 +11,7 @@ from qwen3bench.record.lines import (
     CeilingLine,
     EvidenceLine,
     FailureLine,
+    GradientsLine,
     MemoryLine,
     ParametersLine,
     ProcessLine,
@@ -27,6 +28,7 @@ from qwen3bench.record.messages import (
     Request,
     Surroundings,
     Verify,
+    VerifyGradients,
 )
 from qwen3bench.record.reader import Record
 from qwen3bench.record.states import BlockState, CellStatus
@@ -107,6 +109,8 @@ class RunState:
             self.failures[Place(line.cell, line.workload, line.runtime)] = line.status
         self.steps |= {CountParameters(cell=line.cell) for line in record.of(ParametersLine)}
         self.steps |= {Verify(cell=line.cell) for line in record.of(VerifyLine)}
+        judged = record.of(GradientsLine)
+        self.steps |= {VerifyGradients(cell=line.cell, workload=line.workload) for line in judged}
         for memory in record.of(MemoryLine):
             self.steps.add(MeasureMemory(cell=memory.cell, workload=memory.workload, runtime=memory.runtime))
             self.see_peak(memory.peak_reserved_bytes)

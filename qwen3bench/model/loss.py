@@ -12,9 +12,13 @@ IGNORED = -100  # a target that does not count (F.cross_entropy's default)
 
 
 class Loss(Protocol):
-    """How states become a loss. `compiles`: whether `torch.compile` takes it, or it is kernels of its own already."""
+    """How states become a loss. `compiles`: whether `torch.compile` takes it, or it is kernels of its own already.
+
+    `at_once`: how many tokens go through the head together; None where all do.
+    """
 
     compiles: bool
+    at_once: int | None
 
     def __call__(self, head: nn.Linear, states: Tensor, targets: Tensor) -> Tensor:
         """The mean cross-entropy, in float32 or wider, of normed states (b, t, e) against targets (b, t)."""
@@ -23,7 +27,8 @@ class Loss(Protocol):
 class CrossEntropy:
     """The logits of the whole batch, then their cross-entropy, computed in float32 or wider."""
 
-    compiles = True
+    compiles: bool = True
+    at_once: int | None = None
 
     def __call__(self, head: nn.Linear, states: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(head(states), targets)

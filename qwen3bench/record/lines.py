@@ -130,6 +130,16 @@ class VerifyLine(Judgment, Line):
 
 
 @typed
+class GradientsLine(Judgment, Line):
+    """The gradient gate's verdict on a cell, in the precision of a workload."""
+
+    type: ClassVar = "gradients"
+    key: ClassVar = ("cell", "workload")
+    cell: str
+    workload: str
+
+
+@typed
 class MemoryLine(PeakMemory, Line):
     """A cell's peak memory in a workload and runtime."""
 
@@ -303,6 +313,7 @@ LINES: dict[str, type[Line]] = {
         ProcessLine,
         ParametersLine,
         VerifyLine,
+        GradientsLine,
         MemoryLine,
         EvidenceLine,
         CostLine,

@@ -291,6 +291,16 @@ class Verify(Request[Judgment]):
 
 
 @typed
+class VerifyGradients(Request[Judgment]):
+    """Does a cell train as the baseline does?"""
+
+    op: ClassVar = "gradients"
+    reply: ClassVar = Judgment
+    cell: str
+    workload: str
+
+
+@typed
 class MeasureMemory(Request[PeakMemory]):
     """Measure the peak memory of a cell alone."""
 
@@ -377,6 +387,7 @@ REQUESTS: dict[str, type[Request[Any]]] = {
         Load,
         CountParameters,
         Verify,
+        VerifyGradients,
         MeasureMemory,
         CollectEvidence,
         ComputeCost,

@@ -16,7 +16,7 @@ from qwen3bench.worker.clock import time_host
 from qwen3bench.worker.compile_counters import forget_compilations
 from qwen3bench.worker.costs import cell_cost
 from qwen3bench.worker.evidence import collect
-from qwen3bench.worker.peers import judge_peer
+from qwen3bench.worker.peers import gradients_of_peer, judge_peer
 from qwen3bench.worker.runtimes import InvalidCell, Launch
 from qwen3bench.worker.session import Session
 from qwen3bench.worker.training_inspection import training_evidence, training_memory
@@ -68,6 +68,13 @@ class Inspection:
         self.session.free()
         gate = self.session.gate
         return judge_peer(gate, cell) if is_peer(cell) else gate.judge_cell(cell_of(cell))
+
+    def gradients(self, cell: str, workload: str) -> Judgment:
+        """The gradient gate's verdict, in the precision of a workload."""
+        self.release()
+        self.session.free()
+        gate = self.session.gradient_gate(workload)
+        return gradients_of_peer(gate, cell) if is_peer(cell) else gate.judge_cell(cell_of(cell))
 
     def memory(self, cell: str, workload: str, runtime: str) -> PeakMemory:
         """Peak CUDA memory of one forward, or step, with this cell alone resident, on weights of its own, in bytes.

@@ -27,6 +27,7 @@ from qwen3bench.model.weights import head_is_tied
 from qwen3bench.record.messages import Judgment
 from qwen3bench.worker.equivalence.candidate import Candidate, kv_cache
 from qwen3bench.worker.equivalence.gate import Gate
+from qwen3bench.worker.equivalence.gradient_gate import GradientCandidate, GradientGate
 from qwen3bench.worker.error_text import both_ends, error_text
 
 ATTENTIONS = {"sdpa": "sdpa", "eager": "eager", "sdpa_is_causal": "sdpa"}  # by their names in transformers
@@ -67,6 +68,15 @@ def judge_peer(gate: Gate, cell: str) -> Judgment:
 
     tied = gate.config.tie_word_embeddings  # as its own checkpoints have it
     return gate.judge(Candidate(build, kv_cache, tied=tied, rope=transformers_rope(gate.config)))
+
+
+def gradients_of_peer(gate: GradientGate, cell: str) -> Judgment:
+    """The gradient gate's verdict on a peer, which rounds rotary angles and norms to float32 by design."""
+
+    def build(weights: dict[str, Tensor]) -> TransformersModel:
+        return build_peer(cell, gate.config, weights)
+
+    return gate.judge(GradientCandidate(build, tied=gate.config.tie_word_embeddings, exact=False))
 
 
 def transformers_rope(config: ModelConfig) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from qwen3bench.record.design import cell_of, is_peer
 from qwen3bench.worker.bank import Bank
 from qwen3bench.worker.device import synchronize, use_device
 from qwen3bench.worker.equivalence.gate import Gate
+from qwen3bench.worker.equivalence.gradient_gate import GradientGate
 from qwen3bench.worker.equivalence.reference import SMALL_DIM
 from qwen3bench.worker.peers import build_peer, require_peer
 from qwen3bench.worker.runtimes import Runtime, make_runtime
@@ -40,6 +41,7 @@ class Session:
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self._bank: Bank | None = None
         self._gate: Gate | None = None
+        self._gradient_gate: GradientGate | None = None
         if self.device.type == "cpu" and settings.model.emb_dim <= SMALL_DIM:
             torch.set_num_threads(1)
         torch.set_grad_enabled(False)
@@ -53,7 +55,7 @@ class Session:
         """The weights that all cells share; loading them lets go of those in another dtype, and of the gate's."""
         if self._bank is None or self._bank.dtype is not dtype:
             s = self.settings
-            self._gate = self._bank = None
+            self._gate = self._gradient_gate = self._bank = None
             self._bank = Bank(s.model, s.weights, self.device, dtype, s.seed, s.opts)
         return self._bank
 
@@ -65,6 +67,15 @@ class Session:
             sizes = workload_sizes(s)
             self._gate = Gate(s.model, device=self.device, dtype=self.dtype, seed=s.seed, opts=s.opts, workloads=sizes)
         return self._gate
+
+    def gradient_gate(self, workload: str) -> GradientGate:
+        """The gate of gradients in the precision of a workload, with weights of its own."""
+        if self._gradient_gate is None:
+            s = self.settings
+            precision = s.workloads[workload].precision
+            assert precision is not None
+            self._gradient_gate = GradientGate(s.model, self.device, precision, s.seed, s.opts)
+        return self._gradient_gate
 
     def on_bank(self, cell: str, workload: str | None = None) -> Decoder:
         """A cell's model, its parameters views on the bank in the dtype of the workload, or of the first.
@@ -126,7 +137,7 @@ class Session:
 
     def forget_everything(self) -> None:
         """Let go of all weights, and of what models leave for the next."""
-        self._bank = self._gate = None
+        self._bank = self._gate = self._gradient_gate = None
         forget_rope_tables()
         self.free()
         forget_counters()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from qwen3bench.config.settings import Settings
@@ -10,7 +12,8 @@ from qwen3bench.record.messages import Judgment
 from qwen3bench.worker.bank import Bank
 from qwen3bench.worker.device import device_here, is_out_of_memory, use_device
 from qwen3bench.worker.equivalence.gate import Gate
-from qwen3bench.worker.peers import judge_peer
+from qwen3bench.worker.equivalence.gradient_gate import GradientGate
+from qwen3bench.worker.peers import gradients_of_peer, judge_peer
 from qwen3bench.worker.workloads import workload_sizes
 
 
@@ -38,12 +41,23 @@ class Verification:
             opts=settings.opts,
             workloads=workload_sizes(settings),
         )
+        trained = next((sizes.precision for sizes in settings.workloads.values() if sizes.precision), None)
+        self._gradients = trained and GradientGate(settings.model, device, trained, settings.seed, settings.opts)
         self.config = self._gate.config  # of the model judged: fewer layers
 
     def judge(self, cell: str) -> Judgment:
-        """The verdict on the cell of that label; one for which memory does not suffice did not run."""
+        """The verdict on the cell of that label, on its gradients too where a workload trains.
+
+        One for which memory does not suffice did not run.
+        """
         try:
-            return judge_peer(self._gate, cell) if is_peer(cell) else self._gate.judge_cell(cell_of(cell))
+            judged = judge_peer(self._gate, cell) if is_peer(cell) else self._gate.judge_cell(cell_of(cell))
+            if not (self._gradients and judged.equivalent):
+                return judged
+            gradients = (
+                gradients_of_peer(self._gradients, cell) if is_peer(cell) else self._gradients.judge_cell(cell_of(cell))
+            )
+            return replace(judged, equivalent=gradients.equivalent, ran=gradients.ran, reason=gradients.reason)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
