@@ -14,6 +14,7 @@ from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.model.cache import KVCache
 from qwen3bench.model.compiled import CompiledModel, Training, has_whole_calls, regions_of, shared_forward
 from qwen3bench.model.decoder import Compile, Decoder, Forward
+from qwen3bench.model.gradients import is_trained, refuse_shared, refuse_unreached, watch
 from qwen3bench.model.layers import Embedding
 from qwen3bench.model.parts import Parts
 
@@ -35,11 +36,13 @@ def rope_tables(config: ModelConfig, device: torch.device | str, dtype: torch.dt
 class Qwen3Model(Decoder):
     """A decoder-only transformer: token ids (b, t) to logits (b, t, vocabulary).
 
-    Raises ValueError where the tokens run past the context length.
+    Raises ValueError where the tokens run past the context length. Asked for gradients, it raises `UserError` where a
+    parameter would get none without a word, and where another model holds the same weights and would be trained too.
     """
 
     cos: Tensor
     sin: Tensor
+    may_train_shared = False  # whoever lets several models train one set of weights puts it back between them
 
     def __init__(self, config: ModelConfig, parts: Parts) -> None:
         super().__init__()
@@ -51,6 +54,17 @@ class Qwen3Model(Decoder):
         self.out_head = parts.head(self.tok_emb)
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
+        self._reached = False  # once backward was seen to reach all that is trained
+        watch(self)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Qwen3Model:
+        self._reached = False
+        super().requires_grad_(requires_grad)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        watch(self)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None, start: int = 0, logits_to_keep: int = 0) -> Tensor:
         """Logits of `tokens`, the first of which stands at position `start` after what `cache` holds.
@@ -107,6 +121,24 @@ class Qwen3Model(Decoder):
 
         Through the regions, where there are any and the blocks do not do this call as one.
         """
+        trained = torch.is_grad_enabled() and not torch.compiler.is_compiling() and is_trained(self)
+        if trained and not self.may_train_shared:
+            refuse_shared(self)
+        states = self._through(by_block, by_region, tokens, cache, start, logits_to_keep)
+        if trained and not self._reached:
+            refuse_unreached(self, states, apart=[self.out_head])
+            self._reached = True
+        return states
+
+    def _through(
+        self,
+        by_block: Sequence[Forward],
+        by_region: Sequence[Forward],
+        tokens: Tensor,
+        cache: KVCache | None,
+        start: int,
+        logits_to_keep: int,
+    ) -> Tensor:
         x, shared, layers = self._before_blocks(tokens, cache, start)
         first: Any = self.trf_blocks[0]
         if by_region and not (by_block and first.is_whole(x, layers[0])):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen3bench.model.gradients import asked_for
 from qwen3bench.model.weights import stacked
 
 
@@ -41,12 +42,12 @@ class StackedLinears(nn.Module):
         self.register_load_state_dict_post_hook(lambda module, _: module.pack())  # assign=True replaces the weights
 
     def pack(self) -> None:
-        """Store the weights as slices of one tensor."""
+        """Store the weights as slices of one tensor; the parameters stay the ones that they are."""
         linears = [getattr(self, name) for name in self._stacked]
         self._rows = [linear.weight.shape[0] for linear in linears]
         self.stacked_weight = stacked(*(linear.weight for linear in linears))
         for linear, rows in zip(linears, self.stacked_weight.split(self._rows), strict=True):
-            linear.weight = nn.Parameter(rows, requires_grad=False)
+            linear.weight.data = rows
 
     def product(self, x: Tensor) -> Tensor:
         """All layers' outputs of x (…, in), side by side: (…, sum of their widths)."""
@@ -54,10 +55,11 @@ class StackedLinears(nn.Module):
 
     def _weight(self) -> Tensor:
         """The stored weight; where gradients are asked for, one that hands its own on to the layers."""
-        weights = [getattr(self, name).weight for name in self._stacked]
-        if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
-            whole: Tensor = _Whole.apply(self.stacked_weight, *weights)
-            return whole
+        if torch.is_grad_enabled():
+            weights = [getattr(self, name).weight for name in self._stacked]
+            if asked_for(*weights):
+                whole: Tensor = _Whole.apply(self.stacked_weight, *weights)
+                return whole
         return self.stacked_weight
 
     def products(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from qwen3bench.errors import UserError
 from qwen3bench.kernels import token_attention
 from qwen3bench.model.attention import Mask, MaskScores
+from qwen3bench.model.gradients import asked_for
 from qwen3bench.model.parts import Parts
 
 # To torch.compile it is one operation: a Triton kernel of ours that it launches itself is not launched early.
@@ -54,7 +55,7 @@ class FlashAttention:
         return ~dense if dense.dtype is torch.bool else dense
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, mask_scores: MaskScores) -> Tensor:
-        if self.split and mask is None and not q.requires_grad and token_attention.takes_query(q):
+        if self.split and mask is None and not asked_for(q, k, v) and token_attention.takes_query(q):
             split = compiled_split_attention if torch.compiler.is_compiling() else token_attention.split_attention
             return split(q, k, v)
         is_causal = False

@@ -14,7 +14,7 @@ With `dependent_launch` (CUDA's programmatic dependent launch, from compute capa
 weights while the one before it still runs.
 
 Beyond the five: off until it is named. It does the work of `flash`, `mask`, `mlp`, `norm` and `qkv` for a single token
-on CUDA; everything else takes the stock block, of whatever the other switches make of it.
+on CUDA; everything else, and a call that asks for gradients, takes the stock block of whatever the other switches make.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.kernels import HAS_TRITON, matvec
 from qwen3bench.kernels.token_attention import token_attention
+from qwen3bench.model.gradients import asked_for
 from qwen3bench.model.layers import FeedForward, GroupedQueryAttention, RMSNorm, TransformerBlock
 from qwen3bench.model.parts import Parts
 
@@ -139,10 +140,14 @@ class FusedTokenBlock(TransformerBlock):
         return block(stream, weights, cos, sin, *cache, self.arrivals, start, self.norm1.eps, self.dependent_launch)
 
     def is_whole(self, stream: Any, cache: tuple[Tensor, Tensor] | None) -> bool:
-        """Whether it is a single token, and so for the five kernels; a sum that is still to be made is none."""
+        """Whether it is for the five kernels: a single token, of which no gradient is asked.
+
+        A sum that is still to be made is none.
+        """
         head_dim = self.config.head_dim
         token = cache is not None and isinstance(stream, Tensor) and matvec.takes_token(stream)
-        return token and head_dim & (head_dim - 1) == 0
+        differentiated = torch.is_grad_enabled() and asked_for(*self.parameters())
+        return token and head_dim & (head_dim - 1) == 0 and not differentiated
 
     def _get_name(self) -> str:
         return "TransformerBlock"

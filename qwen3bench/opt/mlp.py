@@ -16,6 +16,7 @@ from torch import Tensor
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.kernels import matvec
 from qwen3bench.kernels.swiglu import SwiGLUDown, best_tile, multiprocessors_for_tiles, silu_mul, swiglu_tiles
+from qwen3bench.model.gradients import asked_for
 from qwen3bench.model.layers import FeedForward
 from qwen3bench.model.parts import Parts
 from qwen3bench.model.stack import StackedLinears
@@ -51,7 +52,7 @@ class FusedFeedForward(FeedForward, StackedLinears):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, tokens = self.stacked_weight, x.numel() // x.shape[-1]
-        if torch.is_grad_enabled() and x.requires_grad:
+        if torch.is_grad_enabled() and asked_for(x, self.fc1.weight, self.fc2.weight, self.fc3.weight):
             return self._with_gradient(x)
         if matvec.takes_token(x):
             feed_forward = compiled_token_feed_forward if torch.compiler.is_compiling() else token_feed_forward

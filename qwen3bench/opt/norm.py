@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qwen3bench.kernels import HAS_TRITON
+from qwen3bench.model.gradients import asked_for
 from qwen3bench.model.layers import RMSNorm
 from qwen3bench.model.parts import Parts
 
@@ -97,7 +98,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if not (HAS_TRITON and x.is_cuda) or torch.compiler.is_compiling() or x.dtype is torch.float64:
         return F.rms_norm(x, weight.shape, weight, eps)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if asked_for(x, weight):
         normed: Tensor = _RMSNorm.apply(x, weight, eps)
         return normed
     return _forward(x, weight, eps)

@@ -42,4 +42,6 @@ class Bank:
 
     def build(self, cell: Cell) -> Qwen3Model:
         """The model of a cell, its parameters views on the bank."""
-        return build_model(self.config, {name: self.options.get(name, {}) for name in cell}, self.weights)
+        model = build_model(self.config, {name: self.options.get(name, {}) for name in cell}, self.weights)
+        model.may_train_shared = True  # `training` puts the weights back
+        return model
