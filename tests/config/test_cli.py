@@ -412,7 +412,7 @@ def test_help_names_the_commands_groups_and_options() -> None:
     for line in (
         "python -m qwen3bench +opt=flash,tie",
         "resume=DIR",
-        "opt: flash, gemv, mask, mlp, norm, qkv, tie",
+        "opt: flash, gemv, mask, mlp, norm, qkv, residual, rope, tie",
         "band: 0.01",
     ):
         assert line in shown.stdout
