@@ -53,7 +53,8 @@ def fused_rope(
 ) -> Heads:
     """Queries (b, h, t, d), keys and values (b, g, s, d), as `parts.Rope` says, in one Triton kernel on CUDA.
 
-    The baseline's operations elsewhere, beside other norms than RMSNorm, and where a gradient is asked for.
+    The baseline's operations elsewhere, beside other norms than RMSNorm, where a gradient is asked for, and in compiled
+    code for a single token.
     """
     q_norm, k_norm = norms
     if not (isinstance(q_norm, RMSNorm) and isinstance(k_norm, RMSNorm)):
@@ -63,6 +64,8 @@ def fused_rope(
         return separate_rope(projected, norms, angles, cache, start)
     queries, keys, values = projected
     compiling = torch.compiler.is_compiling()
+    if compiling and queries.shape[0] == queries.shape[1] == 1:  # Inductor fuses a token's with its product: faster
+        return separate_rope(projected, norms, angles, cache, start)
     if cache is None:
         if compiling:
             queries, keys = compiled_rope(queries, keys, values, [*gains], [*eps], [*angles])

@@ -19,10 +19,12 @@ from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.model import build, layers
 from qwen3bench.model.attention import AdditiveMask, EagerAttention
 from qwen3bench.model.build import build_model
-from qwen3bench.model.layers import FeedForward, RMSNorm, apply_rope
+from qwen3bench.model.layers import FeedForward, RMSNorm, apply_rope, separate_rope
 from qwen3bench.opt.flash import FlashAttention
 from qwen3bench.opt.mask import BooleanMask
 from qwen3bench.opt.mlp import FusedFeedForward
+from qwen3bench.opt.residual import FusedResidual
+from qwen3bench.opt.rope import fused_rope
 from qwen3bench.record.messages import Judgment
 from qwen3bench.worker.equivalence.candidate import Candidate, kv_cache
 from qwen3bench.worker.equivalence.gate import Gate
@@ -207,6 +209,90 @@ class HalfDown(FeedForward):
     def forward(self, x):
         hidden, weight = F.silu(self.fc1(x)) * self.fc2(x), self.fc3.weight
         return half_sum(lambda units: F.linear(hidden[..., units], weight[:, units]), weight.shape[1]).to(x.dtype)
+
+
+def late_keys(projected, norms, angles, cache, start):
+    """Keys stand one position later than their queries."""
+    late = tuple(table.roll(-1, 0) for table in angles)
+    queries, _, values = separate_rope(projected, norms, angles, None, start)
+    _, keys, _ = separate_rope(projected, norms, late, None, start)
+    return into_cache((queries, keys, values), cache, start)
+
+
+def into_cache(heads, cache, start):
+    """Queries, and the keys and values of the cache after the new ones were put at `start`."""
+    queries, keys, values = heads
+    if cache is None:
+        return heads
+    end = start + keys.shape[2]
+    cache[0][:, :, start:end], cache[1][:, :, start:end] = keys, values
+    return queries, cache[0][:, :, :end], cache[1][:, :, :end]
+
+
+def one_gain(projected, norms, angles, cache, start):
+    """Keys are normed with the queries' gain."""
+    return fused_rope(projected, (norms[0], norms[0]), angles, cache, start)
+
+
+def norms_of_halves(projected, norms, angles, cache, start):
+    """Each half of a head is normed by itself, as where a program sees one half only."""
+    halves = [x.unflatten(-1, (2, -1)) for x in projected[:2]]
+    normed = [F.rms_norm(x, x.shape[-1:], eps=norm.eps).flatten(-2) for x, norm in zip(halves, norms, strict=True)]
+    rotated = [apply_rope((x * norm.weight).transpose(1, 2), *angles) for x, norm in zip(normed, norms, strict=True)]
+    return into_cache((*rotated, projected[2].transpose(1, 2)), cache, start)
+
+
+def early_slot(projected, norms, angles, cache, start):
+    """A later call's keys and values go into the cache one position early."""
+    queries, keys, values = separate_rope(projected, norms, angles, None, start)
+    into_cache((queries, keys, values), cache, max(0, start - 1))
+    end = start + keys.shape[2]
+    return (queries, keys, values) if cache is None else (queries, cache[0][:, :, :end], cache[1][:, :, :end])
+
+
+def forgotten_values(projected, norms, angles, cache, start):
+    """A single token's value is not written into the cache."""
+    heads = separate_rope(projected, norms, angles, None, start)
+    if cache is not None and heads[0].shape[2] == 1:
+        heads = heads[0], heads[1], cache[1][:, :, start : start + 1].clone()
+    return into_cache(heads, cache, start)
+
+
+class LostSum(FusedResidual):
+    """The stream goes on without what was added."""
+
+    def norm(self, stream, norm):
+        _, normed = super().norm(stream, norm)
+        return (stream if isinstance(stream, Tensor) else stream.x), normed
+
+
+class NormOfOld(FusedResidual):
+    """The norm is of the stream before the sum."""
+
+    def norm(self, stream, norm):
+        x, normed = super().norm(stream, norm)
+        return x, (normed if isinstance(stream, Tensor) else norm(stream.x))
+
+
+class LastSumLost(FusedResidual):
+    """What the last block adds is left out."""
+
+    def last(self, stream, positions):
+        return stream.x[:, -positions:]
+
+
+class LoneNormOfOld(NormOfOld):
+    """Right but for a single row."""
+
+    def norm(self, stream, norm):
+        several = isinstance(stream, Tensor) or stream.x.numel() > stream.x.shape[-1]
+        return FusedResidual.norm(self, stream, norm) if several else super().norm(stream, norm)
+
+
+class WideEps(FusedResidual):
+    def norm(self, stream, norm):
+        x, _ = super().norm(stream, norm)
+        return x, F.rms_norm(x, norm.weight.shape, norm.weight, 1e-5)
 
 
 class NoSilu(FeedForward):
@@ -421,6 +507,16 @@ MUTANTS: dict[str, tuple[str, Build]] = {
     "a layer's weights from another": ("baseline", repeat_layer("weight")),
     "a layer's value projection from another": ("baseline", repeat_layer("v_proj.weight")),
     "a layer's norm from another": ("baseline", repeat_layer("input_layernorm.weight")),
+    "keys rotated one position late": ("rope", part(rope=late_keys)),
+    "keys normed with the queries' gain": ("rope", part(rope=one_gain)),
+    "halves of a head normed by themselves": ("rope", part(rope=norms_of_halves)),
+    "new keys and values one slot early in the cache": ("rope", part(rope=early_slot)),
+    "a single token's value not in the cache": ("rope", part(rope=forgotten_values)),
+    "the residual sum lost": ("residual", part(residual=LostSum())),
+    "the norm of the stream before the sum": ("residual", part(residual=NormOfOld())),
+    "the norm of the stream before the sum, for a lone token": ("residual", part(residual=LoneNormOfOld())),
+    "the last block's sum left out": ("residual", part(residual=LastSumLost())),
+    "eps 1e-5 after the residual sum": ("residual", part(residual=WideEps())),
     "a window of 256 keys": ("baseline", part(mask=Window())),
     "no rope past position 600": ("baseline", changed_model(short_rope)),
     "the fifth sequence's logits for the fourth": ("baseline", calls(the_fourth_is_the_fifth)),
