@@ -14,6 +14,7 @@ from qwen3bench.campaign.context import RunContext
 from qwen3bench.campaign.forecast import REPORT_S
 from qwen3bench.campaign.live_effects import LiveEffects
 from qwen3bench.campaign.monitor import disturbances, flags
+from qwen3bench.campaign.scheduler import CardLostError, Steps
 from qwen3bench.campaign.state import Place, Timing, Where
 from qwen3bench.record.card import Card
 from qwen3bench.record.design import BASELINE, block_order
@@ -87,12 +88,27 @@ class Blocks:
 
     def _time_alone(self, where: Where) -> None:
         """One process, made ready and timed with none beside it."""
-        if not self._context.cells(where):
+        self._workers.drive(self.alone(where))
+
+    def alone(self, where: Where) -> Steps[None]:
+        """The steps of one process, made ready and timed with none beside it on this card."""
+        if self._timings[where].stopped or not self._context.cells(where):
             return
         started = time.monotonic()
-        if self._prepare(where):
-            self._blocks(where, time.monotonic() - started)
+        if (yield from self._prepare(where)):
+            yield from self._blocks(where, time.monotonic() - started)
             self._workers.end()
+
+    def standing_by(self, place: int, where: Where, setup_s: float) -> Steps[bool]:
+        """The steps of a process that stands by in this place of `WorkerPool.prepare`; False where something failed."""
+        if self._timings[where].stopped:
+            return True
+        if not self._workers.take(place):
+            return False
+        if not (yield from self._blocks(where, setup_s)):
+            return False
+        self._workers.end()
+        return True
 
     def _time_side_by_side(self, wheres: Sequence[Where]) -> bool:
         """Processes that get ready side by side and are timed one after another; False where something failed."""
@@ -100,16 +116,8 @@ class Blocks:
         self._prepare_side_by_side(wheres)
         setup_s = (time.monotonic() - started) / len(wheres)
         whole = True
-        for index, where in enumerate(wheres):
-            if self._timings[where].stopped:
-                continue
-            if not self._workers.take(index):
-                whole = False
-                continue
-            if not self._blocks(where, setup_s):
-                whole = False
-                break
-            self._workers.end()
+        for place, where in enumerate(wheres):  # after a failure the others are gone, and each tells so
+            whole &= self._workers.drive(self.standing_by(place, where, setup_s))
         self._workers.dismiss()
         return whole
 
@@ -123,21 +131,21 @@ class Blocks:
         enter = Enter(workload=workload, runtime=runtime, cell=visits[0][0])
         return enter, [Prepare(cell=cell, copy=copy) for cell, copy in visits]
 
-    def _prepare(self, where: Where) -> bool:
+    def _prepare(self, where: Where) -> Steps[bool]:
         """Make every cell ready in the present worker; False where a cell failed and the worker is gone."""
         enter, requests = self._preparations(where)
         process = self._workers.number
         compiled = []
         with self._progress.part(f"preparing {' '.join(where)} in process {process}", len(requests)) as stage:
             with self._context.failing(_PASS, Place(enter.cell, *where)) as outcome:
-                self._workers.ask(enter)
+                yield enter
             if outcome.failed:
                 return False
             self._workers.start_ahead(1)  # while nothing is timed
             for request in requests:
                 stage.step(request.cell)
                 with self._context.failing(_PASS, Place(request.cell, *where)) as outcome:
-                    answer = self._workers.ask(request)
+                    answer = yield request
                     if answer.compile_s is not None:
                         compiled.append(
                             CompileLine(
@@ -172,7 +180,7 @@ class Blocks:
 
     # Blocks
 
-    def _blocks(self, where: Where, setup_s: float) -> bool:
+    def _blocks(self, where: Where, setup_s: float) -> Steps[bool]:
         """Up to `blocks_per_process` blocks in the present worker, ready after `setup_s`; False where a cell failed."""
         measure, timing = self._settings.measure, self._timings[where]
         timing.setup_s = setup_s
@@ -180,8 +188,10 @@ class Blocks:
         timing.more_s += more_s
         before_s = timing.measured_s
         for blocks in itertools.count(1):
-            if not self._block(where, more_s if blocks == 1 else 0.0):
+            if not (yield from self._block(where, more_s if blocks == 1 else 0.0)):
                 return False
+            if timing.stopped:  # by what another card told
+                break
             if reason := self._reason_to_stop(where):
                 self._stop(where, reason)
                 break
@@ -195,59 +205,77 @@ class Blocks:
                 break
         return True
 
-    def _block(self, where: Where, more_s: float) -> bool:
+    def _block(self, where: Where, more_s: float) -> Steps[bool]:
         """One block, measured again where it was disturbed; False where a cell failed in it.
 
         `more_s`: what it took to get its process ready, where the time allowed covers it and this is its first block.
+        Raises `CardLostError` where somebody else uses the card, and there is another.
         """
         timing = self._timings[where]
-        while True:
-            attempt = timing.attempts
-            timing.attempts += 1
-            started = time.monotonic()
-            visits = self._visits(where, timing.blocks, attempt)
-            if visits is None:
-                return False
-            elapsed_s = time.monotonic() - started
-            timing.measured_s += elapsed_s
-            telemetry = self._card.sample(self._workers.pids)
-            paused = [PAUSED] * any(visit.paused for visit, _ in visits)
-            state = self._state_of(timing, [*disturbances(telemetry), *paused], attempt)
-            self._context.writer.append(
-                BlockLine(
-                    workload=where[0],
-                    runtime=where[1],
-                    process=self._workers.process,
-                    block=timing.blocks,
-                    attempt=attempt,
-                    state=state,
-                    flags=(*flags(telemetry), *paused),
-                    time=time.time(),
-                    elapsed_s=elapsed_s,
-                    more_s=more_s,
-                    **fields_of(telemetry),
-                )
-            )
-            if state != BlockState.REPEAT:
-                timing.samples += [sample for _, samples in visits for sample in samples]
-                timing.blocks += 1
-                timing.attempts = timing.disturbed = 0
-                timing.processes.add(self._workers.process)
-                self._progress.expect(sum(map(self._left_s, self._timings)) + REPORT_S)
-                self._progress.table(self._effects.lines)
-                return True
+        number = timing.begin_block()
+        try:
+            while True:
+                state = yield from self._attempt(where, number, more_s)
+                if state is None:
+                    timing.leave_block(number)
+                    return False
+                if state != BlockState.REPEAT:
+                    break
+        except CardLostError:
+            timing.leave_block(number)
+            raise
+        self._progress.expect(sum(map(self._left_s, self._timings)) + REPORT_S)
+        self._progress.table(self._effects.lines)
+        return True
 
-    def _state_of(self, timing: Timing, disturbed: Sequence[str], attempt: int) -> BlockState:
+    def _attempt(self, where: Where, number: int, more_s: float) -> Steps[BlockState | None]:
+        """One attempt at a block and what became of it; None where a cell failed."""
+        timing = self._timings[where]
+        attempt = timing.attempts[number]
+        timing.attempts[number] += 1
+        started = time.monotonic()
+        visits = yield from self._visits(where, number, attempt)
+        if visits is None:
+            return None
+        elapsed_s = time.monotonic() - started
+        timing.measured_s += elapsed_s
+        telemetry = self._card.sample(self._workers.pids)
+        paused = [PAUSED] * any(visit.paused for visit, _ in visits)
+        state = self._state_of(timing, number, [*disturbances(telemetry), *paused])
+        self._context.writer.append(
+            BlockLine(
+                workload=where[0],
+                runtime=where[1],
+                process=self._workers.process,
+                block=number,
+                attempt=attempt,
+                state=state,
+                flags=(*flags(telemetry), *paused),
+                time=time.time(),
+                elapsed_s=elapsed_s,
+                more_s=more_s,
+                **fields_of(telemetry),
+            )
+        )
+        if state != BlockState.REPEAT:
+            timing.samples += [sample for _, samples in visits for sample in samples]
+            timing.blocks += 1
+            timing.processes.add(self._workers.process)
+        elif telemetry.foreign_processes and self._context.others():
+            raise CardLostError(f"process {telemetry.foreign_processes[0]} uses it too")
+        return state
+
+    def _state_of(self, timing: Timing, number: int, disturbed: Sequence[str]) -> BlockState:
         """Whether an attempt at a block counts: a disturbed one is measured again, `max_attempts` times in all."""
         if not disturbed:
             return BlockState.OK
-        timing.disturbed += 1
-        again = timing.disturbed < self._settings.measure.max_attempts
+        timing.disturbed[number] += 1
+        again = timing.disturbed[number] < self._settings.measure.max_attempts
         state = BlockState.REPEAT if again else BlockState.FLAGGED
-        self._progress.note(f"block {timing.blocks}, attempt {attempt + 1}: {state} ({', '.join(disturbed)})")
+        self._progress.note(f"block {number}, attempt {timing.attempts[number]}: {state} ({', '.join(disturbed)})")
         return state
 
-    def _visits(self, where: Where, block: int, attempt: int) -> list[tuple[VisitLine, list[SampleLine]]] | None:
+    def _visits(self, where: Where, block: int, attempt: int) -> Steps[list[tuple[VisitLine, list[SampleLine]]] | None]:
         """All visits of one block, in its random order, with their samples; None where a cell failed."""
         workload, runtime = where
         order = block_order(self._context.cells(where), self._settings.seed, workload, runtime, block, attempt)
@@ -261,7 +289,7 @@ class Blocks:
                     inner = timing.pace.inner if timing.pace else None
                     takes = min(MAX_TAKES, 1 + spare)
                     asked = Visit(cell=cell, copy=copy, repeats=repeats, inner=inner, takes=takes)
-                    answer = self._workers.ask(asked)
+                    answer = yield asked
                     if len(answer.samples) < (repeats or 1):
                         text = f"the worker answered {len(answer.samples)} values, not {repeats}"
                         raise CellFailure(CellStatus.CRASHED, text)

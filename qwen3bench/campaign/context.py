@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from qwen3bench.campaign.progress import Reporter
+from qwen3bench.campaign.scheduler import CardLostError
 from qwen3bench.campaign.state import Place, RunState, Where
 from qwen3bench.campaign.worker_pool import WorkerPool
 from qwen3bench.config.settings import Settings
@@ -31,6 +32,7 @@ class RunContext:
     progress: Reporter
     state: RunState
     workers: WorkerPool
+    others: Callable[[], bool] = lambda: False  # whether there is another card to work on
 
     def cells(self, where: Where) -> list[str]:
         """The cells that are still to be run there."""
@@ -41,7 +43,8 @@ class RunContext:
         """A step of a cell: where it fails, the worker, poisoned, is ended and the failure recorded.
 
         While other processes stand by on the same device the failure may be of their making. Then they are ended too,
-        and nothing is recorded: only asking again, alone, tells.
+        and nothing is recorded: only asking again, alone, tells. Raises `CardLostError` where the card is to blame,
+        and there is another.
         """
         outcome = Outcome()
         try:
@@ -51,6 +54,8 @@ class RunContext:
             self.workers.end()
             if self.workers.dismiss():
                 self.progress.note(f"{place.cell}: {failure.status} beside other processes, to be run again alone")
+            elif self.others() and self.workers.is_lost():
+                raise CardLostError(f"no kernel runs on it any more, since {place.cell}: {failure.reason}") from failure
             else:
                 self.fail(pass_, place, failure)
 

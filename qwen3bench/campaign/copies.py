@@ -21,8 +21,8 @@ from qwen3bench.campaign.blocks import Blocks
 from qwen3bench.campaign.context import RunContext
 from qwen3bench.campaign.progress import Reporter
 from qwen3bench.campaign.state import RunState
-from qwen3bench.campaign.worker_pool import Seat, WorkerPool
-from qwen3bench.campaign.worker_process import WorkerProcess
+from qwen3bench.campaign.worker_pool import ProcessNumbers, Seat, WorkerPool
+from qwen3bench.campaign.worker_process import WORKER, WorkerProcess
 from qwen3bench.config.settings import Settings
 from qwen3bench.errors import UserError
 from qwen3bench.record.card import Card
@@ -41,8 +41,8 @@ R = TypeVar("R")
 class CopiesProcess(WorkerProcess):
     """A worker that is asked for one more copy of the baseline wherever another cell is meant."""
 
-    def __init__(self, log: Path, *command: tuple[str, ...]) -> None:
-        super().__init__(log, *command)
+    def __init__(self, log: Path, command: tuple[str, ...] = WORKER) -> None:
+        super().__init__(log, command)
         self._copies: dict[tuple[str, int], int] = {}
 
     def ask(self, request: Request[R], timeout_s: float) -> R:
@@ -217,7 +217,7 @@ def _campaign(settings: Settings, identity: Identity) -> None:
                 return
         state = RunState(settings, done)
         seat = Seat(CopiesProcess, identity.environment.get("host"), identity.environment.get("card"))
-        with WorkerPool(settings, writer, seat, process=state.process) as workers:
+        with WorkerPool(settings, writer, seat, numbers=ProcessNumbers(state.process)) as workers:
             # The timed pass alone: the others say nothing about copies.
             Blocks(RunContext(settings, writer, progress, state, workers), Card.of(settings.device)).run(at_once=1)
         writer.append(EndLine(status=EndStatus.FINISHED, time=time.time()))

@@ -22,7 +22,7 @@ from qwen3bench.campaign.context import RunContext
 from qwen3bench.campaign.passes import Campaign
 from qwen3bench.campaign.progress import Reporter, duration
 from qwen3bench.campaign.state import RunState
-from qwen3bench.campaign.worker_pool import Seat, StartWorker, WorkerPool
+from qwen3bench.campaign.worker_pool import ProcessNumbers, Seat, StartWorker, WorkerPool
 from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.config.overrides import OWN_FOLDER
 from qwen3bench.config.settings import Settings
@@ -189,7 +189,7 @@ def _campaign(
     state = RunState(settings, done)
     found = identity.environment
     seat = Seat(machine.start_worker, found.get("host"), found.get("card"))
-    pool = workers.enter_context(WorkerPool(settings, writer, seat, worker, state.process))
+    pool = workers.enter_context(WorkerPool(settings, writer, seat, worker, ProcessNumbers(state.process)))
     card_bytes = None if found.get("mig") else found.get("device_memory_bytes")  # of a part nothing is known
     card = machine.card or Card.of(settings.device)
     return Campaign(RunContext(settings, writer, reporter, state, pool), card, card_bytes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,15 +61,26 @@ class Timing:
     """What is known of one workload in one runtime: closed blocks and their samples; times in seconds."""
 
     samples: list[SampleLine] = field(default_factory=list)
-    blocks: int = 0
-    attempts: int = 0  # at the next block, whatever became of them
-    disturbed: int = 0  # of these, ended throttled or beside other processes
+    numbers: set[int] = field(default_factory=set)  # of blocks that are closed, or that a process has in hand
+    blocks: int = 0  # that are closed
+    attempts: Counter[int] = field(default_factory=Counter)  # at each block, whatever became of them
+    disturbed: Counter[int] = field(default_factory=Counter)  # of these, ended throttled or beside other processes
     processes: set[int] = field(default_factory=set)
     measured_s: float = 0.0
     setup_s: float = 0.0  # of its last process
     more_s: float = 0.0  # spent on getting processes ready beyond the least that a run takes
     pace: Pace | None = None  # found at the first visit of all
     stopped: bool = False
+
+    def begin_block(self) -> int:
+        """The number of a block that nobody has in hand: of one that was begun and left, or of a new one."""
+        number = next(number for number in itertools.count() if number not in self.numbers)
+        self.numbers.add(number)
+        return number
+
+    def leave_block(self, number: int) -> None:
+        """Leave a block that is not closed to another process."""
+        self.numbers.discard(number)
 
     def see_pace(self, visit: Surroundings) -> None:
         """Take note of the pace that a visit was taken at, so that it is found once."""
@@ -127,7 +140,8 @@ class RunState:
             if line.state != BlockState.REPEAT:
                 closed.add(_attempt(line))
                 timing.more_s += line.more_s or 0.0
-                timing.blocks = max(timing.blocks, line.block + 1)
+                timing.numbers.add(line.block)
+                timing.blocks = len(timing.numbers)
                 timing.processes.add(line.process)
         for visit in record.of(VisitLine):
             self.timings[visit.workload, visit.runtime].see_pace(visit)
@@ -135,9 +149,9 @@ class RunState:
         attempts: list[SampleLine | BlockLine] = [*samples, *record.of(BlockLine)]
         for begun in attempts:
             timing = self.timings[begun.workload, begun.runtime]
-            if begun.block == timing.blocks:  # begun and not closed: its next attempt is another one
-                timing.attempts = max(timing.attempts, begun.attempt + 1)
-                timing.disturbed += isinstance(begun, BlockLine)
+            if begun.block not in timing.numbers:  # begun and not closed: its next attempt is another one
+                timing.attempts[begun.block] = max(timing.attempts[begun.block], begun.attempt + 1)
+                timing.disturbed[begun.block] += isinstance(begun, BlockLine)
         for sample in samples:
             if _attempt(sample) in closed:
                 self.timings[sample.workload, sample.runtime].samples.append(sample)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from qwen3bench.campaign.scheduler import Steps
 from qwen3bench.campaign.worker_process import WorkerProcess, answers
 from qwen3bench.config.choices import own_config_dir
 from qwen3bench.config.settings import Settings
@@ -24,6 +26,9 @@ from qwen3bench.record.writer import RecordWriter
 QUIET_S = 120.0  # limit of a request that runs no model
 StartWorker = Callable[[Path], WorkerProcess]
 R = TypeVar("R")
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,18 @@ def opening(settings: Settings) -> Open:
     )
 
 
+@dataclass
+class ProcessNumbers:
+    """Numbers the processes of a run over all starts and cards; `last` is the last one given."""
+
+    last: int = -1
+
+    def take(self) -> int:
+        """The next number."""
+        self.last += 1
+        return self.last
+
+
 class WorkerPool:
     """Asks the worker at work, and starts one where there is none; a context manager that ends them all.
 
@@ -59,10 +76,11 @@ class WorkerPool:
         writer: RecordWriter,
         seat: Seat,
         ready: WorkerProcess | None = None,
-        process: int = -1,
+        numbers: ProcessNumbers | None = None,
     ) -> None:
         self.purpose = Purpose.CHECK
-        self.process = process
+        self._numbers = numbers or ProcessNumbers()
+        self.process = self._numbers.last
         self._settings = settings
         self._opening = opening(settings)
         self._writer = writer
@@ -82,17 +100,62 @@ class WorkerPool:
 
     # One at work
 
+    @property
+    def timeout_s(self) -> float:
+        """The limit of a request that runs a model."""
+        return self._settings.measure.step_timeout_s
+
     def ask(self, request: Request[R]) -> R:
         """The answer of the worker at work.
 
         Raises as `WorkerProcess.ask` does, and `UserError` where no worker can be started.
         """
-        return self._at_work().ask(request, self._settings.measure.step_timeout_s)
+        return self._at_work().ask(request, self.timeout_s)
+
+    def drive(self, steps: Steps[T]) -> T:
+        """What the steps give in the end, each of their requests answered by the worker at work.
+
+        Where `ask` raises `CellFailure`, so does the request in the steps.
+        """
+        step: Callable[[], Request[Any]] = partial(next, steps)
+        while True:
+            try:
+                request = step()
+            except StopIteration as end:
+                return end.value
+            try:
+                step = partial(steps.send, self.ask(request))
+            except CellFailure as failure:
+                step = partial(steps.throw, failure)
+
+    def send(self, request: Request[Any]) -> None:
+        """Hand over one request to the worker at work. Raises as `WorkerProcess.send` does."""
+        self._at_work().send(request)
+
+    def receive(self, request: Request[R], timeout_s: float) -> R:
+        """The answer to the request sent before. Raises as `WorkerProcess.receive` does."""
+        return self._at_work().receive(request, timeout_s)
+
+    def fileno(self) -> int:
+        """What to wait on (select) for that answer to come."""
+        return self._at_work().fileno()
 
     @property
     def number(self) -> int:
         """The number of the worker at work, or of the next one."""
-        return self.process if self._worker is not None else self.process + 1
+        return self.process if self._worker is not None else self._numbers.last + 1
+
+    def is_lost(self) -> bool:
+        """Whether a fresh worker, too, cannot run a kernel here: then the card is to blame, and no cell."""
+        worker = self._launched()
+        try:
+            worker.ask(self._opening, QUIET_S)
+            worker.ask(Touch(), QUIET_S)
+        except (CellFailure, UserError):
+            worker.end()
+            return True
+        self.ahead.append(worker)
+        return False
 
     @property
     def pids(self) -> set[int]:
@@ -134,22 +197,23 @@ class WorkerPool:
         A share ends with its first failure, as that may be of the others' making: only asking again, alone, tells. All
         workers but the one at work have ended afterwards.
         """
-        queues: dict[WorkerProcess, Sequence[Request[Any]]] = {}
-        beside = []
-        for share in shares:
-            if not queues:
-                queues[self._at_work()] = share
-            else:
-                beside.append(self._next())
-                queues[beside[-1]] = [self._opening, *share]
-        try:
-            for worker, request, answer in answers(queues, self._settings.measure.step_timeout_s):
-                if answer is None:
-                    self.end() if worker is self._worker else worker.end()
-                elif not isinstance(request, Open):
-                    yield request, answer
-        finally:
-            for worker in beside:
+        yield from side_by_side([self], shares)
+
+    def share_out(self, shares: Sequence[Sequence[Request[Any]]]) -> dict[WorkerProcess, Sequence[Request[Any]]]:
+        """Each share with its worker: that at work for the first, and one beside it for each other."""
+        if not shares:
+            return {}
+        first = {self._at_work(): shares[0]}
+        return first | {self._next(): [self._opening, *share] for share in shares[1:]}
+
+    def end_one(self, worker: WorkerProcess) -> None:
+        """End this worker, at work or beside it."""
+        self.end() if worker is self._worker else worker.end()
+
+    def end_beside(self, workers: Iterable[WorkerProcess]) -> None:
+        """End those of the workers that are not at work."""
+        for worker in workers:
+            if worker is not self._worker:
                 worker.end()
 
     def prepare(self, shares: Sequence[Sequence[Request[Any]]]) -> Iterator[Request[Any]]:
@@ -157,15 +221,18 @@ class WorkerPool:
 
         A worker that has answered all of its share stands by until `take`; one that failed has ended.
         """
+        yield from prepare_on([self], [shares])
+
+    def stand_by(self, shares: Sequence[Sequence[Request[Any]]]) -> dict[WorkerProcess, Sequence[Request[Any]]]:
+        """Each share with a fresh worker, which stands by in its place."""
         workers = [self._next() for _ in shares]
         self._standing_by = dict(enumerate(workers))
-        queues = {worker: [self._opening, *share] for worker, share in zip(workers, shares, strict=True)}
-        for worker, request, answer in answers(queues, self._settings.measure.step_timeout_s):
-            place = workers.index(worker)
-            if answer is None:
-                self._standing_by.pop(place).end()
-            elif not isinstance(request, Open):
-                yield request
+        return {worker: [self._opening, *share] for worker, share in zip(workers, shares, strict=True)}
+
+    def give_up(self, worker: WorkerProcess) -> None:
+        """End a worker that stands by."""
+        self._standing_by = {place: each for place, each in self._standing_by.items() if each is not worker}
+        worker.end()
 
     def take(self, place: int) -> bool:
         """Put to work the worker that stands by in this place of `prepare`; False where it failed."""
@@ -191,7 +258,7 @@ class WorkerPool:
         return self._worker
 
     def _put_to_work(self, worker: WorkerProcess) -> None:
-        self.process = self.number
+        self.process = self._numbers.take()
         self._worker = worker
         line = ProcessLine(process=self.process, pid=worker.pid, purpose=self.purpose, time=time.time())
         self._writer.append(replace(line, host=self._seat.host, card=self._seat.card))
@@ -223,3 +290,41 @@ class WorkerPool:
     def _launched(self) -> WorkerProcess:
         self._writer.refuse_removed()  # or it would be the worker's log that is missed
         return self._stack.enter_context(self._seat.start(self._writer.directory / "worker.log"))
+
+
+def side_by_side(
+    pools: Sequence[WorkerPool], shares: Sequence[Sequence[Request[Any]]]
+) -> Iterator[tuple[Request[Any], Any]]:
+    """`WorkerPool.side_by_side` over several cards, the shares dealt out in turn."""
+    homes: dict[WorkerProcess, WorkerPool] = {}
+    queues: dict[WorkerProcess, Sequence[Request[Any]]] = {}
+    for place, pool in enumerate(pools):
+        mine = pool.share_out(shares[place :: len(pools)])
+        queues |= mine
+        homes |= dict.fromkeys(mine, pool)
+    try:
+        for worker, request, answer in answers(queues, pools[0].timeout_s):
+            if answer is None:
+                homes[worker].end_one(worker)
+            elif not isinstance(request, Open):
+                yield request, answer
+    finally:
+        for pool in pools:
+            pool.end_beside(worker for worker, home in homes.items() if home is pool)
+
+
+def prepare_on(
+    pools: Sequence[WorkerPool], shares: Sequence[Sequence[Sequence[Request[Any]]]]
+) -> Iterator[Request[Any]]:
+    """`WorkerPool.prepare` on several cards, each with shares of its own."""
+    homes: dict[WorkerProcess, WorkerPool] = {}
+    queues: dict[WorkerProcess, Sequence[Request[Any]]] = {}
+    for pool, mine in zip(pools, shares, strict=True):
+        standing = pool.stand_by(mine)
+        queues |= standing
+        homes |= dict.fromkeys(standing, pool)
+    for worker, request, answer in answers(queues, pools[0].timeout_s):
+        if answer is None:
+            homes[worker].give_up(worker)
+        elif not isinstance(request, Open):
+            yield request

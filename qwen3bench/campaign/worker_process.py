@@ -33,14 +33,21 @@ END_S = 3.0  # for a process to be gone that has closed its output, or that was 
 class WorkerProcess:
     """A fresh worker in a process group of its own. Use as a context manager: leaving it ends the group."""
 
-    def __init__(self, log: Path, command: tuple[str, ...] = WORKER) -> None:
-        """Start `command`; its standard error goes to the end of the file `log`."""
+    def __init__(
+        self, log: Path, command: tuple[str, ...] = WORKER, variables: Mapping[str, str] | None = None
+    ) -> None:
+        """Start `command` with `variables` added to its environment; its standard error goes to the end of `log`."""
         running_code()  # as it is now; a worker that comes later must run the same
         self._log = log
         with log.open("ab") as errors:
             self._log_start = errors.tell()
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,
+                env={**os.environ, **(variables or {})},
             )
         assert self._process.stdin is not None
         assert self._process.stdout is not None

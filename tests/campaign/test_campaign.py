@@ -25,7 +25,7 @@ from qwen3bench.campaign.context import RunContext
 from qwen3bench.campaign.passes import Campaign
 from qwen3bench.campaign.progress import Reporter
 from qwen3bench.campaign.state import RunState
-from qwen3bench.campaign.worker_pool import Seat, WorkerPool
+from qwen3bench.campaign.worker_pool import ProcessNumbers, Seat, WorkerPool
 from qwen3bench.config.choices import choices
 from qwen3bench.config.settings import settings_from
 from qwen3bench.record.design import block_order
@@ -176,7 +176,7 @@ def _begun(directory: Path, settings: Any, *lines: dict[str, Any]) -> Iterator[R
 
 def _campaign(settings: Any, writer: RecordWriter, record: Any, start: Any, card: Any) -> Campaign:
     state = RunState(settings, record)
-    pool = WorkerPool(settings, writer, Seat(start, "left", "GPU-1"), process=state.process)
+    pool = WorkerPool(settings, writer, Seat(start, "left", "GPU-1"), numbers=ProcessNumbers(state.process))
     quiet = Reporter(Console(file=io.StringIO()))
     return Campaign(RunContext(settings, writer, quiet, state, pool), card)
 
