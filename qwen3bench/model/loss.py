@@ -17,8 +17,10 @@ class Loss(Protocol):
     `at_once`: how many tokens go through the head together; None where all do.
     """
 
-    compiles: bool
-    at_once: int | None
+    @property
+    def compiles(self) -> bool: ...
+    @property
+    def at_once(self) -> int | None: ...
 
     def __call__(self, head: nn.Linear, states: Tensor, targets: Tensor) -> Tensor:
         """The mean cross-entropy, in float32 or wider, of normed states (b, t, e) against targets (b, t)."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from qwen3bench import ModelConfig, build_model, load_weights
 from qwen3bench.config import choices
@@ -41,10 +41,7 @@ def weights_of(config: ModelConfig, device: str, dtype: torch.dtype) -> dict[str
 def gradients(model: Qwen3Model, tokens: Tensor) -> dict[str, Tensor]:
     """By parameter; of a tied head none. The loss is no mean, so its gradient is not 1."""
     with torch.enable_grad():
-        logits = model(tokens[:, :-1]).flatten(0, 1)
-        (
-            0.7 * F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), tokens[:, 1:].flatten())
-        ).backward()
+        (0.7 * model.loss(tokens[:, :-1], tokens[:, 1:])).backward()
     found = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
@@ -79,8 +76,7 @@ def test_gradients_stay_where_blocks_are_recomputed(tiny: ModelConfig, opts: tup
     weights, tokens = weights_of(tiny, "cpu", torch.float64), tokens_of(tiny)
     model = trainable(tiny, opts, weights)
     plain = gradients(model, tokens)
-    for block in model.trf_blocks:
-        block.forward = lambda *given, kept=block.forward: checkpoint(kept, *given, use_reentrant=False)  # type: ignore[misc]
+    model.parts = replace(model.parts, recomputed=lambda _: True)
     again = gradients(model, tokens)
     assert all(torch.equal(again[name], gradient) for name, gradient in plain.items())
 
@@ -98,8 +94,7 @@ def test_two_backward_passes_add_up(tiny: ModelConfig) -> None:
     tokens = tokens_of(tiny)
     once = gradients(model, tokens)
     for _ in range(2):
-        logits = model(tokens[:, :-1]).flatten(0, 1)
-        (0.35 * F.cross_entropy(logits, tokens[:, 1:].flatten())).backward()
+        (0.35 * model.loss(tokens[:, :-1], tokens[:, 1:])).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, once[name], rtol=1e-9, atol=1e-15)
 
@@ -168,7 +163,7 @@ def test_a_captured_backward_writes_the_same_gradients(tiny: ModelConfig, opts: 
     def step() -> None:
         model.zero_grad()
         with torch.enable_grad():
-            F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+            model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
