@@ -412,11 +412,7 @@ def test_help_names_the_commands_groups_and_options() -> None:
     for line in (
         "python -m qwen3bench +opt=flash,tie",
         "resume=DIR",
-<<<<<<< HEAD
-        "opt: flash, gemv, mask, mlp, norm, qkv, residual, rope, tie",
-=======
-        "opt: flash, flce, gemv, mask, mlp, norm, qkv, recompute, tie",
->>>>>>> d9e7173 (flce and recompute: training's own switches)
+        "opt: flash, flce, gemv, mask, mlp, norm, qkv, recompute, residual, rope, tie",
         "band: 0.01",
     ):
         assert line in shown.stdout

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3bench.config.model_config import ModelConfig
+from qwen3bench.errors import UserError
 from qwen3bench.model.build import build_model
 from qwen3bench.model.checkpoint import EMBEDDING, HEAD
 from qwen3bench.model.decoder import Decoder
@@ -133,7 +134,7 @@ class GradientGate:
                 return Judgment(equivalent=True, checks=checks)
         except FATAL:
             raise
-        except MissingGradient as missing:
+        except (MissingGradient, UserError) as missing:
             return Judgment(equivalent=False, reason=str(missing))
         except Exception as error:
             return Judgment(

@@ -265,7 +265,7 @@ def head_with(change: Callable[[Tensor], Tensor]) -> Callable[[nn.Embedding], nn
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "a gain without a gradient": ({"norm": LostGain}, "gets no gradient"),
+    "a gain without a gradient": ({"norm": LostGain}, "no gradient would reach"),
     "half of a gain's gradient": ({"norm": HalvedGain}, "norm.weight"),
     "a gain's gradient summed in bfloat16": ({"norm": norm_with(low=True)}, "norm.weight"),
     "rstd of the wrong row": ({"norm": norm_with(roll=1)}, "float64"),
