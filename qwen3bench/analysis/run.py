@@ -13,6 +13,7 @@ from qwen3bench.analysis.controls import Controls, controls
 from qwen3bench.analysis.effective import compare_effective
 from qwen3bench.analysis.effects import COLUMNS, effects
 from qwen3bench.analysis.frames import analysis_setting, used_samples
+from qwen3bench.analysis.screen_results import ScreenResult, confirmed_cells, screen_results
 from qwen3bench.record.files import find_runs, small_file, write_atomic
 from qwen3bench.record.lines import EndLine, EvidenceLine
 from qwen3bench.record.reader import Record, read_record
@@ -29,7 +30,8 @@ _BYTES = ("peak_allocated_bytes", "parameter_bytes")
 class Run:
     """A run's tables: `cells`, `effects` (columns as cells.csv and effects.csv) and `samples` (those that count).
 
-    `environment` and `config` as recorded.
+    `environment` and `config` as recorded. `screens`: of a screen, what it predicts and what confirmed that; the cells
+    that confirm are among `cells`, and their samples are not among those that count for the effects.
     `warnings`: what of the record was not usable.
     """
 
@@ -41,6 +43,7 @@ class Run:
     effects: pd.DataFrame
     samples: pd.DataFrame
     controls: Controls
+    screens: tuple[ScreenResult, ...] = ()
 
     @property
     def factors(self) -> list[str]:
@@ -94,10 +97,11 @@ def load_run(path: str | Path) -> Run:
         record=record,
         config=record.run.config,
         environment=_environment(record),
-        cells=cells,
+        cells=confirmed_cells(record, cells),
         effects=table,
         samples=samples,
         controls=controls(record, samples, cells, table),
+        screens=tuple(screen_results(record, cells, samples)),
     )
 
 

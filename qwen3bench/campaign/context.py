@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ from qwen3bench.campaign.worker_pool import WorkerPool
 from qwen3bench.config.settings import Settings
 from qwen3bench.record.lines import FailureLine, Line
 from qwen3bench.record.messages import CellFailure
+from qwen3bench.record.rounds import RoundWriter
 from qwen3bench.record.writer import RecordWriter
 
 
@@ -25,18 +26,20 @@ class Outcome:
 
 @dataclass(frozen=True)
 class RunContext:
-    """A run's settings, record, progress, state and workers."""
+    """A run's settings, record, progress, state and workers; `chosen` are the cells of a place where not all are."""
 
     settings: Settings
-    writer: RecordWriter
+    writer: RecordWriter | RoundWriter
     progress: Reporter
     state: RunState
     workers: WorkerPool
     others: Callable[[], bool] = lambda: False  # whether there is another card to work on
+    chosen: Mapping[Where, Sequence[str]] | None = None
 
     def cells(self, where: Where) -> list[str]:
         """The cells that are still to be run there."""
-        return [cell for cell in self.settings.labels if self.state.runs(Place(cell, *where))]
+        cells = self.settings.labels if self.chosen is None else self.chosen[where]
+        return [cell for cell in cells if self.state.runs(Place(cell, *where))]
 
     @contextmanager
     def failing(self, pass_: str, place: Place) -> Iterator[Outcome]:

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from qwen3bench.campaign.blocks import Blocks
+from qwen3bench.campaign.confirmation import Confirmation
 from qwen3bench.campaign.context import RunContext
 from qwen3bench.campaign.forecast import announcement, seconds_ahead
 from qwen3bench.campaign.state import Place
 from qwen3bench.record.card import Card
-from qwen3bench.record.design import label, neighbours
+from qwen3bench.record.design import Cell, design_cells, label, neighbours
 from qwen3bench.record.host import usable_cpus
 from qwen3bench.record.lines import (
     CeilingLine,
@@ -43,7 +44,7 @@ from qwen3bench.record.messages import (
     Verify,
     VerifyGradients,
 )
-from qwen3bench.record.states import CellStatus
+from qwen3bench.record.states import CellStatus, Purpose
 from qwen3bench.record.typed import fields_of
 
 # The line that records the answer to a step of a single cell.
@@ -70,6 +71,7 @@ class Campaign:
         self._progress = context.progress
         self._state = context.state
         self._workers = context.workers
+        self._card = card
         self._card_bytes = card_bytes
         self._cuda = context.settings.device.startswith("cuda")
         self.blocks = Blocks(context, card)
@@ -99,17 +101,27 @@ class Campaign:
         record cannot be written.
         """
         with self._workers:
-            shares = self._shares()
-            timing = min(self._max_at_once, len(self.blocks.processes_needed))
-            self._workers.start_ahead(len(shares) - 1 + timing)  # and the first that time
-            self._take("counting parameters", (CountParameters(cell=cell) for cell in self._settings.labels))
-            self._verify(shares)
-            self._verify_gradients()
-            self._look_at_each_cell()
-            self._ceilings()
-            self._workers.end()
-            with self._progress.stage("timing", len(self.blocks.processes_needed)):
-                self.blocks.run(self._at_once)
+            self._passes()
+            if self._settings.design == "screen":
+                Confirmation(self._context, self._measure).run()
+
+    def _passes(self) -> None:
+        self._workers.purpose = Purpose.CHECK
+        shares = self._shares()
+        timing = min(self._max_at_once, len(self.blocks.processes_needed))
+        self._workers.start_ahead(len(shares) - 1 + timing)  # and the first that time
+        self._take("counting parameters", (CountParameters(cell=cell) for cell in self._settings.labels))
+        self._verify(shares)
+        self._verify_gradients()
+        self._look_at_each_cell()
+        self._ceilings()
+        self._workers.end()
+        with self._progress.stage("timing", len(self.blocks.processes_needed)):
+            self.blocks.run(self._at_once)
+
+    def _measure(self, context: RunContext) -> None:
+        """All passes over the cells of a context, such as those that confirm a screen, with the workers of this one."""
+        Campaign(context, self._card, self._card_bytes)._passes()
 
     @property
     def _max_at_once(self) -> int:
@@ -160,8 +172,7 @@ class Campaign:
         """Peak memory, then evidence of what has just run there, so that a cell is built and compiled once for both."""
         title = "measuring peak memory, recording what really runs" if self._cuda else "recording what really runs"
         steps: list[Request[Any]] = []
-        # What a switch changed is told by the cell without it, which is looked at even where it is not measured.
-        compared = [label(cell) for cell in neighbours(self._settings.cells)]
+        compared = [label(cell) for cell in self._compared()]
         for workload, runtime in self._state.timings:
             for cell in self._settings.labels:
                 if self._cuda:
@@ -170,6 +181,20 @@ class Campaign:
             if runtime != "compile":  # where a cell takes seconds to compile
                 steps += [CollectEvidence(cell=cell, workload=workload, runtime=runtime) for cell in compared]
         self._take(title, steps)
+
+    def _compared(self) -> list[Cell]:
+        """Cells that are looked at though they are not measured: what a switch changed is told by the cell without it.
+
+        Of a screen each switch alone, and all but each: enough to see one that changes nothing anywhere.
+        """
+        settings = self._settings
+        if self._context.chosen is not None:
+            return []
+        if settings.design != "screen":
+            return neighbours(settings.cells)
+        cells = settings.cells
+        corners = [*design_cells("each", settings.factors), *design_cells("leave_one_out", settings.factors)]
+        return [cell for cell in dict.fromkeys(corners) if cell not in cells and settings.rules.allow(cell)]
 
     def _take(self, title: str, steps: Iterable[Request[Any]]) -> None:
         """Take those of the steps that are left."""

@@ -47,7 +47,7 @@ def rules_of(names: Iterable[str]) -> Rules:
 
 
 def _listed(name: str, key: str) -> list[str]:
-    listed = declared(name).get(key) or []
+    listed = (declared(name).get(key) or []) if name in choices("opt") else []
     if not isinstance(listed, list) or not set(listed) <= set(choices("opt")) - {name}:
         raise UserError(f"opt/{name}.yaml: {key} must be a list of other optimizations, not {listed}")
     return listed

@@ -22,7 +22,7 @@ from qwen3bench.record.messages import (
     Timed,
 )
 from qwen3bench.record.states import BlockState, CellStatus, EndStatus, Purpose, StopReason
-from qwen3bench.record.typed import Count, Names, Number, json_line, made, parsed_line, plain, typed
+from qwen3bench.record.typed import Count, Names, Number, Numbers, json_line, made, parsed_line, plain, typed
 
 SCHEMA = 1
 _PLACE = ("cell", "workload", "runtime")
@@ -199,7 +199,7 @@ class SampleLine(Timed, Line):
     """
 
     type: ClassVar = "sample"
-    key: ClassVar = (*_ATTEMPT, "cell", "copy", "position", "repeat")
+    key: ClassVar[Names] = (*_ATTEMPT, "cell", "copy", "position", "repeat")
     workload: str
     runtime: str
     cell: str
@@ -217,7 +217,7 @@ class VisitLine(Surroundings, Line):
     """A visit is complete, with so many samples, and what went on around it."""
 
     type: ClassVar = "visit"
-    key: ClassVar = (*_ATTEMPT, "cell", "copy", "position")
+    key: ClassVar[Names] = (*_ATTEMPT, "cell", "copy", "position")
     workload: str
     runtime: str
     cell: str
@@ -252,7 +252,7 @@ class BlockLine(Telemetry, Line):
     """
 
     type: ClassVar = "block"
-    key: ClassVar = _ATTEMPT
+    key: ClassVar[Names] = _ATTEMPT
     workload: str
     runtime: str
     process: Count = 0
@@ -285,7 +285,7 @@ class StopLine(Line):
     """Measuring of a workload in a runtime ended. `half_width`: relative, of each main effect; None where unknown."""
 
     type: ClassVar = "stop"
-    key: ClassVar = ("workload", "runtime")
+    key: ClassVar[Names] = ("workload", "runtime")
     workload: str
     runtime: str
     reason: Annotated[StopReason, Field(strict=False)]
@@ -294,6 +294,58 @@ class StopLine(Line):
     processes: Count | None = None
     measured_s: Number | None = None
     more_s: Number | None = None
+
+
+@typed
+class ConfirmLine(Line):
+    """What a screen predicts to be best in a workload and runtime, and which cells are measured to see.
+
+    `round` 1, or 2 where the first missed. `best`: the cell predicted to be fastest. `predicted`: the cells that were
+    chosen with their speed-ups, and the ends `lo` and `hi` of their intervals. `cells`: what is measured, in blocks of
+    its own; none where all that was chosen is measured already.
+    """
+
+    type: ClassVar = "confirm"
+    key: ClassVar = ("workload", "runtime", "round")
+    workload: str
+    runtime: str
+    round: Count
+    best: str | None = None
+    predicted: Names = ()
+    speedup: Numbers = ()
+    lo: Numbers = ()
+    hi: Numbers = ()
+    cells: Names = ()
+
+
+@typed
+class ConfirmSampleLine(SampleLine):
+    """A timed value of a round that confirms; so with the lines below."""
+
+    type: ClassVar = "confirm_sample"
+    key: ClassVar[Names] = ("round", *SampleLine.key)
+    round: Count
+
+
+@typed
+class ConfirmVisitLine(VisitLine):
+    type: ClassVar = "confirm_visit"
+    key: ClassVar[Names] = ("round", *VisitLine.key)
+    round: Count
+
+
+@typed
+class ConfirmBlockLine(BlockLine):
+    type: ClassVar = "confirm_block"
+    key: ClassVar[Names] = ("round", *BlockLine.key)
+    round: Count
+
+
+@typed
+class ConfirmStopLine(StopLine):
+    type: ClassVar = "confirm_stop"
+    key: ClassVar[Names] = ("round", *StopLine.key)
+    round: Count
 
 
 @typed
@@ -324,6 +376,11 @@ LINES: dict[str, type[Line]] = {
         BlockLine,
         FailureLine,
         StopLine,
+        ConfirmLine,
+        ConfirmSampleLine,
+        ConfirmVisitLine,
+        ConfirmBlockLine,
+        ConfirmStopLine,
         EndLine,
     )
 }

@@ -17,6 +17,7 @@ Count = Annotated[int, Field(ge=0, lt=2**62)]  # larger whole numbers are of no 
 Number = Annotated[int | float, Field(gt=-(2.0**1023), lt=2.0**1023)]
 Seconds = Annotated[float, Field(gt=0, lt=1e9)]  # no time is longer
 Names = Annotated[tuple[Annotated[str, Field(strict=True)], ...], Field(strict=False)]
+Numbers = Annotated[tuple[Number, ...], Field(strict=False)]
 Times = Annotated[tuple[Annotated[Seconds, Field(strict=True)], ...], Field(strict=False)]
 _MAX_DEPTH = 32  # of JSON; what is written has under 10
 _OF_UNION = ("int", "float")  # which pydantic adds to the name of a field of type Number

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from qwen3bench.analysis.confirm import MeasuredSpeedup, Prediction, candidates, within_memory
 from qwen3bench.analysis.contrasts import contrasts, every_cell, shapley_contrasts
 from qwen3bench.analysis.effects import effects, left_over, predictions
 from qwen3bench.analysis.least_squares import effect_regressors, fit_of, lack_of_fit, with_model_error
@@ -140,6 +141,41 @@ def test_lack_of_fit_is_seen_where_three_matter_and_only_there() -> None:
     assert with_three.p < 0.001
     assert 0.003 < with_three.rms < 0.01
     assert left_over(samples_of(every_cell(3), np.zeros(8), 0.005), NAMES[:3]) is None
+
+
+def test_the_best_few_are_those_within_the_memory_limit() -> None:
+    cells = cells_of(9)
+    samples = samples_of(cells, planted(cells, EFFECTS), 1e-3).assign(copy=0)
+    samples["cell"] = ["+".join(n for n in NAMES[:9] if row[n]) or "baseline" for row in samples.to_dict("records")]
+    best = candidates(samples, NAMES[:9])
+    assert len(best) == 3
+    assert all({"a", "d"} <= set(each.cell.split("+")) and "b" not in each.cell.split("+") for each in best)
+    assert all(each.lo < each.speedup < each.hi for each in best)
+    # Of more than 300 bytes saved by g, those without it are too large, whether they are measured or not.
+    frame = pd.DataFrame(cells, columns=list(NAMES[:9]))
+    frame["cell"] = ["+".join(n for n, on in zip(NAMES, cell, strict=False) if on) or "baseline" for cell in cells]
+    frame["peak_allocated_bytes"] = 1000 - 300 * frame["g"]
+    fits = within_memory(frame, NAMES[:9], 900)
+    assert len(fits) == 512
+    assert all(fits[cell] == ("g" in cell.split("+")) for cell in fits)
+    assert all("g" in each.cell.split("+") for each in candidates(samples, NAMES[:9], fits))
+
+
+def test_a_prediction_agrees_as_far_as_both_intervals_allow() -> None:
+    predicted = Prediction("a", 1.50, 1.47, 1.53)
+    assert predicted.agrees(MeasuredSpeedup(1.52, 1.50, 1.54))
+    assert not predicted.agrees(MeasuredSpeedup(1.60, 1.59, 1.61))
+    assert predicted.agrees(MeasuredSpeedup(1.60, 1.40, 1.83))
+
+
+def test_cells_measured_since_correct_the_next_choice() -> None:
+    """What is fitted again with a cell that turned out slow no longer has it first."""
+    cells = cells_of(9)
+    samples = samples_of(cells, planted(cells, EFFECTS), 1e-3).assign(copy=0)
+    samples["cell"] = ["+".join(n for n in NAMES[:9] if row[n]) or "baseline" for row in samples.to_dict("records")]
+    first = candidates(samples, NAMES[:9])[0]
+    again = candidates(samples, NAMES[:9], None, {first.cell: MeasuredSpeedup(0.5, 0.49, 0.51)})
+    assert first.cell not in [each.cell for each in again]
 
 
 @pytest.mark.slow

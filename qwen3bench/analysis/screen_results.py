@@ -1,0 +1,137 @@
+"""What a run's screen predicts beyond the cells that it measured, and what was measured to see whether it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from qwen3bench.analysis.cells import cells_table
+from qwen3bench.analysis.confirm import MeasuredSpeedup, Prediction, measured_speedups
+from qwen3bench.analysis.effects import left_over, predictions
+from qwen3bench.analysis.frames import analysis_setting, used_samples
+from qwen3bench.analysis.least_squares import LackOfFit
+from qwen3bench.record.design import BASELINE, is_peer
+from qwen3bench.record.lines import ConfirmLine
+from qwen3bench.record.reader import Record
+from qwen3bench.record.rounds import ROUNDS, chosen_in, round_of
+from qwen3bench.record.states import CellStatus
+
+_PLACE = ["workload", "runtime"]
+_TIMES = ["latency_s", "latency_lo_s", "latency_hi_s", "ttft_s", "tpot_s", "itl_p50_s", "itl_p99_s"]
+_RATES = ["tokens_per_s", "mfu", "mbu"]
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """A cell that was predicted to be among the best, and its speed-up as measured; None where it was not.
+
+    `round` 0: measured in the screen itself. `best`: predicted to be the fastest of all.
+    """
+
+    prediction: Prediction
+    measured: MeasuredSpeedup | None
+    round: int
+    best: bool
+
+    @property
+    def agrees(self) -> bool | None:
+        """Whether both differ by no more than their intervals allow; None where it was not measured."""
+        return None if self.measured is None else self.prediction.agrees(self.measured)
+
+
+@dataclass(frozen=True)
+class ScreenResult:
+    """What the screen of one workload and runtime tells beyond its effects.
+
+    `cells`, `every`: how many cells it measured, of how many. `lack`: what its model leaves over. `predicted`: all
+    cells as the model has them (`effects.predictions`). `confirmed`: what was predicted to be best, by round.
+    """
+
+    workload: str
+    runtime: str
+    cells: int
+    every: int
+    lack: LackOfFit
+    predicted: pd.DataFrame
+    confirmed: tuple[Confirmed, ...]
+
+
+def confirmed_cells(record: Record, cells: pd.DataFrame) -> pd.DataFrame:
+    """`cells` (of the screen) with a row for each other cell that a round measured, its times on the same baseline."""
+    parts = [cells]
+    for round_ in ROUNDS:
+        chosen = {(cell, line.workload, line.runtime) for line in chosen_in(record, round_) for cell in line.cells}
+        if not chosen:
+            continue
+        there = {key for part in parts for key in part[["cell", *_PLACE]].itertuples(index=False, name=None)}
+        view = round_of(record, round_)
+        found = cells_table(view, used_samples(view))
+        keys = list(found[["cell", *_PLACE]].itertuples(index=False, name=None))
+        new = found[[key in chosen and key not in there for key in keys]].copy()
+        for place, rows in new.groupby(_PLACE):
+            ours, theirs = (_baseline_s(table, tuple(place)) for table in (cells, found))
+            new.loc[rows.index, _TIMES] = rows[_TIMES].astype(float) * (ours / theirs)
+            new.loc[rows.index, _RATES] = rows[_RATES].astype(float) / (ours / theirs)
+        parts.append(new)
+    if len(parts) == 1:
+        return cells
+    return pd.concat([part for part in parts if len(part)], ignore_index=True)[cells.columns].astype(cells.dtypes)
+
+
+def screen_results(record: Record, cells: pd.DataFrame, samples: pd.DataFrame) -> list[ScreenResult]:
+    """Of each workload and runtime in which a screen has a model; `cells` and `samples` are the screen's."""
+    factors, found = list(record.run.factors), []
+    confidence = analysis_setting(record, "confidence")
+    ok = cells[(cells["status"] == CellStatus.OK) & ~cells["cell"].map(is_peer).astype(bool)]
+    if record.run.setting("design", "name") != "screen":
+        return []
+    for place, rows in ok.groupby(_PLACE, sort=False):
+        workload, runtime = (str(name) for name in place)
+        here = samples[
+            (samples["workload"] == workload)
+            & (samples["runtime"] == runtime)
+            & samples["cell"].isin(rows["cell"])
+            & (samples["copy"] == 0)
+        ]
+        lack = left_over(here, factors) if len(here) else None
+        if lack is None:
+            continue
+        found.append(
+            ScreenResult(
+                workload=workload,
+                runtime=runtime,
+                cells=len(rows),
+                every=2 ** len(factors),
+                lack=lack,
+                predicted=predictions(here, factors, confidence),
+                confirmed=tuple(_confirmed(record, (workload, runtime), here, confidence)),
+            )
+        )
+    return found
+
+
+def _confirmed(record: Record, place: tuple[str, str], screened: pd.DataFrame, confidence: float) -> list[Confirmed]:
+    found: list[Confirmed] = []
+    of_screen = measured_speedups(screened, confidence)
+    for round_ in ROUNDS:
+        lines: list[ConfirmLine] = [
+            line for line in chosen_in(record, round_) if (line.workload, line.runtime) == place
+        ]
+        for line in lines:
+            samples = used_samples(round_of(record, round_))
+            here = samples[(samples["workload"] == place[0]) & (samples["runtime"] == place[1])]
+            measured = measured_speedups(here, confidence)
+            predicted = zip(line.predicted, line.speedup, line.lo, line.hi, strict=True)
+            for each in (Prediction(*values) for values in predicted):
+                in_round = each.cell in measured
+                known = measured.get(each.cell) or of_screen.get(each.cell)
+                found.append(Confirmed(each, known, round_ if in_round else 0, each.cell == line.best))
+    return found
+
+
+def _baseline_s(cells: pd.DataFrame, place: Sequence[object]) -> float:
+    workload, runtime = place
+    here = cells[(cells["cell"] == BASELINE) & (cells["workload"] == workload) & (cells["runtime"] == runtime)]
+    return float(here["latency_s"].iloc[0]) if len(here) else float("nan")
