@@ -58,8 +58,8 @@ def refuse_unreached(model: nn.Module, output: Tensor, apart: Iterable[nn.Module
     if missing:
         others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
         raise UserError(
-            f"no gradient would reach {missing[0]}{others}: a part of this model has no backward; leave out the "
-            "optimization that it belongs to, or call the model under torch.no_grad()"
+            f"no gradient would reach {missing[0]}{others}: a part of this model has no backward\n"
+            "leave out the optimization that it belongs to, or call the model under torch.no_grad()"
         )
 
 

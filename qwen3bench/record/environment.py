@@ -32,6 +32,7 @@ HOST_KEYS = (
     "threads",
     "variables",
 )  # of a fingerprint; older ones lack them
+_PACKAGES = {"liger": ("transformers", "liger-kernel")}  # of a peer that is not a package by its own name
 MEASURING = ("worker", "campaign", "model", "opt", "kernels", "record")  # packages whose code may change a number
 
 
@@ -64,7 +65,7 @@ def environment(device: str, torch: TorchFacts, host: Host) -> dict[str, Any]:
         "cuda": torch.cuda,
         "cudnn": torch.cudnn,
         "torch": torch.version,
-        **{name: version_of(name) for name in ("triton", "numpy", "pandas", "scipy", "transformers")},
+        **{name: version_of(name) for name in ("triton", "numpy", "pandas", "scipy", "transformers", "liger-kernel")},
         "qwen3bench": qwen3bench.__version__,
         "python": platform.python_version(),
         "os": platform.platform(),
@@ -149,7 +150,8 @@ def fingerprint(config: dict[str, Any], weights_fingerprint: str, torch: TorchFa
     measured = {key: value for key, value in config.items() if key not in CHANGES_NO_NUMBER}
     text = json.dumps(measured, sort_keys=True, default=str)
     on_cuda = device.startswith("cuda")
-    packages = ["triton"] * on_cuda + sorted(config.get("peer") or ())
+    peers = sorted({package for peer in config.get("peer") or () for package in _PACKAGES.get(peer, (peer,))})
+    packages = ["triton"] * on_cuda + peers
     return {
         "config": hashlib.sha256(text.encode()).hexdigest(),
         "weights": weights_fingerprint,

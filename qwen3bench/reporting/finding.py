@@ -140,9 +140,10 @@ class Saving:
 
 @dataclass(frozen=True)
 class Against:
-    """What a cell is compared with."""
+    """What a cell is compared with: the fastest of `best_of` other implementations, or what is the only one."""
 
     other: str
+    best_of: int = 1
 
 
 @dataclass(frozen=True)

@@ -166,18 +166,21 @@ def _as_fast(cells: pd.DataFrame, samples: pd.DataFrame, confidence: float, widt
 
 
 def peers(run: Run) -> Iterator[Finding]:
-    """How other implementations of the model stand against the baseline, and cells with switches on against them."""
+    """How other implementations stand against the baseline, and cells with switches on against the fastest of them."""
     for condition in conditions(run):
         cells = usable(condition.select(run.cells))
-        for row in rows(cells[of_peers(cells)]):
+        others = cells[of_peers(cells)]
+        for row in rows(others):
             if is_number(row.speedup):
                 effect = Effect(row.cell, row.speedup, row.speedup_lo, row.speedup_hi, "")
-                yield _against(run, condition, effect, "the baseline")
-            for effect in _ours_over(run, condition, cells, row.cell):
-                yield _against(run, condition, effect, row.cell)
+                yield _against(run, condition, effect, Against("the baseline"))
+        if others[LATENCY].notna().any():
+            best = Against(smallest(others, LATENCY).cell, best_of=len(others))
+            for effect in _ours_over(run, condition, cells, best.other):
+                yield _against(run, condition, effect, best)
 
 
-def _against(run: Run, condition: Condition, effect: Effect, other: str) -> Finding:
+def _against(run: Run, condition: Condition, effect: Effect, other: Against) -> Finding:
     verdict = verdict_of(effect.lo, effect.hi, band(run))
     return Finding(
         Kind.PEER,
@@ -187,7 +190,7 @@ def _against(run: Run, condition: Condition, effect: Effect, other: str) -> Find
         effect.lo,
         effect.hi,
         control_findings.heard(run, condition, verdict, effect.estimate),
-        Against(other),
+        other,
         width=band(run),
         noisy=control_findings.noise(run, condition) > 0,
     )

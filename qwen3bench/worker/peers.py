@@ -2,8 +2,9 @@
 
 A peer is called as its users call it, with a static cache where there is one (transformers' documentation,
 "Optimizing LLM inference": the fastest of its caches, and the one that compiles), and compiled with PyTorch's defaults
-unless `runtime.compile.peers` says otherwise. Its SDPA leaves the mask of a prompt
-away by itself, but not in compiled code before PyTorch 2.14, which cannot tell that it may; `sdpa_is_causal` is told.
+unless `runtime.compile.peers` says otherwise. Its SDPA leaves the mask of a prompt away by itself, but not in compiled
+code before PyTorch 2.14, and not while a graph is captured, where it cannot tell that it may. There it is told;
+`sdpa_mask` is not.
 """
 
 from __future__ import annotations
@@ -28,20 +29,23 @@ from qwen3bench.record.messages import Judgment
 from qwen3bench.worker.equivalence.candidate import Candidate, kv_cache
 from qwen3bench.worker.equivalence.gate import Gate
 from qwen3bench.worker.equivalence.gradient_gate import GradientCandidate, GradientGate
-from qwen3bench.worker.error_text import both_ends, error_text
+from qwen3bench.worker.peer_modules import PEERS, modeling, transformers
 
-ATTENTIONS = {"sdpa": "sdpa", "eager": "eager", "sdpa_is_causal": "sdpa"}  # by their names in transformers
+ATTENTIONS = {"sdpa": "sdpa", "eager": "eager", "sdpa_mask": "sdpa"}  # by their names in transformers
+NO_MASK = {"full_attention": None}  # tells transformers that a prompt needs none
 FREQUENCY_ERROR = 1e-6  # relative, of the rotary frequencies, which transformers computes in float32
 
 
-def require_peer(cell: str) -> None:
-    """Raise `UserError` where a peer of this label does not exist or cannot be imported."""
+def require_peer(cell: str, device: torch.device | str | None = None) -> None:
+    """Raise `UserError` where a peer of this label does not exist, cannot be imported, or does not run on `device`."""
     name, _, attention = cell.partition(":")
-    if name != "transformers":
-        raise UserError(f"peer {name!r} is not known; there is transformers")
+    if name not in PEERS:
+        raise UserError(f"peer {name!r} is not known; there are {', '.join(PEERS)}")
     if attention not in ATTENTIONS:
-        raise UserError(f"peer.transformers.attention: {attention!r} is unknown: use {' | '.join(ATTENTIONS)}")
-    _transformers()
+        raise UserError(f"peer.{name}.attention: {attention!r} is unknown: use {' | '.join(ATTENTIONS)}")
+    modeling(name)
+    if name == "liger" and device is not None and torch.device(device).type != "cuda":
+        raise UserError(f"peer=liger has kernels for CUDA alone, and the device is {device}; leave the peer out")
 
 
 def build_peer(
@@ -57,7 +61,7 @@ def build_peer(
     `require_peer` does.
     """
     require_peer(cell)
-    return TransformersModel(config, cell.partition(":")[2], weights, dtype)
+    return TransformersModel(config, cell, weights, dtype)
 
 
 def judge_peer(gate: Gate, cell: str) -> Judgment:
@@ -87,7 +91,8 @@ def transformers_rope(config: ModelConfig) -> tuple[Tensor, Tensor]:
     where their frequencies are off by more than their rounding.
     """
     with torch.device("cpu"):
-        rotary = type(_on_meta(config, "sdpa", False).model.rotary_emb)(transformers_config(config, "sdpa", False))
+        plain = _on_meta("transformers", transformers_config(config, "sdpa", False))
+        rotary = type(plain.model.rotary_emb)(plain.config)
     frequencies = rotary.inv_freq
     exact = config.rope_base ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
     if rotary.attention_scaling != 1 or not torch.allclose(frequencies.double(), exact, rtol=FREQUENCY_ERROR, atol=0):
@@ -97,22 +102,22 @@ def transformers_rope(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 class TransformersModel(Decoder):
-    """transformers' Qwen3ForCausalLM with our model's call."""
+    """transformers' Qwen3ForCausalLM, Liger's kernels in it or not, with our model's call."""
 
     is_peer = True
 
     def __init__(
         self,
         config: ModelConfig,
-        attention: str,
+        cell: str,
         weights: Mapping[str, Tensor] | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        self.attention = attention
+        name, _, self.attention = cell.partition(":")
         tied = config.tie_word_embeddings and (weights is None or head_is_tied(weights))
-        language_model = _on_meta(config, ATTENTIONS[attention], tied)
+        language_model = _on_meta(name, transformers_config(config, ATTENTIONS[self.attention], tied))
         if weights is None:
             language_model.to(dtype=dtype)
         else:
@@ -126,7 +131,7 @@ class TransformersModel(Decoder):
         return self._through(self.language_model, tokens, cache, start, logits_to_keep)
 
     def states(self, tokens: Tensor) -> Tensor:
-        mask = {"full_attention": None} if self.attention == "sdpa_is_causal" else None
+        mask = NO_MASK if self.attention == "sdpa" else None
         states: Tensor = self.language_model.model(
             input_ids=tokens, attention_mask=mask, use_cache=False
         ).last_hidden_state
@@ -152,13 +157,12 @@ class TransformersModel(Decoder):
             torch._foreach_zero_(lengths)
             torch._foreach_add_(lengths, start)
         whole = past is None or (start == 0 and tokens.shape[1] > 1)  # no token before these
-        # Captured as it is, its own float mask fails (it copies a 0 over), and its SDPA cannot read that it needs none.
-        captured = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
-        in_plain_graph = captured and language_model is self.language_model  # and no compiled code
-        mask: dict[str, Tensor | None] | None = None
-        if whole and (self.attention == "sdpa_is_causal" or (self.attention == "sdpa" and in_plain_graph)):
-            mask = {"full_attention": None}
-        elif self.attention == "eager" and in_plain_graph:
+        compiled = language_model is not self.language_model
+        captured = not compiled and tokens.is_cuda and torch.cuda.is_current_stream_capturing()
+        mask: Mapping[str, Tensor | None] | None = None
+        if whole and self.attention == "sdpa" and (compiled or captured):
+            mask = NO_MASK
+        elif captured and self.attention != "sdpa":  # its own float mask fails there: it copies a 0 over
             mask = {"full_attention": self._additive_mask(tokens, past, start)}
         output = language_model(
             input_ids=tokens,
@@ -182,7 +186,7 @@ class TransformersModel(Decoder):
         """transformers' StaticCache over the tensors of `cache`."""
         if cache not in self._static_caches:
             with torch.inference_mode(False):  # else it could not be written to outside of it
-                past = _transformers().StaticCache(self.language_model.config, max_cache_len=cache.keys.shape[3])
+                past = transformers().StaticCache(self.language_model.config, max_cache_len=cache.keys.shape[3])
                 for index, layer in enumerate(past.layers):
                     keys, values = cache.layer(index)
                     layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
@@ -191,26 +195,14 @@ class TransformersModel(Decoder):
         return self._static_caches[cache]
 
 
-def _transformers() -> Any:
-    try:
-        import transformers
-        from transformers import Qwen3Config, Qwen3ForCausalLM, StaticCache  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"peer=transformers needs the package transformers, 5 or newer ({both_ends(error_text(error), 200)}); "
-            "pip install 'qwen3bench[peers]', or leave the peer out"
-        ) from error
-    return transformers
-
-
-def _on_meta(config: ModelConfig, attention: str, tied: bool) -> Any:
+def _on_meta(peer: str, config: Any) -> Any:
     with torch.device("meta"):
-        return _transformers().Qwen3ForCausalLM(transformers_config(config, attention, tied))
+        return modeling(peer).Qwen3ForCausalLM(config)
 
 
 def transformers_config(config: ModelConfig, attention: str, tied: bool) -> Any:
     """transformers' configuration of the same shape."""
-    return _transformers().Qwen3Config(
+    return transformers().Qwen3Config(
         vocab_size=config.vocab_size,
         hidden_size=config.emb_dim,
         intermediate_size=config.hidden_dim,

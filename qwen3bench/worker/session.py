@@ -32,7 +32,7 @@ class Session:
     def __init__(self, settings: Settings) -> None:
         """Raises `UserError` where a peer does not exist here, and where the switches of a cell do not go together."""
         for cell in filter(is_peer, settings.labels):
-            require_peer(cell)
+            require_peer(cell, settings.device)
         switches = resolve(settings.opts)
         for chosen in settings.cells:
             assemble({name: switches[name] for name in chosen})

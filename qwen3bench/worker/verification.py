@@ -13,7 +13,7 @@ from qwen3bench.worker.bank import Bank
 from qwen3bench.worker.device import device_here, is_out_of_memory, use_device
 from qwen3bench.worker.equivalence.gate import Gate
 from qwen3bench.worker.equivalence.gradient_gate import GradientGate
-from qwen3bench.worker.peers import gradients_of_peer, judge_peer
+from qwen3bench.worker.peers import gradients_of_peer, judge_peer, require_peer
 from qwen3bench.worker.workloads import workload_sizes
 
 
@@ -26,6 +26,8 @@ class Verification:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings = settings.resolved(device_here(settings.device))
+        for cell in filter(is_peer, settings.labels):
+            require_peer(cell, settings.device)
         device, dtype = use_device(settings.device), getattr(torch, settings.dtype)
         if settings.weights != "random":  # what a run of these weights would refuse
             bank = Bank(settings.model, settings.weights, device, dtype, settings.seed, settings.opts)

@@ -42,6 +42,7 @@ from qwen3bench.reporting.findings_undecided import Judged, allowed_variance, pr
 from qwen3bench.reporting.over_runs import effects_over, over_findings
 from qwen3bench.reporting.plot_across import regimes
 from qwen3bench.reporting.plot_effects import by_condition, forest
+from qwen3bench.reporting.wording.sentences import sentence
 
 Lines = list[dict[str, Any]]
 TWO = ("flash", "tie")
@@ -738,3 +739,23 @@ def test_every_plain_finding_has_a_heading(full_findings: list[Finding]) -> None
     assert sum(len(group) for _, group in grouped(plain)) == len(plain)
     x = Finding(Kind.SWITCH, "x")
     assert grouped([x]) == [("Each switch", [x])]
+
+
+def test_of_several_peers_the_fastest_is_compared_with_and_named(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    lines = with_peer(record_lines(factors=TWO), 1.2)
+    lines[0]["cells"].append("liger:sdpa")
+    for line in list(lines):
+        if line.get("cell") == "transformers:sdpa":
+            theirs = line | {"cell": "liger:sdpa"}
+            if line["type"] == "sample":
+                theirs |= {"latency_s": line["latency_s"] / 1.1, "position": 10}
+            lines.insert(lines.index(line), theirs)
+    found = of_kind(findings(run_of(lines)), Kind.PEER)
+    over = [finding for finding in found if finding.detail != Against("the baseline")]
+    assert {finding.detail for finding in over} == {Against("liger:sdpa", best_of=2)}
+    (ours,) = [finding for finding in over if finding.subject == "flash+tie"]
+    assert ours.estimate == pytest.approx(1.2 / 1.1, abs=0.01)
+    assert sentence(ours).endswith("liger:sdpa is the fastest of 2 other implementations here.")
+    assert {finding.subject for finding in found} >= {"transformers:sdpa", "liger:sdpa"}

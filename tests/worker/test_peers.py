@@ -31,7 +31,7 @@ from qwen3bench.worker.runtimes import make_runtime
 from qwen3bench.worker.workloads import Workload, WorkloadSize
 
 PEERS = ("transformers:sdpa", "transformers:eager")
-ALL_PEERS = (*PEERS, "transformers:sdpa_is_causal")
+ALL_PEERS = (*PEERS, "transformers:sdpa_mask")
 SIZES = [WorkloadSize(name, 2, 9, 6) for name in ("prefill", "decode", "generate")]
 CPU = torch.device("cpu")
 
@@ -91,21 +91,24 @@ def test_a_cache_that_our_model_filled_serves_the_peer_at_any_position(
     assert (filled.keys[..., 20:, :] == 3).all()
 
 
-@pytest.mark.parametrize(("attention", "told"), [("sdpa", None), ("sdpa_is_causal", {"full_attention": None})])
-def test_a_peer_is_called_as_its_users_do_unless_it_is_to_be_told(
-    tiny: ModelConfig, tiny_weights: dict[str, Tensor], attention: str, told: object
+@pytest.mark.parametrize("attention", ["sdpa", "sdpa_mask"])
+def test_a_compiled_prompt_is_said_to_need_no_mask_and_an_eager_one_is_called_as_its_users_do(
+    tiny: ModelConfig, tiny_weights: dict[str, Tensor], attention: str
 ) -> None:
     peer = build_peer(f"transformers:{attention}", tiny, tiny_weights)
     masks = []
     peer.language_model.register_forward_pre_hook(
         lambda _module, _inputs, named: masks.append(named["attention_mask"]), with_kwargs=True
     )
-    tokens = torch.randint(tiny.vocab_size, (1, 5))
-    peer(tokens)
-    cache = kv_cache(peer, 1, 9)
-    for start, end in ((0, 4), (4, 5)):
-        peer(tokens[:, start:end], cache, start)
-    assert masks == [told, told, None]
+    tokens, told = torch.randint(tiny.vocab_size, (1, 5)), {"full_attention": None} if attention == "sdpa" else None
+    compiled = peer.compiled(lambda forward: forward)  # which runs what a compiler would be given
+    for model, hint in ((peer, None), (compiled, told)):
+        model(tokens)
+        cache = kv_cache(peer, 1, 9)
+        for start, end in ((0, 4), (4, 5)):
+            model(tokens[:, start:end], cache, start)
+        assert masks == [hint, hint, None]
+        masks.clear()
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -237,8 +240,10 @@ def test_settings_refuse_what_a_peer_does_not_have(override: str, message: str) 
 
 
 def test_an_unknown_attention_is_refused() -> None:
-    with pytest.raises(UserError, match=r"'flex' is unknown: use sdpa \| eager \| sdpa_is_causal"):
+    with pytest.raises(UserError, match=r"'flex' is unknown: use sdpa \| eager \| sdpa_mask"):
         require_peer("transformers:flex")
+    with pytest.raises(UserError, match="peer 'vllm' is not known; there are transformers, liger"):
+        require_peer("vllm:sdpa")
 
 
 def test_labels_come_after_our_own() -> None:

@@ -102,8 +102,9 @@ def _said(finding: Finding) -> str:
         case Saving() as saving:
             free = f" and leaves latency the same within {band_words(finding.width)}" if saving.free else ""
             return f"{finding.subject} saves {size(saving.saved_bytes)} of peak memory{free}{_where(finding)}."
-        case Against(other):
-            return f"{finding.subject} {_fast(finding, other)}{_where(finding)}."
+        case Against(other, best_of):
+            text = f"{finding.subject} {_fast(finding, other)}{_where(finding)}."
+            return text + (f" {other} is the fastest of {best_of} other implementations here." if best_of > 1 else "")
         case OpenEffects() as unsure:
             return _open(finding, unsure)
         case Failed() as failed:
