@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 
 def subsets() -> list[tuple[str, ...]]:
-    """All combinations of the five, the baseline first; then each optimization beyond them, alone and with the five."""
+    """All combinations of the five, the baseline first; then each beyond them, and all these, without and with them."""
     five = compose(["design=full"]).factors
     cells = [
         tuple(name for name, on in zip(five, levels, strict=True) if on)
         for levels in product((False, True), repeat=len(five))
     ]
-    for beyond in choices("opt"):
-        if beyond not in five:
-            cells += [(beyond,), tuple(sorted((*five, beyond), key=choices("opt").index))]
+    others = [name for name in choices("opt") if name not in five]
+    for beyond in [*((name,) for name in others), tuple(others)]:
+        cells += [beyond, tuple(sorted((*five, *beyond), key=choices("opt").index))]
     return [cell for cell in cells if fit_together(cell)]
 
 

@@ -37,6 +37,9 @@ class Tile(NamedTuple):
 
 
 TILES = (Tile(128, 128, 8, 3, 1), Tile(64, 64, 4, 3, 3), Tile(64, 32, 4, 4, 3))  # the largest first
+# In the largest one's place where a sum is short: a program computes while the one beside it begins or ends.
+SIDE_BY_SIDE = Tile(128, 64, 4, 3, 2)
+_SHORT = 1024  # numbers of a row, the width of 0.6b; with longer ones it was not measured
 if HAS_TRITON:
     import triton
     import triton.language as tl
@@ -175,16 +178,18 @@ def swiglu_tiles(x: Tensor, gate_up_weight: Tensor, tile: Tile) -> Tensor:
     return out
 
 
-def best_tile(rows: int, width: int, multiprocessors: int) -> Tile | None:
-    """The tile for so many tokens, or None where cuBLAS and a second kernel were mostly faster (H100; docs/log.md).
+def best_tile(rows: int, width: int, dim: int, multiprocessors: int) -> Tile | None:
+    """The tile for so many rows of `dim` numbers, or None where cuBLAS and a second kernel were mostly faster.
 
-    A card takes tiles in waves, each multiprocessor as many as fit, and waits for the last wave however few are in
-    it (NVIDIA, "Matrix Multiplication Background", wave quantization). The small tiles pay where one wave is all.
+    Chosen on an H100 (docs/log.md). A card takes tiles in waves, each multiprocessor as many as fit, and waits for the
+    last wave however few are in it (NVIDIA, "Matrix Multiplication Background", wave quantization). The small tiles pay
+    where one wave is all.
     """
-    for tile in TILES if multiprocessors else ():
+    large = SIDE_BY_SIDE if dim <= _SHORT else TILES[0]
+    for tile in (large, *TILES[1:]) if multiprocessors else ():
         tiles, wave = tile.needed(rows, width), tile.on_multiprocessor * multiprocessors
         waves = -(-tiles // wave)
-        if rows >= tile.rows and tiles >= FULL_WAVE * waves * wave and (waves == 1 or tile.on_multiprocessor == 1):
+        if rows >= tile.rows and tiles >= FULL_WAVE * waves * wave and (waves == 1 or tile is large):
             return tile
     return None
 

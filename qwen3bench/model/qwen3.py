@@ -145,7 +145,7 @@ class Qwen3Model(Decoder):
             normed = first.norm1(x)
             for region, layer in zip(self._recomputing(by_region), layers, strict=False):
                 x, normed = region(x, normed, *shared, layer, start)
-            return normed[:, -logits_to_keep:]
+            return normed[:, -logits_to_keep:].contiguous()  # a product of rows far apart is slow on CUDA
         stream: Any = x
         for block, layer in zip(self._recomputing(by_block), layers, strict=False):
             stream = block(stream, *shared, layer, start)

@@ -57,7 +57,7 @@ class FusedFeedForward(FeedForward, StackedLinears):
         if matvec.takes_token(x):
             feed_forward = compiled_token_feed_forward if torch.compiler.is_compiling() else token_feed_forward
             return feed_forward(x, weight, self.fc3.weight)
-        if tile := best_tile(tokens, weight.shape[0] // 2, self._multiprocessors):
+        if tile := best_tile(tokens, weight.shape[0] // 2, weight.shape[1], self._multiprocessors):
             return self.fc3(swiglu_tiles(x, weight, tile))
         return self.fc3(silu_mul(self.product(x)))
 

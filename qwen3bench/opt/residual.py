@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen3bench.kernels.add_norm import add_norm, takes_sum
+from qwen3bench.model.gradients import asked_for
 from qwen3bench.model.layers import RMSNorm
 from qwen3bench.model.parts import Parts
 
@@ -42,20 +43,16 @@ class FusedResidual:
         if isinstance(stream, Tensor):  # what the first block is given
             return stream, norm(stream)
         x, change = stream
-        if torch.compiler.is_compiling() or not isinstance(norm, RMSNorm) or not _takes(x, change, norm):
-            x = x + change
-            return x, norm(x)
-        return add_norm(x, change, norm.weight, norm.eps, in_place=True)
+        takes = takes_sum(x, change) and not torch.compiler.is_compiling()
+        if takes and isinstance(norm, RMSNorm) and not asked_for(x, change, norm.weight):
+            return add_norm(x, change, norm.weight, norm.eps, in_place=True)
+        x = x + change
+        return x, norm(x)
 
     def last(self, stream: Tensor | PendingSum, positions: int) -> Tensor | PendingSum:
         if isinstance(stream, Tensor):
             return stream[:, -positions:]
         return PendingSum(stream.x[:, -positions:], stream.change[:, -positions:])
-
-
-def _takes(x: Tensor, change: Tensor, norm: RMSNorm) -> bool:
-    differentiated = torch.is_grad_enabled() and any(each.requires_grad for each in (x, change, norm.weight))
-    return not differentiated and takes_sum(x, change)
 
 
 def apply(parts: Parts) -> Parts:

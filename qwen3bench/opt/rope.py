@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qwen3bench.kernels.norm_rope import norm_rope, takes_heads
+from qwen3bench.model.gradients import asked_for
 from qwen3bench.model.layers import RMSNorm, separate_rope
 from qwen3bench.model.parts import Angles, HeadNorms, Heads, Parts
 
@@ -82,8 +83,8 @@ def fused_rope(
 
 
 def _takes(projected: Heads, gains: tuple[Tensor, Tensor]) -> bool:
-    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (*projected, *gains))
-    return not differentiated and takes_heads(projected[0]) and len({x.dtype for x in projected}) == 1
+    one_dtype = len({x.dtype for x in projected}) == 1
+    return takes_heads(projected[0]) and one_dtype and not asked_for(*projected, *gains)
 
 
 def apply(parts: Parts) -> Parts:

@@ -23,11 +23,14 @@ from torch import Tensor, nn
 from qwen3bench.config.choices import options_of
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.model.attention import AdditiveMask, EagerAttention
-from qwen3bench.model.layers import FeedForward, RMSNorm, separate_head
+from qwen3bench.model.layers import FeedForward, RMSNorm, SeparateResidual, separate_head, separate_rope
+from qwen3bench.model.qwen3 import rope_tables
 from qwen3bench.opt.flash import FlashAttention
 from qwen3bench.opt.mask import BooleanMask
 from qwen3bench.opt.mlp import FusedFeedForward, silu_mul
 from qwen3bench.opt.norm import FusedRMSNorm
+from qwen3bench.opt.residual import FusedResidual
+from qwen3bench.opt.rope import fused_rope
 from qwen3bench.opt.tie import tied_head
 from qwen3bench.worker.ceilings import measure_ceilings
 from qwen3bench.worker.costs import causal_pairs
@@ -147,6 +150,38 @@ def _norm(at: Place, x: Tensor) -> Pair:
     return Pair(lambda: off(x), lambda: on(x), 4 * x.numel(), 2 * x.nbytes + off.weight.nbytes)
 
 
+def rope_with_norms(at: Place) -> Pair:
+    """Norms and rotation of queries and keys, where these are slices of one product."""
+    c, sizes = at.config, (at.config.num_heads, at.config.num_kv_heads, at.config.num_kv_heads)
+    product = at.random(1, at.tokens, sum(sizes) * c.head_dim) * c.head_dim
+    q, k, v = (x.unflatten(-1, (-1, c.head_dim)) for x in product.split([n * c.head_dim for n in sizes], dim=-1))
+    with torch.device("meta"):
+        norms = FusedRMSNorm(c.head_dim, c.rms_norm_eps), FusedRMSNorm(c.head_dim, c.rms_norm_eps)
+    norms = at.fill(norms[0]), at.fill(norms[1])
+    cos, sin = (table[: at.tokens] for table in rope_tables(c, at.device, at.dtype))
+    return Pair(
+        lambda: separate_rope((q, k, v), norms, (cos, sin), None, 0)[0],
+        lambda: fused_rope((q, k, v), norms, (cos, sin), None, 0)[0],
+        10 * (q.numel() + k.numel()),
+        2 * (q.nbytes + k.nbytes) + cos.nbytes + sin.nbytes,
+    )
+
+
+def residual_with_norm(at: Place) -> Pair:
+    """The residual sum and the norm after it."""
+    x, change = (at.random(1, at.tokens, at.config.emb_dim) for _ in range(2))
+    with torch.device("meta"):
+        empty = FusedRMSNorm(at.config.emb_dim, at.config.rms_norm_eps)
+    norm = at.fill(empty)
+    separate, fused = SeparateResidual(), FusedResidual()
+    return Pair(
+        lambda: separate.norm(separate.add(x, change), norm)[1],
+        lambda: fused.norm(fused.add(x, change), norm)[1],
+        5 * x.numel(),
+        4 * x.nbytes,
+    )
+
+
 def swiglu(at: Place) -> Pair:
     """SiLU and product: two kernels on two tensors against one on the two halves of one."""
     gate_up = at.random(1, at.tokens, 2 * at.config.hidden_dim) * at.config.hidden_dim**0.5
@@ -195,6 +230,8 @@ OPERATIONS = (
     mask_on_scores,
     norm_wide,
     norm_heads,
+    rope_with_norms,
+    residual_with_norm,
     swiglu,
     feed_forward,
     embedding_and_head,

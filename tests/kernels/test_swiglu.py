@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen3bench.kernels.swiglu import TILES, Tile, best_tile, multiprocessors_for_tiles, silu_mul, swiglu_tiles
+from qwen3bench.kernels.swiglu import (
+    SIDE_BY_SIDE,
+    TILES,
+    Tile,
+    best_tile,
+    multiprocessors_for_tiles,
+    silu_mul,
+    swiglu_tiles,
+)
 
 
 def plain(gate_up: Tensor) -> Tensor:
@@ -52,7 +60,7 @@ needs_tiles = pytest.mark.skipif(
 
 @needs_tiles
 @pytest.mark.cuda
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("tile", [*TILES, SIDE_BY_SIDE])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 @pytest.mark.parametrize(("rows", "width", "dim"), [(512, 3072, 1024), (2049, 3072, 1024), (1, 77, 200), (300, 136, 8)])
 def test_tiles_are_swiglu(rows: int, width: int, dim: int, dtype: torch.dtype, tolerance: float, tile: Tile) -> None:
@@ -66,24 +74,24 @@ def test_tiles_are_swiglu(rows: int, width: int, dim: int, dtype: torch.dtype, t
 
 
 @pytest.mark.parametrize(
-    ("tokens", "width", "expected"),
+    ("tokens", "width", "dim", "expected"),
     [
-        (8192, 3072, (128, 128)),
-        (2048, 3072, (128, 128)),
-        (1536, 3072, None),  # 288 tiles: two waves of 132, and a third with 24
-        (1024, 3072, None),  # the small ones would take two waves
-        (512, 3072, (64, 64)),
-        (256, 3072, (64, 32)),
-        (8, 12288, None),  # a tile would be empty for the most part
-        (512, 12288, (128, 128)),
+        (8192, 3072, 1024, SIDE_BY_SIDE),
+        (8192, 3072, 2048, TILES[0]),
+        (2048, 3072, 1024, SIDE_BY_SIDE),
+        (1536, 3072, 1024, None),  # 576 tiles: two waves of 264, and a third with 48
+        (1024, 3072, 1024, None),  # the small ones would take two waves
+        (512, 3072, 1024, TILES[1]),
+        (256, 3072, 1024, TILES[2]),
+        (8, 12288, 4096, None),  # a tile would be empty for the most part
+        (512, 12288, 4096, TILES[0]),
     ],
 )
-def test_tiles_where_the_last_wave_is_full(tokens: int, width: int, expected: tuple[int, int] | None) -> None:
-    tile = best_tile(tokens, width, multiprocessors=132)
-    assert (tile and tile[:2]) == expected
+def test_tiles_where_the_last_wave_is_full(tokens: int, width: int, dim: int, expected: Tile | None) -> None:
+    assert best_tile(tokens, width, dim, multiprocessors=132) == expected
 
 
 def test_a_cpu_has_no_tiles() -> None:
     weight = torch.zeros(16, 8, dtype=torch.bfloat16)
     assert multiprocessors_for_tiles(weight) == 0
-    assert best_tile(8192, 3072, multiprocessors=0) is None
+    assert best_tile(8192, 3072, 1024, multiprocessors=0) is None

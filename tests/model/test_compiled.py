@@ -68,6 +68,20 @@ def test_regions_compute_what_the_blocks_do(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("opts", [(), ("residual",)])
+def test_the_head_is_given_rows_that_lie_together(
+    tiny: ModelConfig, tiny_weights: dict[str, Tensor], opts: tuple[str, ...]
+) -> None:
+    model = build_model(tiny, opts, tiny_weights)
+    given: list[Tensor] = []
+    model.out_head.register_forward_pre_hook(lambda module, args: given.extend(args))
+    for each in (model, model.compiled(Recorder())):
+        each(torch.zeros(3, 5, dtype=torch.long), logits_to_keep=1)
+    assert [x.shape for x in given] == [(3, 1, tiny.emb_dim)] * 2
+    assert all(x.is_contiguous() for x in given)
+
+
+@torch.no_grad()
 def test_the_original_stays_in_eager(tiny: ModelConfig, tiny_weights: dict[str, Tensor]) -> None:
     model = build_model(tiny, (), tiny_weights)
     tokens = torch.arange(5)[None]

@@ -90,6 +90,7 @@ def test_the_kernel_is_right_and_writes_nothing_else(
             assert torch.equal(found[0], total)
             torch.testing.assert_close(found[1].double(), normed, rtol=tolerance, atol=tolerance)
             assert found[1].dtype is dtype
+            assert found[1].is_contiguous()  # of slices too: what is written over them would not be
             if not in_place:
                 assert torch.equal(whole, before)
             elif last:

@@ -8,7 +8,6 @@ import torch
 from qwen3bench.config.choices import options_of
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.model.checkpoint import EMBEDDING, HEAD
-from qwen3bench.record.design import design_cells
 from qwen3bench.worker.bank import Bank
 
 
@@ -23,15 +22,17 @@ def _storages(tensors: object) -> dict[int, int]:
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}  # type: ignore[attr-defined]
 
 
-def test_all_cells_are_views_on_it(bank: Bank, all_opts: tuple[str, ...]) -> None:
+def test_all_cells_are_views_on_it(bank: Bank, all_cells: list[tuple[str, ...]]) -> None:
     owned = _storages(bank.weights.values())
-    for cell in design_cells("full", all_opts):
+    for cell in all_cells:
         parameters = dict(bank.build(cell).named_parameters())
         assert set(_storages(parameters.values())) <= set(owned), cell
 
 
-def test_every_combination_costs_the_weights_once_and_one_head_more(bank: Bank, all_opts: tuple[str, ...]) -> None:
-    models = [bank.build(cell) for cell in design_cells("full", all_opts)]
+def test_every_combination_costs_the_weights_once_and_one_head_more(
+    bank: Bank, all_cells: list[tuple[str, ...]]
+) -> None:
+    models = [bank.build(cell) for cell in all_cells]
     held = _storages(p for model in models for p in model.parameters())
     tied = bank.build(("tie",))
     head_bytes = bank.weights[HEAD].nbytes
