@@ -14,15 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qwen3bench.kernels import HAS_TRITON
+from qwen3bench.kernels import HAS_TRITON, multiprocessors
 from qwen3bench.model.gradients import asked_for
 from qwen3bench.model.layers import RMSNorm
 from qwen3bench.model.parts import Parts
 
 _NUMBERS = 4096  # of one program: enough loads in flight to fill the memory's bandwidth
 _NUMBERS_BACKWARD = 2048  # three arrays of them, and what is computed of these, must stay in registers
-_PROGRAMS_BACKWARD = 528  # four on each of an H100's multiprocessors; each writes a sum of the gain's gradient
-_MULTIPROCESSORS = 132  # of an H100; with fewer rows than would fill it, each program takes fewer
+_PROGRAMS_BACKWARD = 4  # on each multiprocessor; each writes a sum of the gain's gradient
 if HAS_TRITON:
     import triton
     import triton.language as tl
@@ -113,7 +112,8 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     width = x.shape[-1]
     rows = x.numel() // width
     block = triton.next_power_of_2(width)
-    rows_each = max(1, min(_NUMBERS // block, triton.next_power_of_2(triton.cdiv(rows, _MULTIPROCESSORS))))
+    fill = multiprocessors(x.device)  # with fewer rows than would fill the card, each program takes fewer
+    rows_each = max(1, min(_NUMBERS // block, triton.next_power_of_2(triton.cdiv(rows, fill))))
     _rms_norm_kernel[(triton.cdiv(rows, rows_each),)](
         x, weight, out, rows, width, heads, stride, eps, ROWS=rows_each, BLOCK=block
     )
@@ -126,7 +126,7 @@ def _backward(x: Tensor, weight: Tensor, eps: float, gradient: Tensor) -> tuple[
     rows = x.numel() // width
     block = triton.next_power_of_2(width)
     rows_each = max(1, _NUMBERS_BACKWARD // block)
-    programs = min(triton.cdiv(rows, rows_each), _PROGRAMS_BACKWARD)
+    programs = min(triton.cdiv(rows, rows_each), _PROGRAMS_BACKWARD * multiprocessors(x.device))
     of_x = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     x, x_strides = _rows(x)
     gradient, gradient_strides = _rows(gradient)
