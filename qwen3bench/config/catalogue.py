@@ -13,6 +13,7 @@ from typing import Any
 from hydra.utils import get_method
 
 from qwen3bench.config.choices import DECLARATIONS, choices, content_of, nearest
+from qwen3bench.config.claims import ALL, Claim, Switch
 from qwen3bench.config.sources import module_file
 from qwen3bench.errors import UserError
 from qwen3bench.record.screen import Rules
@@ -51,6 +52,18 @@ def _listed(name: str, key: str) -> list[str]:
     if not isinstance(listed, list) or not set(listed) <= set(choices("opt")) - {name}:
         raise UserError(f"opt/{name}.yaml: {key} must be a list of other optimizations, not {listed}")
     return listed
+
+
+def claim_of(name: str) -> Claim:
+    """The part that an optimization's YAML file says it changes, and those that it commutes with there.
+
+    Raises `UserError` where `part` is no name, and where `commutes` lists what is no other optimization.
+    """
+    content = declared(name)
+    part = content.get("part") or ""
+    if not isinstance(part, str):
+        raise UserError(f"opt/{name}.yaml: part must be the name of one part, as in mlp or mlp.activation, not {part}")
+    return Claim(name, part, (ALL,) if content.get("commutes") == ALL else tuple(_listed(name, "commutes")))
 
 
 def known_to(workloads: Iterable[str]) -> tuple[str, ...]:
@@ -94,15 +107,16 @@ def described(name: str, recorded: Any = None) -> str:
     return f"{line} ({options})" if line and options else line
 
 
-def resolve(opts: Iterable[str] | Mapping[str, Mapping[str, Any]]) -> dict[str, Callable[[Any], Any]]:
-    """The functions Parts → Parts of the named optimizations, in the order of labels, options bound.
+def resolve(opts: Iterable[str] | Mapping[str, Mapping[str, Any]]) -> dict[str, Switch]:
+    """The named optimizations in the order of labels: functions Parts → Parts, options bound, and what they claim.
 
     `opts` are names, or a mapping of names to options. Raises `UserError` for an unknown name or option.
     """
     declarations = {name: declared(name) for name in ([opts] if isinstance(opts, str) else opts)}
     given: Mapping[str, Mapping[str, Any]] = opts if isinstance(opts, Mapping) else {}
+    targets = {name: given.get(name, {}).get("_target_", declarations[name]["_target_"]) for name in declarations}
     return {
-        name: partial(_loaded(name, given.get(name, {}).get("_target_", declarations[name]["_target_"])), **options)
+        name: Switch(partial(_loaded(name, targets[name]), **options), claim_of(name))
         for name, options in all_options({name: given.get(name, {}) for name in declarations}).items()
     }
 

@@ -19,7 +19,7 @@ from qwen3bench.errors import UserError
 SEVERAL = ("opt", "workload", "runtime", "peer")  # groups that take several options
 SINGLE = ("model", "design", "measure")  # and those that take one
 # Keys of a choice's YAML file that say when and where it is offered; the others are its options.
-DECLARATIONS = ("order", "workloads", "excludes", "needs")
+DECLARATIONS = ("order", "workloads", "excludes", "needs", "part", "commutes")
 _SWITCH = re.compile(r"[A-Za-z][\w-]*", re.ASCII)  # a name that stands in labels, terms and columns
 _RESERVED = ("all", "none", "null", "baseline")  # which mean something else where a switch is named
 _own: dict[str, Path] = {}  # "dir": the folder of `use_config_dir`

@@ -10,9 +10,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from qwen3bench.config.catalogue import all_options, rules_of
+from qwen3bench.config.catalogue import all_options, claim_of, rules_of
 from qwen3bench.config.checkpoint_source import checkpoint_shape
 from qwen3bench.config.choices import choices, no_such_choice, options_of
+from qwen3bench.config.claims import refuse_conflicts
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.config.schema import Measure, Options, PeerOptions, Sizes, read_config
 from qwen3bench.errors import Refused, UserError
@@ -94,6 +95,7 @@ class Settings:
         for cell in self.cells:
             if why := self.rules.broken_by(cell):
                 raise UserError(f"{label(cell)}: {why}; switch one off, or let design=screen leave such cells out")
+        refuse_conflicts(map(claim_of, self.factors), self.cells)
 
     @property
     def factors(self) -> tuple[str, ...]:
