@@ -6,7 +6,7 @@ RUN ?= results/latest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow test-all lint type format ablate regimes bench aa report clean
+.PHONY: help setup test test-slow test-all lint type format ablate screen regimes bench aa report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,6 +16,9 @@ setup: $(VENV)/.dev ## install everything into .venv, tests and checks too
 
 ablate: $(VENV)/.run ## measure all 2^5 combinations on the best device here and write the report
 	$(BIN)/python -m qwen3bench design=full $(ARGS)
+
+screen: $(VENV)/.run ## which of all switches pay for inference here, in 64 cells, the best then confirmed
+	$(BIN)/python -m qwen3bench design=screen opt=all $(ARGS)
 
 # Where does a switch's worth change sign or vanish? One run a point, then one page over all of them. `tie` is left out:
 # it cannot change a latency, and without it a point takes half as long.

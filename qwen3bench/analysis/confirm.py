@@ -15,6 +15,7 @@ from qwen3bench.analysis.frames import block_matrix, factor_columns
 from qwen3bench.record.design import BASELINE
 
 FEW = 3  # cells that are predicted to be fastest are measured; a block of them takes a tenth of a screen's
+TELLING = 1.10  # a prediction that may be further off tells little of which cell is best
 _METRIC = "peak_allocated_bytes"
 
 
@@ -38,9 +39,17 @@ class Prediction:
 
     def agrees(self, measured: MeasuredSpeedup) -> bool:
         """Whether what was measured is as far from what was predicted as both intervals allow, and no further."""
-        apart = abs(np.log(measured.speedup / self.speedup))
-        halves = [np.log(each.hi / each.lo) / 2 for each in (self, measured)]
-        return bool(apart <= np.hypot(*np.nan_to_num(halves)))
+        return bool(abs(np.log(measured.speedup / self.speedup)) <= self._reach(measured))
+
+    def is_tested_by(self, measured: MeasuredSpeedup) -> bool:
+        """Whether the intervals are narrow enough for agreement to mean something."""
+        return self._reach(measured) <= np.log(TELLING)
+
+    def _reach(self, measured: MeasuredSpeedup) -> float:
+        """How far both may be apart in log, by their intervals."""
+        with np.errstate(divide="ignore"):
+            halves = [np.log(each.hi) / 2 - np.log(each.lo) / 2 for each in (self, measured)]
+        return float(np.hypot(*np.nan_to_num(halves)))
 
 
 def candidates(

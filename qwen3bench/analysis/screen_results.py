@@ -36,6 +36,11 @@ class Confirmed:
     best: bool
 
     @property
+    def tested(self) -> bool:
+        """Whether it was measured, and intervals are narrow enough for agreement to mean something."""
+        return self.measured is not None and self.prediction.is_tested_by(self.measured)
+
+    @property
     def agrees(self) -> bool | None:
         """Whether both differ by no more than their intervals allow; None where it was not measured."""
         return None if self.measured is None else self.prediction.agrees(self.measured)

@@ -20,6 +20,7 @@ class Kind(StrEnum):
     FAILURE = "failure"
     CONTROL = "control"
     ANSWER = "answer"
+    SCREEN = "screen"
     TOGETHER = "together"
     SWITCH = "switch"
     UNTOLD = "untold"
@@ -118,6 +119,38 @@ class Beside:
 
     others: str = AVERAGE
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Of a screen: cells measured, of how many, and what main effects and pairs leave over (`rms`, of log latency).
+
+    `matters`: whether it is shown, and large enough to act on; None where there is no test.
+    """
+
+    cells: int
+    every: int
+    rms: float
+    p: float
+    matters: bool | None
+
+
+@dataclass(frozen=True)
+class BestCell:
+    """The cell that a screen predicts to be fastest of all, and that as measured: in the screen itself or since.
+
+    `missed`: cells that read otherwise than predicted; `still_missed`: the last of the `rounds` had some. `tested`:
+    whether the intervals of the cell are narrow enough to tell.
+    """
+
+    every: int
+    predicted: Effect
+    measured: Effect | None
+    in_screen: bool
+    rounds: int
+    missed: tuple[str, ...] = ()
+    still_missed: bool = False
+    tested: bool = True
 
 
 @dataclass(frozen=True)
@@ -241,6 +274,8 @@ Detail = (
     Times
     | Choice
     | Beside
+    | Fitted
+    | BestCell
     | Pair
     | Saving
     | Against

@@ -15,6 +15,7 @@ from qwen3bench.reporting.control_findings import control_list, tally
 from qwen3bench.reporting.finding import Choice, Finding, Kind, Level, NoAnswer
 from qwen3bench.reporting.findings_cells import failures, missing, peers, recommended
 from qwen3bench.reporting.findings_effects import each_switch, joint, memory, together
+from qwen3bench.reporting.findings_screen import screened
 from qwen3bench.reporting.findings_undecided import undecided
 from qwen3bench.reporting.wording.sentences import HEADINGS
 
@@ -32,6 +33,7 @@ def findings(run: Run) -> list[Finding]:
         *(control for control in outcome if control.level == Level.WARNING),
         *failures(run),
         *(_advised(answer, open_effects) for answer in answers),
+        *(finding for condition in conditions(run) for finding in screened(run, condition)),
         *(finding for condition in conditions(run) for finding in together(run, condition)),
         *each_switch(run),
         *joint(run),

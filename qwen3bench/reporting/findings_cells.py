@@ -153,15 +153,23 @@ def _as_fast(cells: pd.DataFrame, samples: pd.DataFrame, confidence: float, widt
     """
     blocks = block_matrix(samples, cells["cell"].tolist())
     fastest = largest(cells, "speedup").cell
-    names = [name for name in cells["cell"] if name in blocks.log_s and name != fastest]
+    names = [name for name in cells["cell"] if {name, fastest} <= set(blocks.log_s) and name != fastest]
     alike, others = {fastest}, 0
-    if names and fastest in blocks.log_s:
+    if names:
         found = blocks.log_ratios(fastest, names)
         half, away = found.half_width(confidence), np.abs(found.estimate)
         unsure = away <= half * _widening(len(names), found.df, confidence)
         near = away <= np.log1p(width)
         alike |= set(np.array(names)[near & (unsure | (away + half <= np.log1p(width)))])
         others = int((unsure & ~near).sum())
+    best = rows(cells[cells["cell"] == fastest])[0]
+    for row in rows(cells[~cells["cell"].isin([fastest, *names])]):  # of other blocks, as what confirms a screen is
+        apart = abs(math.log(best.speedup / row.speedup))
+        reach = math.hypot(*(math.log(each.speedup_hi / each.speedup_lo) / 2 for each in (best, row)))
+        if apart <= math.log1p(width) and (apart <= reach or apart + reach <= math.log1p(width)):
+            alike.add(row.cell)
+        elif apart <= reach:
+            others += 1
     return [name in alike for name in cells["cell"]], others
 
 

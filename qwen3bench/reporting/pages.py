@@ -23,13 +23,14 @@ from qwen3bench.reporting.control_findings import control_list
 from qwen3bench.reporting.finding import Control, Finding, Kind, Level
 from qwen3bench.reporting.findings import findings
 from qwen3bench.reporting.lookup import LATENCY, MEMORY, device, directory, factors, level
+from qwen3bench.reporting.screen_table import screen_section
 from qwen3bench.reporting.stacking import Stack, stack
 from qwen3bench.reporting.switch_table import switch_table
 from qwen3bench.reporting.tables import Table
 from qwen3bench.reporting.templates import render
 from qwen3bench.reporting.units import duration_words
 from qwen3bench.reporting.whatif import as_script, whatif
-from qwen3bench.reporting.wording.page_words import PAGE, STOPPED, compiled_words, single_token_words
+from qwen3bench.reporting.wording.page_words import PAGE, STOPPED, compiled_words, single_token_words, what_if_words
 from qwen3bench.reporting.wording.sentences import FLASH_AND_MASK, METHOD, OPENING, command_of, control_mark, sentence
 
 if TYPE_CHECKING:
@@ -92,10 +93,12 @@ def page_content(run: Run, found: list[Finding]) -> dict[str, Any]:
         "not_told": not_told(run),
         "table_of_switches": switch_table(found),
         "switches": dict(switches([run])),
+        "screens": [each for condition in conditions(run) if (each := screen_section(run, condition, found))],
         "effects": effects,
         "memory": [sentence(finding) for finding in found if finding.kind == Kind.MEMORY],
         "open": open_answers(found),
         "whatif": as_script(data) if data else "",
+        "what_if_words": what_if_words(screen=bool(run.screens)),
         "measured_cells": [
             (str(condition), tables.measured_table(condition.select(run.cells))) for condition in conditions(run)
         ]

@@ -12,6 +12,7 @@ from qwen3bench.record.states import Verdict
 from qwen3bench.reporting import control_findings
 from qwen3bench.reporting.conditions import Condition
 from qwen3bench.reporting.figures import BLUE, GRAY, MUTED, ORANGE, Plot, new_figure
+from qwen3bench.reporting.findings_screen import screen_of
 from qwen3bench.reporting.lookup import (
     BASELINE,
     LATENCY,
@@ -25,7 +26,7 @@ from qwen3bench.reporting.lookup import (
 )
 from qwen3bench.reporting.tables import signed_bytes
 from qwen3bench.reporting.units import BYTES, SECONDS, Unit, ratio, times, unit_for
-from qwen3bench.reporting.wording.plot_words import SHAPLEY, noisy_title, waterfall_alt, waterfall_title
+from qwen3bench.reporting.wording.plot_words import OF_MODEL, SHAPLEY, noisy_title, waterfall_alt, waterfall_title
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -60,7 +61,7 @@ def waterfall(run: Run, condition: Condition, metric: str) -> Plot | None:
     axes.grid(visible=False, axis="x")
     axes.margins(y=0.12)
     axes.set_ylabel(f"{what} ({unit.symbol})")
-    axes.set_xlabel(SHAPLEY)
+    axes.set_xlabel(SHAPLEY if screen_of(run, condition) is None else OF_MODEL + SHAPLEY)
     name = f"waterfall-{'latency' if latency else 'memory'}-{condition.slug}"
     return Plot(name, figure, title, waterfall_alt(what, title))
 

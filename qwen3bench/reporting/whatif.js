@@ -28,7 +28,10 @@
     name.textContent = cell;
     shown.replaceChildren(...Object.entries(facts).map(([key, text]) => made("div", {}, made("dt", {}, key), made("dd", {}, text))));
     for (const { label, box, flip } of boxes) {
-      const change = here.flips[cell]?.[label];
+      const flipped = boxes.filter((each) => each.box.checked !== (each.label === label)).map((each) => each.label).join("+") || "baseline";
+      const [now, then] = [here.predicted[cell], here.predicted[flipped]];
+      const model = now && then ? { latency: `${(then / now).toFixed(2)}× as fast, predicted` } : undefined;
+      const change = here.flips[cell]?.[label] ?? model;
       const turned = box.checked ? "turn off" : "turn on";
       flip.className = `flip ${change?.verdict ?? ""}`;
       flip.textContent = `${turned}: ${change ? [change.latency, change.memory].filter(Boolean).join(", ") : "not measured"}`;

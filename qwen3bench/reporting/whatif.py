@@ -13,9 +13,11 @@ from qwen3bench.reporting import control_findings
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.finding import Effect, verdict_of
 from qwen3bench.reporting.findings_cells import ratios_over
+from qwen3bench.reporting.findings_screen import screen_of
 from qwen3bench.reporting.lookup import MEMORY, band, factors, of_peers, rows, usable
 from qwen3bench.reporting.tables import signed_bytes
 from qwen3bench.reporting.units import is_number, ratio, seconds, significant, size
+from qwen3bench.reporting.wording.page_words import NOT_MEASURED, predicted_words
 from qwen3bench.reporting.wording.sentences import worth_said
 
 if TYPE_CHECKING:
@@ -25,14 +27,14 @@ Data = dict[str, Any]
 
 
 def whatif(run: Run, start: dict[str, str]) -> Data | None:
-    """The data of the toggles; None where no two measured cells differ in one switch, or there is one switch alone.
+    """The data of the toggles; None of one switch, and where no two measured cells differ in one and none is predicted.
 
     `start`: per condition the cell that is shown first.
     """
     if len(factors(run)) < 2:
         return None
     shown = [_condition(run, condition, start.get(str(condition), "baseline")) for condition in conditions(run)]
-    shown = [each for each in shown if each["flips"]]
+    shown = [each for each in shown if each["flips"] or each["predicted"]]
     return {"switches": factors(run), "conditions": shown} if shown else None
 
 
@@ -56,9 +58,29 @@ def _condition(run: Run, condition: Condition, start: str) -> Data:
     return {
         "name": str(condition),
         "start": start,
-        "cells": {row.cell: shown_cell(row) for row in rows(cells)},
+        "cells": {**_predicted_cells(run, condition), **{row.cell: shown_cell(row) for row in rows(cells)}},
         "flips": _flips(run, condition),
+        "predicted": _predicted(run, condition),
     }
+
+
+def _predicted_cells(run: Run, condition: Condition) -> dict[str, dict[str, str]]:
+    """The cells that a screen predicts, in words that say so; those that were measured take their place."""
+    result = screen_of(run, condition)
+    if result is None:
+        return {}
+    return {
+        row.cell: {"speed-up": predicted_words(ratio(row.speedup, row.lo, row.hi)), "status": NOT_MEASURED}
+        for row in rows(result.predicted)
+    }
+
+
+def _predicted(run: Run, condition: Condition) -> dict[str, float]:
+    """What a screen's model says of every cell, for flips that were not measured: times as fast as the baseline."""
+    result = screen_of(run, condition)
+    if result is None or result.predicted.empty:
+        return {}
+    return {"baseline": 1.0, **{row.cell: round(float(row.speedup), 4) for row in rows(result.predicted)}}
 
 
 def shown_cell(row: Any) -> dict[str, str]:

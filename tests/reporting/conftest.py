@@ -10,6 +10,8 @@ import pytest
 from records import write_record
 
 from qwen3bench.analysis.run import Run, load_run
+from qwen3bench.record.design import label
+from qwen3bench.record.screen import screen as screen_of_factors
 from qwen3bench.reporting.pages import write_report
 
 FACTORS = ("flash", "tie", "mlp", "mask", "norm")
@@ -45,16 +47,19 @@ def record_lines(
     eager_look: bool = False,
     prompt_tokens: int = 512,
     seed: int = 0,
+    screen: bool = False,
 ) -> list[Line]:
     """Lines of a finished run: GAINS and JOINT_GAINS planted in log latency, `tie` in memory alone.
 
     Under `eager` every gain is a quarter of what it is under `graph`, and the noise four times as large.
-    `copy_shift` moves the second copy of the baseline, in log latency.
+    `copy_shift` moves the second copy of the baseline, in log latency. `screen`: the cells are those of a screen.
     """
     rng = np.random.default_rng(seed)
     grid = [dict(zip(factors, levels, strict=True)) for levels in product((0, 1), repeat=len(factors))]
     grid.sort(key=lambda levels: sum(levels.values()))
     cells = {cell_label(levels): levels for levels in grid}
+    if screen:
+        cells = {name: cells[name] for name in map(label, screen_of_factors(factors).cells)}
     sizes = {"batch_size": 1, "prompt_tokens": prompt_tokens, "new_tokens": 64}
     config = {
         "model": {"name": "qwen3-0.6b", "vocab_size": 151_936, "emb_dim": 1024},
@@ -66,7 +71,7 @@ def record_lines(
         "opt": {name: {"_target_": f"qwen3bench.opt.{name}.apply"} for name in factors},
         "workload": {name: dict(sizes) for name in workloads},
         "runtime": {name: {} for name in runtimes},
-        "design": {"name": "full"},
+        "design": {"name": "screen" if screen else "full"},
         "measure": {"name": "default", "target": 0.0025, "max_seconds": 60, "min_blocks": 6, "repeats": 3},
         "analysis": {"band": 0.01, "confidence": 0.95},
         "report": {"memory_limit_gib": None},
@@ -246,6 +251,53 @@ def full_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """32 cells, two workloads under two runtimes, finished and quiet. Tests read it and write beside it."""
     lines = record_lines(workloads=("prefill", "decode"), runtimes=("graph", "eager"))
     return load_run(write_record(tmp_path_factory.mktemp("full"), lines))
+
+
+NINE = (*FACTORS, "rope", "residual", "qkv", "gemv")
+
+
+def confirming(
+    lines: list[Line], predicted: dict[str, tuple[float, float, float]], measured: dict[str, float]
+) -> list[Line]:
+    """Lines of a round of a screen's run: speed-ups (with their intervals) predicted, and measured in six blocks."""
+    speedups = {"baseline": 1.0, **measured}
+    chosen = {"workload": "prefill", "runtime": "graph", "round": 1}
+    columns = zip(*predicted.values(), strict=True)
+    found: list[Line] = [
+        {
+            **{"type": "confirm", **chosen, "best": next(iter(predicted)), "predicted": list(predicted)},
+            **dict(zip(("speedup", "lo", "hi"), map(list, columns), strict=True)),
+            "cells": list(speedups),
+        }
+    ]
+    rng = np.random.default_rng(1)
+    parameters = next(line for line in lines if line["type"] == "parameters")
+    verified = next(line for line in lines if line["type"] == "verify")
+    known = {line["cell"] for line in lines if line["type"] == "verify"}
+    found += [{**line, "cell": cell} for cell in measured if cell not in known for line in (parameters, verified)]
+    for block in range(6):
+        where = {**chosen, "process": 10 + block // 3, "block": block, "attempt": 0}
+        for position, (cell, gain) in enumerate(speedups.items()):
+            value = BASE_S["prefill", "graph"] / gain * float(np.exp(rng.normal(0, 0.0005)))
+            at = {"cell": cell, "copy": 0, "position": position, "repeat": 0}
+            found.append({"type": "confirm_sample", **where, **at, "latency_s": value, "time": 1_735_787_070.0})
+        found.append({"type": "confirm_block", **where, "state": "ok", "flags": [], "time": 1_735_787_070.0})
+    return [*lines[:-1], *found, lines[-1]]
+
+
+@pytest.fixture(name="confirming", scope="session")
+def confirming_fixture() -> Callable[..., list[Line]]:
+    return confirming
+
+
+@pytest.fixture(scope="session")
+def screened_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Nine switches in 64 cells, the best predicted measured: one agrees, one is slower than predicted."""
+    lines = record_lines(NINE, screen=True, memory=False)
+    predicted = {"flash+mlp+mask+norm": (1.58, 1.57, 1.59), "flash+tie+mlp+mask+norm": (1.579, 1.569, 1.589)}
+    measured = {"flash+mlp+mask+norm": 1.578, "flash+tie+mlp+mask+norm": 1.4}
+    directory = write_record(tmp_path_factory.mktemp("screened"), confirming(lines, predicted, measured))
+    return load_run(directory)
 
 
 @pytest.fixture(scope="session")

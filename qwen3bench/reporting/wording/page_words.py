@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from qwen3bench.record.states import StopReason
+from qwen3bench.record.states import StopReason, Verdict
 from qwen3bench.reporting.units import count, listing
 
 # What stands over tables and toggles, by the name that the templates use.
@@ -17,14 +17,29 @@ PAGE = {
     "open": "If the estimates stay, these settings in the command decide.",
     "what_if": "Every number was measured. Beside each switch stands how many times as fast the model is once it is "
     "turned on or off from here. Each interval stands for itself: of twenty, one misses.",
+    "what_if_screen": "What is marked as predicted comes from the fit, all else was measured. Beside each switch "
+    "stands how many times as fast the model is once it is turned on or off from here.",
     "halves": "What a switch is worth with the other on and off, on average over the rest (joint effect above 1: more "
     "together)",
     "ran": "What ran in the cells of these pairs",
+    "screen": "Each switch alone (the others off), on average over the others, and last (the others on). The average "
+    "ranks them. All three are of a model of main effects and pairs, fitted to the cells that were measured.",
+    "confirmed": "What was predicted to be fastest, beside what was measured",
     "over": "How many times as fast with the switch on, by run and condition",
     "cut": "{most} of {total} rows; all of them are in report.html and in the csv files.",
 }
 GAIN_HEADING = "× as fast as the baseline"
 HALVES_HEADINGS = ["switch", "beside", "with it on (× as fast)", "with it off (× as fast)", "joint effect"]
+SCREEN_HEADINGS = [
+    "rank",
+    "switch",
+    "alone (× as fast)",
+    "on average (× as fast)",
+    "last, beside all others (× as fast)",
+    "turn on?",
+]
+CONFIRMED_HEADINGS = ["cell", "predicted (× as fast)", "measured (× as fast)", "prediction"]
+NOT_MEASURED = "predicted by the screen's model, not measured"
 STOPPED = {
     StopReason.TARGET: "every main effect is as tight as asked for",
     StopReason.MAX_SECONDS: "the time allowed was up",
@@ -45,6 +60,35 @@ def compiled_words(by_options: Mapping[str, Sequence[str]]) -> str:
 
 def single_token_words(options: str) -> str:
     return f", for a single token {options}"
+
+
+def worth_word(on: bool | None, verdicts: Sequence[str]) -> str:
+    """Whether to turn a switch on: as the recommended cell has it (None: there is none), else by its verdicts."""
+    if on:
+        return "on"
+    if Verdict.FASTER not in verdicts and Verdict.SLOWER in verdicts:
+        return "leave off: slower"
+    if Verdict.FASTER not in verdicts and Verdict.SAME in verdicts:
+        return "leave off: nowhere shown to be faster"
+    return "not known" if on is None or Verdict.FASTER not in verdicts else "leave off in this cell"
+
+
+def held_word(agrees: bool | None, *, tested: bool, in_screen: bool) -> str:
+    """Whether a prediction held."""
+    if agrees is None:
+        return "not measured"
+    word = "missed" if not agrees else "holds" if tested else "too wide to tell"
+    return word + (", measured in the screen" if in_screen else "")
+
+
+def what_if_words(*, screen: bool) -> str:
+    """What stands over the toggles."""
+    return PAGE["what_if_screen" if screen else "what_if"]
+
+
+def predicted_words(estimate: str) -> str:
+    """A speed-up of a cell that was not measured."""
+    return f"{estimate}, predicted"
 
 
 def pairs_left(left: int, pairs: int, told: int) -> str:

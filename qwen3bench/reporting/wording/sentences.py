@@ -10,6 +10,7 @@ from qwen3bench.reporting.finding import (
     Advice,
     Against,
     Beside,
+    BestCell,
     Check,
     Choice,
     Control,
@@ -17,6 +18,7 @@ from qwen3bench.reporting.finding import (
     Effect,
     Failed,
     Finding,
+    Fitted,
     Kind,
     Lack,
     Missing,
@@ -47,6 +49,7 @@ from qwen3bench.reporting.units import (
 # Kind → heading, in the order in which they are read.
 HEADINGS = {
     Kind.ANSWER: "What to switch on",
+    Kind.SCREEN: "What the screen tells",
     Kind.TOGETHER: "All together",
     Kind.SWITCH: "Each switch",
     Kind.UNTOLD: "Each switch",
@@ -97,6 +100,10 @@ def _said(finding: Finding) -> str:
             return _together(finding, taken)
         case Beside() as beside:
             return _switch(finding, beside)
+        case Fitted() as fitted:
+            return _fitted(finding, fitted)
+        case BestCell() as confirmation:
+            return _confirmed(finding, confirmation)
         case Pair() as pair:
             return _pair(finding, pair)
         case Saving() as saving:
@@ -243,6 +250,39 @@ def _switch(finding: Finding, beside: Beside) -> str:
     text = words.get(finding.verdict, f"{name} reads {interval}, without a verdict")
     text += f", {beside.others}{_where(finding)}."
     return f"{text} Taken for granted: {beside.reason}." if beside.reason else text
+
+
+# Screens
+
+
+def _fitted(finding: Finding, fitted: Fitted) -> str:
+    text = f"{fitted.cells} of {fitted.every:,} cells were screened{_where(finding)}."
+    left = f"{100 * fitted.rms:.2g} % of a latency"
+    if fitted.matters is None:
+        return f"{text} Whether main effects and pairs describe them is not known, as nothing tells their error."
+    if fitted.matters:
+        text += (
+            f" Interactions of three switches matter: main effects and pairs leave {left} over (p = {fitted.p:.2g})."
+        )
+        return f"{text} The intervals hold what these may do."
+    return f"{text} Main effects and pairs describe them, and leave {left} over (p = {fitted.p:.2g})."
+
+
+def _confirmed(finding: Finding, found: BestCell) -> str:
+    text = f"Predicted to be fastest of all {found.every:,}: {finding.subject}, {_interval(found.predicted)}"
+    text += f" as fast as the baseline{_where(finding)}."
+    if found.measured is None:
+        return f"{text} It could not be measured, so it is not recommended."
+    where = "Measured in the screen" if found.in_screen else "Measured since"
+    text += f" {where}: {_interval(found.measured)}."
+    if not found.missed and not found.tested:
+        return f"{text} The intervals are too wide to tell whether that holds."
+    if not found.missed:
+        return f"{text} The prediction holds."
+    if finding.subject not in found.missed and not found.still_missed:
+        return f"{text} The prediction holds, after one round that missed {listing(list(found.missed))}."
+    again = " after two rounds" if found.rounds > 1 else ""
+    return f"{text} Predictions miss{again}: {listing(list(found.missed))}. Only measured cells are recommended."
 
 
 # Pairs, what is open

@@ -1,0 +1,105 @@
+"""What a report says of a screen."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from records import write_record
+
+from qwen3bench.analysis.run import Run, load_run
+from qwen3bench.reporting.conditions import conditions
+from qwen3bench.reporting.finding import BestCell, Fitted, Kind
+from qwen3bench.reporting.findings import findings
+from qwen3bench.reporting.pages import write_report
+from qwen3bench.reporting.screen_table import screen_section
+from qwen3bench.reporting.whatif import whatif
+from qwen3bench.reporting.wording.sentences import sentence
+
+
+def test_switches_are_ranked_by_their_worth_alone_on_average_and_last(screened_run: Run) -> None:
+    (condition,) = conditions(screened_run)
+    section = screen_section(screened_run, condition, findings(screened_run))
+    assert section is not None
+    rows = [[entry.text for entry in row] for row in section.switches.rows]
+    assert [row[1] for row in rows[:3]] == ["norm", "flash", "mask"]
+    assert rows[0][:3] == ["1", "norm", rows[0][2]]
+    assert rows[0][2].startswith("1.271×") or rows[0][2].startswith("1.27×")
+    # mask is worth something beside flash alone: nothing alone, 2 % on average, 4 % last.
+    alone, average, last = rows[2][2:5]
+    assert "same" in alone
+    assert average.startswith("1.02")
+    assert last.startswith("1.04")
+    advice = {row[1]: row[5] for row in rows}
+    assert advice["flash"] == advice["norm"] == "on"
+    assert advice["gemv"] == "leave off: nowhere shown to be faster"
+
+
+def test_what_was_predicted_stands_beside_what_was_measured(screened_run: Run) -> None:
+    found = [finding for finding in findings(screened_run) if finding.kind == Kind.SCREEN]
+    fitted, confirmation = (finding.detail for finding in found)
+    assert isinstance(fitted, Fitted)
+    assert (fitted.cells, fitted.every, fitted.matters) == (64, 512, False)
+    assert isinstance(confirmation, BestCell)
+    assert confirmation.missed == ("flash+tie+mlp+mask+norm",)
+    assert confirmation.still_missed
+    said = sentence(found[1])
+    assert said.startswith("Predicted to be fastest of all 512: flash+mlp+mask+norm, 1.58× [1.57, 1.59] as fast")
+    assert "Measured since: 1.578×" in said
+    assert said.endswith("Predictions miss: flash+tie+mlp+mask+norm. Only measured cells are recommended.")
+    (condition,) = conditions(screened_run)
+    section = screen_section(screened_run, condition, findings(screened_run))
+    assert section is not None
+    assert section.confirmed is not None
+    assert [row[3].text for row in section.confirmed.rows] == ["holds", "missed"]
+
+
+def test_only_measured_cells_are_recommended(screened_run: Run) -> None:
+    measured = set(screened_run.cells["cell"])
+    (answer,) = [finding for finding in findings(screened_run) if finding.kind == Kind.ANSWER]
+    assert answer.subject in measured
+    assert answer.subject == "flash+mlp+mask+norm"  # which the screen itself did not measure
+
+
+def test_the_toggles_have_every_cell_and_say_what_is_predicted(screened_run: Run) -> None:
+    data = whatif(screened_run, {})
+    assert data is not None
+    (shown,) = data["conditions"]
+    assert len(shown["cells"]) == 512
+    measured = set(screened_run.cells["cell"])
+    for cell, facts in shown["cells"].items():
+        assert ("predicted" in facts.get("status", "")) == (cell not in measured)
+        assert ("predicted" in facts["speed-up"]) == (cell not in measured) or cell == "baseline"
+    assert shown["predicted"]["flash"] == pytest.approx(1.18, abs=0.01)
+    assert len(json.dumps(data)) < 200_000
+
+
+def test_the_report_has_its_section_and_marks_shares_as_the_models(screened_run: Run) -> None:
+    page = write_report(screened_run).read_text("utf-8")
+    for text in ("Which switches pay", "of the model fitted to the screen", "leave off: nowhere shown to be faster"):
+        assert text in page
+    markdown = (screened_run.record.path.parent / "report.md").read_text("utf-8")
+    assert "## Which switches pay" in markdown
+    assert "Predictions miss: flash+tie+mlp+mask+norm" in markdown
+
+
+def test_a_whole_design_has_no_such_section(full_run: Run) -> None:
+    assert full_run.screens == ()
+    assert all(screen_section(full_run, condition, []) is None for condition in conditions(full_run))
+
+
+@pytest.mark.slow
+def test_128_cells_in_two_workloads_take_under_twenty_seconds(
+    tmp_path: Path, record_lines: Callable[..., list[dict[str, Any]]]
+) -> None:
+    """A screen of twelve in 112 cells."""
+    names = ("flash", "tie", "mlp", "mask", "norm", "rope", "residual", "qkv", "gemv", "a", "b", "c")
+    lines = record_lines(names, ("prefill", "decode"), blocks=15, screen=True)
+    directory = write_record(tmp_path / "run", lines)
+    started = time.process_time()
+    write_report(load_run(directory))
+    assert time.process_time() - started < 20
