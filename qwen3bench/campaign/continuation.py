@@ -40,7 +40,8 @@ def identified(settings: Settings, worker: WorkerProcess, directory: Path) -> tu
     Raises `UserError` where the worker cannot tell.
     """
     try:
-        settings = settings.resolved(worker.ask(Probe(device=settings.device), QUIET_S).device)
+        found = worker.ask(Probe(device=settings.device), QUIET_S)
+        settings = settings.resolved(found.device, emulates_bfloat16=found.emulates_bfloat16)
         worker.ask(opening(settings), QUIET_S)
         return settings, worker.ask(Identify(), settings.measure.step_timeout_s)
     except CellFailure as failure:

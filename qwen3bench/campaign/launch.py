@@ -102,8 +102,11 @@ def finished_status(settings: Settings) -> int | None:
         return None
     done = load_run(file.parent)
     recorded, device = done.record.run.config, done.record.run.setting("device")
+    emulated = settings.dtype == "auto" and done.record.run.dtype == "float16"  # or the card would have computed in it
     same = device in ("cpu", "cuda", settings.device) and settings.device in ("auto", device)
-    same = same and not continuation.config_differences(recorded, settings.resolved(device).to_dict())
+    same = same and not continuation.config_differences(
+        recorded, settings.resolved(device, emulates_bfloat16=emulated).to_dict()
+    )
     return _status(done) if done.finished and same else None
 
 

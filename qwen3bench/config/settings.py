@@ -126,8 +126,10 @@ class Settings:
         peers = [f"{name}:{kind}" for name, options in self.peers.items() for kind in options["attention"]]
         return [*map(label, self.cells), *peers]
 
-    def resolved(self, device: str) -> Settings:
+    def resolved(self, device: str, *, emulates_bfloat16: bool = False) -> Settings:
         """These settings on `device` (`cpu`, `cuda`, `cuda:1`): no `auto` and no open size is left.
+
+        `emulates_bfloat16`: the card has no arithmetic for it, so that `auto` is float16, and float32 in training.
 
         Raises `Refused` where the device cannot run them or a sequence is longer than the model's context.
         """
@@ -140,17 +142,22 @@ class Settings:
             if name == "graph" and kind != "cuda":
                 raise Refused(f"runtime=graph replays CUDA graphs and the device is {device}; use runtime=eager")
             runtimes.setdefault(name, options)
-        dtype = _DTYPE[kind] if self.dtype == "auto" else self.dtype
+        dtype, precision = ("float16", "fp32") if emulates_bfloat16 else (_DTYPE[kind], _PRECISION[kind])
+        dtype = dtype if self.dtype == "auto" else self.dtype
         context = self.model.context_length
         prompt_tokens = self.prompt_tokens or min(_PROMPT_TOKENS[kind], max(1, context - self.new_tokens))
         workloads = {
             name: replace(
                 sizes,
                 prompt_tokens=sizes.prompt_tokens or prompt_tokens,
-                precision=_PRECISION[kind] if sizes.precision == "auto" else sizes.precision,
+                precision=precision if sizes.precision == "auto" else sizes.precision,
             )
             for name, sizes in self.workloads.items()
         }
+        if emulates_bfloat16 and (
+            dtype == "bfloat16" or any(sizes.precision in ("amp", "bf16") for sizes in workloads.values())
+        ):
+            raise Refused("this card has no arithmetic for bfloat16; use dtype=float16, and in training precision=fp32")
         if kind == "cpu" and any(sizes.precision == "amp" for sizes in workloads.values()):
             raise Refused("train.precision=amp is for CUDA; on a CPU use fp32, or bf16 where it has that")
         for name, sizes in workloads.items():

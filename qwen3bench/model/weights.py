@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qwen3bench.config.checkpoint_source import find_checkpoint
+from qwen3bench.config.choices import choices, options_of
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.errors import UserError
 from qwen3bench.model.checkpoint import (
@@ -60,25 +61,41 @@ def load_weights(
 def judge_weights(source: str, config: ModelConfig, dtype: torch.dtype, memory_bytes: int | None) -> None:
     """Raise `UserError` where these weights are malformed, not of `config`, or larger than `memory_bytes`.
 
-    Reads the headers of a checkpoint only.
+    Counted as a run holds them, with a head of their own. Reads the headers of a checkpoint only.
     """
     shapes = tensor_shapes(config)
     if source != "random":
         directory = find_checkpoint(source)
-        located = locate_tensors(directory, config, tied=check_config(directory, config))
-        shapes = {name: shapes[name] for name in located}
-    else:
-        del shapes[HEAD]
-    _refuse_too_large(shapes, dtype, memory_bytes)
+        locate_tensors(directory, config, tied=check_config(directory, config))
+    _refuse_too_large(config.name, shapes, dtype, memory_bytes)
 
 
-def _refuse_too_large(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, memory_bytes: int | None) -> None:
+def _refuse_too_large(
+    name: str, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, memory_bytes: int | None
+) -> None:
     needed = sum(map(math.prod, shapes.values())) * dtype.itemsize
     if memory_bytes is not None and needed > memory_bytes:
+        fits = largest_that_fits(dtype, memory_bytes)
         raise UserError(
-            f"the weights need {needed / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')}, and there are "
-            f"{memory_bytes / 2**30:.1f} GiB of memory; name a smaller model or another device"
+            f"{name} needs {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} for its weights alone, and the "
+            f"memory here has {memory_bytes / 1e9:.1f} GB; "
+            + (f"{fits} fits" if fits else "name a smaller model or another device")
         )
+
+
+def largest_that_fits(dtype: torch.dtype, memory_bytes: int) -> str | None:
+    """The largest of the models in configs/ that a run has memory for; None where there is none.
+
+    Counted are the weights with a head of their own, as the baseline holds them, and half as much again but at least
+    1 GB for all else: what libraries keep, the cache, activations.
+    """
+    found: dict[int, str] = {}
+    for name in choices("model"):
+        shapes = tensor_shapes(ModelConfig(**options_of("model", name)))
+        needed = sum(map(math.prod, shapes.values())) * dtype.itemsize
+        if needed + max(needed / 2, 1e9) <= memory_bytes:
+            found[needed] = name
+    return found[max(found)] if found else None
 
 
 def _memory_bytes(device: torch.device) -> int | None:
@@ -151,12 +168,14 @@ def refuse_untied(weights: Mapping[str, Tensor]) -> None:
         )
 
 
-def _bank(shapes: dict[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def _bank(
+    model: str, shapes: dict[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """Empty tensors of `shapes`, the `_STACKS` of each layer as row slices of one allocation.
 
     Raises `UserError` where memory does not suffice, before any is asked for.
     """
-    _refuse_too_large(shapes, dtype, _memory_bytes(device))
+    _refuse_too_large(model, shapes, dtype, _memory_bytes(device))
     bank: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         if name in bank:
@@ -177,7 +196,7 @@ def _split(name: str) -> tuple[str, str]:
 def _random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
     shapes = tensor_shapes(config)
     del shapes[HEAD]
-    weights = _bank(shapes, device, dtype)
+    weights = _bank(config.name, shapes, device, dtype)
     root = torch.Generator().manual_seed(seed)
     seeds = torch.randint(2**32, (len(weights),), generator=root, device="cpu").tolist()
 
@@ -201,7 +220,7 @@ def _read_weights(directory: Path, config: ModelConfig, device: torch.device, dt
     tied = check_config(directory, config)
     files = locate_tensors(directory, config, tied=tied)
     shapes = tensor_shapes(config)
-    weights = _bank({name: shapes[name] for name in files}, device, dtype)
+    weights = _bank(config.name, {name: shapes[name] for name in files}, device, dtype)
     for name, tensor in weights.items():
         _read_tensor(files[name], tensor)
     # A head stored beside a config that ties counts by its values, as in transformers.

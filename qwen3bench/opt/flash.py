@@ -1,18 +1,20 @@
 """`flash`: fused attention, which never writes the scores to memory.
 
 FlashAttention (arXiv:2205.14135, 2307.08691) through `torch.nn.functional.scaled_dot_product_attention`, with
-grouped heads served natively. Which kernel runs is PyTorch's choice unless `backend` forces one. With
-`decode=split` a single sequence's token takes a kernel of ours, made for it.
+grouped heads served natively where a fused kernel does so. Which kernel runs is PyTorch's choice unless `backend`
+forces one. With `decode=split` a single sequence's token takes a kernel of ours, made for it.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwen3bench.errors import UserError
@@ -36,20 +38,49 @@ BACKENDS = {
 }
 
 
-@dataclass(frozen=True)
+_PREFERS_CUDNN = (9, 10)  # major compute capabilities; elsewhere PyTorch takes math before cuDNN (its sdp_utils.cpp)
+
+
+@cache
+def takes_grouped(device: torch.device, dtype: torch.dtype, masked: bool, single: bool) -> bool:
+    """Whether PyTorch has a fused kernel there for grouped heads as they are, with a mask tensor, for a single query.
+
+    FlashAttention and cuDNN are; the memory-efficient kernel is not, and without either PyTorch falls to separate
+    operations.
+    """
+    if device.type != "cuda":
+        return True
+    queries, keys = (1, 64) if single else (64, 64)
+    q = torch.empty(1, 2, queries, 64, device=device, dtype=dtype)
+    kv = torch.empty(1, 1, keys, 64, device=device, dtype=dtype)
+    mask = torch.zeros(queries, keys, device=device, dtype=dtype) if masked else None
+    asked = SDPAParams(q, kv, kv, mask, 0.0, not (masked or single), True)
+    prefers_cudnn = torch.cuda.get_device_capability(device)[0] in _PREFERS_CUDNN
+    return can_use_flash_attention(asked) or (prefers_cudnn and can_use_cudnn_attention(asked))
+
+
+@dataclass(unsafe_hash=True)
 class FlashAttention:
     """Attention in one kernel. Shapes as in `model.attention`.
 
     With a mask that may stay implicit there is no mask tensor at all: `is_causal`, or nothing for a single query, which
     attends every key (`is_causal` aligns the diagonal top left, so a lone query would see only key 0). A chunk
     against a cache needs an explicit one, for the same reason; PyTorch's boolean mask is True where a query attends.
+
+    Grouped heads go in as they are where a fused kernel takes them so (`grouped`, found once a forward); else each key
+    and value head is repeated for the memory-efficient kernel.
     """
 
     backend: SDPBackend | None = None
     split: bool = False  # one sequence's query without a mask is for `kernels.attention`, where that takes it
+    grouped: bool = field(default=True, compare=False)
 
     def mask(self, mask: Mask, queries: int, start: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-        if mask.implicit and (queries == 1 or start == 0):
+        implicit = mask.implicit and (queries == 1 or start == 0)
+        self.grouped = self.backend is not SDPBackend.EFFICIENT_ATTENTION
+        if self.backend is None:
+            self.grouped = takes_grouped(device, dtype, not implicit, queries == 1)
+        if implicit:
             return None
         dense = mask.dense(queries, start, device, dtype)
         return ~dense if dense.dtype is torch.bool else dense
@@ -61,6 +92,8 @@ class FlashAttention:
         is_causal = False
         if mask is None and q.shape[-2] > 1:  # a branch, as torch.compile may see a symbol, which SDPA does not take
             is_causal = True
+        if not self.grouped:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         with self._forced():
             return F.scaled_dot_product_attention(
                 q,

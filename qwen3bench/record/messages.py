@@ -35,9 +35,10 @@ class Done:
 
 @typed
 class DeviceFound:
-    """The device that a name means: `cpu`, `cuda`, `cuda:1`."""
+    """The device that a name means: `cpu`, `cuda`, `cuda:1`; `emulates_bfloat16`: it has no arithmetic for that."""
 
     device: str
+    emulates_bfloat16: bool = False
 
 
 @typed

@@ -18,6 +18,15 @@ def device_here(device: str) -> str:
     return device
 
 
+def emulates_bfloat16(device: str) -> bool:
+    """Whether a card computes in bfloat16 by way of float32 alone: before compute capability 8.0 (CUDA C guide, 5.4.1).
+
+    On such cards Triton has no bfloat16 at all.
+    """
+    kind, _, index = device.partition(":")
+    return kind == "cuda" and torch.cuda.get_device_capability(int(index or 0)) < (8, 0)
+
+
 def use_device(device: str) -> torch.device:
     """The device of that name (cpu, cuda, cuda:1), PyTorch's current one where it is a card."""
     kind, _, index = device.partition(":")

@@ -47,7 +47,7 @@ from qwen3bench.record.messages import (
     encode_reply,
 )
 from qwen3bench.record.states import CellStatus
-from qwen3bench.worker.device import device_here, is_out_of_memory
+from qwen3bench.worker.device import device_here, emulates_bfloat16, is_out_of_memory
 from qwen3bench.worker.error_text import both_ends, error_text
 from qwen3bench.worker.identity import identify
 from qwen3bench.worker.inspection import Inspection
@@ -67,7 +67,7 @@ class Worker:
         self.inspection: Inspection
         self.timed_pass: TimedPass | None = None
         self.operations: dict[type[Request[Any]], Callable[[Any], object]] = {
-            Probe: lambda asked: DeviceFound(device=device_here(asked.device)),
+            Probe: probe,
             Open: self.open,
             Touch: self.touch,
             Identify: lambda asked: identify(self.session.settings),
@@ -130,6 +130,12 @@ class Worker:
         self.session.free()
         self.timed_pass = TimedPass(self.session, asked.workload, asked.runtime, asked.cell)
         return Done()
+
+
+def probe(asked: Probe) -> DeviceFound:
+    """The device that a name means here."""
+    device = device_here(asked.device)
+    return DeviceFound(device=device, emulates_bfloat16=emulates_bfloat16(device))
 
 
 def failure(error: BaseException) -> Failure:

@@ -10,7 +10,7 @@ from qwen3bench.config.settings import Settings
 from qwen3bench.record.design import cell_of, is_peer
 from qwen3bench.record.messages import Judgment
 from qwen3bench.worker.bank import Bank
-from qwen3bench.worker.device import device_here, is_out_of_memory, use_device
+from qwen3bench.worker.device import device_here, emulates_bfloat16, is_out_of_memory, use_device
 from qwen3bench.worker.equivalence.gate import Gate
 from qwen3bench.worker.equivalence.gradient_gate import GradientGate
 from qwen3bench.worker.peers import gradients_of_peer, judge_peer, require_peer
@@ -25,7 +25,8 @@ class Verification:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings = settings.resolved(device_here(settings.device))
+        here = device_here(settings.device)
+        self.settings = settings = settings.resolved(here, emulates_bfloat16=emulates_bfloat16(here))
         for cell in filter(is_peer, settings.labels):
             require_peer(cell, settings.device)
         device, dtype = use_device(settings.device), getattr(torch, settings.dtype)

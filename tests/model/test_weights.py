@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from qwen3bench.config.checkpoint_source import checkpoint_shape, find_checkpoint
+from qwen3bench.config.choices import options_of
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.errors import UserError
 from qwen3bench.model.checkpoint import StoredTensor, tensor_shapes
 from qwen3bench.model.weights import (
     head_is_tied,
     judge_weights,
+    largest_that_fits,
     load_weights,
     refuse_untied,
     stacked,
@@ -448,7 +450,7 @@ def test_more_than_memory_is_refused_before_any_is_asked_for(
     load_weights(place, config)
     monkeypatch.setattr("qwen3bench.model.weights.available_memory_bytes", lambda: needed - 1)
     monkeypatch.setattr(torch, "empty", lambda *_, **__: pytest.fail("asked for memory"))
-    with pytest.raises(UserError, match=r"the weights need .* GiB in float32, and there are .* GiB of memory"):
+    with pytest.raises(UserError, match=r"needs .* GB in float32 for its weights alone, and the memory here has .* GB"):
         load_weights(place, config)
 
 
@@ -456,9 +458,32 @@ def test_a_sparse_file_of_512_gib_is_refused_unread(tmp_path: Path) -> None:
     vocabulary = 2**37 // CONFIG.emb_dim // 2
     huge = replace(CONFIG, vocab_size=vocabulary, tie_word_embeddings=True)
     assert write_sparse(tmp_path / "huge", huge) > 2**39  # its head is stored beside the embedding
-    with pytest.raises(UserError, match=r"the weights need 512\.0 GiB in float32, and there are 64\.0 GiB of memory"):
+    with pytest.raises(
+        UserError, match=r"needs 549\.8 GB in float32 .*, and the memory here has 68\.7 GB; qwen3-8b fits"
+    ):
         judge_weights(str(tmp_path / "huge"), huge, torch.float32, 2**36)
     judge_weights(str(tmp_path / "huge"), huge, torch.float32, None)
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype", "memory_gib", "told"),
+    [
+        ("qwen3-8b", torch.bfloat16, 8, "qwen3-8b needs 16.4 GB in bfloat16 .* has 8.6 GB; qwen3-1.7b fits"),
+        ("qwen3-4b", torch.float16, 8, "qwen3-4b needs 8.8 GB in float16 .* has 8.6 GB; qwen3-1.7b fits"),
+        ("qwen3-14b", torch.float16, 15, "qwen3-14b needs 29.5 GB in float16 .* has 16.1 GB; qwen3-4b fits"),
+        ("qwen3-32b", torch.bfloat16, 40, "qwen3-32b needs 65.5 GB in bfloat16 .* has 42.9 GB; qwen3-8b fits"),
+        ("qwen3-0.6b", torch.float32, 2, "qwen3-0.6b needs 3.0 GB in float32 .* has 2.1 GB; tiny fits"),
+        ("tiny", torch.float32, 1e-4, "tiny needs .*; name a smaller model or another device"),
+    ],
+)
+def test_what_does_not_fit_a_card_is_refused_with_what_does(
+    model: str, dtype: torch.dtype, memory_gib: float, told: str
+) -> None:
+    config = ModelConfig(**options_of("model", model))
+    with pytest.raises(UserError, match=told):
+        judge_weights("random", config, dtype, int(memory_gib * 2**30))
+    if fitting := largest_that_fits(dtype, int(memory_gib * 2**30)):
+        judge_weights("random", ModelConfig(**options_of("model", fitting)), dtype, int(memory_gib * 2**30))
 
 
 LARGE = ModelConfig(

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwen3bench import ModelConfig, build_model
 from qwen3bench.config.choices import options_of
@@ -17,8 +18,10 @@ from qwen3bench.kernels import token_attention
 from qwen3bench.model.attention import AdditiveMask, EagerAttention, Mask
 from qwen3bench.model.baseline import BASELINE_PARTS
 from qwen3bench.model.cache import KVCache
-from qwen3bench.opt.flash import BACKENDS, FlashAttention, apply
+from qwen3bench.opt import flash
+from qwen3bench.opt.flash import BACKENDS, FlashAttention, apply, takes_grouped
 from qwen3bench.opt.mask import BooleanMask
+from qwen3bench.worker.evidence import operations_of
 
 CPU = torch.device("cpu")
 Call = dict[str, Any]
@@ -120,6 +123,88 @@ def test_context_is_the_eager_one(queries: int, start: int, heads: int, kv_heads
         for attend in (EagerAttention(), FlashAttention())
     ]
     torch.testing.assert_close(contexts[1], contexts[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("opts", [("flash",), ("flash", "mask")], ids="+".join)
+def test_heads_are_repeated_where_no_fused_kernel_takes_grouped_ones(
+    tiny: ModelConfig,
+    tiny_weights: dict[str, Tensor],
+    calls: list[Call],
+    monkeypatch: pytest.MonkeyPatch,
+    opts: tuple[str, ...],
+) -> None:
+    """As on a T4 or V100, which have neither FlashAttention nor cuDNN's kernel."""
+    asked: list[tuple[bool, bool]] = []
+
+    def none_takes(_device: torch.device, _dtype: torch.dtype, masked: bool, single: bool) -> bool:
+        asked.append((masked, single))
+        return False
+
+    monkeypatch.setattr(flash, "takes_grouped", none_takes)
+    logits, expected = (run(tiny, tiny_weights, of, 5, 1) for of in (opts, ()))
+    torch.testing.assert_close(logits, expected)
+    assert asked == [("mask" not in opts, False), ("mask" not in opts, True)]
+    assert {call["enable_gqa"] for call in calls} == {False}
+    assert {call["key"].shape[1] for call in calls} == {tiny.num_heads}
+
+
+def test_the_memory_efficient_kernel_is_given_repeated_heads_when_it_is_forced() -> None:
+    for backend in BACKENDS:
+        attend = apply(BASELINE_PARTS, backend=backend).attend
+        attend.mask(BooleanMask(), 4, 0, CPU, torch.float32)
+        assert attend.grouped is (backend != "efficient")
+
+
+def test_on_a_cpu_grouped_heads_are_taken() -> None:
+    assert takes_grouped(CPU, torch.float32, True, False)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("single", [True, False])
+def test_no_switch_falls_to_separate_operations_on_the_card_at_hand(
+    dtype: torch.dtype, masked: bool, single: bool
+) -> None:
+    """Whatever the card: a fused kernel runs, and gives what the eager one gives."""
+    device = torch.device("cuda", 0)
+    queries, start = (1, 63) if single else (64, 0)
+    mask = AdditiveMask() if masked else BooleanMask()
+    q = torch.randn(2, 4, queries, 64, device=device, dtype=dtype)
+    k, v = torch.randn(2, 2, 2, 64, 64, device=device, dtype=dtype)
+    expected = EagerAttention()(
+        q.double(),
+        k.double(),
+        v.double(),
+        AdditiveMask().dense(queries, start, device, torch.float64),
+        AdditiveMask().apply,
+    )
+    for attend in (FlashAttention(), FlashAttention(BACKENDS["efficient"])):
+        tensor = attend.mask(mask, queries, start, device, dtype)
+        assert (tensor is not None) is masked
+        ran = operations_of(lambda attend=attend, tensor=tensor: attend(q, k, v, tensor, mask.apply))
+        assert not [name for name in ran if "softmax" in name or "math" in name], ran
+        context = attend(q, k, v, tensor, mask.apply)
+        tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+        assert (context - expected).abs().max() <= tolerance
+
+
+@pytest.mark.cuda
+def test_without_flashattention_and_cudnn_it_is_the_memory_efficient_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a T4: what PyTorch says of its kernels is said otherwise."""
+    for name in ("can_use_flash_attention", "can_use_cudnn_attention"):
+        monkeypatch.setattr(flash, name, lambda _: False)
+    takes_grouped.cache_clear()
+    try:
+        device = torch.device("cuda", 0)
+        q, k = (torch.randn(1, heads, 64, 64, device=device, dtype=torch.float16) for heads in (4, 2))
+        attend = FlashAttention()
+        attend.mask(BooleanMask(), 64, 0, device, torch.float16)
+        assert not attend.grouped
+        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):  # such a card has no other
+            attend(q, k, k, None, BooleanMask().apply)
+    finally:
+        takes_grouped.cache_clear()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
