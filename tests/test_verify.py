@@ -147,6 +147,7 @@ def test_the_card_that_is_named_is_made_pytorchs(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "set_device", chosen)
     assert verify.main(["model=tiny", f"device={named}"]) == 1
     assert f"card {index} is chosen" in capsys.readouterr().err
