@@ -45,10 +45,10 @@ _PREFERS_CUDNN = (9, 10)  # major compute capabilities; elsewhere PyTorch takes 
 def takes_grouped(device: torch.device, dtype: torch.dtype, masked: bool, single: bool) -> bool:
     """Whether PyTorch has a fused kernel there for grouped heads as they are, with a mask tensor, for a single query.
 
-    FlashAttention and cuDNN are; the memory-efficient kernel is not, and without either PyTorch falls to separate
-    operations.
+    FlashAttention and cuDNN are such kernels; the memory-efficient one is none, and without either PyTorch falls to
+    separate operations. It is left to do so in float32, in which no card has either, and on a CPU.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or dtype.itemsize != 2:
         return True
     queries, keys = (1, 64) if single else (64, 64)
     q = torch.empty(1, 2, queries, 64, device=device, dtype=dtype)

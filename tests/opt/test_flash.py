@@ -160,7 +160,7 @@ def test_on_a_cpu_grouped_heads_are_taken() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("single", [True, False])
 def test_no_switch_falls_to_separate_operations_on_the_card_at_hand(
@@ -185,7 +185,7 @@ def test_no_switch_falls_to_separate_operations_on_the_card_at_hand(
         ran = operations_of(lambda attend=attend, tensor=tensor: attend(q, k, v, tensor, mask.apply))
         assert not [name for name in ran if "softmax" in name or "math" in name], ran
         context = attend(q, k, v, tensor, mask.apply)
-        tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+        tolerance = {torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
         assert (context - expected).abs().max() <= tolerance
 
 
