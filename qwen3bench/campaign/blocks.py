@@ -65,7 +65,7 @@ class Blocks:
         times variants of its kernels to choose among them, and each process chooses for itself.
         """
         self._workers.purpose = Purpose.TIME
-        self._stop_what_is_known()
+        self.stop_what_is_known()
         while left := self.processes_needed:
             while left:
                 together, left = _company(left, at_once)
@@ -75,9 +75,10 @@ class Blocks:
                     break
                 if len(together) == 1:
                     self._time_alone(together[0])
-                self._stop_what_is_known()
+                self.stop_what_is_known()
 
-    def _stop_what_is_known(self) -> None:
+    def stop_what_is_known(self) -> None:
+        """Stop what is known well enough, or cannot be measured any more."""
         for where, timing in self._timings.items():
             if timing.stopped:
                 continue
@@ -123,6 +124,11 @@ class Blocks:
 
     # Getting ready
 
+    def preparations(self, where: Where) -> list[Request[Any]]:
+        """What makes a process ready: it enters the workload and runtime, then prepares every cell."""
+        enter, requests = self._preparations(where)
+        return [enter, *requests]
+
     def _preparations(self, where: Where) -> tuple[Enter, list[Prepare]]:
         workload, runtime = where
         visits = [(cell, 0) for cell in self._context.cells(where)]
@@ -166,9 +172,7 @@ class Blocks:
 
     def _prepare_side_by_side(self, wheres: Sequence[Where]) -> None:
         """Make every cell ready in a process of its own for each of `wheres`; one that fails is ended, unblamed."""
-        shares: list[Sequence[Request[Any]]] = [
-            [enter, *requests] for enter, requests in map(self._preparations, wheres)
-        ]
+        shares = [*map(self.preparations, wheres)]
         names = ", ".join(dict.fromkeys(" ".join(where) for where in wheres))
         title = f"preparing {names} in {len(wheres)} processes at a time"
         with self._progress.part(title, sum(map(len, shares)) - len(shares)) as stage:
@@ -224,7 +228,7 @@ class Blocks:
         except CardLostError:
             timing.leave_block(number)
             raise
-        self._progress.expect(sum(map(self._left_s, self._timings)) + REPORT_S)
+        self._progress.expect(sum(map(self._left_s, self._timings)) / self._context.cards() + REPORT_S)
         self._progress.table(self._effects.lines)
         return True
 
@@ -261,7 +265,7 @@ class Blocks:
             timing.samples += [sample for _, samples in visits for sample in samples]
             timing.blocks += 1
             timing.processes.add(self._workers.process)
-        elif telemetry.foreign_processes and self._context.others():
+        elif telemetry.foreign_processes and self._context.cards() > 1:
             raise CardLostError(f"process {telemetry.foreign_processes[0]} uses it too")
         return state
 

@@ -33,7 +33,7 @@ class RunContext:
     progress: Reporter
     state: RunState
     workers: WorkerPool
-    others: Callable[[], bool] = lambda: False  # whether there is another card to work on
+    cards: Callable[[], int] = lambda: 1  # how many there are to work on
     chosen: Mapping[Where, Sequence[str]] | None = None
 
     def cells(self, where: Where) -> list[str]:
@@ -57,7 +57,7 @@ class RunContext:
             self.workers.end()
             if self.workers.dismiss():
                 self.progress.note(f"{place.cell}: {failure.status} beside other processes, to be run again alone")
-            elif self.others() and self.workers.is_lost():
+            elif self.cards() > 1 and self.workers.is_lost():
                 raise CardLostError(f"no kernel runs on it any more, since {place.cell}: {failure.reason}") from failure
             else:
                 self.fail(pass_, place, failure)

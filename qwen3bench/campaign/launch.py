@@ -6,9 +6,9 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from qwen3bench.analysis.frames import SAMPLE_COLUMNS
 from qwen3bench.analysis.run import Run, load_run, write_derived
 from qwen3bench.campaign import continuation
 from qwen3bench.campaign.context import RunContext
+from qwen3bench.campaign.lanes import Lane, Lanes
 from qwen3bench.campaign.passes import Campaign
 from qwen3bench.campaign.progress import Reporter, duration
 from qwen3bench.campaign.state import RunState
@@ -26,8 +27,9 @@ from qwen3bench.campaign.worker_pool import ProcessNumbers, Seat, StartWorker, W
 from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.config.overrides import OWN_FOLDER
 from qwen3bench.config.settings import Settings
-from qwen3bench.errors import UserError
+from qwen3bench.errors import Refused, UserError
 from qwen3bench.record.card import Card
+from qwen3bench.record.card_choice import chosen_cards
 from qwen3bench.record.files import clean_stale, point_latest, record_file
 from qwen3bench.record.lines import EndLine, SessionLine
 from qwen3bench.record.reader import read_record
@@ -36,6 +38,7 @@ from qwen3bench.record.writer import RecordWriter
 from qwen3bench.reporting.findings import findings
 from qwen3bench.reporting.pages import write_report
 from qwen3bench.reporting.terminal import terminal_summary
+from qwen3bench.reporting.units import count
 
 RESULTS = Path("results")
 
@@ -45,11 +48,44 @@ class Interrupted(BaseException):
 
 
 @dataclass(frozen=True)
+class UsedCard:
+    """A card that a run uses: how a worker is started on it, its state, UUID, kind and the processor beside it."""
+
+    start: StartWorker
+    monitor: Card
+    uuid: str | None = None
+    kind: str = ""
+    socket: int = 0
+
+
+@dataclass(frozen=True)
 class Machine:
-    """What a run is measured with: how a worker is started, and the card, found by the device's name where None."""
+    """What a run is measured with: how a worker is started, and the card, found by the device's name where None.
+
+    `cards`: several instead, in place of those that `devices` names.
+    """
 
     start_worker: StartWorker = WorkerProcess
     card: Card | None = None
+    cards: tuple[UsedCard, ...] = ()
+
+    def used(self, settings: Settings) -> tuple[UsedCard, ...]:
+        """The cards of a run. Raises `Refused` where it names one that is not there, or names them twice."""
+        if self.cards:
+            return self.cards
+        if not settings.devices:
+            return (UsedCard(self.start_worker, self.card or Card.of(settings.device)),)
+        if settings.device not in ("auto", "cuda"):
+            raise Refused(f"devices and device={settings.device} both say where to measure; leave one out")
+        return tuple(
+            UsedCard(_starts_on(card.uuid), Card(uuid=card.uuid), card.uuid, card.name, card.socket)
+            for card in chosen_cards(settings.devices)
+        )
+
+
+def _starts_on(uuid: str) -> StartWorker:
+    """Starts workers that see one card alone: CUDA and NVML number cards unlike, and know them by UUID both."""
+    return lambda log: WorkerProcess(log, variables={"CUDA_VISIBLE_DEVICES": uuid})
 
 
 def run(settings: Settings, machine: Machine | None = None) -> int:
@@ -58,6 +94,9 @@ def run(settings: Settings, machine: Machine | None = None) -> int:
     Raises `UserError` for what the user can mend. SIGINT and SIGTERM end the workers, keep the record, and give 130
     and 143.
     """
+    machine = machine or Machine()
+    if settings.devices and not settings.resume and len(strata := _strata(machine.used(settings))) > 1:
+        return _each_kind(settings, machine, strata)
     started = time.monotonic()
     _refuse_column_names(settings)
     directory = _directory(settings)
@@ -66,7 +105,7 @@ def run(settings: Settings, machine: Machine | None = None) -> int:
     try:
         with _signals(), continuation.no_trace_where_refused(directory), writer, reporter.running():
             with _interruption_recorded(writer), ExitStack() as workers:
-                campaign = _campaign(settings, writer, reporter, workers, machine or Machine())
+                campaign = _campaign(settings, writer, reporter, workers, machine)
                 campaign.check()
                 if directory.resolve().parent == RESULTS.resolve():
                     point_latest(directory)
@@ -90,6 +129,27 @@ def run(settings: Settings, machine: Machine | None = None) -> int:
     if not (finished.cells["status"] == CellStatus.OK).any():
         print(f"qwen3bench: error: no cell could be measured; {directory / 'report.html'} says why", file=sys.stderr)
     return _status(finished)
+
+
+def _strata(cards: Sequence[UsedCard]) -> dict[str, list[UsedCard]]:
+    """The cards by their kind: what unlike cards read is not one number."""
+    kinds: dict[str, list[UsedCard]] = {}
+    for card in cards:
+        kinds.setdefault(card.kind, []).append(card)
+    return kinds
+
+
+def _each_kind(settings: Settings, machine: Machine, strata: Mapping[str, Sequence[UsedCard]]) -> int:
+    """A run for each kind of card, in a directory of its own, one after another; the worst exit status."""
+    home, worst = _directory(settings), 0
+    for kind, cards in strata.items():
+        print(f"{kind}: {count(len(cards), 'card')}", file=sys.stderr)
+        here = replace(settings, dir=home / _file_name(kind), devices=tuple(str(card.uuid) for card in cards))
+        status = run(here, replace(machine, cards=tuple(cards)))
+        if status > 128:  # interrupted
+            return status
+        worst = max(worst, status)
+    return worst
 
 
 def finished_status(settings: Settings) -> int | None:
@@ -126,15 +186,18 @@ def _directory(settings: Settings) -> Path:
     """Where the run is written. Raises `UserError` where it is to be continued there and cannot be."""
     if settings.resume and not record_file(settings.resume):
         raise UserError(f"resume={settings.resume}: there is no run (samples.jsonl) to continue")
-    name = re.sub(r"[^\w.-]+", "-", settings.model.name)[
-        :80
-    ]  # a model may have any name, and must not choose the place
-    directory = settings.resume or settings.dir or RESULTS / f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{name}"
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{_file_name(settings.model.name)}"
+    directory = settings.resume or settings.dir or RESULTS / name
     if not str(directory).isprintable():  # could not be typed to continue the run
         raise UserError(f"run.dir={str(directory)!r}: holds control characters; name another directory")
     if directory.is_dir() and any(directory.iterdir()) and not record_file(directory):
         raise UserError(f"run.dir={directory}: holds other files and no run; name a new directory")
     return directory
+
+
+def _file_name(name: str) -> str:
+    """A name as a directory may have it: a model or a card may have any, and must not choose the place."""
+    return re.sub(r"[^\w.-]+", "-", name)[:80]
 
 
 def _is_finished(writer: RecordWriter) -> bool:
@@ -181,9 +244,13 @@ def _campaign(
             settings = continuation.recorded_settings(done, directory)
     elif settings.resume:
         raise UserError(f"resume={directory}: nothing is recorded there yet; begin again with run.dir={directory}")
+    cards = machine.used(settings)
     with reporter.stage("starting a worker", 1):
-        worker = workers.enter_context(machine.start_worker(directory / "worker.log"))
+        worker = workers.enter_context(cards[0].start(directory / "worker.log"))
         settings, identity = continuation.identified(settings, worker, directory)
+    if len(cards) > 1:
+        named = {**identity.environment, "card": None, "cards": [card.uuid for card in cards]}
+        identity = replace(identity, environment=named)
     if done is None:
         continuation.begin(settings, writer, identity)
     else:
@@ -191,11 +258,14 @@ def _campaign(
     writer.append(SessionLine(command=("python", "-m", "qwen3bench", *sys.argv[1:]), time=time.time()))
     state = RunState(settings, done)
     found = identity.environment
-    seat = Seat(machine.start_worker, found.get("host"), found.get("card"))
-    pool = workers.enter_context(WorkerPool(settings, writer, seat, worker, ProcessNumbers(state.process)))
+    lanes, numbers = Lanes(()), ProcessNumbers(state.process)
+    for card in cards:
+        seat = Seat(card.start, found.get("host"), card.uuid or found.get("card"))
+        pool = workers.enter_context(WorkerPool(settings, writer, seat, None if len(lanes) else worker, numbers))
+        context = RunContext(settings, writer, reporter, state, pool, cards=lanes.__len__)
+        lanes.add(Lane(context, card.monitor, f"card {card.uuid}", card.socket))
     card_bytes = None if found.get("mig") else found.get("device_memory_bytes")  # of a part nothing is known
-    card = machine.card or Card.of(settings.device)
-    return Campaign(RunContext(settings, writer, reporter, state, pool), card, card_bytes)
+    return Campaign(lanes, card_bytes)
 
 
 @contextmanager

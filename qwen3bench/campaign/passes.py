@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from qwen3bench.campaign.blocks import Blocks
 from qwen3bench.campaign.confirmation import Confirmation
 from qwen3bench.campaign.context import RunContext
 from qwen3bench.campaign.forecast import announcement, seconds_ahead
+from qwen3bench.campaign.lanes import Lane, Lanes
+from qwen3bench.campaign.progress import Stage
+from qwen3bench.campaign.scheduler import Steps
 from qwen3bench.campaign.state import Place
-from qwen3bench.record.card import Card
+from qwen3bench.campaign.worker_pool import WorkerPool
 from qwen3bench.record.design import Cell, design_cells, label, neighbours
 from qwen3bench.record.host import usable_cpus
 from qwen3bench.record.lines import (
@@ -63,18 +68,31 @@ _SLACK = 1.5  # times the peak of a cell alone: what the graphs of all cells and
 
 
 class Campaign:
-    """One run's passes. `card_bytes`: the memory of the CUDA device, where it is known."""
+    """One run's passes over its cards. `card_bytes`: the memory of one, where it is known."""
 
-    def __init__(self, context: RunContext, card: Card, card_bytes: int | None = None) -> None:
-        self._context = context
+    def __init__(self, lanes: Lanes, card_bytes: int | None = None) -> None:
+        self._lanes = lanes
+        context = lanes.first.context
         self._settings = context.settings
         self._progress = context.progress
         self._state = context.state
-        self._workers = context.workers
-        self._card = card
         self._card_bytes = card_bytes
         self._cuda = context.settings.device.startswith("cuda")
-        self.blocks = Blocks(context, card)
+
+    @property
+    def blocks(self) -> Blocks:
+        """Which processes are needed."""
+        return self._lanes.first.blocks
+
+    @property
+    def _context(self) -> RunContext:
+        """That of the first card."""
+        return self._lanes.first.context
+
+    @property
+    def _workers(self) -> WorkerPool:
+        """The workers of the first card."""
+        return self._lanes.first.workers
 
     def check(self) -> None:
         """Build every cell once: what the user can mend is refused before anything is measured.
@@ -83,13 +101,10 @@ class Campaign:
         with the pool that they are in.
         """
         started = time.monotonic()
-        self._workers.start_ahead(len(self._shares()))  # that verify, while nothing is measured
+        self._lanes.start_ahead(len(self._shares()))  # that verify, while nothing is measured
         left = [cell for cell in self._settings.labels if self._state.is_left(CountParameters(cell=cell))]
         with self._progress.stage("loading the weights, building every cell", len(left)) as stage:
-            for cell in left:
-                stage.step(cell)
-                with self._context.failing(Load.op, Place(cell)):
-                    self._workers.ask(Load(cells=(cell,)))
+            self._lanes.on_first(left, partial(_loaded, stage))
         ahead_s = seconds_ahead(self._settings, time.monotonic() - started)
         self._progress.expect(ahead_s)
         self._progress.note(announcement(self._settings, ahead_s))
@@ -100,41 +115,47 @@ class Campaign:
         Raises `UserError` where no worker can be started, where one refuses what the user asked for, and where the
         record cannot be written.
         """
-        with self._workers:
+        with ExitStack() as ends:
+            for lane in self._lanes:
+                ends.enter_context(lane.workers)
             self._passes()
             if self._settings.design == "screen":
                 Confirmation(self._context, self._measure).run()
 
     def _passes(self) -> None:
-        self._workers.purpose = Purpose.CHECK
+        for lane in self._lanes:
+            lane.workers.purpose = Purpose.CHECK
         shares = self._shares()
         timing = min(self._max_at_once, len(self.blocks.processes_needed))
-        self._workers.start_ahead(len(shares) - 1 + timing)  # and the first that time
+        self._lanes.start_ahead(len(shares) - 1 + timing)  # and the first that time
         self._take("counting parameters", (CountParameters(cell=cell) for cell in self._settings.labels))
         self._verify(shares)
         self._verify_gradients()
         self._look_at_each_cell()
         self._ceilings()
-        self._workers.end()
+        for lane in self._lanes:
+            lane.workers.end()
         with self._progress.stage("timing", len(self.blocks.processes_needed)):
-            self.blocks.run(self._at_once)
+            self._lanes.time(self._at_once)
 
     def _measure(self, context: RunContext) -> None:
         """All passes over the cells of a context, such as those that confirm a screen, with the workers of this one."""
-        Campaign(context, self._card, self._card_bytes)._passes()
+        Campaign(self._lanes.over(context), self._card_bytes)._passes()
 
     @property
     def _max_at_once(self) -> int:
         """How many processes may work side by side where nothing is timed: on a CPU they would share its cores."""
-        return max(1, min(_MAX_AT_ONCE, usable_cores() // _CORES_EACH)) if self._cuda else 1
+        most = min(_MAX_AT_ONCE * len(self._lanes), usable_cores() // _CORES_EACH) if self._cuda else 0
+        return max(len(self._lanes), most)
 
     @property
     def _at_once(self) -> int:
-        """How many processes, each with all cells of a workload ready, the device's memory holds."""
+        """How many processes, each with all cells of a workload ready, the memory of each card holds."""
         peak = self._state.peak_reserved_bytes
         if not (self._card_bytes and peak):
             return 1
-        return max(1, min(self._max_at_once, int(self._card_bytes / (_SLACK * peak + CONTEXT_BYTES))))
+        most = self._max_at_once // len(self._lanes)
+        return max(1, min(most, int(self._card_bytes / (_SLACK * peak + CONTEXT_BYTES))))
 
     # One step for each cell
 
@@ -155,7 +176,7 @@ class Campaign:
         if len(shares) > 1:
             shares = [[step for step in share if self._state.is_left(step)] for share in shares]
             with self._progress.stage(f"{title}, {len(shares)} at a time", sum(map(len, shares))) as stage:
-                for step, answer in self._workers.side_by_side(shares):
+                for step, answer in self._lanes.side_by_side(shares):
                     stage.step(str(Place.of(step)))
                     if answer.equivalent:  # what is not may be of the others' making, too
                         self._record(step, answer)
@@ -197,14 +218,20 @@ class Campaign:
         return [cell for cell in dict.fromkeys(corners) if cell not in cells and settings.rules.allow(cell)]
 
     def _take(self, title: str, steps: Iterable[Request[Any]]) -> None:
-        """Take those of the steps that are left."""
-        left = [step for step in steps if self._state.is_left(step)]
-        with self._progress.stage(title, len(left)) as stage:
-            for step in left:
-                stage.step(str(Place.of(step)))
-                if self._state.is_left(step):  # still, after the step before
-                    with self._context.failing(step.op, Place.of(step)):
-                        self._record(step, self._workers.ask(step))
+        """Take those of the steps that are left, those of one place on one card."""
+        places: dict[Place, list[Request[Any]]] = {}
+        for step in steps:
+            if self._state.is_left(step):
+                places.setdefault(Place.of(step), []).append(step)
+        with self._progress.stage(title, sum(map(len, places.values()))) as stage:
+            self._lanes.share_out(places.values(), partial(self._taken, stage))
+
+    def _taken(self, stage: Stage, lane: Lane, steps: Sequence[Request[Any]]) -> Steps[None]:
+        for step in steps:
+            stage.step(str(Place.of(step)))
+            if self._state.is_left(step):  # still, after the step before
+                with lane.context.failing(step.op, Place.of(step)):
+                    self._record(step, (yield step))
 
     def _record(self, step: Request[Any], answer: Any) -> None:
         """Record an answer, and the failure that it may tell of."""
@@ -236,6 +263,13 @@ class Campaign:
                 self._progress.note(f"what the device can reach is not known: {failure.reason}")
             else:
                 self._context.writer.append(ceilings, *costs)
+
+
+def _loaded(stage: Stage, lane: Lane, cell: str) -> Steps[None]:
+    """Build a cell once."""
+    stage.step(cell)
+    with lane.context.failing(Load.op, Place(cell)):
+        yield Load(cells=(cell,))
 
 
 def usable_cores() -> int:

@@ -169,6 +169,14 @@ class WorkerPool:
             self._worker.end()
             self._worker = None
 
+    def end_all(self) -> None:
+        """End every worker of this card."""
+        self.end()
+        self.dismiss()
+        for worker in self.ahead:
+            worker.end()
+        self.ahead = []
+
     # Ahead of their time
 
     def start_ahead(self, count: int) -> None:

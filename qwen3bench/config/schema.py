@@ -38,6 +38,10 @@ _closed = with_config(extra="forbid")
 Design = Annotated[str, one_of(*DESIGNS, "screen")]
 Resolution = Annotated[int, one_of(*RESOLUTIONS)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"), must_be("auto, cpu, cuda, cuda:0, cuda:1, …")]
+Devices = Annotated[
+    CountOrZero | Text | list[CountOrZero | Text] | None,
+    must_be("all, or a list of cards by their numbers or UUIDs: [0,1]"),
+]
 Dtype = Annotated[str, one_of(*_DTYPES)]
 Precision = Annotated[str, one_of(*PRECISIONS)]
 Timeout = Annotated[Positive, Field(lt=_MAX_TIMEOUT_S), must_be(f"a number above 0 and below {_MAX_TIMEOUT_S:g}")]
@@ -152,6 +156,7 @@ class Config:
     report: ReportGroup
     run: RunGroup
     resume: Text | None
+    devices: Devices = None  # which a record from before there were several lacks
 
 
 def read_config(config: DictConfig | Mapping[str, Any]) -> Config:

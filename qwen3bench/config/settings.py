@@ -35,9 +35,9 @@ class Settings:
 
     `opts`, `workloads`, `runtimes` and `peers` map a name to its options, in the order of labels and tables;
     the options of an optimization hold its `_target_`. Before `resolved`, `device`, `dtype` and a runtime may
-    be `auto`. `wish` is asked of a screen; `measured` are its cells where a record knows them. Raises `UserError` where
-    nothing would be measured, on a runtime or an optimization without code, and on a design with too many cells or with
-    one that cannot be built.
+    be `auto`. `devices` names the cards where there are several. `wish` is asked of a screen; `measured` are its cells
+    where a record knows them. Raises `UserError` where nothing would be measured, on a runtime or an optimization
+    without code, and on a design with too many cells or with one that cannot be built.
     """
 
     model: ModelConfig
@@ -54,6 +54,7 @@ class Settings:
     prompt_tokens: int | None
     new_tokens: int
     device: str
+    devices: tuple[str, ...]
     dtype: str
     seed: int
     weights: str
@@ -214,6 +215,7 @@ class Settings:
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
             "device": self.device,
+            "devices": [*self.devices] or None,
             "dtype": self.dtype,
             "seed": self.seed,
             "weights": self.weights,
@@ -285,6 +287,7 @@ def settings_from(config: DictConfig | Mapping[str, Any]) -> Settings:
         measured=None if read.design.measured is None else tuple(read.design.measured),
         measure=read.measure,
         device=read.device,
+        devices=_names(read.devices),
         dtype=read.dtype,
         seed=read.seed,
         weights=read.weights,
@@ -300,6 +303,12 @@ def _sizes(sizes: Sizes) -> dict[str, Any]:
     """The sizes as plain data; what only training has is left out elsewhere."""
     plain = asdict(sizes)
     return plain if sizes.precision is not None else {k: v for k, v in plain.items() if k not in ("precision", "clip")}
+
+
+def _names(asked: str | int | list[str | int] | None) -> tuple[str, ...]:
+    """The cards that are named, each once; none where none is."""
+    listed = asked if isinstance(asked, list) else [] if asked is None else [asked]
+    return tuple(dict.fromkeys(map(str, listed)))
 
 
 def _path(text: str | None) -> Path | None:

@@ -36,7 +36,8 @@ class Card:
     power and temperature are the whole card's.
     """
 
-    def __init__(self, device_index: int = 0) -> None:
+    def __init__(self, device_index: int = 0, uuid: str | None = None) -> None:
+        """The card of this index, or of this UUID, which may be that of a part (MIG)."""
         self._nvml: Any = None
         self.handle: Any = None
         self._mig_uuid: str | None = None
@@ -45,7 +46,7 @@ class Card:
 
             self._nvml = pynvml
             pynvml.nvmlInit()
-            self.handle, self._mig_uuid = _find(pynvml, device_index)
+            self.handle, self._mig_uuid = _find(pynvml, device_index) if uuid is None else _by_uuid(pynvml, uuid)
         except Exception:  # no driver, no card, no such card
             self.close()
 
@@ -136,6 +137,10 @@ def _find(nvml: Any, device_index: int) -> tuple[Any, str | None]:
         if os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or _alike(nvml):
             return nvml.nvmlDeviceGetHandleByIndex(int(name)), None
         name = cuda_uuid(device_index)
+    return _by_uuid(nvml, name)
+
+
+def _by_uuid(nvml: Any, name: str) -> tuple[Any, str | None]:
     handle = nvml.nvmlDeviceGetHandleByUUID(name)
     if name.startswith("MIG-"):
         return nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle), name

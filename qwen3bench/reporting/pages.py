@@ -159,6 +159,8 @@ def about(run: Run) -> list[tuple[str, str]]:
         ("model", first.model),
         ("weights", run.config.get("weights")),
         ("device", first.device),
+        ("machine", run.environment.get("host")),
+        ("cards", ", ".join(map(str, run.environment.get("cards") or ()))),
         ("dtype", first.dtype),
         ("switches", ", ".join(factors(run)) or "none"),
         ("cells", len(first.cells)),

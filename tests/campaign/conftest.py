@@ -194,6 +194,7 @@ def measure(
         to: Path | None = None,
         resume: Path | None = None,
         report: bool = False,
+        cards: Sequence[launch.UsedCard] = (),
         **changes: Any,
     ) -> Outcome:
         directory = resume or to or tmp_path / "run"
@@ -207,7 +208,7 @@ def measure(
             patched.setattr(sys, "argv", ["qwen3bench", *overrides, where])
             if not report:
                 patched.setattr(launch, "write_report", lambda run, found: None)
-            status = guarded(lambda: launch.run(settings, launch.Machine(start, card)))
+            status = guarded(lambda: launch.run(settings, launch.Machine(start, card, tuple(cards))))
         out, err = capsys.readouterr()
         return Outcome(directory, status, out, err, pids)
 

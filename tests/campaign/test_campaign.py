@@ -22,6 +22,7 @@ from rich.console import Console
 from qwen3bench.analysis.frames import SAMPLE_COLUMNS
 from qwen3bench.analysis.run import load_run, write_derived
 from qwen3bench.campaign.context import RunContext
+from qwen3bench.campaign.lanes import Lane, Lanes
 from qwen3bench.campaign.passes import Campaign
 from qwen3bench.campaign.progress import Reporter
 from qwen3bench.campaign.state import RunState
@@ -178,7 +179,8 @@ def _campaign(settings: Any, writer: RecordWriter, record: Any, start: Any, card
     state = RunState(settings, record)
     pool = WorkerPool(settings, writer, Seat(start, "left", "GPU-1"), numbers=ProcessNumbers(state.process))
     quiet = Reporter(Console(file=io.StringIO()))
-    return Campaign(RunContext(settings, writer, quiet, state, pool), card)
+    context = RunContext(settings, writer, quiet, state, pool)
+    return Campaign(Lanes([Lane(context, card)]))
 
 
 @pytest.fixture

@@ -271,6 +271,8 @@ def test_the_resolved_config_gives_the_settings_back(device: str | None) -> None
         ("seed=99999999999999999999", "seed must be"),
         ("device=tpu", "device must be .*cpu.*'tpu'"),
         ("device=cuda:x", "device must be .*'cuda:x'"),
+        ("devices=[-1]", "devices must be all, or a list of cards .*-1"),
+        ("devices=1.5", "devices must be all, or a list of cards .*1.5"),
         ("dtype=bf16", "dtype='bf16' is unknown: use auto | bfloat16.*did you mean bfloat16"),
         ("weights=null", "weights must be a text"),
         ("weights=''", "weights must be a text"),
@@ -346,3 +348,19 @@ def test_narrow_intervals_and_ratios_to_others_take_more_processes(
     overrides: list[str], device: str, runtime: str, processes: int
 ) -> None:
     assert replace(compose(overrides), device=device).min_processes(runtime) == processes
+
+
+@pytest.mark.parametrize(
+    ("override", "devices"),
+    [
+        ("devices=all", ("all",)),
+        ("devices=[0,1,0]", ("0", "1")),
+        ("devices=1", ("1",)),
+        ("devices=[GPU-1b,MIG-2c]", ("GPU-1b", "MIG-2c")),
+        ("seed=0", ()),
+    ],
+)
+def test_cards_are_named_by_number_or_uuid(override: str, devices: tuple[str, ...]) -> None:
+    settings = compose([override])
+    assert settings.devices == devices
+    assert settings_from(settings.to_dict()).devices == devices

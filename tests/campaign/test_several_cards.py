@@ -1,0 +1,154 @@
+"""Whole runs on two pretended cards, with fake workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from qwen3bench.analysis.run import load_run
+from qwen3bench.campaign.launch import UsedCard
+from qwen3bench.record.lines import BlockLine, ParametersLine, ProcessLine, SampleLine, Telemetry, VerifyLine
+from qwen3bench.record.states import Purpose
+
+FULL = ("design=full", "opt=flash,tie,norm", "workload=prefill,decode")
+LONG = ("measure.min_processes=6", "measure.min_blocks=12", "measure.max_blocks=12")
+ON_CUDA = ("device=cuda", "runtime=graph")
+QUIET = Telemetry()
+Fault = dict[str, Any]
+
+
+@pytest.fixture
+def two(start_fake: Callable[..., Any], fake_card: Any) -> Callable[..., list[UsedCard]]:
+    """Two cards of one kind, each with faults of its own; `looks` are at the second one after its blocks."""
+
+    def make(
+        *faults: Sequence[Fault],
+        looks: Sequence[Telemetry] = (QUIET,),
+        since: int = 0,
+        kinds: Sequence[str] = ("a kind", "a kind"),
+        sockets: Sequence[int] = (0, 1),
+    ) -> list[UsedCard]:
+        each = [*faults, *([()] * (2 - len(faults)))]
+        monitors = [fake_card(QUIET), fake_card(*looks)]
+        return [UsedCard(start_fake(each[n], since), monitors[n], f"GPU-{n}", kinds[n], sockets[n]) for n in range(2)]
+
+    return make
+
+
+def blocks_of(done: Any) -> dict[tuple[str, str], list[int]]:
+    """The numbers of the closed blocks of each workload and runtime."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for line in done.record.of(BlockLine):
+        if line.state != "repeat":
+            found.setdefault((line.workload, line.runtime), []).append(line.block)
+    return found
+
+
+def card_of(done: Any) -> dict[int, str | None]:
+    return {line.process: line.card for line in done.record.of(ProcessLine)}
+
+
+@pytest.mark.parametrize("where", [(), ON_CUDA], ids=["alone", "side by side"])
+def test_both_cards_time_whole_blocks_and_none_is_lost_or_doubled(
+    measure: Callable[..., Any], two: Callable[..., Any], where: tuple[str, ...]
+) -> None:
+    done = measure(*FULL, *LONG, *where, cards=two())
+    assert (done.status, done.alive) == (0, [])
+    for numbers in blocks_of(done).values():
+        assert sorted(numbers) == list(range(len(numbers)))
+        assert len(numbers) >= 12
+    cards = card_of(done)
+    used = done.run.samples
+    assert set(used["card"]) == {"GPU-0", "GPU-1"}
+    assert set(used["host"]) == {"here"}
+    assert set(used.groupby(["workload", "runtime", "block"])["process"].nunique()) == {1}
+    assert all(card == cards[process] for process, card in zip(used["process"], used["card"], strict=True))
+    share = used.drop_duplicates(["workload", "block"])["card"].value_counts(normalize=True)
+    assert share.min() >= 0.35
+    assert len(done.record.of(VerifyLine)) == len(done.record.of(ParametersLine)) == 8
+    assert done.run.environment["cards"] == ["GPU-0", "GPU-1"]
+
+
+def test_single_cells_are_shared_out_over_the_cards(measure: Callable[..., Any], two: Callable[..., Any]) -> None:
+    done = measure(*FULL, cards=two())
+    checks = {line.card for line in done.record.of(ProcessLine) if line.purpose != Purpose.TIME}
+    assert checks == {"GPU-0", "GPU-1"}
+
+
+@pytest.mark.parametrize("where", [(), ON_CUDA], ids=["alone", "side by side"])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_card_that_fails_is_left_out_and_its_steps_are_done_elsewhere(
+    measure: Callable[..., Any], two: Callable[..., Any], lost: int, where: tuple[str, ...]
+) -> None:
+    faults: list[Sequence[Fault]] = [(), ()]
+    faults[lost] = [
+        {"op": "prepare", "does": "die", "cell": "tie"},
+        {"op": "touch", "does": "die"},
+    ]
+    done = measure(*FULL, *LONG, *where, cards=two(*faults))
+    assert done.status == 0
+    assert f"card GPU-{lost} is left out: no kernel runs on it any more" in done.err
+    for numbers in blocks_of(done).values():
+        assert sorted(numbers) == list(range(len(numbers)))
+    assert set(done.run.cells["status"]) == {"ok"}
+    assert set(done.run.samples["card"]) == {f"GPU-{1 - lost}"}
+
+
+def test_a_card_that_somebody_else_uses_is_left_out_and_its_finished_blocks_stay(
+    measure: Callable[..., Any], two: Callable[..., Any]
+) -> None:
+    taken = [QUIET, QUIET, QUIET, Telemetry(foreign_processes=(4321,))]
+    done = measure(*FULL, *LONG, cards=two(looks=taken))
+    assert done.status == 0
+    assert "card GPU-1 is left out: process 4321 uses it too" in done.err
+    kept = done.run.samples.drop_duplicates(["workload", "block"])["card"].value_counts()
+    assert kept["GPU-1"] == 3
+    for numbers in blocks_of(done).values():
+        assert sorted(numbers) == list(range(len(numbers)))
+
+
+def test_a_cell_that_fails_on_a_sound_card_is_to_blame_itself(
+    measure: Callable[..., Any], two: Callable[..., Any]
+) -> None:
+    fault = [{"op": "prepare", "cell": "tie", "does": "die"}]
+    done = measure(*FULL, *ON_CUDA, cards=two(fault, fault))
+    assert done.status == 3
+    assert done.statuses["tie"] == "crashed"
+    assert {status for cell, status in done.statuses.items() if cell != "tie"} == {"ok"}
+    assert "is left out" not in done.err
+
+
+def test_eager_on_a_gpu_is_timed_on_one_card_beside_each_processor(
+    measure: Callable[..., Any], two: Callable[..., Any]
+) -> None:
+    done = measure(*FULL, *LONG, "device=cuda", "runtime=eager", cards=two(sockets=(0, 0)))
+    assert set(done.run.samples["card"]) == {"GPU-0"}
+    both = measure(*FULL, *LONG, "device=cuda", "runtime=eager", cards=two(), to=done.directory.parent / "both")
+    assert set(both.run.samples["card"]) == {"GPU-0", "GPU-1"}
+
+
+def test_unlike_cards_are_strata_each_with_its_own_numbers(
+    measure: Callable[..., Any], two: Callable[..., Any]
+) -> None:
+    done = measure(*FULL, cards=two(kinds=("a kind", "another/kind")), devices=("all",))
+    assert done.status == 0
+    for kind, card in (("a-kind", "GPU-0"), ("another-kind", "GPU-1")):
+        run = load_run(done.directory / kind)
+        assert run.finished
+        assert set(run.samples["card"]) == {card}
+
+
+def test_a_run_of_two_cards_continues_where_it_was(measure: Callable[..., Any], two: Callable[..., Any]) -> None:
+    whole = measure(*FULL, *LONG, cards=two())
+    lines = (whole.directory / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    (whole.directory / "samples.jsonl").write_bytes(b"".join(lines[: int(len(lines) * 0.6)]) + lines[-1][:20])
+    begun = {(line.workload, line.block) for line in whole.record.of(SampleLine)}
+    done = measure(cards=two(), resume=whole.directory)
+    assert done.status == 0
+    assert begun
+    for numbers in blocks_of(done).values():
+        assert sorted(numbers) == list(range(len(numbers)))
+    assert "tell again" not in done.err
+    assert done.record.warnings == []
