@@ -112,6 +112,8 @@ class Lanes:
 
     def side_by_side(self, shares: Sequence[Sequence[Request[Any]]]) -> Iterator[tuple[Request[Any], Any]]:
         """`WorkerPool.side_by_side`, the shares dealt out to the cards in turn."""
+        if len(self) == 1:
+            return self.first.workers.side_by_side(shares)
         return side_by_side([lane.workers for lane in self], shares)
 
     def start_ahead(self, count: int) -> None:

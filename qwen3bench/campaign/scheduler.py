@@ -20,7 +20,7 @@ class CardLostError(Exception):
     """A card fails, or somebody else uses it; the argument says why."""
 
 
-class Line(Protocol):
+class WorkLine(Protocol):
     """A card's line of work: its worker is asked one request at a time. Hashable."""
 
     def send(self, request: Request[Any]) -> None:
@@ -33,7 +33,7 @@ class Line(Protocol):
         """What to wait on for the answer."""
 
 
-L = TypeVar("L", bound=Line)
+L = TypeVar("L", bound=WorkLine)
 J = TypeVar("J")
 
 
