@@ -10,7 +10,7 @@ import pandas as pd
 
 from qwen3bench.analysis.cells import cells_table
 from qwen3bench.analysis.controls import Controls, controls
-from qwen3bench.analysis.effective import compare_effective
+from qwen3bench.analysis.effective import PARTLY_SEEN, compare_effective, idle_switches
 from qwen3bench.analysis.effects import COLUMNS, effects
 from qwen3bench.analysis.frames import analysis_setting, used_samples
 from qwen3bench.analysis.screen_results import ScreenResult, confirmed_cells, screen_results
@@ -66,15 +66,21 @@ class Run:
         for line in lines:
             by_place.setdefault((line.workload, line.runtime), {})[line.cell] = line
         idle = {
-            place: compare_effective(of_cells)
-            for place, of_cells in by_place.items()
-            if place[0] != "generate"  # whose last step alone was looked at
+            place: compare_effective(of_cells) for place, of_cells in by_place.items() if place[0] not in PARTLY_SEEN
         }
         return [
             replace(line, notes=(*line.notes, *idle.get((line.workload, line.runtime), {}).get(line.cell, ())))
             for line in lines
             if line.cell in self.record.run.cells
         ]
+
+    @property
+    def idle(self) -> dict[tuple[str, str], dict[str, int]]:
+        """The switches that change nothing that runs, by workload and runtime: see `idle_switches`."""
+        by_place: dict[tuple[str, str], dict[str, EvidenceLine]] = {}
+        for line in self.record.of(EvidenceLine):
+            by_place.setdefault((line.workload, line.runtime), {})[line.cell] = line
+        return {where: idle_switches(found) for where, found in by_place.items() if where[0] not in PARTLY_SEEN}
 
     @property
     def finished(self) -> bool:

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+from qwen3bench.analysis.effective import PARTLY_SEEN, idle_switches
 from qwen3bench.campaign.blocks import Blocks
 from qwen3bench.campaign.confirmation import Confirmation
 from qwen3bench.campaign.context import RunContext
@@ -51,6 +52,7 @@ from qwen3bench.record.messages import (
 )
 from qwen3bench.record.states import CellStatus, Purpose
 from qwen3bench.record.typed import fields_of
+from qwen3bench.reporting.wording.sentences import idle_words
 
 # The line that records the answer to a step of a single cell.
 _LINES: dict[type[Request[Any]], Callable[..., Line]] = {
@@ -132,6 +134,7 @@ class Campaign:
         self._verify(shares)
         self._verify_gradients()
         self._look_at_each_cell()
+        self._tell_idle_switches()
         self._ceilings()
         for lane in self._lanes:
             lane.workers.end()
@@ -217,6 +220,15 @@ class Campaign:
         corners = [*design_cells("each", settings.factors), *design_cells("leave_one_out", settings.factors)]
         return [cell for cell in dict.fromkeys(corners) if cell not in cells and settings.rules.allow(cell)]
 
+    def _tell_idle_switches(self) -> None:
+        """Say which switches change nothing that runs, before time is spent on them."""
+        if self._context.chosen is not None:  # other cells of a run that has told it
+            return
+        for (workload, runtime), seen in self._state.evidence.items():
+            if workload not in PARTLY_SEEN:
+                for name, pairs in idle_switches(seen).items():
+                    self._progress.note(idle_words(name, f"{workload}, {runtime}", pairs))
+
     def _take(self, title: str, steps: Iterable[Request[Any]]) -> None:
         """Take those of the steps that are left, those of one place on one card."""
         places: dict[Place, list[Request[Any]]] = {}
@@ -243,6 +255,8 @@ class Campaign:
         self._state.steps.add(step)
         if isinstance(answer, PeakMemory):
             self._state.see_peak(answer.peak_reserved_bytes)
+        if isinstance(answer, Evidence):
+            self._state.see_evidence(Place.of(step), answer)
 
     def _ceilings(self) -> None:
         """What the device can reach, and the least that each cell asks of it."""

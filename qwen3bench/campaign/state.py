@@ -25,6 +25,7 @@ from qwen3bench.record.lines import (
 from qwen3bench.record.messages import (
     CollectEvidence,
     CountParameters,
+    Evidence,
     MeasureMemory,
     Pace,
     Request,
@@ -96,6 +97,7 @@ class RunState:
         self.steps: set[Request[Any]] = set()  # that were answered
         self.ceilings_known = False
         self.process = -1
+        self.evidence: dict[Where, dict[str, Evidence]] = {}  # by cell
         self.peak_reserved_bytes = 0  # of the memory pass, over all cells so far
         self.timings: dict[Where, Timing] = {
             (workload, runtime): Timing() for workload in settings.workloads for runtime in settings.runtimes
@@ -117,6 +119,10 @@ class RunState:
         """Take note of a cell's peak memory."""
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, peak_reserved_bytes or 0)
 
+    def see_evidence(self, place: Place, evidence: Evidence) -> None:
+        """Take note of what really ran in a cell."""
+        self.evidence.setdefault((str(place.workload), str(place.runtime)), {})[place.cell] = evidence
+
     def _take_up_steps(self, record: Record) -> None:
         for line in record.of(FailureLine):
             self.failures[Place(line.cell, line.workload, line.runtime)] = line.status
@@ -129,6 +135,7 @@ class RunState:
             self.see_peak(memory.peak_reserved_bytes)
         for seen in record.of(EvidenceLine):
             self.steps.add(CollectEvidence(cell=seen.cell, workload=seen.workload, runtime=seen.runtime))
+            self.see_evidence(Place(seen.cell, seen.workload, seen.runtime), seen)
         self.ceilings_known = bool(record.of(CeilingLine))
         self.process = max((line.process for line in record.of(ProcessLine)), default=-1)
 

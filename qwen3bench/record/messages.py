@@ -103,6 +103,7 @@ class PeakMemory:
 class Evidence:
     """What really ran. `kernels`: name → launches. `eager_s`: about how long eager takes, where it is not timed.
 
+    `output`: a hash of the last tokens' logits, or of the loss, bit for bit, on inputs that all cells have.
     `parts_s`: about how long the parts of a training step take, launched from Python one by one, in seconds.
     """
 
@@ -113,6 +114,7 @@ class Evidence:
     recompiles: Count | None = None
     kernels: dict[str, Count] = Field(default_factory=dict)
     notes: Names = ()
+    output: str | None = None
     eager_s: Seconds | None = None
     parts_s: dict[str, Seconds] | None = None
 

@@ -22,6 +22,7 @@ class Kind(StrEnum):
     ANSWER = "answer"
     SCREEN = "screen"
     TOGETHER = "together"
+    IDLE = "idle"
     SWITCH = "switch"
     UNTOLD = "untold"
     INTERACTION = "interaction"
@@ -207,6 +208,13 @@ class Missing:
     total: int = 0
 
 
+@dataclass(frozen=True)
+class Idle:
+    """Of a switch that changes nothing that runs: in how many pairs of cells that was seen."""
+
+    pairs: int
+
+
 class Check(StrEnum):
     """A control of a run."""
 
@@ -282,6 +290,7 @@ Detail = (
     | OpenEffects
     | Failed
     | Missing
+    | Idle
     | Control
     | Passed
     | Regime

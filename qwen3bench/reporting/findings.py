@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.control_findings import control_list, tally
 from qwen3bench.reporting.finding import Choice, Finding, Kind, Level, NoAnswer
-from qwen3bench.reporting.findings_cells import failures, missing, peers, recommended
+from qwen3bench.reporting.findings_cells import failures, idle, missing, peers, recommended
 from qwen3bench.reporting.findings_effects import each_switch, joint, memory, together
 from qwen3bench.reporting.findings_screen import screened
 from qwen3bench.reporting.findings_undecided import undecided
@@ -35,6 +35,7 @@ def findings(run: Run) -> list[Finding]:
         *(_advised(answer, open_effects) for answer in answers),
         *(finding for condition in conditions(run) for finding in screened(run, condition)),
         *(finding for condition in conditions(run) for finding in together(run, condition)),
+        *idle(run),
         *each_switch(run),
         *joint(run),
         *memory(run),

@@ -23,6 +23,7 @@ from qwen3bench.reporting.finding import (
     Effect,
     Failed,
     Finding,
+    Idle,
     Kind,
     Lack,
     Level,
@@ -250,6 +251,13 @@ def failures(run: Run) -> Iterator[Finding]:
         where = () if list(there) == everywhere else there
         failed = Failed(tuple(names), where, reasons[0] if reasons else "", len(reasons))
         yield Finding(Kind.FAILURE, names[0], verdict=status, detail=failed, level=Level.WARNING)
+
+
+def idle(run: Run) -> Iterator[Finding]:
+    """Switches that change nothing that runs."""
+    for condition in conditions(run):
+        for name, pairs in run.idle.get((condition.workload, condition.runtime), {}).items():
+            yield Finding(Kind.IDLE, name, str(condition), detail=Idle(pairs))
 
 
 def missing(run: Run) -> Iterator[Finding]:

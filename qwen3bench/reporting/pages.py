@@ -95,7 +95,7 @@ def page_content(run: Run, found: list[Finding]) -> dict[str, Any]:
         "switches": dict(switches([run])),
         "screens": [each for condition in conditions(run) if (each := screen_section(run, condition, found))],
         "effects": effects,
-        "memory": [sentence(finding) for finding in found if finding.kind == Kind.MEMORY],
+        "about_switches": [sentence(finding) for finding in found if finding.kind in (Kind.IDLE, Kind.MEMORY)],
         "open": open_answers(found),
         "whatif": as_script(data) if data else "",
         "what_if_words": what_if_words(screen=bool(run.screens)),

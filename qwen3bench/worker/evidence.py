@@ -7,6 +7,7 @@ others.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zlib
 from collections import Counter
@@ -15,6 +16,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.profiler import ProfilerActivity, profile
 
@@ -23,11 +25,12 @@ from qwen3bench.model.qwen3 import Qwen3Model
 from qwen3bench.record.messages import Evidence
 from qwen3bench.worker.compile_counters import compiled_graphs, graph_breaks
 from qwen3bench.worker.costs import forwards
-from qwen3bench.worker.workloads import Workload, WorkloadSize
+from qwen3bench.worker.workloads import Workload, WorkloadSize, keeping_output
 
 SEPARATE = "separate operations"
 OWN = "Triton"
 UNKNOWN = "unknown"
+COMPARED = 16  # tokens: the last ones' logits tell of all before them
 
 # What follows `aten::_scaled_dot_product_` in the name of each operation behind F.scaled_dot_product_attention.
 _ATTENTION_OPERATIONS = {
@@ -79,20 +82,22 @@ def collect(
     workload: Workload,
     runtime: str = "eager",
     launches: Sequence[Callable[[], object]] | None = None,
+    outputs: list[Tensor] | None = None,
 ) -> Evidence:
     """What really ran of a model that has run this workload in this runtime.
 
     `model` is what the runtime made of a cell's, and `launches` what it made of the workload's steps (default: the
-    steps). Looked at are the first and the last step: in `generate` the prefill and a decode step, elsewhere the only
-    one. `kernels` and `kernel_launches` are of the last; they are empty where a CPU runs compiled code, which no
-    profile sees.
+    steps), which leave what they return in `outputs`. Looked at are the first and the last step: in `generate` the
+    prefill and a decode step, elsewhere the only one. `kernels` and `kernel_launches` are of the last; they are empty
+    where a CPU runs compiled code, which no profile sees.
     `recompiles` counts graphs compiled while looking, which a warm cell has no reason for; `graph_breaks` all
     since `forget_compilations`; both are None where nothing is compiled. Raises RuntimeError where a forced
     attention backend cannot run.
     """
     device = model.tok_emb.weight.device
     compiled = runtime == "compile"
-    steps = workload.steps(model)
+    outputs = [] if outputs is None else outputs
+    steps = [keeping_output(step, outputs) for step in workload.steps(model)]
     ends = sorted({0, len(steps) - 1})
     before = compiled_graphs() if compiled else 0
     on_cpu = device.type == "cpu"
@@ -122,7 +127,15 @@ def collect(
         recompiles=compiled_graphs() - before if compiled else None,
         kernels=dict(sorted(last.items(), key=lambda item: (-item[1], item[0]))),
         notes=tuple(notes),
+        output=output_hash(outputs[-1]) if outputs else None,
     )
+
+
+def output_hash(output: Tensor) -> str:
+    """A hash of a loss, or of the last tokens' logits (b, t, vocabulary): equal where all their bits are."""
+    last = output[:, -COMPARED:] if output.dim() > 1 else output
+    raw = last.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.blake2b(raw, digest_size=8).hexdigest()
 
 
 def attention_backend(kernels: Iterable[str], operations: Iterable[str], compiled: bool = False) -> str:

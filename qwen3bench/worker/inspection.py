@@ -15,7 +15,7 @@ from qwen3bench.worker.ceilings import measure_ceilings
 from qwen3bench.worker.clock import time_host
 from qwen3bench.worker.compile_counters import forget_compilations
 from qwen3bench.worker.costs import cell_cost
-from qwen3bench.worker.evidence import collect
+from qwen3bench.worker.evidence import COMPARED, collect
 from qwen3bench.worker.peers import gradients_of_peer, judge_peer
 from qwen3bench.worker.runtimes import InvalidCell, Launch
 from qwen3bench.worker.session import Session
@@ -25,7 +25,6 @@ from qwen3bench.worker.workloads import Workload, keeping_output
 # By the bytes of a number: compiled, a model of 28 layers in bfloat16 rounds otherwise by some 0.01 of its logits. That
 # it is the same function is the gate's to say, in eager; this says that it is that forward which is launched.
 LAUNCH_ERROR = {8: 1e-6, 4: 1e-3, 2: 0.1}
-_COMPARED = 16  # tokens: the last ones' logits tell of all before them
 _EAGER_PASSES = 3  # a median of three leaves out one that was held up
 
 
@@ -125,7 +124,8 @@ class Inspection:
             if self._workload is None or self._workload.size.name != workload:
                 self._workload = self.session.inputs(workload, model)
             warm = self._warmed_up(where, model, self._workload)
-        found = collect(warm.model, warm.workload, runtime, warm.launches)
+        warm.workload.refill()
+        found = collect(warm.model, warm.workload, runtime, warm.launches, warm.outputs)
         if runtime != "eager":
             error = error_against_eager(warm)
             if not error <= (limit := LAUNCH_ERROR[self.session.dtype.itemsize]):
@@ -187,9 +187,9 @@ def error_against_eager(warm: Warm) -> float:
         launch()
     token = warm.workload.token.clone() if before else None
     last()
-    launched = warm.outputs[0][:, -_COMPARED:].double()
+    launched = warm.outputs[0][:, -COMPARED:].double()
     if token is not None:
         warm.workload.token.copy_(token)
     steps = warm.workload.steps(warm.model.original)  # what the gate judged
-    expected = steps[-1]()[:, -_COMPARED:].double()
+    expected = steps[-1]()[:, -COMPARED:].double()
     return float((launched - expected).norm() / expected.norm())

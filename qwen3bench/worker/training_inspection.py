@@ -16,6 +16,7 @@ from qwen3bench.worker.evidence import collect
 from qwen3bench.worker.runtimes import InvalidCell
 from qwen3bench.worker.session import Session
 from qwen3bench.worker.training import FORWARD, PARTS, TrainingWorkload, gradient_bytes
+from qwen3bench.worker.workloads import keeping_output
 
 _GRADIENT = "gradient"
 # Relative (L2), of all gradients together: compiled, a model in bfloat16 rounds otherwise. That they are the right ones
@@ -96,7 +97,9 @@ def training_evidence(session: Session, cell: str, workload: str, runtime: str) 
         forget_compilations()
     launcher = session.runtime(runtime)
     prepared = launcher.prepare_model(model).model
-    (step,) = work.steps(prepared)
+    outputs: list[Tensor] = []
+    (first,) = work.steps(prepared)
+    step = keeping_output(first, outputs)
     work.restore()
     try:
         parts_s = _seconds_of_parts(work, prepared, session.synchronize)
@@ -111,7 +114,7 @@ def training_evidence(session: Session, cell: str, workload: str, runtime: str) 
             session.free()
         launch = launcher.prepare(step).launch
         launch()
-        found = collect(prepared, work, runtime, [launch])
+        found = collect(prepared, work, runtime, [launch], outputs)
         if runtime != "eager":
             work.restore()
             launch()

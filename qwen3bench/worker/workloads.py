@@ -106,6 +106,16 @@ class Workload:
     def restore(self) -> None:
         """Put back what its steps change: nothing here, as a cache is written over."""
 
+    def refill(self) -> None:
+        """Put random numbers, always the same, where a decode step reads what a model wrote into the cache before it.
+
+        So cells whose outputs are compared bit for bit read the same, whichever of them filled the cache.
+        """
+        if self.cache is not None and self.size.name == "decode":
+            generator = torch.Generator(self.cache.keys.device).manual_seed(0)
+            for stored in (self.cache.keys, self.cache.values):
+                stored.normal_(generator=generator)
+
     def forwards(self, model: Forward) -> list[Step]:
         """The forwards of `steps` alone, each returning logits."""
         return self.steps(model)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qwen3bench.analysis.effective import compare_effective
+from qwen3bench.analysis.effective import compare_effective, idle_switches
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.model.build import build_model
 from qwen3bench.model.qwen3 import Qwen3Model
@@ -28,6 +28,7 @@ from qwen3bench.worker.evidence import (
     attention_backend,
     collect,
     operations_of,
+    output_hash,
     split_note,
 )
 from qwen3bench.worker.runtimes import GraphRuntime, Runtime
@@ -301,6 +302,54 @@ def test_on_a_cpu_only_norm_is_without_effect() -> None:
     notes = compare_effective({label(cell): evidence(cell) for cell in design_cells("full", FIVE)})
     assert set(notes) == {label(cell) for cell in design_cells("full", FIVE) if "norm" in cell}
     assert all(len(note) == 1 and note[0].startswith("norm changed nothing") for note in notes.values())
+
+
+def gave(output: str | None, kernels: Mapping[str, int], tied: bool = False) -> Evidence:
+    return replace(ran(kernels, tied=tied), output=output)
+
+
+def test_a_switch_is_idle_where_kernels_and_every_bit_are_as_without_it_in_all_cells() -> None:
+    same = {"mm": 8}
+    seen = {
+        "baseline": gave("a", same),
+        "norm": gave("a", same),  # idle in both
+        "mask": gave("a", same),  # and here not with norm
+        "norm+mask": gave("a", same),
+        "tie": gave("a", same, tied=True),  # which shares storage
+        "mlp": gave("b", same),  # another rounding
+        "flash": gave("a", {"mm": 6}),
+        "transformers:sdpa": gave("a", same),
+    }
+    assert idle_switches(seen) == {"norm": 2, "mask": 2}
+    assert idle_switches({**seen, "norm+mask": gave("b", same)}) == {}
+    assert idle_switches({**seen, "mask": gave("b", same)}) == {}
+    assert idle_switches({"baseline": gave(None, same), "norm": gave(None, same)}) == {}
+    assert idle_switches({"baseline": gave("a", {}), "norm": gave("a", {})}) == {}  # where no profile sees kernels
+    assert idle_switches({"baseline": gave("a", same), "norm+mask": gave("a", same)}) == {}
+
+
+@pytest.mark.parametrize("size", [PREFILL, DECODE], ids=["prefill", "decode"])
+def test_the_hash_is_of_every_bit_that_comes_out(size: WorkloadSize) -> None:
+    assert evidence(size=size).output == evidence(size=size).output is not None
+    assert evidence(("flash",), size).output != evidence(size=size).output
+    logits = torch.randn(2, 20, 5)
+    first = output_hash(logits)
+    assert output_hash(logits.clone()) == first
+    logits[1, 19, 3] = torch.nextafter(logits[1, 19, 3], torch.tensor(9.0))
+    assert output_hash(logits) != first
+    assert output_hash(torch.tensor(1.5)) == output_hash(torch.tensor(1.5)) != output_hash(torch.tensor(1.25))
+
+
+def test_what_a_decode_step_reads_is_the_same_whichever_model_filled_the_cache() -> None:
+    found = []
+    for opts in ((), ("flash",)):
+        work = Workload(DECODE, build_model(SMALL, opts))
+        assert work.cache is not None
+        written = work.cache.values.clone()
+        work.refill()
+        assert not torch.equal(written, work.cache.values)
+        found.append((work.cache.keys, work.cache.values))
+    assert all(map(torch.equal, *found))
 
 
 # On a GPU

@@ -19,6 +19,7 @@ from qwen3bench.reporting.finding import (
     Failed,
     Finding,
     Fitted,
+    Idle,
     Kind,
     Lack,
     Missing,
@@ -51,6 +52,7 @@ HEADINGS = {
     Kind.ANSWER: "What to switch on",
     Kind.SCREEN: "What the screen tells",
     Kind.TOGETHER: "All together",
+    Kind.IDLE: "Each switch",
     Kind.SWITCH: "Each switch",
     Kind.UNTOLD: "Each switch",
     Kind.INTERACTION: "Do they stack?",
@@ -118,6 +120,8 @@ def _said(finding: Finding) -> str:
             return _failed(finding, failed)
         case Missing() as missing:
             return _missing(finding, missing)
+        case Idle(pairs):
+            return f"{idle_words(finding.subject, finding.condition, pairs)} {IDLE_MEANS}"
         case Passed(passed, held, unsure):
             text = f"{passed} of {count(held, 'control')} passed."
             return text + (f" The interval of {count(unsure, 'control')} reaches beyond its limit." if unsure else "")
@@ -283,6 +287,15 @@ def _confirmed(finding: Finding, found: BestCell) -> str:
         return f"{text} The prediction holds, after one round that missed {listing(list(found.missed))}."
     again = " after two rounds" if found.rounds > 1 else ""
     return f"{text} Predictions miss{again}: {listing(list(found.missed))}. Only measured cells are recommended."
+
+
+IDLE_MEANS = "Any effect on its latency is noise, or what its Python code costs the host."
+
+
+def idle_words(name: str, condition: str, pairs: int) -> str:
+    """That a switch changes nothing that runs, as was seen in so many pairs of cells."""
+    seen = "the only pair" if pairs == 1 else f"all {pairs} pairs"
+    return f"{name} changes nothing that runs ({condition}): same kernels and output as without it, in {seen} of cells."
 
 
 # Pairs, what is open

@@ -23,6 +23,7 @@ from qwen3bench.reporting.finding import (
     Effect,
     Failed,
     Finding,
+    Idle,
     Kind,
     Lack,
     Missing,
@@ -81,6 +82,11 @@ SNAPSHOTS = [
             detail=Pair("mask", "flash", half("faster", 1.155), half("slower", 0.898)),
         ),
         "mask helps only with flash: 1.155× with it, 0.898× without (prefill 1×2048 graph).",
+    ),
+    (
+        Finding(Kind.IDLE, "gemv", PREFILL, detail=Idle(16)),
+        "gemv changes nothing that runs (prefill 1×2048 graph): same kernels and output as without it, in all 16 pairs "
+        "of cells. Any effect on its latency is noise, or what its Python code costs the host.",
     ),
     (
         Finding(Kind.MEMORY, "tie", PREFILL, detail=Saving(311_164_928, True)),

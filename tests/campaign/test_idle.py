@@ -1,0 +1,48 @@
+"""A switch that changes nothing that runs is named before time is spent on it, and in the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from qwen3bench.reporting.finding import Kind
+from qwen3bench.reporting.findings import findings
+from qwen3bench.reporting.wording.sentences import sentence
+
+Measure = Callable[..., Any]
+FULL = ("design=full", "opt=tie,mask")
+SEEN = {"does": "answer", "op": "evidence"}
+SAME = {**SEEN, "fields": {"output": "a"}}  # tie is seen all the same, by what it stores
+SAID = "mask changes nothing that runs (prefill, eager): same kernels and output as without it, in all 2 pairs of cells"
+
+
+def idle(done: Any) -> list[str]:
+    return [sentence(finding) for finding in findings(done.run) if finding.kind == Kind.IDLE]
+
+
+def test_it_is_told_before_the_timing_pass_and_in_the_report(measure: Measure) -> None:
+    done = measure(*FULL, faults=[SAME], report=True)
+    assert done.status == 0
+    before, told, after = done.err.partition(SAID)
+    assert told
+    assert "timing" not in before
+    assert "timing" in after
+    assert "tie changes nothing" not in done.err
+    (said,) = idle(done)
+    assert said.startswith("mask changes nothing that runs (prefill 1×16 eager): same kernels and output as without it")
+    assert "mask changes nothing that runs" in (done.directory / "report.md").read_text(encoding="utf-8")
+
+
+def test_one_bit_in_one_cell_is_enough(measure: Measure) -> None:
+    done = measure(*FULL, faults=[{**SEEN, "cell": "tie+mask", "fields": {"output": "b", "tied_storage": True}}, SAME])
+    assert "changes nothing that runs" not in done.err
+    assert not idle(done)
+
+
+def test_a_continued_run_tells_it_too_and_one_that_confirms_does_not(measure: Measure) -> None:
+    stopped = measure(*FULL, faults=[{**SAME}, {"does": "error", "op": "ceilings", "status": "refused"}])
+    assert (stopped.status, stopped.err.count(SAID)) == (1, 1)
+    done = measure(resume=stopped.directory)
+    assert (done.status, done.err.count(SAID)) == (0, 1)
+    screened = measure("design=screen", "opt=tie,mask", faults=[SAME], to=stopped.directory.with_name("screen"))
+    assert screened.err.count("mask changes nothing that runs") == 1
