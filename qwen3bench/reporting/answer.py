@@ -11,7 +11,7 @@ from qwen3bench.record.design import cell_of
 from qwen3bench.record.lines import SessionLine
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.control_findings import control_list, outcome_of, tally
-from qwen3bench.reporting.finding import Advice, Choice, ControlOutcome, Finding, Kind, Times
+from qwen3bench.reporting.finding import Advice, BestCell, Choice, ControlOutcome, Finding, Kind, Times
 from qwen3bench.reporting.lookup import blocks_of, ended_early, level, of_peers, rows
 from qwen3bench.reporting.units import is_number, seconds, significant, size, times
 from qwen3bench.reporting.wording.answer_words import (
@@ -60,7 +60,9 @@ def _card(run: Run, condition: Condition, found: Sequence[Finding], outcome: Seq
     about = [f for f in outcome if f.condition in ("", str(condition))]
     failed = [f for f in about if outcome_of(f) == ControlOutcome.FAILED]
     early = [cut_short(*blocks)] if (blocks := ended_early(run, condition)) else []
-    notes = [*early, *(_plain(finding) for finding in about if outcome_of(finding) == ControlOutcome.UNSURE)]
+    screen = [finding for finding in here[Kind.SCREEN] if isinstance(finding.detail, BestCell)]
+    unsure = [finding for finding in about if outcome_of(finding) == ControlOutcome.UNSURE]
+    notes = [*early, *map(_plain, (*screen, *unsure))]
     card = AnswerCard(
         condition,
         notes=tuple(notes),

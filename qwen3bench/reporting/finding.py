@@ -153,6 +153,13 @@ class BestCell:
     still_missed: bool = False
     tested: bool = True
 
+    @property
+    def held(self) -> bool | None:
+        """Whether the last predictions hold; None where that cannot be told."""
+        if self.measured is None or not (self.tested or self.still_missed):
+            return None
+        return not self.still_missed
+
 
 @dataclass(frozen=True)
 class Pair:

@@ -14,9 +14,10 @@ from rich.text import Text
 from qwen3bench.record.states import CellStatus, Verdict
 from qwen3bench.reporting import control_findings
 from qwen3bench.reporting.conditions import Condition, conditions
-from qwen3bench.reporting.finding import ControlOutcome, NoVerdict, Pair, verdict_of
+from qwen3bench.reporting.finding import BestCell, ControlOutcome, NoVerdict, Pair, verdict_of
 from qwen3bench.reporting.findings_cells import recommended
 from qwen3bench.reporting.findings_effects import joint
+from qwen3bench.reporting.findings_screen import screened
 from qwen3bench.reporting.lookup import (
     BASELINE,
     LATENCY,
@@ -46,6 +47,7 @@ from qwen3bench.reporting.wording.terminal_words import (
     noisy_answer,
     nothing_measured,
     only_helps_with,
+    prediction_words,
     switches_title,
 )
 
@@ -130,14 +132,20 @@ def _answer(run: Run, condition: Condition, width: int, brief: bool = False) -> 
         lines = packed(f"{condition}:", [f"+opt={chosen.replace('+', ',')}"], width)
         if brief:
             return [*lines, *packed(f"  {gain.partition(' ')[0]} as fast,", _facts(row, brief), width)]
-        gain = gain_words(gain)
+        gain, facts = gain_words(gain), [*_facts(row, brief), *_prediction(run, condition)]
         if len(lines[-1]) + 2 + len(gain) <= width:
-            return [*lines[:-1], f"{lines[-1]}  {gain}", *packed("", _facts(row, brief), width)]
-        return [*lines, *packed(f"  {gain},", _facts(row, brief), width)]
+            return [*lines[:-1], f"{lines[-1]}  {gain}", *packed("", facts, width)]
+        return [*lines, *packed(f"  {gain},", facts, width)]
     if finding is not None:
         return wrapped(f"{condition}: {sentence(finding).replace(f' ({condition})', '')}", width)
     row = by_label.get(BASELINE, next(iter(by_label.values())))
     return packed(f"{condition}:", [row.cell, *_facts(row, brief)], width)
+
+
+def _prediction(run: Run, condition: Condition) -> list[str]:
+    """Whether what a screen predicts to be best was measured so."""
+    details = [finding.detail for finding in screened(run, condition)]
+    return [prediction_words(each.held) for each in details if isinstance(each, BestCell)]
 
 
 def _facts(row: Any, brief: bool) -> list[str]:

@@ -21,20 +21,22 @@
   const switches = made("fieldset", {}, made("legend", {}, "Switches"));
   switches.append(...boxes.map(({ label, box, flip }) => made("div", { className: "toggle" }, made("label", {}, box, ` ${label}`), flip)));
 
+  const said = ([value, low, high]) => `${value.toFixed(2)}× [${low.toFixed(2)}, ${high.toFixed(2)}]`;
   const show = () => {
     const here = data.conditions[condition.value];
     const cell = boxes.filter(({ box }) => box.checked).map(({ label }) => label).join("+") || "baseline";
-    const facts = here.cells[cell] ?? { status: "not measured" };
+    const place = (chosen) => boxes.reduce((sum, { box, label }, i) => sum + (box.checked !== (label === chosen) ? 2 ** i : 0), 0);
+    const model = here.predicted[place()];
+    const { predicted, unmeasured } = data.words;
+    const facts = here.cells[cell] ?? (model ? { [`speed-up, ${predicted}`]: said(model), status: unmeasured } : { status: unmeasured });
     name.textContent = cell;
     shown.replaceChildren(...Object.entries(facts).map(([key, text]) => made("div", {}, made("dt", {}, key), made("dd", {}, text))));
     for (const { label, box, flip } of boxes) {
-      const flipped = boxes.filter((each) => each.box.checked !== (each.label === label)).map((each) => each.label).join("+") || "baseline";
-      const [now, then] = [here.predicted[cell], here.predicted[flipped]];
-      const model = now && then ? { latency: `${(then / now).toFixed(2)}× as fast, predicted` } : undefined;
-      const change = here.flips[cell]?.[label] ?? model;
+      const then = here.predicted[place(label)];
+      const change = here.flips[cell]?.[label] ?? (model && then && { latency: `${(then[0] / model[0]).toFixed(2)}× as fast, ${predicted}` });
       const turned = box.checked ? "turn off" : "turn on";
       flip.className = `flip ${change?.verdict ?? ""}`;
-      flip.textContent = `${turned}: ${change ? [change.latency, change.memory].filter(Boolean).join(", ") : "not measured"}`;
+      flip.textContent = `${turned}: ${change ? [change.latency, change.memory].filter(Boolean).join(", ") : unmeasured}`;
     }
   };
   const start = () => {

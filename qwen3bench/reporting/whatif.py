@@ -17,7 +17,7 @@ from qwen3bench.reporting.findings_screen import screen_of
 from qwen3bench.reporting.lookup import MEMORY, band, factors, of_peers, rows, usable
 from qwen3bench.reporting.tables import signed_bytes
 from qwen3bench.reporting.units import is_number, ratio, seconds, significant, size
-from qwen3bench.reporting.wording.page_words import NOT_MEASURED, predicted_words
+from qwen3bench.reporting.wording.page_words import TOGGLES
 from qwen3bench.reporting.wording.sentences import worth_said
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def whatif(run: Run, start: dict[str, str]) -> Data | None:
         return None
     shown = [_condition(run, condition, start.get(str(condition), "baseline")) for condition in conditions(run)]
     shown = [each for each in shown if each["flips"] or each["predicted"]]
-    return {"switches": factors(run), "conditions": shown} if shown else None
+    return {"switches": factors(run), "conditions": shown, "words": TOGGLES} if shown else None
 
 
 def as_script(data: Data) -> str:
@@ -58,29 +58,33 @@ def _condition(run: Run, condition: Condition, start: str) -> Data:
     return {
         "name": str(condition),
         "start": start,
-        "cells": {**_predicted_cells(run, condition), **{row.cell: shown_cell(row) for row in rows(cells)}},
+        "cells": {row.cell: shown_cell(row) for row in rows(cells)},
         "flips": _flips(run, condition),
         "predicted": _predicted(run, condition),
     }
 
 
-def _predicted_cells(run: Run, condition: Condition) -> dict[str, dict[str, str]]:
-    """The cells that a screen predicts, in words that say so; those that were measured take their place."""
-    result = screen_of(run, condition)
-    if result is None:
-        return {}
-    return {
-        row.cell: {"speed-up": predicted_words(ratio(row.speedup, row.lo, row.hi)), "status": NOT_MEASURED}
-        for row in rows(result.predicted)
-    }
+def _predicted(run: Run, condition: Condition) -> list[tuple[float, float, float] | None]:
+    """What a screen's model says of every cell: times as fast as the baseline, with the ends of its interval.
 
-
-def _predicted(run: Run, condition: Condition) -> dict[str, float]:
-    """What a screen's model says of every cell, for flips that were not measured: times as fast as the baseline."""
+    A cell's place is the sum of 2^i over its switches' places i. Empty where there is no such model; None stands for a
+    cell of switches that do not go together.
+    """
     result = screen_of(run, condition)
     if result is None or result.predicted.empty:
-        return {}
-    return {"baseline": 1.0, **{row.cell: round(float(row.speedup), 4) for row in rows(result.predicted)}}
+        return []
+    bits = {name: 1 << place for place, name in enumerate(factors(run))}
+    found: list[tuple[float, float, float] | None] = [None] * 2 ** len(bits)
+    found[0] = (1.0, 1.0, 1.0)
+    for row in rows(result.predicted):
+        place = sum(bits[name] for name in cell_of(row.cell))
+        found[place] = (_rounded(row.speedup), _rounded(row.lo), _rounded(row.hi))
+    return found
+
+
+def _rounded(value: float) -> float:
+    """To four digits; a bound that is no number of use is as large as can be written."""
+    return float(f"{min(max(float(value), 1e-9), 1e9):.4g}")
 
 
 def shown_cell(row: Any) -> dict[str, str]:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from qwen3bench.analysis.run import load_run, write_derived
+from qwen3bench.analysis.run import Run, load_run, write_derived
 from qwen3bench.compare import main
+from qwen3bench.reporting.pages import write_report
 from qwen3bench.reporting.units import ratio, seconds, significant, size
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -275,4 +276,28 @@ def test_a_comparison_fits_a_phone_and_breaks_no_number(browser: Any, written: P
     opened.goto(page.as_uri())
     assert opened.evaluate("document.documentElement.scrollWidth") <= 390
     assert opened.locator("span").evaluate("number => number.getClientRects().length") == 1
+    opened.close()
+
+
+def test_a_screens_toggles_mark_what_no_block_measured_as_predicted(browser: Any, screened_run: Run) -> None:
+    opened = browser.new_page()
+    troubles: list[str] = []
+    opened.on("pageerror", lambda error: troubles.append(str(error)))
+    opened.goto(write_report(screened_run).as_uri())
+    measured = set(screened_run.cells["cell"])
+    for on in (("flash", "norm"), ("flash", "mlp", "mask", "norm"), ()):
+        toggle(opened, {name: name in on for name in screened_run.factors})
+        cell = "+".join(on) or "baseline"
+        facts = shown(opened)
+        assert ("speed-up, predicted" in facts) == (cell not in measured)
+        if cell == "flash+norm":
+            assert cell not in measured
+            assert facts["speed-up, predicted"].startswith("1.50×")
+            assert facts["status"] == "not measured"
+        flips = opened.locator("#toggles .flip")
+        said = [flips.nth(i).inner_text() for i in range(flips.count())]
+        assert len(said) == 9
+        assert all("×" in text for text in said)
+        assert any("predicted" in text for text in said)
+    assert troubles == []
     opened.close()

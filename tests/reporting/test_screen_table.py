@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from records import write_record
+from rich.console import Console
 
 from qwen3bench.analysis.run import Run, load_run
+from qwen3bench.reporting.answer import cards
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.finding import BestCell, Fitted, Kind
 from qwen3bench.reporting.findings import findings
 from qwen3bench.reporting.pages import write_report
 from qwen3bench.reporting.screen_table import screen_section
+from qwen3bench.reporting.terminal import terminal_summary
 from qwen3bench.reporting.whatif import whatif
 from qwen3bench.reporting.wording.sentences import sentence
 
@@ -69,13 +74,15 @@ def test_the_toggles_have_every_cell_and_say_what_is_predicted(screened_run: Run
     data = whatif(screened_run, {})
     assert data is not None
     (shown,) = data["conditions"]
-    assert len(shown["cells"]) == 512
-    measured = set(screened_run.cells["cell"])
-    for cell, facts in shown["cells"].items():
-        assert ("predicted" in facts.get("status", "")) == (cell not in measured)
-        assert ("predicted" in facts["speed-up"]) == (cell not in measured) or cell == "baseline"
-    assert shown["predicted"]["flash"] == pytest.approx(1.18, abs=0.01)
-    assert len(json.dumps(data)) < 200_000
+    assert set(shown["cells"]) == set(screened_run.cells["cell"])
+    assert len(shown["predicted"]) == 512
+    assert shown["predicted"][0] == (1, 1, 1)
+    value, low, high = shown["predicted"][1]  # flash alone
+    assert low <= value <= high
+    assert value == pytest.approx(1.18, abs=0.01)
+    assert shown["predicted"][1 + 16][0] == pytest.approx(1.50, abs=0.01)  # flash+norm
+    assert data["words"] == {"predicted": "predicted", "unmeasured": "not measured"}
+    assert len(json.dumps(data)) < 60_000
 
 
 def test_the_report_has_its_section_and_marks_shares_as_the_models(screened_run: Run) -> None:
@@ -85,6 +92,22 @@ def test_the_report_has_its_section_and_marks_shares_as_the_models(screened_run:
     markdown = (screened_run.record.path.parent / "report.md").read_text("utf-8")
     assert "## Which switches pay" in markdown
     assert "Predictions miss: flash+tie+mlp+mask+norm" in markdown
+
+
+def test_terminal_and_answer_say_whether_predictions_held(screened_run: Run) -> None:
+    console = Console(width=100, record=True, file=io.StringIO())
+    terminal_summary(screened_run, console)
+    assert "predictions missed" in console.export_text()
+    (card,) = cards(screened_run, findings(screened_run))
+    assert any(note.startswith("Predicted to be fastest of all 512") for note in card.notes)
+
+
+def test_a_prediction_without_a_useful_interval_is_not_said_to_hold(screened_run: Run) -> None:
+    found = [finding for finding in findings(screened_run) if isinstance(finding.detail, BestCell)]
+    assert isinstance(found[0].detail, BestCell)
+    wide = replace(found[0], detail=replace(found[0].detail, missed=(), still_missed=False, tested=False))
+    assert sentence(wide).endswith("The intervals are too wide to tell whether that holds.")
+    assert wide.detail.held is None
 
 
 def test_a_whole_design_has_no_such_section(full_run: Run) -> None:

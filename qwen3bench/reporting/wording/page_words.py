@@ -39,7 +39,8 @@ SCREEN_HEADINGS = [
     "turn on?",
 ]
 CONFIRMED_HEADINGS = ["cell", "predicted (× as fast)", "measured (× as fast)", "prediction"]
-NOT_MEASURED = "predicted by the screen's model, not measured"
+# What the toggles say of a cell that was not measured.
+TOGGLES = {"predicted": "predicted", "unmeasured": "not measured"}
 STOPPED = {
     StopReason.TARGET: "every main effect is as tight as asked for",
     StopReason.MAX_SECONDS: "the time allowed was up",
@@ -84,11 +85,6 @@ def held_word(agrees: bool | None, *, tested: bool, in_screen: bool) -> str:
 def what_if_words(*, screen: bool) -> str:
     """What stands over the toggles."""
     return PAGE["what_if_screen" if screen else "what_if"]
-
-
-def predicted_words(estimate: str) -> str:
-    """A speed-up of a cell that was not measured."""
-    return f"{estimate}, predicted"
 
 
 def pairs_left(left: int, pairs: int, told: int) -> str:

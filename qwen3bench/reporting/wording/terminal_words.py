@@ -68,3 +68,8 @@ def cells_title(marks: str) -> str:
 
 def only_helps_with(small: str, large: str, places: Iterable[str]) -> str:
     return f"{small} helps only with {large} on ({listing(list(places))})."
+
+
+def prediction_words(held: bool | None) -> str:
+    """Whether what a screen predicts to be best was measured so."""
+    return {True: "as predicted", False: "predictions missed", None: "prediction not tested"}[held]
