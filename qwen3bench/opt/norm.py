@@ -15,13 +15,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qwen3bench.kernels import HAS_TRITON, multiprocessors
+from qwen3bench.kernels.rms_norm_backward import norm_backward
 from qwen3bench.model.gradients import asked_for
 from qwen3bench.model.layers import RMSNorm
 from qwen3bench.model.parts import Parts
 
 _NUMBERS = 4096  # of one program: enough loads in flight to fill the memory's bandwidth
-_NUMBERS_BACKWARD = 2048  # three arrays of them, and what is computed of these, must stay in registers
-_PROGRAMS_BACKWARD = 4  # on each multiprocessor; each writes a sum of the gain's gradient
 if HAS_TRITON:
     import triton
     import triton.language as tl
@@ -38,43 +37,9 @@ if HAS_TRITON:
         normed = values * scale[:, None] * gain[None, :]
         tl.store(out + row[:, None] * width + column[None, :], normed.to(out.dtype.element_ty), mask=inside)
 
-    @triton.jit
-    def _places(row, middle, inner, outer_stride, middle_stride, inner_stride):  # type: ignore[no-untyped-def]
-        """Where these rows of a tensor of three dimensions and the width begin."""
-        outside = row // (middle * inner) * outer_stride + row // inner % middle * middle_stride
-        return outside + row % inner * inner_stride
-
-    @triton.jit(do_not_specialize=["rows", "middle", "inner"])
-    def _rms_norm_backward_kernel(  # type: ignore[no-untyped-def]
-        x, x0, x1, x2, gradient, g0, g1, g2, weight, of_x, of_weight, rows, middle, inner, width, eps,
-        ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        column = tl.arange(0, BLOCK)
-        within = column < width
-        gain = tl.load(weight + column, mask=within, other=0.0).to(tl.float32)
-        total = tl.zeros((BLOCK,), dtype=tl.float32)
-        for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-            row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
-            inside = (row[:, None] < rows) & within[None, :]
-            at = _places(row, middle, inner, x0, x1, x2)[:, None] + column[None, :]
-            values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-            at = _places(row, middle, inner, g0, g1, g2)[:, None] + column[None, :]
-            given = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
-            scale = tl.rsqrt(tl.sum(values * values, axis=1) / width + eps)
-            normed = values * scale[:, None]
-            total += tl.sum(given * normed, axis=0)
-            given = given * gain[None, :]
-            along = tl.sum(given * normed, axis=1) / width
-            found = (given - normed * along[:, None]) * scale[:, None]
-            tl.store(of_x + row[:, None] * width + column[None, :], found.to(of_x.dtype.element_ty), mask=inside)
-        tl.store(of_weight + tl.program_id(0) * width + column, total, mask=within)
-
 
 class _RMSNorm(torch.autograd.Function):
-    """The norm in one Triton kernel with a backward in another. Kept are x and the gain: a row's scale is cheap.
-
-    The gain's gradient is summed in float32, each program's rows by itself and then these sums: always in one order.
-    """
+    """The norm in one Triton kernel with a backward in another."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -86,7 +51,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        return *_backward(x, weight, ctx.eps, gradient), None
+        return *norm_backward(x, weight, ctx.eps, gradient), None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -118,34 +83,6 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x, weight, out, rows, width, heads, stride, eps, ROWS=rows_each, BLOCK=block
     )
     return out
-
-
-def _backward(x: Tensor, weight: Tensor, eps: float, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of x and of the gain."""
-    width = x.shape[-1]
-    rows = x.numel() // width
-    block = triton.next_power_of_2(width)
-    rows_each = max(1, _NUMBERS_BACKWARD // block)
-    programs = min(triton.cdiv(rows, rows_each), _PROGRAMS_BACKWARD * multiprocessors(x.device))
-    of_x = torch.empty(x.shape, device=x.device, dtype=x.dtype)
-    x, x_strides = _rows(x)
-    gradient, gradient_strides = _rows(gradient)
-    of_weight = torch.empty(programs, width, device=x.device, dtype=torch.float32)
-    middle, inner = ([1, 1, 1, *x.shape[:-1]])[-2:]
-    _rms_norm_backward_kernel[(programs,)](
-        x, *x_strides, gradient, *gradient_strides, weight, of_x, of_weight, rows, middle, inner, width, eps,
-        ROWS=rows_each, BLOCK=block,
-    )  # fmt: skip
-    return of_x, of_weight.sum(0).to(weight.dtype)
-
-
-def _rows(x: Tensor) -> tuple[Tensor, list[int]]:
-    """The tensor and the strides of its three dimensions before the last; of a copy where a row is no row in memory."""
-    if x.dim() > 4:
-        x = x.contiguous().flatten(0, -2)
-    elif x.stride(-1) != 1:
-        x = x.contiguous()
-    return x, ([0, 0, 0, *x.stride()[:-1]])[-3:]
 
 
 def _layout(x: Tensor) -> tuple[int, int | None]:

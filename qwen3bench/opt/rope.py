@@ -9,11 +9,14 @@ Beyond the five: off until it is named. Beside it `norm` is left with the norms 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qwen3bench.kernels.norm_rope import norm_rope, takes_heads
+from qwen3bench.kernels.rms_norm_backward import norm_rope_backward
 from qwen3bench.model.gradients import asked_for
 from qwen3bench.model.layers import RMSNorm, separate_rope
 from qwen3bench.model.parts import Angles, HeadNorms, Heads, Parts
@@ -49,22 +52,49 @@ compiled_rope_into_cache = torch.library.custom_op(
 compiled_rope_into_cache.register_fake(lambda q, *rest: q.new_empty(q.shape))
 
 
+class _NormRope(torch.autograd.Function):
+    """Norms and rotation of queries and keys in one kernel, their gradients in one each. Kept is what was projected."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, q_gain: Tensor, k_gain: Tensor,
+        q_eps: float, k_eps: float, cos: Tensor, sin: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx.save_for_backward(queries, keys, q_gain, k_gain, cos, sin)
+        ctx.eps = q_eps, k_eps
+        return norm_rope((queries, keys, values), (q_gain, k_gain), ctx.eps, (cos, sin), None, in_place=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_queries: Tensor, of_keys: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, q_gain, k_gain, cos, sin = ctx.saved_tensors
+        q_eps, k_eps = ctx.eps
+        of_q, of_q_gain = norm_rope_backward(queries, q_gain, q_eps, (cos, sin), of_queries)
+        of_k, of_k_gain = norm_rope_backward(keys, k_gain, k_eps, (cos, sin), of_keys)
+        return of_q, of_k, None, of_q_gain, of_k_gain, None, None, None, None
+
+
 def fused_rope(
     projected: Heads, norms: HeadNorms, angles: Angles, cache: tuple[Tensor, Tensor] | None, start: int
 ) -> Heads:
     """Queries (b, h, t, d), keys and values (b, g, s, d), as `parts.Rope` says, in one Triton kernel on CUDA.
 
-    The baseline's operations elsewhere, beside other norms than RMSNorm, where a gradient is asked for, and in compiled
-    code for a single token.
+    Two more kernels where gradients are asked for. The baseline's operations elsewhere, beside other norms than
+    RMSNorm, and in compiled code that has gradients or is for a single token.
     """
     q_norm, k_norm = norms
     if not (isinstance(q_norm, RMSNorm) and isinstance(k_norm, RMSNorm)):
         return separate_rope(projected, norms, angles, cache, start)
     gains, eps = (q_norm.weight, k_norm.weight), (q_norm.eps, k_norm.eps)
-    if not _takes(projected, gains):
+    if not _takes(projected):
         return separate_rope(projected, norms, angles, cache, start)
     queries, keys, values = projected
     compiling = torch.compiler.is_compiling()
+    if asked_for(*projected, *gains):
+        if compiling or cache is not None:
+            return separate_rope(projected, norms, angles, cache, start)
+        queries, keys = _NormRope.apply(queries, keys, values, *gains, *eps, *angles)
+        return queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
     if compiling and queries.shape[0] == queries.shape[1] == 1:  # Inductor fuses a token's with its product: faster
         return separate_rope(projected, norms, angles, cache, start)
     if cache is None:
@@ -82,9 +112,8 @@ def fused_rope(
     return queries.transpose(1, 2), cache[0][:, :, :end], cache[1][:, :, :end]
 
 
-def _takes(projected: Heads, gains: tuple[Tensor, Tensor]) -> bool:
-    one_dtype = len({x.dtype for x in projected}) == 1
-    return takes_heads(projected[0]) and one_dtype and not asked_for(*projected, *gains)
+def _takes(projected: Heads) -> bool:
+    return takes_heads(projected[0]) and len({x.dtype for x in projected}) == 1
 
 
 def apply(parts: Parts) -> Parts:

@@ -54,19 +54,36 @@ def with_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("with_kernel")
-def test_other_norms_and_gradients_take_the_baselines_operations() -> None:
+def test_other_norms_take_the_baselines_operations() -> None:
     stream, fused = PendingSum(torch.randn(2, 3, 8), torch.randn(2, 3, 8)), FusedResidual()
     for kind in (RMSNorm, FusedRMSNorm):
         with pytest.raises(Called):
             fused.norm(stream, kind(8, 1e-6).requires_grad_(False))
     total = stream.x + stream.change
-    for norm in (nn.LayerNorm(8), RMSNorm(8, 1e-6)):
-        with torch.enable_grad():
-            found = fused.norm(stream, norm)
-            assert torch.equal(found[0], total)
-            assert torch.equal(found[1], norm(total))
+    with torch.enable_grad():
+        found = fused.norm(stream, norm := nn.LayerNorm(8))
+        assert torch.equal(found[0], total)
+        assert torch.equal(found[1], norm(total))
+        with pytest.raises(Called):  # which has gradients of its own
+            fused.norm(stream, RMSNorm(8, 1e-6))
     with pytest.raises(Called), torch.no_grad():
         fused.norm(stream, RMSNorm(8, 1e-6))
+
+
+@pytest.mark.usefixtures("with_kernel")
+def test_where_gradients_are_asked_for_nothing_is_written_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def plain(x: Tensor, change: Tensor, gain: Tensor, eps: float, in_place: bool) -> tuple[Tensor, Tensor]:
+        asked.append(in_place)
+        return x + change, (x + change) * gain
+
+    monkeypatch.setattr(residual, "add_norm", plain)
+    norm = RMSNorm(8, 1e-6)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            FusedResidual().norm(PendingSum(torch.randn(2, 8), torch.randn(2, 8)), norm)
+    assert asked == [True, False]
 
 
 @pytest.mark.cuda
