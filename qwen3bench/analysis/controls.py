@@ -107,7 +107,9 @@ def _aa(samples: pd.DataFrame, cells: pd.DataFrame, confidence: float) -> pd.Dat
 
 
 def _tie_latency(effects: pd.DataFrame) -> pd.DataFrame:
+    """Not of training, where `tie` saves a gradient, two moments and their traffic."""
     row = (effects["metric"] == "latency_s") & (effects["term"] == "tie") & (effects["kind"] == "main")
+    row &= effects["workload"] != "train"
     rows = effects.loc[row, ["workload", "runtime", "estimate", "lo", "hi"]].dropna().reset_index(drop=True)
     return rows.assign(ok=(rows["lo"] <= 1) & (rows["hi"] >= 1))
 

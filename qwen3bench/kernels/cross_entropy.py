@@ -35,7 +35,7 @@ if HAS_TRITON:
         top = tl.max(highest, axis=0)
         total = tl.sum(total * tl.exp(highest - top), axis=0)
         own = tl.load(start + tl.where(counts, target, 0)).to(tl.float32)
-        tl.store(loss + row, tl.where(counts, top + tl.log(total) - own, 0.0))
+        tl.store(loss + row, tl.where(counts, tl.log(total) + (top - own), 0.0))
         share = tl.where(counts, tl.load(scale), 0.0)
         tl.debug_barrier()  # the target's logit is read before it is written over
         for first in range(0, vocabulary, BLOCK):

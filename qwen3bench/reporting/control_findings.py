@@ -167,7 +167,7 @@ def _absent(run: Run) -> Iterator[Finding]:
     held, runtimes = run.controls, set(run.cells["runtime"])
     if held.aa.empty:
         yield _found(Check.AA, ControlOutcome.ABSENT)
-    if held.tie_latency.empty:
+    if held.tie_latency.empty and set(run.cells["workload"]) != {"train"}:
         tie = run.effects[(run.effects["term"] == "tie") & (run.effects["kind"] == "main")]
         yield _found(Check.TIE_LATENCY, ControlOutcome.ABSENT, number=int(tie["estimate"].notna().any()))
     if held.host.empty and (runtimes == {"graph"} or "eager" in runtimes):
