@@ -42,6 +42,7 @@ _EVIDENCE = ["attention_backend", "kernel_launches", "graph_breaks", "recompiles
 _BEFORE = ["model", "workload", "runtime", "device", "dtype", "batch_size", "prompt_tokens", "new_tokens"]
 _LATENCY = ["latency_s", "latency_lo_s", "latency_hi_s", "samples"]
 _SPEED = ["tokens_per_s", "ttft_s", "tpot_s", "speedup", "speedup_lo", "speedup_hi"]
+_TRAINED_BYTES = {"amp": 4, "fp32": 4, "bf16": 2}  # of a weight, by training's precision
 _RATIOS = {"ttft_ratio": "ttft_s", "tpot_ratio": "tpot_s"}
 _AFTER = ["attention_backend", "kernel_launches", "mfu", "mbu"]
 _MORE = ["cache_bytes", "compile_s", "graph_breaks", "recompiles", "tied_storage", "itl_p50_s", "itl_p99_s", *_HELD]
@@ -76,6 +77,7 @@ def cells_table(record: Record, samples: pd.DataFrame | None = None) -> pd.DataF
     )
     for kind, fields, keys in of_cells:
         table = _add(table, record.frame(kind), fields, keys)
+    _weights_as_trained(table)
     compiled = record.frame(CompileLine)
     if {"seconds", *_KEYS} <= set(compiled):
         compiled = compiled.groupby(_KEYS)["seconds"].median().reset_index(name="compile_s")
@@ -128,6 +130,13 @@ def _add(table: pd.DataFrame, more: pd.DataFrame, fields: list[str], keys: list[
     if more.empty:
         return table.assign(**dict.fromkeys(fields, np.nan))
     return table.merge(more, on=keys, how="left")
+
+
+def _weights_as_trained(table: pd.DataFrame) -> None:
+    """Bytes of parameters in the precision of training, where that is not the run's dtype."""
+    each = table["dtype"].map(_TRAINED_BYTES)
+    bytes_ = pd.to_numeric(table["num_parameters"], errors="coerce") * each
+    table["parameter_bytes"] = table["parameter_bytes"].where(bytes_.isna(), bytes_)
 
 
 def _status(record: Record, table: pd.DataFrame, samples: pd.DataFrame) -> tuple[list[str | None], list[str | None]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from qwen3bench.analysis.controls import beyond_noise, noise_of
-from qwen3bench.record.lines import BlockLine
+from qwen3bench.record.lines import BlockLine, GradientsLine
 from qwen3bench.record.states import BlockState, CellStatus
 from qwen3bench.reporting.advice import more_processes
 from qwen3bench.reporting.conditions import Condition, conditions
@@ -25,7 +25,7 @@ _BUSY_ENOUGH = 0.9  # below this share of GPU work, eager latency is to a good p
 
 def control_list(run: Run) -> list[Finding]:
     """ControlOutcome of every control that the run holds, and of those that it lacks."""
-    outcome = [*_equivalence(run)]
+    outcome = [*_equivalence(run), *_gradients(run)]
     for condition in conditions(run):
         outcome += [*_aa(run, condition), *_tie_latency(run, condition), *_drift(run, condition)]
     of_all = (_processes, _tie_memory, _blocks, _host, _absent)
@@ -81,6 +81,12 @@ def _equivalence(run: Run) -> Iterator[Finding]:
     unverified = cells[(cells["status"] == CellStatus.OK) & cells["equivalent"].isna() & (cells["cell"] != BASELINE)]
     if len(unverified):
         yield _found(Check.VERIFIED, ControlOutcome.FAILED, names=tuple(unverified["cell"]))
+
+
+def _gradients(run: Run) -> Iterator[Finding]:
+    verdicts = [line.equivalent for line in run.record.of(GradientsLine)]
+    if verdicts and all(verdicts):
+        yield _found(Check.GRADIENTS, ControlOutcome.PASSED, number=len(verdicts))
 
 
 def _aa(run: Run, condition: Condition) -> Iterator[Finding]:

@@ -226,6 +226,7 @@ class Check(StrEnum):
     """A control of a run."""
 
     EQUIVALENCE = "equivalence"
+    GRADIENTS = "gradients"
     VERIFIED = "verified"
     AA = "aa"
     TIE_LATENCY = "tie_latency"

@@ -110,6 +110,7 @@ def page_content(run: Run, found: list[Finding]) -> dict[str, Any]:
         "closing": closing,
         "equivalence": _equivalence(run),
         "evidence": tables.evidence_table(lines) if (lines := run.evidence) else None,
+        "parts": tables.parts_table(run.evidence),
         "flash_and_mask": FLASH_AND_MASK if {"flash", "mask"} <= set(factors(run)) else "",
         "failures": _failures(run),
         "method": METHOD.format(level=level(run)),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from qwen3bench.reporting import plot_cells, plot_controls, plot_effects, plot_waterfall
+from qwen3bench.reporting import plot_cells, plot_controls, plot_effects, plot_memory_parts, plot_waterfall
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.figures import Plot
 from qwen3bench.reporting.lookup import MEMORY
@@ -19,6 +19,7 @@ _OF_CONDITION = (
     plot_cells.memory_latency,
     plot_effects.forest,
     partial(plot_waterfall.waterfall, metric=MEMORY),
+    plot_memory_parts.memory_parts,
     plot_effects.interactions,
     plot_controls.controls_plot,
 )

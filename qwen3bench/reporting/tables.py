@@ -25,6 +25,9 @@ _CELL_COLUMNS: dict[str, tuple[str, str]] = {
     "peak_allocated_bytes": ("peak allocated", "bytes"),
     "peak_reserved_bytes": ("peak reserved", "bytes"),
     "parameter_bytes": ("parameters", "bytes"),
+    "gradient_bytes": ("gradients at the peak", "bytes"),
+    "optimizer_bytes": ("optimizer", "bytes"),
+    "activation_bytes": ("activations at the peak", "bytes"),
     "mfu": ("MFU", "fraction"),
     "mbu": ("MBU", "fraction"),
     "kernel_launches": ("kernel launches", "number"),
@@ -132,6 +135,18 @@ def evidence_table(lines: Sequence[EvidenceLine]) -> Table:
     frame = pd.DataFrame({name: [getattr(line, name) for line in lines] for name in ("cell", *_EVIDENCE_COLUMNS)})
     frame["notes"] = ["; ".join(line.notes) for line in lines]
     return _table(frame, "cell", _EVIDENCE_COLUMNS)
+
+
+def parts_table(lines: Sequence[EvidenceLine]) -> Table | None:
+    """How long the parts of a training step take in each cell; None where nothing was trained."""
+    trained = [line for line in lines if line.parts_s]
+    if not trained:
+        return None
+    names = dict.fromkeys(part for line in trained for part in line.parts_s or {})
+    frame = pd.DataFrame({name: [getattr(line, name) for line in trained] for name in ("cell", "runtime")})
+    for name in names:
+        frame[name] = [(line.parts_s or {}).get(name) for line in trained]
+    return _table(frame, "cell", {"runtime": ("runtime", "text"), **{name: (name, "seconds") for name in names}})
 
 
 def mapping_table(mapping: Mapping[str, object], headings: tuple[str, str] = ("", "")) -> Table:

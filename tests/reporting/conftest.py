@@ -23,6 +23,7 @@ BASE_S = {
     ("prefill", "eager"): 29e-3,
     ("decode", "graph"): 3.1e-3,
     ("decode", "eager"): 29.6e-3,
+    ("train", "graph"): 0.2,
 }
 Line = dict[str, Any]
 

@@ -21,6 +21,7 @@ PAGE = {
     "stands how many times as fast the model is once it is turned on or off from here.",
     "halves": "What a switch is worth with the other on and off, on average over the rest (joint effect above 1: more "
     "together)",
+    "parts": "Launched from Python one by one, each behind a synchronize: they do not add up to a step.",
     "ran": "What ran in the cells of these pairs",
     "screen": "Each switch alone (the others off), on average over the others, and last (the others on). The average "
     "ranks them. All three are of a model of main effects and pairs, fitted to the cells that were measured.",

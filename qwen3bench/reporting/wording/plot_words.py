@@ -175,6 +175,18 @@ def waterfall_alt(what: str, title: str) -> str:
     return f"Waterfall of {what} from baseline to all on. {title}."
 
 
+TEMPORARY = "temporary"
+
+
+def parts_title(most: tuple[str, str], least: tuple[str, str], unit: str) -> str:
+    """Which cell of a training step takes the most memory, and which the least."""
+    return f"{most[0]} takes {most[1]} {unit} at the peak, {least[0]} {least[1]} {unit}"
+
+
+def parts_alt(cells: int, title: str) -> str:
+    return f"Peak memory of {count(cells, 'cell')} by what holds it. {title}."
+
+
 def copies_title(estimate: float, lo: float, hi: float, *, noisy: bool) -> str:
     said = f"two copies of the baseline read {ratio(estimate, lo, hi)}"
     return noisy_title(said) if noisy else said[0].upper() + said[1:]

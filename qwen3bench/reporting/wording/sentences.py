@@ -377,6 +377,7 @@ def control_mark(control: Control) -> str:
 def _control(finding: Finding, control: Control) -> str:
     words = {
         Check.EQUIVALENCE: _equivalence_words,
+        Check.GRADIENTS: _gradient_words,
         Check.VERIFIED: _equivalence_words,
         Check.AA: _aa_words,
         Check.TIE_LATENCY: _tie_words,
@@ -396,6 +397,10 @@ def _equivalence_words(_: Finding, control: Control) -> str:
     if control.outcome == ControlOutcome.FAILED:
         return f"Not verified to compute the baseline's function: {listing(list(control.names))}."
     return f"Equivalence: all {count(control.number, 'verified cell')} compute the baseline's function."
+
+
+def _gradient_words(_: Finding, control: Control) -> str:
+    return f"Gradients: all {count(control.number, 'verified cell')} train as the baseline does."
 
 
 def _aa_words(finding: Finding, control: Control) -> str:

@@ -8,8 +8,8 @@ sum of those of embedding and head. A cell is judged
 - in float64, where it may differ by 1e-9 of a gradient's size;
 - in float32: of each gradient the root-mean-square error at most 2 ×, the maximum at most 3 × the baseline's own in
   float32 (flash-attention's tests: gradients within 3 × those of the plain implementation in the same dtype), the
-  slope of gradient on reference within 5 × the baseline's, as a lost factor hides in a maximum;
-- in the run's precision likewise, the root-mean-square error at most 1.5 ×, the slope within 8 ×.
+  slope of gradient on reference within 10 × the baseline's, as a lost factor hides in a maximum;
+- in the run's precision likewise.
 
 Each of these over the whole batch, over two parts whose gradients add up, and with every block computed again. At least
 allowed is the error that the baseline's gradients have in the mean: a small gradient's own may be small by luck. Then 1
@@ -63,9 +63,8 @@ from qwen3bench.worker.error_text import both_ends, error_text
 FLOAT64_LIMIT = 1e-9  # relative; right cells reach 1e-13
 INEXACT_LIMIT = 1e-3  # relative, in float32
 STEPS_LIMIT = 1e-6  # relative, of the way after some steps: AdamW divides gradients by their own size
-RMS_LIMIT, RMS_LIMIT_RUN = 2.0, 1.5  # times the baseline's; right cells reach 1.3 and 1.1
-MAX_LIMIT = 3.0
-SLOPE_LIMIT, SLOPE_LIMIT_RUN = 5.0, 8.0  # right cells reach 1.6 and 3.1, as this is chance: rounding has no direction
+# Times the baseline's; over 20 seeds right cells of a tiny model reach 1.4, 1.5 and, as rounding has no direction, 4.9.
+LIMITS = (2.0, 3.0, 10.0)  # of root mean square, maximum and slope
 DIFFERENCE_LIMIT = 1e-5  # relative, of the baseline's gradients and differences of the anchor's loss
 _DIFFERENCE = 1e-6  # of a parameter's size: where differences are taken
 _EPS = torch.finfo(torch.float32).eps
@@ -162,12 +161,10 @@ class GradientGate:
                 yield f"after {steps} steps {name} is off by {off[name]:.2g} of its way (limit {STEPS_LIMIT:g})"
         yield from self._reasons_of_loss(candidate, checks)
         for precision in self.precisions:
-            exact = precision.name == "float32"
-            limits = (RMS_LIMIT, MAX_LIMIT, SLOPE_LIMIT) if exact else (RMS_LIMIT_RUN, MAX_LIMIT, SLOPE_LIMIT_RUN)
             for way, found in self._gradients(candidate, precision):
                 baseline = self._baseline(precision, candidate.tied, way)
                 errors = {name: _error(found[name], reference[name]) for name in reference}
-                yield from _compared(errors, baseline, f"{precision.name}, over {way}", limits, checks)
+                yield from _compared(errors, baseline, f"{precision.name}, over {way}", checks)
 
     def _reasons_of_size(
         self,
@@ -332,11 +329,10 @@ def _compared(
     errors: Mapping[str, _Error],
     baseline: Mapping[str, _Error],
     where: str,
-    limits: tuple[float, float, float],
     checks: dict[str, float],
 ) -> Iterator[str]:
     """Which gradients are further off than the baseline's own by more than is allowed, in each of `_KINDS`."""
-    for (kind, words), limit in zip(_KINDS.items(), limits, strict=True):
+    for (kind, words), limit in zip(_KINDS.items(), LIMITS, strict=True):
         usual = math.sqrt(sum(getattr(each, kind) ** 2 for each in baseline.values()) / len(baseline))
         allowed = {name: max(abs(getattr(each, kind)), usual, _EPS) for name, each in baseline.items()}
         ratios = {name: abs(getattr(each, kind)) / allowed[name] for name, each in errors.items()}

@@ -339,7 +339,8 @@ def test_parts_are_those_of_the_baseline() -> None:
 def test_cells_train_alike_on_cuda(precision: str, model: str) -> None:
     gate = GradientGate(ModelConfig(**options_of("model", model)), torch.device("cuda"), precision)
     told = {}
-    for cell in ((), *((name,) for name in SWITCHES), SWITCHES):
+    each = [(name,) for name in SWITCHES] if model == "tiny" else []
+    for cell in ((), *each, SWITCHES):
         judged = gate.judge_cell(cell)
         if not judged.equivalent:
             told["+".join(cell)] = judged.reason
