@@ -96,18 +96,19 @@ def ratios_told(run: Run) -> pd.DataFrame:
     """Each cell's speed-up over the baseline, and every cell of ours over each peer."""
     rows: list[tuple[Any, ...]] = []
     for (workload, runtime), here in ok_cells(run).groupby(PLACE, sort=False):
-        samples = run.samples[(run.samples["workload"] == workload) & (run.samples["runtime"] == runtime)]
-        matrix = block_matrix(samples, here["cell"].tolist())
-        timed = [cell for cell in here["cell"] if cell in matrix.log_s] if len(matrix.log_s) else []
-        for over in timed:
-            cells = [cell for cell in timed if cell != over and not is_peer(cell)]
-            if not cells or not (over == BASELINE or is_peer(over)):
-                continue
-            kind = Compared.PEER if is_peer(over) else Compared.SPEEDUP
-            found = matrix.log_ratios(over, cells)
-            told = zip(cells, np.exp(found.estimate), found.estimate, found.se, found.df, strict=True)
-            rows += [(kind.value, cell, over, workload, runtime, *numbers) for cell, *numbers in told]
-    return pd.DataFrame(rows, columns=_TOLD)
+        for part in (run.samples, *run.rounds):  # what confirms a screen was timed in blocks of its own
+            samples = part[(part["workload"] == workload) & (part["runtime"] == runtime)]
+            matrix = block_matrix(samples, here["cell"].tolist())
+            timed = [cell for cell in here["cell"] if cell in matrix.log_s] if len(matrix.log_s) else []
+            for over in timed:
+                cells = [cell for cell in timed if cell != over and not is_peer(cell)]
+                if not cells or not (over == BASELINE or is_peer(over)):
+                    continue
+                kind = Compared.PEER if is_peer(over) else Compared.SPEEDUP
+                found = matrix.log_ratios(over, cells)
+                told = zip(cells, np.exp(found.estimate), found.estimate, found.se, found.df, strict=True)
+                rows += [(kind.value, cell, over, workload, runtime, *numbers) for cell, *numbers in told]
+    return pd.DataFrame(rows, columns=_TOLD).drop_duplicates(_WHAT, ignore_index=True)
 
 
 def _latencies(run: Run) -> pd.DataFrame:

@@ -17,6 +17,7 @@ from qwen3bench.analysis.screen_results import ScreenResult, confirmed_cells, sc
 from qwen3bench.record.files import find_runs, small_file, write_atomic
 from qwen3bench.record.lines import EndLine, EvidenceLine
 from qwen3bench.record.reader import Record, read_record
+from qwen3bench.record.rounds import ROUNDS, chosen_in, round_of
 from qwen3bench.record.states import CellStatus, EndStatus
 from qwen3bench.record.typed import parsed_line
 
@@ -31,7 +32,7 @@ class Run:
     """A run's tables: `cells`, `effects` (columns as cells.csv and effects.csv) and `samples` (those that count).
 
     `environment` and `config` as recorded. `screens`: of a screen, what it predicts and what confirmed that; the cells
-    that confirm are among `cells`, and their samples are not among those that count for the effects.
+    that confirm are among `cells`, and their samples, those of each of the `rounds`, do not count for the effects.
     `warnings`: what of the record was not usable.
     """
 
@@ -44,6 +45,7 @@ class Run:
     samples: pd.DataFrame
     controls: Controls
     screens: tuple[ScreenResult, ...] = ()
+    rounds: tuple[pd.DataFrame, ...] = ()
 
     @property
     def factors(self) -> list[str]:
@@ -108,6 +110,7 @@ def load_run(path: str | Path) -> Run:
         samples=samples,
         controls=controls(record, samples, cells, table),
         screens=tuple(screen_results(record, cells, samples)),
+        rounds=tuple(used_samples(round_of(record, each)) for each in ROUNDS if chosen_in(record, each)),
     )
 
 

@@ -286,6 +286,12 @@ def confirming(
     return [*lines[:-1], *found, lines[-1]]
 
 
+@pytest.fixture(scope="session")
+def nine() -> tuple[str, ...]:
+    """Names of nine switches."""
+    return NINE
+
+
 @pytest.fixture(name="confirming", scope="session")
 def confirming_fixture() -> Callable[..., list[Line]]:
     return confirming

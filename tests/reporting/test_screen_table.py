@@ -15,6 +15,7 @@ from records import write_record
 from rich.console import Console
 
 from qwen3bench.analysis.run import Run, load_run
+from qwen3bench.compare import main
 from qwen3bench.reporting.answer import cards
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.finding import BestCell, Fitted, Kind
@@ -24,6 +25,8 @@ from qwen3bench.reporting.screen_table import screen_section
 from qwen3bench.reporting.terminal import terminal_summary
 from qwen3bench.reporting.whatif import whatif
 from qwen3bench.reporting.wording.sentences import sentence
+
+Lines = Callable[..., list[dict[str, Any]]]
 
 
 def test_switches_are_ranked_by_their_worth_alone_on_average_and_last(screened_run: Run) -> None:
@@ -113,6 +116,28 @@ def test_a_prediction_without_a_useful_interval_is_not_said_to_hold(screened_run
 def test_a_whole_design_has_no_such_section(full_run: Run) -> None:
     assert full_run.screens == ()
     assert all(screen_section(full_run, condition, []) is None for condition in conditions(full_run))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("second", "status"), [(1.578, 0), (1.45, 3)])
+def test_two_screens_are_compared_by_the_cells_that_confirmed_too(
+    tmp_path: Path,
+    record_lines: Lines,
+    confirming: Lines,
+    nine: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    second: float,
+    status: int,
+) -> None:
+    best = "flash+mlp+mask+norm"
+    for name, seed, gain in (("a", 1, 1.578), ("b", 2, second)):
+        lines = record_lines(nine, screen=True, memory=False, seed=seed, blocks=10)
+        write_record(tmp_path / name, confirming(lines, {best: (1.58, 1.57, 1.59)}, {best: gain}))
+    assert main([str(tmp_path / "a"), str(tmp_path / "b"), "--fail-on", "slower"]) == status
+    said = capsys.readouterr().out
+    assert "45 compared: 0 slower" in said  # effects
+    assert "64 compared" in said  # ratios: 63 of the screen, and the best
+    assert (best in said) == (status == 3)
 
 
 @pytest.mark.slow
