@@ -54,12 +54,15 @@ def _listed(name: str, key: str) -> list[str]:
     return listed
 
 
-def claim_of(name: str) -> Claim:
+def claim_of(name: str, target: str | None = None) -> Claim:
     """The part that an optimization's YAML file says it changes, and those that it commutes with there.
 
+    Of another function than the file's, `target`, the file says nothing.
     Raises `UserError` where `part` is no name, and where `commutes` lists what is no other optimization.
     """
     content = declared(name)
+    if target not in (None, content.get("_target_")):
+        return Claim(name)
     part = content.get("part") or ""
     if not isinstance(part, str):
         raise UserError(f"opt/{name}.yaml: part must be the name of one part, as in mlp or mlp.activation, not {part}")
@@ -116,7 +119,7 @@ def resolve(opts: Iterable[str] | Mapping[str, Mapping[str, Any]]) -> dict[str, 
     given: Mapping[str, Mapping[str, Any]] = opts if isinstance(opts, Mapping) else {}
     targets = {name: given.get(name, {}).get("_target_", declarations[name]["_target_"]) for name in declarations}
     return {
-        name: Switch(partial(_loaded(name, targets[name]), **options), claim_of(name))
+        name: Switch(partial(_loaded(name, targets[name]), **options), claim_of(name, targets[name]))
         for name, options in all_options({name: given.get(name, {}) for name in declarations}).items()
     }
 

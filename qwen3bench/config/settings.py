@@ -96,7 +96,8 @@ class Settings:
         for cell in self.cells:
             if why := self.rules.broken_by(cell):
                 raise UserError(f"{label(cell)}: {why}; switch one off, or let design=screen leave such cells out")
-        refuse_conflicts(map(claim_of, self.factors), self.cells)
+        claims = [claim_of(name, options["_target_"]) for name, options in self.opts.items()]
+        refuse_conflicts(claims, self.cells)
 
     @property
     def factors(self) -> tuple[str, ...]:
