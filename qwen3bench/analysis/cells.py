@@ -64,6 +64,8 @@ def cells_table(record: Record, samples: pd.DataFrame | None = None) -> pd.DataF
     speed-up, is the median over visits. `ttft_s` and `tpot_s` likewise. The interval of a latency is as wide as that of
     the mean of its logarithm; all intervals are over blocks, clustered by process. The A/A copy never counts.
 
+    Visits that other work slowed (`left_out`) do not count.
+
     `samples`: what `used_samples(record)` gave, where the caller has it.
     """
     factors = list(record.run.factors)
@@ -85,6 +87,8 @@ def cells_table(record: Record, samples: pd.DataFrame | None = None) -> pd.DataF
 
     table["status"], table["reason"] = _status(record, table, samples)
     timed = samples[samples["copy"] == 0]
+    if "left_out" in timed:
+        timed = timed[~timed["left_out"].astype(bool)]
     confidence = analysis_setting(record, "confidence")
     table = _add(table, _latency(timed, confidence), [*_LATENCY, "ttft_s", "tpot_s", "itl_p50_s", "itl_p99_s"], _KEYS)
     # Numbers computed from NaN have no speed: they took other paths.
@@ -226,7 +230,7 @@ def _speedups(samples: pd.DataFrame, table: pd.DataFrame, confidence: float) -> 
 
 def _ratios(here: pd.DataFrame, cells: list[str], time: str) -> NDArray[np.float64]:
     """Of each cell the geometric mean of baseline / cell within blocks; NaN where there is none."""
-    log_s = block_matrix(here, cells, time).log_s if time in here else pd.DataFrame()
+    log_s = block_matrix(here, cells, time).completed if time in here else pd.DataFrame()
     if BASELINE not in log_s or log_s.empty:
         return np.full(len(cells), np.nan)
     means = log_s.reindex(columns=cells).mean()

@@ -143,7 +143,7 @@ def _drift(samples: pd.DataFrame, confidence: float) -> tuple[pd.DataFrame, pd.D
         if matrix.log_s.empty or "time" not in here:
             continue
         blocks = here.groupby("block")["time"].median().loc[matrix.log_s.index]
-        level = matrix.log_s.mean(axis=1)
+        level = matrix.completed.mean(axis=1)
         level = level - level.mean()
         trend = _trend((blocks / 3600).to_numpy(float), level.to_numpy(), matrix.process, confidence)
         slopes.append({"workload": workload, "runtime": runtime, **trend, "blocks": len(blocks)})

@@ -19,6 +19,8 @@ from qwen3bench.analysis.contrasts import (
     shapley_contrasts,
     term_name,
 )
+from qwen3bench.analysis.disturbance import judged
+from qwen3bench.analysis.frames import counted_visits
 from qwen3bench.analysis.least_squares import Fit, LackOfFit, lack_of_fit, with_model_error
 from qwen3bench.analysis.significance import OF_BYTES, OF_TIMES, Gains, holm, verdicts
 from qwen3bench.analysis.variance import Estimates, clustered, replicated
@@ -56,9 +58,10 @@ def effects(
     product is all-on against baseline. `log=False`: E itself, in the unit of `value`.
 
     `block` names the column of blocks; within them the column `process`, where there is one, gives the
-    clusters of the intervals (see `variance.clustered`). Blocks that lack a cell are left out. `block=None`:
-    independent replicates. `exact=True`: values without error, such as counted bytes; lo and hi are then the
-    estimate, and p is empty.
+    clusters of the intervals (see `variance.clustered`). Blocks that lack a cell are left out. Of times, so are visits
+    that other work slowed: by the column `left_out`, as a run's samples have it, else as `disturbance.judged` tells it
+    of these. `block=None`: independent replicates, and all of them count. `exact=True`: values without error, such as
+    counted bytes; lo and hi are then the estimate, and p is empty.
 
     `same`: the interval lies inside ±`band` (for `log=False` a fraction of the baseline's value);
     `faster`/`slower` (`less`/`more` where `value` is no time) with Holm's p < 0.05, over the main effects, over the
@@ -88,7 +91,7 @@ def effects(
     of_term = frame["kind"].isin(["main", "interaction"])
     families = np.where(of_term, order_of(frame["term"]).astype(str), frame["kind"])
     frame["p_holm"] = frame["p"].groupby(families).transform(lambda of_family: holm(of_family.to_numpy()))
-    is_time = value.endswith("_s") and not value.endswith("_per_s")
+    is_time = _is_time(value)
     if log:
         with np.errstate(over="ignore"):
             frame["estimate"], frame["lo"], frame["hi"] = np.exp(-estimate), np.exp(-hi), np.exp(-lo)
@@ -245,19 +248,23 @@ class _Question:
 
 @dataclass(frozen=True)
 class _Table:
-    """Values by cell: `y` (blocks, cells) with each block's `process`, or without blocks each cell's replicates."""
+    """Values by cell: `y` (blocks, cells) with each block's `process`, or without blocks each cell's replicates.
+
+    `y` is NaN where a visit was left out; `widening`: of errors, for that.
+    """
 
     factors: tuple[str, ...]
     cells: tuple[tuple[int, ...], ...]
     y: NDArray[np.float64] | None
     process: NDArray[Any]
     replicates: list[NDArray[np.float64]]
+    widening: float = 1.0
 
     @property
     def baseline(self) -> float:
         scale = self._scale()
         values = self.replicates if self.y is None else self.y.T
-        means = [(of_cell / scale).mean() for of_cell in values]
+        means = [np.nanmean(of_cell / scale) for of_cell in values]
         off = [m for cell, m in zip(self.cells, means, strict=True) if not any(cell)]
         return float(off[0] if off else np.mean(means)) * scale
 
@@ -268,7 +275,7 @@ class _Table:
     def _scale(self) -> float:
         """A power of two near the largest value: divided by it no square overflows, and no digit changes."""
         values = np.concatenate(self.replicates) if self.y is None else self.y
-        _, exponent = np.frexp(np.abs(values).max())
+        _, exponent = np.frexp(np.nanmax(np.abs(values)))
         return float(np.ldexp(1.0, int(np.clip(exponent - 1, -1000, 1000))))
 
     def estimates(self, matrix: NDArray[np.float64], decimals: int | None) -> Estimates:
@@ -277,7 +284,7 @@ class _Table:
         if self.y is None:
             found = replicated([values / scale for values in self.replicates], matrix)
         else:
-            found = clustered(self.y / scale, self.process, matrix)
+            found = clustered(self.y / scale, self.process, matrix, self.widening)
         with np.errstate(over="ignore"):
             found = replace(found, estimate=found.estimate * scale, se=found.se * scale)
         if decimals is None:
@@ -334,18 +341,44 @@ def _by_cell(samples: pd.DataFrame, asked: _Question) -> _Table:
         present = np.unique(code)
         replicates = [values[code == c] for c in present]
         return _Table(factors, tuple(cell[c] for c in present), None, np.empty(0), replicates)
-    visits = pd.Series(values).groupby([rows[block].to_numpy(), code]).median().unstack()
+    keys = [pd.Series(rows[block].to_numpy(), name="block"), pd.Series(code, name="cell")]
+    visits = pd.Series(values).groupby(keys).median().unstack()
     visits = visits.loc[:, visits.notna().mean() >= 0.5]  # a cell that most blocks lack is a missing cell
     visits = visits.dropna()
     if visits.empty:
         raise UserError("no block holds every cell; there is nothing to compare within a block")
-    names = visits.index.to_numpy()
     if process is not None and process in rows:
-        names = rows.groupby(block)[process].first().loc[visits.index].fillna(-1).to_numpy()
+        names = rows.groupby(block)[process].first().fillna(-1)
     else:
-        names = np.zeros(len(visits))
+        names = pd.Series(0, visits.index)
+    table = visits.apply(np.log) if log else visits
+    widened = 1.0
+    if _is_time(value):
+        table, widened = counted_visits(table, _judged(rows, visits, keys, names), keys)
+        if table.empty:
+            raise UserError("other work slowed most visits; there is nothing to compare within a block")
+    cells = tuple(cell[c] for c in table.columns.to_numpy())
+    return _Table(factors, cells, table.to_numpy(), names.loc[table.index].to_numpy(), [], widened)
+
+
+def _judged(
+    rows: pd.DataFrame, visits: pd.DataFrame, keys: list[pd.Series[Any]], names: pd.Series[Any]
+) -> pd.DataFrame:
+    """`left_out` and `excess` of each row, which is in the block and cell `keys`; `names`: each block's process."""
+    if "left_out" in rows:
+        told = rows[["left_out", "excess"]].reset_index(drop=True)
+        return told.assign(left_out=told["left_out"].astype("boolean").fillna(False).astype(bool))
     y = visits.to_numpy()
-    return _Table(factors, tuple(cell[c] for c in visits.columns.to_numpy()), np.log(y) if log else y, names, [])
+    if not (y > 0).all():
+        return pd.DataFrame({"left_out": False, "excess": 0.0}, index=range(len(rows)))
+    found = judged(np.log(y), names.loc[visits.index].to_numpy())
+    where = visits.index.get_indexer(keys[0]), visits.columns.get_indexer(keys[1])
+    known = (where[0] >= 0) & (where[1] >= 0)
+    return pd.DataFrame({"left_out": known & ~found.counts[where], "excess": np.where(known, found.excess[where], 0.0)})
+
+
+def _is_time(value: str) -> bool:
+    return value.endswith("_s") and not value.endswith("_per_s")
 
 
 def _join(first: str, second: str) -> str:

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from qwen3bench.analysis.variance import Estimates, clustered
+from qwen3bench.analysis.disturbance import judged, telling, widening
+from qwen3bench.analysis.variance import Estimates, clustered, completed
 from qwen3bench.record.design import is_peer
 from qwen3bench.record.lines import BlockLine, ProcessLine, SampleLine
 from qwen3bench.record.reader import Record
@@ -26,7 +27,7 @@ COPY = "baseline (copy)"  # the column of the A/A copy in a block matrix
 SAMPLE_COLUMNS = (
     *("cell", "workload", "runtime", "copy", "process", "block", "attempt", "position", "repeat", "time"),
     *("latency_s", "ttft_s", "tpot_s", "itl_s", "waited_s", "switches", "disturbed"),
-    *("host", "card"),
+    *("host", "card", "left_out", "excess"),
 )
 
 
@@ -51,7 +52,7 @@ def used_samples(record: Record) -> pd.DataFrame:
 
     A block counts when its last attempt is closed as ok or flagged; what was measured of others stays in the
     record. `copy` = 1 marks the second copy of the baseline. `host` and `card` say on which machine and card, where
-    the record does.
+    the record does. `left_out` and `excess` are those of `with_judged_visits`.
     """
     samples = record.frame(SampleLine)
     factors = list(record.run.factors)
@@ -69,19 +70,62 @@ def used_samples(record: Record) -> pd.DataFrame:
     for column, name in enumerate(("host", "card")):
         of_each = [places.get(process, (None, None))[column] for process in used["process"]]
         used[name] = pd.Series(of_each, used.index, dtype=object)
-    return used.assign(**{f: codes[f].to_numpy() for f in factors})
+    used = used.assign(**{f: codes[f].to_numpy() for f in factors})
+    return with_judged_visits(undisturbed(used))
+
+
+def undisturbed(samples: pd.DataFrame) -> pd.DataFrame:
+    """`samples` without the values that other work was seen to disturb (`disturbed`), where their visit has others.
+
+    Of a visit that was disturbed each time all values stay: how slow they are then says whether it counts.
+    """
+    if "disturbed" not in samples:
+        return samples
+    disturbed = samples["disturbed"].astype("boolean").fillna(False).astype(bool)
+    keys = [samples[name] for name in (*_KEYS, "cell", "copy") if name in samples]
+    always = disturbed.groupby(keys).transform("all")
+    return samples[~disturbed | always]
+
+
+def with_judged_visits(samples: pd.DataFrame) -> pd.DataFrame:
+    """`samples` with what `disturbance.judged` says of the visit of each, by workload and runtime.
+
+    `left_out`: whether other work slowed it, so that no estimate counts it. `excess`: its residual over the limit.
+    """
+    label = samples["cell"].where(samples["copy"] == 0, COPY)
+    excess, left_out = pd.Series(0.0, samples.index), pd.Series(False, samples.index)
+    places = [samples[name] for name in ("workload", "runtime") if name in samples]
+    parts = samples.groupby(places, sort=False).indices.values() if places else [np.arange(len(samples))]
+    for rows in parts:
+        here, cells = samples.iloc[rows], label.iloc[rows]
+        visits = _complete(here["latency_s"].groupby([here["block"], cells]).median().unstack())
+        if visits.empty:
+            continue
+        found = judged(np.log(visits.to_numpy(float)), _process_of(here, visits))
+        where = visits.index.get_indexer(here["block"]), visits.columns.get_indexer(cells)
+        known = (where[0] >= 0) & (where[1] >= 0)
+        excess.iloc[rows] = np.where(known, found.excess[where], 0.0)
+        left_out.iloc[rows] = known & ~found.counts[where]
+    return samples.assign(left_out=left_out, excess=excess)
 
 
 @dataclass(frozen=True)
 class BlockMatrix:
     """log latency of each cell in each block, the cells of one workload and runtime beside the A/A copy.
 
-    `log_s` (blocks, cells): natural logarithm of the median of the visit's repeats in seconds; complete.
-    `process` (blocks,).
+    `log_s` (blocks, cells): natural logarithm of the median of the visit's repeats in seconds; NaN where the visit was
+    left out. `process` (blocks,). `widening`: of errors, for what was left out.
     """
 
     log_s: pd.DataFrame
     process: NDArray[Any]
+    widening: float = 1.0
+
+    @property
+    def completed(self) -> pd.DataFrame:
+        """`log_s`, each visit that was left out as the others tell it."""
+        filled = completed(self.log_s.to_numpy(), self.process)
+        return pd.DataFrame(filled, self.log_s.index, self.log_s.columns)
 
     def log_ratios(self, over: str, under: Sequence[str]) -> Estimates:
         """log(latency of `over` / latency of each cell in `under`), compared within blocks.
@@ -93,9 +137,10 @@ class BlockMatrix:
         ours = [cell for cell in self.log_s.columns if not is_peer(cell)]
         if len(ours) == 3 and COPY not in (over, *under):
             ours = [cell for cell in ours if cell != COPY]
-        found = {cell: self._contrasts([over, cell], over, [cell]) for cell in under if is_peer(over) or is_peer(cell)}
+        alone = {cell: [over, cell] for cell in under if is_peer(over) or is_peer(cell)}
+        found = {cell: self.contrasts(pair, _ratio_contrasts(pair, over, [cell])) for cell, pair in alone.items()}
         rest = [cell for cell in under if cell not in found]
-        together = self._contrasts(ours, over, rest) if rest else None
+        together = self.contrasts(ours, _ratio_contrasts(ours, over, rest)) if rest else None
 
         def gather(name: str) -> NDArray[np.float64]:
             values = {cell: getattr(each, name)[0] for cell, each in found.items()}
@@ -105,23 +150,65 @@ class BlockMatrix:
 
         return Estimates(gather("estimate"), gather("se"), gather("df"), gather("process_share"))
 
-    def _contrasts(self, columns: list[str], over: str, under: list[str]) -> Estimates:
-        matrix = np.zeros((len(under), len(columns)))
-        matrix[:, columns.index(over)] = 1
-        matrix[np.arange(len(under)), [columns.index(cell) for cell in under]] -= 1
-        return clustered(self.log_s[columns].to_numpy(), self.process, matrix)
+    def contrasts(self, columns: Sequence[str], matrix: NDArray[np.float64]) -> Estimates:
+        """The contrasts `matrix` (terms, columns) of the cells `columns`."""
+        y = self.log_s[list(columns)].to_numpy()
+        enough = 2 * (~np.isnan(y)).sum(axis=1) > y.shape[1]
+        return clustered(y[enough], self.process[enough], matrix, self.widening)
+
+
+def _ratio_contrasts(columns: list[str], over: str, under: list[str]) -> NDArray[np.float64]:
+    matrix = np.zeros((len(under), len(columns)))
+    matrix[:, columns.index(over)] = 1
+    matrix[np.arange(len(under)), [columns.index(cell) for cell in under]] -= 1
+    return matrix
 
 
 def block_matrix(samples: pd.DataFrame, cells: Sequence[str] | None = None, value: str = "latency_s") -> BlockMatrix:
     """The complete blocks of `samples` (one workload and runtime) over `cells` and the A/A copy.
 
-    `cells`: labels to keep; None keeps all. Blocks that lack one are left out. `value`: another time than the latency.
+    `cells`: labels to keep; None keeps all. Blocks that lack one are left out, as are blocks and cells of which too many
+    visits are (`disturbance.telling`). `value`: another time than the latency. `samples` are judged here, unless they
+    were before.
     """
+    if "left_out" not in samples:
+        samples = with_judged_visits(undisturbed(samples))
     label = samples["cell"].where(samples["copy"] == 0, COPY)
     if cells is not None:
         keep = label.isin([*cells, COPY])
         samples, label = samples[keep], label[keep]
-    table = samples[value].groupby([samples["block"], label]).median().unstack()
-    table = table.loc[:, table.notna().mean() >= 0.5].dropna()
-    process = samples.groupby("block")["process"].first().loc[table.index].to_numpy()
-    return BlockMatrix(table.astype(float).apply(np.log), process)
+    keys = [samples["block"], label]
+    table = _complete(samples[value].groupby(keys).median().unstack()).astype(float).apply(np.log)
+    table, widened = counted_visits(table, samples, keys)
+    return BlockMatrix(table, _process_of(samples, table), widened)
+
+
+def counted_visits(
+    table: pd.DataFrame, samples: pd.DataFrame, keys: Sequence[pd.Series[Any]]
+) -> tuple[pd.DataFrame, float]:
+    """`table` (blocks, cells), NaN where a visit was left out, and how much that widens errors.
+
+    Without the blocks and cells that then tell nothing. `samples`: those of the table, judged; `keys` are the block and
+    the cell of each.
+    """
+    if table.empty:
+        return table, 1.0
+    visits = samples[["left_out", "excess"]].groupby(list(keys)).max().unstack()
+    left_out, excess = (
+        visits[name].reindex(index=table.index, columns=table.columns) for name in ("left_out", "excess")
+    )
+    counts = ~left_out.to_numpy(dtype=bool)
+    blocks, columns = telling(counts)
+    found = table.where(counts).loc[blocks, columns]
+    return found, float(widening(excess.to_numpy(float)[np.ix_(blocks, columns)])) if found.size else 1.0
+
+
+def _complete(table: pd.DataFrame) -> pd.DataFrame:
+    """The cells that most blocks hold, and the blocks that hold all of them."""
+    table = table.loc[:, table.notna().mean() >= 0.5]
+    return table.dropna()
+
+
+def _process_of(samples: pd.DataFrame, table: pd.DataFrame) -> NDArray[Any]:
+    """The process of each block of the table."""
+    return samples.groupby("block")["process"].first().loc[table.index].to_numpy()

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from qwen3bench.analysis.contrasts import contrasts, term_name
-from qwen3bench.analysis.frames import BASELINE, block_matrix, factor_columns
-from qwen3bench.analysis.variance import clustered, clustered_mean
+from qwen3bench.analysis.frames import BASELINE, block_matrix, factor_columns, undisturbed, with_judged_visits
+from qwen3bench.analysis.variance import clustered_mean
 from qwen3bench.record.lines import SampleLine
 from qwen3bench.record.states import StopReason
 
@@ -35,14 +35,15 @@ def half_widths(
     if frame.empty:
         return {}
     frame = frame.assign(copy=frame["copy"].fillna(0) if "copy" in frame else 0)
+    if "left_out" not in frame:
+        frame = with_judged_visits(undisturbed(frame))
     frame = frame[frame["copy"] == 0]
     matrix = block_matrix(frame)
     cells = list(matrix.log_s.columns)
     if not cells or matrix.log_s.empty:
         return {}
-    log_s = matrix.log_s.to_numpy()
     if cells == [BASELINE]:
-        alone = clustered_mean(log_s[:, 0], matrix.process)
+        alone = clustered_mean(matrix.log_s[BASELINE].to_numpy(), matrix.process)
         return {BASELINE: _relative(float(alone.half_width(confidence)), float(alone.df))}
     found = None
     codes = factor_columns(cells, factors)
@@ -53,7 +54,7 @@ def half_widths(
         plan = contrasts(tuple(factors), tuple(tuple(int(v) for v in row) for row in codes.to_numpy()[chosen]))
         mains = plan.matrix[: len(factors)]
         if not np.isnan(mains).any():
-            found = clustered(log_s[:, chosen], matrix.process, mains)
+            found = matrix.contrasts([cells[i] for i in chosen], mains)
             names = [term_name(t, factors) for t in plan.terms[: len(factors)]]
     if found is None and BASELINE in cells:
         names = [cell for cell in cells if cell != BASELINE]
@@ -94,7 +95,7 @@ def stop_reason(
 
 
 def _table(samples: Sequence[SampleLine]) -> pd.DataFrame:
-    names = ("cell", "copy", "block", "process", "latency_s")
+    names = ("cell", "copy", "block", "process", "latency_s", "disturbed")
     return pd.DataFrame({name: [getattr(sample, name) for sample in samples] for name in names})
 
 

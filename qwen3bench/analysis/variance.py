@@ -17,6 +17,7 @@ _SHARED_DF = 0.5  # beside a single degree of freedom: Student's t falls from 12
 _PROCESS_LEVEL = 0.25
 _PRIOR_DF = 2
 _STEPS = 30  # each may multiply the ratio by two and more
+_FILLS, _FILLED = 500, 1e-12  # each leaves as much of the error as is missing of a cell in a process; of a logarithm
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,13 @@ class Estimates:
             return np.where(self.se > 0, 2 * special.stdtr(self.df, -np.abs(self.estimate) / self.se), np.nan)
 
 
-def clustered(y: Array, process: NDArray[Any], contrasts: Array) -> Estimates:
+def clustered(y: Array, process: NDArray[Any], contrasts: Array, widening: Array | float = 1.0) -> Estimates:
     """Estimates of `contrasts` (terms, cells) from blocks `y` (…, blocks, cells), clustered by process.
 
     `process` (blocks,) names the process of each block; with a single one the blocks are the clusters. Block
-    effects (drift) leave with each block's mean. Every contrast sums to zero over the cells.
+    effects (drift) leave with each block's mean. Every contrast sums to zero over the cells. A visit that is left out is
+    NaN (see `completed`); each block holds more than half of the cells. `widening` (…): of the errors, for what was left
+    out (see `disturbance.widening`).
 
     The error is that of the classical analysis of variance of a randomized block design, contrast × process
     (Montgomery, chapter 4; Kalibera & Jones, Rigorous Benchmarking in Reasonable Time, 2013: replicate at the
@@ -73,19 +76,22 @@ def clustered(y: Array, process: NDArray[Any], contrasts: Array) -> Estimates:
     freedom (see `_shared`).
     """
     blocks, cells = y.shape[-2:]
-    y = y - y.mean(axis=-1, keepdims=True)
-    estimate = y.mean(axis=-2) @ contrasts.T
-    nothing = np.zeros_like(estimate)
     _, group, size = np.unique(process, return_inverse=True, return_counts=True)
     single = len(size) < 2
     if single:
         group, size = np.arange(blocks), np.ones(blocks, dtype=int)
     clusters = len(size)
+    counted = _Counted(y, group)
+    y = _completed(y, group, counted)
+    y = y - y.mean(axis=-1, keepdims=True)
+    estimate = y.mean(axis=-2) @ contrasts.T
+    nothing = np.zeros_like(estimate)
     if clusters < 2 or cells < 2:
         return Estimates(estimate, np.full_like(estimate, np.nan), nothing, nothing)
     means = ((group == np.arange(clusters)[:, None]) / size[:, None]) @ y
-    between = _MeanSquares((means - y.mean(axis=-2, keepdims=True)) * np.sqrt(size)[:, None], clusters - 1, contrasts)
-    within = _MeanSquares(y - means[..., group, :], blocks - clusters, contrasts) if blocks > clusters else None
+    deviation = (means - y.mean(axis=-2, keepdims=True)) * np.sqrt(size)[:, None]
+    between = _MeanSquares(deviation, counted.between, contrasts, clusters - 1)
+    within = _MeanSquares(y - means[..., group, :], counted.within, contrasts) if blocks > clusters else None
     weight = np.abs(contrasts)
     equal = np.isclose(weight, weight.max(axis=1, keepdims=True)).all(axis=1) | _spread(weight)
     if cells == 2:  # its own is all there is
@@ -95,7 +101,20 @@ def clustered(y: Array, process: NDArray[Any], contrasts: Array) -> Estimates:
         usual, usual_df = np.where(equal, shared, alone), np.where(equal, shared_df, alone_df)
     norm = (contrasts**2).sum(axis=1)
     share = nothing if single else _process_share(usual, within, equal)
-    return Estimates(estimate, np.sqrt(usual * norm * _inflation(size)) / blocks, usual_df, share)
+    thinner = counted.thinner @ (contrasts**2).T / norm
+    se = np.sqrt(usual * norm * _inflation(size) * thinner) / blocks
+    return Estimates(estimate, np.asarray(widening)[..., None] * se, usual_df, share)
+
+
+def completed(y: Array, process: NDArray[Any]) -> Array:
+    """`y` (…, blocks, cells), each visit that is left out (NaN) as its block and its cell in that process tell it.
+
+    By least squares, so that estimates are those of what is there (Yates, The Analysis of Replicated Experiments when
+    the Field Results are Incomplete, 1933; Montgomery, section 4.1). What a process does not tell of a cell, the others
+    do.
+    """
+    _, group = np.unique(process, return_inverse=True)
+    return _completed(y, group, _Counted(y, group))
 
 
 def replicated(y: list[Array], contrasts: Array) -> Estimates:
@@ -155,9 +174,10 @@ def _own(between: _MeanSquares, within: _MeanSquares | None) -> tuple[Array, Arr
     own_df = np.full_like(between.own, between.df)
     if within is None:
         return between.own, own_df
-    quantile_between, quantile_within = special.stdtrit([between.df, within.df], 0.975)
+    within_df = within.df[..., None]
+    quantile_between, quantile_within = special.stdtrit(between.df, 0.975), special.stdtrit(within_df, 0.975)
     by_chance = quantile_between**2 * between.own < quantile_within**2 * within.own
-    return np.where(by_chance, within.own, between.own), np.where(by_chance, within.df, own_df)
+    return np.where(by_chance, within.own, between.own), np.where(by_chance, within_df, own_df)
 
 
 def _alone(between: _MeanSquares, within: _MeanSquares | None) -> tuple[Array, Array]:
@@ -177,7 +197,7 @@ def _alone(between: _MeanSquares, within: _MeanSquares | None) -> tuple[Array, A
         in_sum, unsure_in_sum = _differ(all_between / all_within, between_df, within_df)
     unsure = np.where(in_sum > together, unsure_in_sum, unsure)[..., None]
     ratio = np.fmax(in_sum, together)[..., None]
-    prior_df = np.minimum(1 / (1 / within.df + unsure), _PRIOR_DF)
+    prior_df = np.minimum(1 / (1 / within.df[..., None] + unsure), _PRIOR_DF)
     df = between.df + prior_df
     moderated = (between.own * between.df + ratio * within.own * prior_df) / df
     return moderated, np.broadcast_to(df, moderated.shape)
@@ -202,13 +222,38 @@ def _process_share(usual: Array, within: _MeanSquares | None, equal: NDArray[np.
         return np.where(usual > 0, np.clip(1 - of_blocks / usual, 0, 1), 0.0)
 
 
-class _MeanSquares:
-    """Mean squares of deviations (…, rows, cells) with `df` degrees of freedom: of cells, and of contrasts (`own`)."""
+class _Counted:
+    """How many visits and processes tell each cell of `y` (…, blocks, cells), NaN where one was left out.
 
-    def __init__(self, deviation: Array, df: int, contrasts: Array) -> None:
-        self.df = df
-        self._cells = (deviation**2).sum(axis=-2) / df
-        self.own: Array = ((deviation @ contrasts.T) ** 2).sum(axis=-2) / df / (contrasts**2).sum(axis=1)
+    - `missing`: (…, blocks, cells); `empty`: (…, processes, cells) of which no visit is there
+    - `between`, `within`: degrees of freedom, (…, cells)
+    - `thinner`: by how much the variance of a cell's mean is larger for the processes that tell nothing of it, (…, cells)
+    """
+
+    def __init__(self, y: Array, group: NDArray[np.intp]) -> None:
+        self.missing: NDArray[np.bool_] = np.isnan(y)
+        of = (group == np.arange(group.max(initial=-1) + 1)[:, None]).astype(float)
+        visits = of @ ~self.missing
+        self.empty: NDArray[np.bool_] = visits == 0
+        self.between: Array = (visits > 0).sum(axis=-2) - 1.0
+        self.within: Array = (~self.missing).sum(axis=-2) - self.between - 1.0
+        with np.errstate(divide="ignore"):
+            self.thinner: Array = len(group) / (of.sum(axis=1) @ ~self.empty)
+
+
+class _MeanSquares:
+    """Mean squares of deviations (…, rows, cells) with `df` degrees of freedom (…, cells): of cells, and of contrasts.
+
+    `own`: of contrasts. `nominal`: the degrees of freedom that count for a test, where not the mean of `df`.
+    """
+
+    def __init__(self, deviation: Array, df: Array, contrasts: Array, nominal: int | None = None) -> None:
+        self.df: Array = np.asarray(df.mean(axis=-1) if nominal is None else nominal, dtype=float)
+        squares = (deviation**2).sum(axis=-2)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            usual = squares.sum(axis=-1, keepdims=True) / df.sum(axis=-1, keepdims=True)
+            self._cells = np.where(df > 0, squares / df, usual)
+            self.own: Array = ((deviation @ contrasts.T) ** 2).sum(axis=-2) / (df @ (contrasts**2).T)
 
     def pooled(self) -> tuple[Array, Array]:
         """The mean square over all cells, whose block means are off, and its degrees of freedom."""
@@ -225,7 +270,7 @@ class _MeanSquares:
         The likeliest ratio of cells that each have a variance of their own. A few loud cells do not hide it, as they
         do in a sum.
         """
-        share, ratio = self.df / (self.df + within.df), np.ones(self._cells.shape[:-1])
+        share, ratio = (self.df / (self.df + within.df))[..., None], np.ones(self._cells.shape[:-1])
         for _ in range(_STEPS):
             scaled = self._cells / ratio[..., None]
             total = share * scaled + (1 - share) * within._cells
@@ -242,6 +287,32 @@ def _spread(weight: Array) -> NDArray[np.bool_]:
     return (alike >= _SPREAD * cells) & (cells >= _MANY)
 
 
+def _completed(y: Array, group: NDArray[np.intp], counted: _Counted) -> Array:
+    some = counted.missing.any(axis=(-2, -1))
+    if not some.any():
+        return y
+    part, missing, empty = y[some], counted.missing[some], counted.empty[some]
+    of = (group == np.arange(group.max() + 1)[:, None]).astype(float)
+    size = of.sum(axis=1)[:, None]
+    share = np.where(empty, 0, size)
+    with np.errstate(invalid="ignore"):  # NaN where no process tells a cell
+        share = share / share.sum(axis=-2, keepdims=True)
+    part = np.where(missing, np.nanmean(part, axis=-1, keepdims=True), part)
+    for _ in range(_FILLS):
+        level = part.mean(axis=-1, keepdims=True)
+        cell = of @ (part - level) / size
+        cell = np.where(empty, (share * cell).sum(axis=-2, keepdims=True), cell)
+        cell -= cell.mean(axis=-1, keepdims=True)
+        fill = (level + cell[..., group, :])[missing]
+        change = np.abs(fill - part[missing]).max()
+        part[missing] = fill
+        if not change > _FILLED:
+            break
+    found = y.copy()
+    found[some] = part
+    return found
+
+
 def _inflation(size: NDArray[Any]) -> float:
     """The variance of a sum over blocks, in units of the mean square between clusters of `size` blocks.
 
@@ -254,7 +325,7 @@ def _inflation(size: NDArray[Any]) -> float:
     return float((size**2).sum() / per_cluster)
 
 
-def _satterthwaite(cell_ms: Array, df: int) -> Array:
+def _satterthwaite(cell_ms: Array, df: Array) -> Array:
     """Degrees of freedom of the sum over the last axis of mean squares with `df` each.
 
     Satterthwaite, An Approximate Distribution of Estimates of Variance Components, 1946; the squares of the
