@@ -19,8 +19,7 @@ from qwen3bench.analysis.contrasts import (
     shapley_contrasts,
     term_name,
 )
-from qwen3bench.analysis.disturbance import judged
-from qwen3bench.analysis.frames import counted_visits
+from qwen3bench.analysis.frames import counted_visits, judged_rows
 from qwen3bench.analysis.least_squares import Fit, LackOfFit, lack_of_fit, with_model_error
 from qwen3bench.analysis.significance import OF_BYTES, OF_TIMES, Gains, holm, verdicts
 from qwen3bench.analysis.variance import Estimates, clustered, replicated
@@ -59,7 +58,7 @@ def effects(
 
     `block` names the column of blocks; within them the column `process`, where there is one, gives the
     clusters of the intervals (see `variance.clustered`). Blocks that lack a cell are left out. Of times, so are visits
-    that other work slowed: by the column `left_out`, as a run's samples have it, else as `disturbance.judged` tells it
+    that other work slowed: by the column `left_out`, as a run's samples have it, else as `outliers.judged` tells it
     of these. `block=None`: independent replicates, and all of them count. `exact=True`: values without error, such as
     counted bytes; lo and hi are then the estimate, and p is empty.
 
@@ -368,13 +367,9 @@ def _judged(
     if "left_out" in rows:
         told = rows[["left_out", "excess"]].reset_index(drop=True)
         return told.assign(left_out=told["left_out"].astype("boolean").fillna(False).astype(bool))
-    y = visits.to_numpy()
-    if not (y > 0).all():
+    if not (visits.to_numpy() > 0).all():
         return pd.DataFrame({"left_out": False, "excess": 0.0}, index=range(len(rows)))
-    found = judged(np.log(y), names.loc[visits.index].to_numpy())
-    where = visits.index.get_indexer(keys[0]), visits.columns.get_indexer(keys[1])
-    known = (where[0] >= 0) & (where[1] >= 0)
-    return pd.DataFrame({"left_out": known & ~found.counts[where], "excess": np.where(known, found.excess[where], 0.0)})
+    return judged_rows(visits.apply(np.log), names.loc[visits.index].to_numpy(), keys)
 
 
 def _is_time(value: str) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from qwen3bench.analysis.disturbance import judged, telling, widening
+from qwen3bench.analysis.outliers import judged, telling, widening
 from qwen3bench.analysis.variance import Estimates, clustered, completed
 from qwen3bench.record.design import is_peer
 from qwen3bench.record.lines import BlockLine, ProcessLine, SampleLine
@@ -88,25 +88,41 @@ def undisturbed(samples: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_judged_visits(samples: pd.DataFrame) -> pd.DataFrame:
-    """`samples` with what `disturbance.judged` says of the visit of each, by workload and runtime.
+    """`samples` with what `outliers.judged` says of the visit of each, by workload and runtime.
 
     `left_out`: whether other work slowed it, so that no estimate counts it. `excess`: its residual over the limit.
     """
     label = samples["cell"].where(samples["copy"] == 0, COPY)
-    excess, left_out = pd.Series(0.0, samples.index), pd.Series(False, samples.index)
     places = [samples[name] for name in ("workload", "runtime") if name in samples]
-    parts = samples.groupby(places, sort=False).indices.values() if places else [np.arange(len(samples))]
+    everything = [np.arange(len(samples))]
+    parts = samples.groupby(places, sort=False).indices.values() if places else everything
+    left_out, excess = np.zeros(len(samples), dtype=bool), np.zeros(len(samples))
     for rows in parts:
-        here, cells = samples.iloc[rows], label.iloc[rows]
-        visits = _complete(here["latency_s"].groupby([here["block"], cells]).median().unstack())
-        if visits.empty:
-            continue
-        found = judged(np.log(visits.to_numpy(float)), _process_of(here, visits))
-        where = visits.index.get_indexer(here["block"]), visits.columns.get_indexer(cells)
-        known = (where[0] >= 0) & (where[1] >= 0)
-        excess.iloc[rows] = np.where(known, found.excess[where], 0.0)
-        left_out.iloc[rows] = known & ~found.counts[where]
+        here = samples.iloc[rows]
+        keys = [here["block"], label.iloc[rows]]
+        visits = _complete(here["latency_s"].groupby(keys).median().unstack())
+        if not visits.empty:
+            found = judged_rows(visits.astype(float).apply(np.log), _process_of(here, visits), keys)
+            left_out[rows], excess[rows] = found["left_out"], found["excess"]
     return samples.assign(left_out=left_out, excess=excess)
+
+
+def judged_rows(visits: pd.DataFrame, process: NDArray[Any], keys: Sequence[pd.Series[Any]]) -> pd.DataFrame:
+    """`left_out` and `excess` of rows in the block and cell `keys`, by their `visits` (blocks, cells; log latency).
+
+    Rows of visits that are not among them are not left out.
+    """
+    found = judged(visits.to_numpy(), process)
+    block, cell = (
+        index.get_indexer(pd.Index(key)) for index, key in zip((visits.index, visits.columns), keys, strict=True)
+    )
+    known = (block >= 0) & (cell >= 0)
+    return pd.DataFrame(
+        {
+            "left_out": known & ~found.counts[block, cell],
+            "excess": np.where(known, found.excess[block, cell], 0.0),
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -167,9 +183,9 @@ def _ratio_contrasts(columns: list[str], over: str, under: list[str]) -> NDArray
 def block_matrix(samples: pd.DataFrame, cells: Sequence[str] | None = None, value: str = "latency_s") -> BlockMatrix:
     """The complete blocks of `samples` (one workload and runtime) over `cells` and the A/A copy.
 
-    `cells`: labels to keep; None keeps all. Blocks that lack one are left out, as are blocks and cells of which too many
-    visits are (`disturbance.telling`). `value`: another time than the latency. `samples` are judged here, unless they
-    were before.
+    `cells`: labels to keep; None keeps all. Blocks that lack one are left out, as are blocks and cells of which too
+    many visits are (`outliers.telling`). `value`: another time than the latency. `samples` are judged here, unless
+    they were before.
     """
     if "left_out" not in samples:
         samples = with_judged_visits(undisturbed(samples))
@@ -193,9 +209,9 @@ def counted_visits(
     """
     if table.empty:
         return table, 1.0
-    visits = samples[["left_out", "excess"]].groupby(list(keys)).max().unstack()
+    grouped = samples[["left_out", "excess"]].groupby(list(keys)).max()
     left_out, excess = (
-        visits[name].reindex(index=table.index, columns=table.columns) for name in ("left_out", "excess")
+        grouped[name].unstack().reindex(index=table.index, columns=table.columns) for name in ("left_out", "excess")
     )
     counts = ~left_out.to_numpy(dtype=bool)
     blocks, columns = telling(counts)

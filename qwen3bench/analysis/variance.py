@@ -55,9 +55,9 @@ def clustered(y: Array, process: NDArray[Any], contrasts: Array, widening: Array
     """Estimates of `contrasts` (terms, cells) from blocks `y` (…, blocks, cells), clustered by process.
 
     `process` (blocks,) names the process of each block; with a single one the blocks are the clusters. Block
-    effects (drift) leave with each block's mean. Every contrast sums to zero over the cells. A visit that is left out is
-    NaN (see `completed`); each block holds more than half of the cells. `widening` (…): of the errors, for what was left
-    out (see `disturbance.widening`).
+    effects (drift) leave with each block's mean. Every contrast sums to zero over the cells. A visit that is left out
+    is NaN (see `completed`); each block holds more than half of the cells. `widening` (…): of the errors, for what was
+    left out (see `outliers.widening`).
 
     The error is that of the classical analysis of variance of a randomized block design, contrast × process
     (Montgomery, chapter 4; Kalibera & Jones, Rigorous Benchmarking in Reasonable Time, 2013: replicate at the
@@ -227,7 +227,7 @@ class _Counted:
 
     - `missing`: (…, blocks, cells); `empty`: (…, processes, cells) of which no visit is there
     - `between`, `within`: degrees of freedom, (…, cells)
-    - `thinner`: by how much the variance of a cell's mean is larger for the processes that tell nothing of it, (…, cells)
+    - `thinner`: by how much the variance of a cell's mean is larger for the processes without it, (…, cells)
     """
 
     def __init__(self, y: Array, group: NDArray[np.intp]) -> None:

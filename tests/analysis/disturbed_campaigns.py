@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.signal import lfilter
 
 from qwen3bench.analysis.contrasts import contrasts, every_cell
-from qwen3bench.analysis.disturbance import judged, telling, widening
+from qwen3bench.analysis.outliers import judged, telling, widening
 from qwen3bench.analysis.significance import ALPHA, holm
 from qwen3bench.analysis.variance import Estimates, clustered
 

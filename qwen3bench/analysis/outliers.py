@@ -28,7 +28,7 @@ _FEWEST = 2  # visits that tell a cell of which others were left out
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedVisits:
     """Which visits count, and how slow each one is; both (…, blocks, cells).
 
     `excess`: the residual from block and cell over the limit from which a visit is left out.
@@ -38,7 +38,7 @@ class Judged:
     excess: Array
 
 
-def judged(y: Array, process: NDArray[Any]) -> Judged:
+def judged(y: Array, process: NDArray[Any]) -> JudgedVisits:
     """Visits `y` (…, blocks, cells; log latency, complete) that count, and those that other work slowed.
 
     `process` (blocks,) names each block's process. Of fewer than three cells all count: of two that are apart
@@ -47,26 +47,26 @@ def judged(y: Array, process: NDArray[Any]) -> Judged:
     Other work only ever slows. So a visit is left out where its residual is too many robust deviations above zero, and
     never for being fast: the identifier of Hampel (Davies & Gather, The Identification of Multiple Outliers, 1993),
     one-sided and repeated. Residuals are what block and cell leave, both means of the visits that count, from lower
-    medians on. The deviation is the median absolute one of the residuals below zero, which no slow visit is among, pooled
-    over all cells. One of 200 quiet runs loses a visit: the limit is a quantile of Student's t, with as many degrees of
-    freedom as such a median is worth. It is five deviations with 32 cells in six blocks, and eleven with three in nine.
+    medians on. The deviation is the median absolute one of the residuals below zero, which no slow visit is among,
+    pooled over all cells. One of 200 quiet runs loses a visit: the limit is a quantile of Student's t, with as many
+    degrees of freedom as such a median is worth. With 32 cells in six blocks it is 4.8 deviations.
 
     - A cell may be louder than the others. Its own deviation below zero counts where it is larger, drawn to the pooled
       one (Smyth, 2004); one that loses far more visits than the others keeps them all (binomial test).
     - Where most visits of a cell in a process would be left out, and at least three are slow alike, that is what the
-      cell is worth there, as with a kernel chosen otherwise. They count, unless so many visits are slow that chance makes
-      such groups.
+      cell is worth there, as with a kernel chosen otherwise. They count, unless so many visits are slow that chance
+      makes such groups.
     """
     y = np.asarray(y, dtype=float)
     flat = y.reshape(-1, *y.shape[-2:])
     if flat.shape[-1] < 3 or flat.shape[-2] < 2:
-        return Judged(np.ones(y.shape, dtype=bool), np.zeros(y.shape))
+        return JudgedVisits(np.ones(y.shape, dtype=bool), np.zeros(y.shape))
     fit = _Fit.first(flat)
     counts, _ = _settled(fit, fit.residual <= fit.limit(np.ones(flat.shape, dtype=bool), own=False), own=False)
     counts, excess = _settled(fit, counts | _loud(counts), own=True, spared=_loud(counts))
     _, group = np.unique(process, return_inverse=True)
     counts |= _consistent(counts, excess, group, whole=True) | _consistent(counts, excess, group, whole=False)
-    return Judged(counts.reshape(y.shape), excess.reshape(y.shape))
+    return JudgedVisits(counts.reshape(y.shape), excess.reshape(y.shape))
 
 
 def widening(excess: Array) -> Array:
