@@ -58,7 +58,7 @@ def used_samples(record: Record) -> pd.DataFrame:
     factors = list(record.run.factors)
     blocks = record.frame(BlockLine)
     if samples.empty or blocks.empty:
-        columns = [*_KEYS, "cell", "copy", "process", "attempt", "latency_s", *factors]
+        columns = [*_KEYS, "cell", "copy", "process", "attempt", "latency_s", "left_out", "excess", *factors]
         return pd.DataFrame(
             {c: pd.Series(dtype=object if c in ("workload", "runtime", "cell") else float) for c in columns}
         )

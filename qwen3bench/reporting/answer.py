@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from qwen3bench.record.design import cell_of
 from qwen3bench.record.lines import SessionLine
 from qwen3bench.reporting.conditions import Condition, conditions
-from qwen3bench.reporting.control_findings import control_list, outcome_of, tally
+from qwen3bench.reporting.control_findings import control_list, many_left_out, outcome_of, tally
 from qwen3bench.reporting.finding import Advice, BestCell, Choice, ControlOutcome, Finding, Kind, Times
 from qwen3bench.reporting.lookup import blocks_of, ended_early, level, of_peers, rows
 from qwen3bench.reporting.units import is_number, seconds, significant, size, times
@@ -61,8 +61,8 @@ def _card(run: Run, condition: Condition, found: Sequence[Finding], outcome: Seq
     failed = [f for f in about if outcome_of(f) == ControlOutcome.FAILED]
     early = [cut_short(*blocks)] if (blocks := ended_early(run, condition)) else []
     screen = [finding for finding in here[Kind.SCREEN] if isinstance(finding.detail, BestCell)]
-    unsure = [finding for finding in about if outcome_of(finding) == ControlOutcome.UNSURE]
-    notes = [*early, *map(_plain, (*screen, *unsure))]
+    told = [each for each in about if outcome_of(each) == ControlOutcome.UNSURE or many_left_out(each)]
+    notes = [*early, *map(_plain, (*screen, *told))]
     card = AnswerCard(
         condition,
         notes=tuple(notes),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
 _JUDGED = (ControlOutcome.PASSED, ControlOutcome.FAILED, ControlOutcome.UNSURE)
+_MANY_LEFT_OUT = 0.05  # of the visits: a quiet machine slows hardly any
 _BUSY_ENOUGH = 0.9  # below this share of GPU work, eager latency is to a good part the host's
 
 
@@ -27,7 +28,8 @@ def control_list(run: Run) -> list[Finding]:
     """ControlOutcome of every control that the run holds, and of those that it lacks."""
     outcome = [*_equivalence(run), *_gradients(run)]
     for condition in conditions(run):
-        outcome += [*_aa(run, condition), *_tie_latency(run, condition), *_drift(run, condition)]
+        outcome += [*_aa(run, condition), *_tie_latency(run, condition)]
+        outcome += [*left_out(run, condition), *_drift(run, condition)]
     of_all = (_processes, _tie_memory, _blocks, _host, _absent)
     return [*outcome, *(control for each in of_all for control in each(run))]
 
@@ -114,6 +116,30 @@ def _tie_latency(run: Run, condition: Condition) -> Iterator[Finding]:
         yield _found(Check.TIE_LATENCY, outcome, condition=condition, **_numbers(row.estimate, row))
 
 
+def left_out(run: Run, condition: Condition) -> Iterator[Finding]:
+    """How many visits other work slowed, so that no estimate counts them."""
+    visits = condition.select(run.samples).drop_duplicates(["block", "cell", "copy"])
+    if slowed := int(visits["left_out"].sum()):
+        yield _found(
+            Check.LEFT_OUT,
+            ControlOutcome.TOLD,
+            condition=condition,
+            number=slowed,
+            total=len(visits),
+            limit=_MANY_LEFT_OUT,
+        )
+
+
+def many_left_out(finding: Finding) -> bool:
+    """Whether it says that other work slowed so many visits that who reads an answer should know."""
+    control = finding.detail
+    return (
+        isinstance(control, Control)
+        and control.check == Check.LEFT_OUT
+        and control.number > control.limit * control.total
+    )
+
+
 def _drift(run: Run, condition: Condition) -> Iterator[Finding]:
     yield from drifts(run, condition)
     if (apart := processes_apart(run, condition)) > band(run):
@@ -189,7 +215,12 @@ def processes_apart(run: Run, condition: Condition) -> float:
 def aa_series(run: Run, condition: Condition) -> pd.DataFrame:
     """Per block, latency of the baseline's second copy over that of the first: columns block, ratio."""
     samples = condition.select(run.samples)
-    visits = samples[samples["cell"] == BASELINE].groupby(["block", "copy"])["latency_s"].median().unstack()
+    visits = (
+        samples[(samples["cell"] == BASELINE) & ~samples["left_out"].astype(bool)]
+        .groupby(["block", "copy"])["latency_s"]
+        .median()
+        .unstack()
+    )
     if not {0, 1} <= set(visits.columns):
         return pd.DataFrame(columns=["block", "ratio"])
     return (visits[1] / visits[0]).rename("ratio").dropna().reset_index()

@@ -235,6 +235,7 @@ class Check(StrEnum):
     PROCESSES = "processes"
     ONE_PROCESS = "one_process"
     FLAGGED = "flagged"
+    LEFT_OUT = "left_out"
     POWER_CAP = "power_cap"
     HOST = "host"
     NOISY_RUNS = "noisy_runs"

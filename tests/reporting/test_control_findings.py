@@ -5,11 +5,13 @@ from typing import Any
 import pytest
 
 from qwen3bench.analysis.run import Run
+from qwen3bench.reporting.answer import cards
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.control_findings import aa_series, control_list, heard, noise, outcome_of
 from qwen3bench.reporting.finding import Check, Control, ControlOutcome, Finding, Level, Passed
 from qwen3bench.reporting.findings import findings
 from qwen3bench.reporting.plot_controls import controls_plot
+from qwen3bench.reporting.wording.sentences import sentence
 
 Lines = list[dict[str, Any]]
 
@@ -185,6 +187,25 @@ def test_blocks_under_a_disturbance_are_counted(
     (finding,) = of_check(run_of(lines), Check.FLAGGED)
     assert (outcome_of(finding), detail(finding).number) == (ControlOutcome.FAILED, 2)
     assert detail(finding).names == ("hw_thermal_slowdown",)
+
+
+def test_visits_that_other_work_slowed_are_counted_and_said_beside_the_answer(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    assert not of_check(run_of(record_lines(factors=("flash", "tie"))), Check.LEFT_OUT)
+    for every, many in ((31, False), (11, True)):
+        lines = record_lines(factors=("flash", "tie"), blocks=24)
+        samples = [line for line in lines if line["type"] == "sample"]
+        visits = list(dict.fromkeys((line["block"], line["cell"], line["copy"]) for line in samples))
+        for line in samples:
+            if (line["block"], line["cell"], line["copy"]) in visits[::every]:
+                line["latency_s"] *= 1.8
+        run = run_of(lines)
+        (finding,) = of_check(run, Check.LEFT_OUT)
+        assert (detail(finding).number, detail(finding).total) == (len(visits[::every]), len(visits))
+        assert "which no estimate counts" in sentence(finding)
+        (card,) = cards(run, findings(run))
+        assert any("which no estimate counts" in note for note in card.notes) is many
 
 
 def test_without_a_second_copy_there_is_no_series(

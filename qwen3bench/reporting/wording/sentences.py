@@ -386,6 +386,7 @@ def _control(finding: Finding, control: Control) -> str:
         Check.PROCESSES: _process_words,
         Check.ONE_PROCESS: _process_words,
         Check.FLAGGED: _block_words,
+        Check.LEFT_OUT: _block_words,
         Check.POWER_CAP: _block_words,
         Check.HOST: _host_words,
         Check.NOISY_RUNS: _noisy_words,
@@ -462,6 +463,9 @@ def _block_words(_: Finding, control: Control) -> str:
     if control.check == Check.FLAGGED:
         reasons = listing(list(control.names)) or "no reason recorded"
         return f"{count(control.number, 'block')} measured under a disturbance that stayed: {reasons}."
+    if control.check == Check.LEFT_OUT:
+        text = f"Other work slowed {control.number} of {count(control.total, 'visit')}"
+        return f"{text} ({100 * control.number / control.total:.2g} %), which no estimate counts."
     text = f"{control.number} of {count(control.total, 'block')} ended at the card's power limit, with lower clocks."
     return f"{text} Cells that draw more power are slowed more there, as they would be in use."
 
