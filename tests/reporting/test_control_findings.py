@@ -189,23 +189,26 @@ def test_blocks_under_a_disturbance_are_counted(
     assert detail(finding).names == ("hw_thermal_slowdown",)
 
 
+@pytest.mark.parametrize(("every", "many"), [(31, False), (11, True)])
 def test_visits_that_other_work_slowed_are_counted_and_said_beside_the_answer(
-    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run], every: int, many: bool
 ) -> None:
-    assert not of_check(run_of(record_lines(factors=("flash", "tie"))), Check.LEFT_OUT)
-    for every, many in ((31, False), (11, True)):
-        lines = record_lines(factors=("flash", "tie"), blocks=24)
-        samples = [line for line in lines if line["type"] == "sample"]
-        visits = list(dict.fromkeys((line["block"], line["cell"], line["copy"]) for line in samples))
-        for line in samples:
-            if (line["block"], line["cell"], line["copy"]) in visits[::every]:
-                line["latency_s"] *= 1.8
-        run = run_of(lines)
-        (finding,) = of_check(run, Check.LEFT_OUT)
-        assert (detail(finding).number, detail(finding).total) == (len(visits[::every]), len(visits))
-        assert "which no estimate counts" in sentence(finding)
-        (card,) = cards(run, findings(run))
-        assert any("which no estimate counts" in note for note in card.notes) is many
+    lines = record_lines(factors=("flash", "tie"), blocks=24)
+    samples = [line for line in lines if line["type"] == "sample"]
+    visits = list(dict.fromkeys((line["block"], line["cell"], line["copy"]) for line in samples))
+    for line in samples:
+        if (line["block"], line["cell"], line["copy"]) in visits[::every]:
+            line["latency_s"] *= 1.8
+    run = run_of(lines)
+    (finding,) = of_check(run, Check.LEFT_OUT)
+    assert (detail(finding).number, detail(finding).total) == (len(visits[::every]), len(visits))
+    assert "which no estimate counts" in sentence(finding)
+    (card,) = cards(run, findings(run))
+    assert any("which no estimate counts" in note for note in card.notes) is many
+
+
+def test_a_quiet_run_leaves_no_visit_out(full_run: Run) -> None:
+    assert not of_check(full_run, Check.LEFT_OUT)
 
 
 def test_without_a_second_copy_there_is_no_series(
