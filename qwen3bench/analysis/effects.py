@@ -230,7 +230,9 @@ def _estimated(table: _Table, rows: Sequence[_Row], decimals: int | None) -> Est
     ends = len(rows), len(rows) + len(fit.told)
     found, terms, left = (everything.at(slice(*part)) for part in ((0, ends[0]), ends, (ends[1], None)))
     no_triples = np.zeros(fit.triples.shape[1])
-    truth = np.array([no_triples if row.truth is None else row.truth for row in rows]).reshape(len(rows), -1)
+    truth = np.array([no_triples if row.truth is None else row.truth for row in rows]).reshape(
+        len(rows), len(no_triples)
+    )
     return with_model_error(found, matrix, truth, fit, lack_of_fit(fit, terms, left))
 
 

@@ -48,8 +48,8 @@ def judged(y: Array, process: NDArray[Any]) -> JudgedVisits:
     never for being fast: the identifier of Hampel (Davies & Gather, The Identification of Multiple Outliers, 1993),
     one-sided and repeated. Residuals are what block and cell leave: lower medians and means of the visits that count,
     from lower medians of all on. The deviation is the median absolute one of the residuals below zero, which no slow
-    visit is among, pooled over all cells. One of 200 quiet runs loses a visit: the limit is a quantile of Student's t, with as many
-    degrees of freedom as such a median is worth. With 32 cells in six blocks it is 4.8 deviations.
+    visit is among, pooled over all cells. One of 200 quiet runs loses a visit: the limit is a quantile of Student's t,
+    with as many degrees of freedom as such a median is worth. With 32 cells in six blocks it is 4.8 deviations.
 
     - A cell may be louder than the others. Its own deviation below zero counts where it is larger, drawn to the pooled
       one (Smyth, 2004); one that loses far more visits than the others keeps them all (binomial test).

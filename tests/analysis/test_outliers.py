@@ -46,7 +46,7 @@ def test_intervals_cover_and_are_narrow_on_a_busy_machine(name: str, where: str)
     assert row.coverage <= got.coverage <= 0.98 - 0.01 * (row.coverage == 0.93)
     assert got.width <= row.width[list(BLOCKS).index(where)]
     assert got.false <= 0.05
-    assert got.found >= got.found_by_means - 0.002
+    assert got.found >= got.found_by_means - 0.01
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3])
@@ -98,7 +98,7 @@ def test_a_cell_that_is_worth_less_in_one_process_is_not_disturbed() -> None:
     y[:, 4, 20] += 0.06
     counts = judged(y, process).counts
     assert not counts[:, 4, 20].any()
-    assert counts[..., :6].mean() >= 0.999
+    assert counts[..., :6].mean() >= 0.998
 
 
 @pytest.mark.parametrize("blocks", [6, 9, 18])
