@@ -13,7 +13,7 @@ from scipy import special
 
 from qwen3bench.analysis.frames import BASELINE, COPY, analysis_setting, block_matrix
 from qwen3bench.analysis.variance import Array
-from qwen3bench.record.lines import EvidenceLine, ParametersLine
+from qwen3bench.record.lines import EagerLine, EvidenceLine, ParametersLine
 from qwen3bench.record.reader import Record
 from qwen3bench.record.states import CellStatus
 
@@ -188,7 +188,10 @@ def _trend(hours: Array, level: Array, process: NDArray[Any], confidence: float)
 def _host(cells: pd.DataFrame, record: Record) -> pd.DataFrame:
     ok = cells.loc[cells["status"] == CellStatus.OK, ["workload", "runtime", "cell", "latency_s"]]
     if "eager" not in set(cells["runtime"]):  # then by the few eager passes of the evidence
-        looks = record.frame(EvidenceLine).reindex(columns=["workload", "runtime", "cell", "eager_s"]).dropna()
+        columns = ["workload", "runtime", "cell", "eager_s"]
+        looks = record.frame(EvidenceLine).reindex(columns=columns).dropna()  # of older records
+        own = record.frame(EagerLine).assign(runtime="graph").reindex(columns=columns).dropna()
+        looks = pd.concat([each for each in (looks, own) if len(each)] or [looks])
         looks = looks[looks["runtime"] == "graph"].assign(runtime="eager").rename(columns={"eager_s": "latency_s"})
         ok = pd.concat([ok, looks]) if len(looks) else ok
     by_runtime = ok.pivot_table(index=["workload", "cell"], columns="runtime", values="latency_s", sort=False)

@@ -11,7 +11,7 @@ from typing import Any
 
 from qwen3bench.analysis.stopping import Limits, half_widths, stop_reason
 from qwen3bench.campaign.context import RunContext
-from qwen3bench.campaign.forecast import REPORT_S
+from qwen3bench.campaign.forecast import REPORT_S, Shortfall, processes_for, what_it_takes
 from qwen3bench.campaign.live_effects import LiveEffects
 from qwen3bench.campaign.monitor import disturbances, flags
 from qwen3bench.campaign.scheduler import CardLostError, Steps
@@ -23,7 +23,7 @@ from qwen3bench.record.messages import CellFailure, Enter, Prepare, Request, Sur
 from qwen3bench.record.states import BlockState, CellStatus, Purpose, StopReason
 from qwen3bench.record.typed import fields_of
 
-MEASURED_PER_SETUP = 0.25  # of the time that a process takes to be ready, at least so much again is measured in it
+MEASURED_PER_SETUP = 1.0  # of the time that a process takes to be ready, so much again is measured in it at least
 PAUSED = "paused (its process was stopped, or the machine suspended)"  # of a block's flags
 MAX_TAKES = 3  # of a visit: of a machine that is busy half of the time seven in eight are then undisturbed
 _PASS = "time"
@@ -45,10 +45,11 @@ class Blocks:
     def processes_needed(self) -> list[Where]:
         """The workload and runtime of each process that comes next, in turn: the least that a run takes.
 
-        Where these were not enough, as many again, as most of a process's time goes to getting ready.
+        Where these were not enough, as many more as the target takes, and at most as many again: what a few processes
+        tell of the scatter between them is not to be relied on further.
         """
         needed = {
-            where: max(1, self._min_processes(where) - len(timing.processes), len(timing.processes))
+            where: max(1, self._min_processes(where) - len(timing.processes), self._more_processes(where))
             for where, timing in self._timings.items()
             if not timing.stopped
         }
@@ -67,6 +68,7 @@ class Blocks:
         self._workers.purpose = Purpose.TIME
         self.stop_what_is_known()
         while left := self.processes_needed:
+            self._say_what_it_takes()
             while left:
                 together, left = _company(left, at_once)
                 together = [where for where in together if not self._timings[where].stopped]
@@ -84,7 +86,7 @@ class Blocks:
                 continue
             if not self._context.cells(where):
                 self._stop(where, StopReason.FAILED)
-            elif reason := self._reason_to_stop(where, ahead_s=timing.setup_s if self._has_the_minimum(where) else 0.0):
+            elif reason := self._reason_to_stop(where):
                 self._stop(where, reason)
 
     def _time_alone(self, where: Where) -> None:
@@ -200,19 +202,22 @@ class Blocks:
                 self._stop(where, reason)
                 break
             spent_s = timing.measured_s - before_s
-            # Kalibera & Jones, sec. 6: the dearer a process is to set up, the more is measured in each.
-            enough = blocks >= measure.blocks_per_process and spent_s >= MEASURED_PER_SETUP * setup_s
             # A share of the time and of the blocks for each process, or there might never be a second one.
-            if enough or blocks >= measure.max_blocks / self._min_processes(where):
+            share_s = self._settings.time_allowed_s / self._min_processes(where)
+            # Kalibera & Jones, sec. 6: the dearer a process is to set up, the more is measured in each.
+            enough = spent_s >= min(share_s, MEASURED_PER_SETUP * setup_s)
+            if enough and blocks >= measure.blocks_per_process:
                 break
-            if measure.max_seconds and spent_s >= measure.max_seconds / self._min_processes(where):
+            if blocks >= measure.max_blocks / self._min_processes(where):
+                break
+            if measure.max_seconds and spent_s >= share_s:
                 break
         return True
 
     def _block(self, where: Where, more_s: float) -> Steps[bool]:
         """One block, measured again where it was disturbed; False where a cell failed in it.
 
-        `more_s`: what it took to get its process ready, where the time allowed covers it and this is its first block.
+        `more_s`: what it took to get its process ready, where a run takes fewer and this is its first block.
         Raises `CardLostError` where somebody else uses the card, and there is another.
         """
         timing = self._timings[where]
@@ -229,6 +234,9 @@ class Blocks:
             timing.leave_block(number)
             raise
         self._progress.expect(sum(map(self._left_s, self._timings)) / self._context.cards() + REPORT_S)
+        if timing.blocks == 1:
+            title = f"{' '.join(where)}: first effects, after one block"
+            self._progress.first_answer(title, self._effects.lines)
         self._progress.table(self._effects.lines)
         return True
 
@@ -324,12 +332,48 @@ class Blocks:
         return self._settings.min_processes(where[1])
 
     def _has_the_minimum(self, where: Where) -> bool:
-        """Whether as many processes and blocks are measured as a run takes; what more processes cost is of its time."""
+        """Whether as many processes and blocks are measured as a run takes at least."""
         timing, measure = self._timings[where], self._settings.measure
         return len(timing.processes) >= self._min_processes(where) and timing.blocks >= measure.min_blocks
 
-    def _reason_to_stop(self, where: Where, ahead_s: float = 0.0) -> StopReason | None:
-        """`ahead_s`: what comes before the next block."""
+    def _more_processes(self, where: Where) -> int:
+        """How many more processes the least blocks or the target take, at most as many again as there were."""
+        timing, lacking = self._timings[where], self._settings.measure.min_blocks - self._timings[where].blocks
+        processes = len(timing.processes)
+        if timing.blocks and lacking > 0:
+            return min(processes, math.ceil(lacking * processes / timing.blocks))
+        if not self._has_the_minimum(where):
+            return 0
+        return min(processes, processes_for(self._widest(where)[1], processes))
+
+    def _widest(self, where: Where) -> tuple[str, float]:
+        """The effect that is known least, and its half-width over the target."""
+        widths = half_widths(self._timings[where].samples, self._settings.factors)
+        name, width = max(widths.items(), key=lambda item: item[1], default=("", math.inf))
+        return name, width / self._settings.target(where[1])
+
+    def _say_what_it_takes(self) -> None:
+        """What an answer takes where the processes that a run takes at least did not give one."""
+        for where, timing in self._timings.items():
+            if timing.stopped or not self._has_the_minimum(where):
+                continue
+            name, over = self._widest(where)
+            lack = Shortfall(
+                term=name,
+                over=over,
+                target=self._settings.target(where[1]),
+                more=processes_for(over, len(timing.processes)),
+                measured_s=timing.measured_s / len(timing.processes),
+                setup_s=timing.setup_s,
+                spent_s=timing.measured_s,
+                left_s=self._settings.time_allowed_s - timing.measured_s,
+            )
+            self._progress.note(what_it_takes(where, lack))
+            mine_to_end = self._settings.measure.max_seconds is None  # else somebody asked for the time
+            if mine_to_end and lack.takes_s > lack.left_s and self._effects.decided(where):
+                self._stop(where, StopReason.OUT_OF_REACH)
+
+    def _reason_to_stop(self, where: Where) -> StopReason | None:
         timing, measure = self._timings[where], self._settings.measure
         if not timing.blocks:
             return None
@@ -341,8 +385,7 @@ class Blocks:
             max_blocks=measure.max_blocks,
         )
         widths = half_widths(timing.samples, self._settings.factors)
-        spent_s = timing.measured_s + timing.more_s + ahead_s
-        return stop_reason(widths, timing.blocks, len(timing.processes), spent_s, limits)
+        return stop_reason(widths, timing.blocks, len(timing.processes), timing.measured_s, limits)
 
     def _stop(self, where: Where, reason: StopReason) -> None:
         timing = self._timings[where]
@@ -378,7 +421,7 @@ class Blocks:
         setup_s = timing.setup_s or max(each.setup_s for each in self._timings.values())
         a_block_s = timing.measured_s / timing.blocks if timing.blocks else 0.0
         most = self._settings.limit_s(where[1], measure.min_blocks, self._min_processes(where))
-        most -= timing.measured_s + timing.more_s
+        most -= timing.measured_s
         least = max(0, measure.min_blocks - timing.blocks) * a_block_s
         if measure.max_seconds:
             least = min(least, most)

@@ -22,7 +22,7 @@ from qwen3bench.config.settings import Settings, settings_from
 from qwen3bench.errors import Refused, UserError
 from qwen3bench.record.environment import CHANGES_NO_NUMBER, differences
 from qwen3bench.record.files import RECORD, write_atomic
-from qwen3bench.record.lines import EndLine, ProcessLine, RunLine, ScreenFacts, SessionLine
+from qwen3bench.record.lines import EndLine, ProcessLine, PromptLine, RunLine, ScreenFacts, SessionLine
 from qwen3bench.record.messages import CellFailure, Identify, Identity, Probe
 from qwen3bench.record.reader import Record, read_record
 from qwen3bench.record.states import EndStatus
@@ -69,7 +69,7 @@ def _nothing_measured(directory: Path) -> bool:
     record = directory / RECORD
     if not (record.exists() and record.stat().st_size):
         return True
-    return set(read_record(directory).types) <= {line.type for line in (RunLine, SessionLine, ProcessLine)}
+    return set(read_record(directory).types) <= {line.type for line in (RunLine, SessionLine, PromptLine, ProcessLine)}
 
 
 def begin(settings: Settings, writer: RecordWriter, identity: Identity) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 
 from qwen3bench.analysis.contrasts import contrasts, others_of
@@ -16,6 +19,8 @@ _COMPILE = 3.0  # more for each process that compiles
 _START_S = 1.0  # a process that was started ahead
 # Of a cell and workload in a run of 32 cells, all passes: 185 s on an H100 in a graph, 7 minutes on two cores.
 _CELL_ON_CARD_S, _CELL_ON_CPU_S = 2.9, 6.6
+_SPARE = 1.25  # times what a forecast says
+_MAX_OVER = 100.0  # of a half-width over its target: what takes ten thousand times as long is not told apart from more
 REPORT_S = 5.0  # to analyze and to draw
 
 
@@ -85,3 +90,52 @@ def seconds_ahead(settings: Settings, build_s: float) -> float:
         once_s = _LOOK * build_s + settings.min_processes(runtime) * ready_s + limit_s / 2
         total_s += once_s * len(settings.workloads)
     return total_s
+
+
+@dataclass(frozen=True)
+class Shortfall:
+    """What an answer lacks: the effect known least, how many times the target its half-width is, and what that takes.
+
+    `more`: processes, each of `measured_s` and, before, `setup_s` to get ready. `spent_s` were measured, and `left_s`
+    may still be.
+    """
+
+    term: str
+    over: float
+    target: float
+    more: int
+    measured_s: float
+    setup_s: float
+    spent_s: float
+    left_s: float
+
+    @property
+    def takes_s(self) -> float:
+        """Seconds of measuring that it takes."""
+        return self.more * self.measured_s
+
+    @property
+    def would_do_s(self) -> float:
+        """A time allowed that is enough, with some to spare, as a forecast from few processes is rough."""
+        return 10.0 * math.ceil(_SPARE * (self.spent_s + self.takes_s) / 10)
+
+
+def processes_for(over: float, processes: int) -> int:
+    """How many more processes narrow an interval that is `over` times as wide as asked: it shrinks by their root."""
+    if not math.isfinite(over):
+        return processes
+    return max(1, math.ceil(processes * (min(over, _MAX_OVER) ** 2 - 1)))
+
+
+def what_it_takes(where: tuple[str, str], lack: Shortfall) -> str:
+    """What a condition's answer takes, in a line."""
+    at = " ".join(where)
+    if not math.isfinite(lack.over):
+        return f"{at}: no interval yet, so more processes are measured"
+    known, asked = (f"±{100 * width:.2g} %" for width in (lack.over * lack.target, lack.target))
+    in_all = duration(lack.takes_s + lack.more * lack.setup_s)
+    more = count(lack.more, "more process", "more processes")
+    line = f"{at}: {lack.term} is known to {known}, and {asked} takes about {more} ({in_all})"
+    if lack.takes_s <= lack.left_s:
+        return line
+    return f"{line}. The time allowed ends before; measure.max_seconds={lack.would_do_s:.0f} would do"

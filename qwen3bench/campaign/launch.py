@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -22,6 +23,7 @@ from qwen3bench.campaign.context import RunContext
 from qwen3bench.campaign.lanes import Lane, Lanes
 from qwen3bench.campaign.passes import Campaign
 from qwen3bench.campaign.progress import Reporter, duration
+from qwen3bench.campaign.prompt import as_recorded, choose_prompt, is_open, said
 from qwen3bench.campaign.state import RunState
 from qwen3bench.campaign.worker_pool import ProcessNumbers, Seat, StartWorker, WorkerPool
 from qwen3bench.campaign.worker_process import WorkerProcess
@@ -45,6 +47,31 @@ RESULTS = Path("results")
 
 class Interrupted(BaseException):
     """A signal that asks the run to end; carries its number."""
+
+
+class Signals:
+    """SIGINT and SIGTERM as `Interrupted`; a context manager.
+
+    Once one has come the next are only counted, as workers are being ended.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._came)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _came(self, number: int, _: object) -> None:
+        self.count += 1
+        if self.count == 1:
+            raise Interrupted(number)
 
 
 @dataclass(frozen=True)
@@ -92,7 +119,7 @@ def run(settings: Settings, machine: Machine | None = None) -> int:
     """Measure what `settings` ask for and write the report; the exit status (CONTRACT.md, Commands).
 
     Raises `UserError` for what the user can mend. SIGINT and SIGTERM end the workers, keep the record, and give 130
-    and 143.
+    and 143. After a first SIGINT the report is written of what there is; a second one ends at once.
     """
     machine = machine or Machine()
     if settings.devices and not settings.resume and len(strata := _strata(machine.used(settings))) > 1:
@@ -102,8 +129,9 @@ def run(settings: Settings, machine: Machine | None = None) -> int:
     directory = _directory(settings)
     reporter = Reporter()
     writer = RecordWriter(directory)
+    signals = Signals()
     try:
-        with _signals(), continuation.no_trace_where_refused(directory), writer, reporter.running():
+        with signals, continuation.no_trace_where_refused(directory), writer, reporter.running():
             with _interruption_recorded(writer), ExitStack() as workers:
                 campaign = _campaign(settings, writer, reporter, workers, machine)
                 campaign.check()
@@ -111,17 +139,15 @@ def run(settings: Settings, machine: Machine | None = None) -> int:
                     point_latest(directory)
                 campaign.run()
                 writer.append(EndLine(status=EndStatus.FINISHED, time=time.time()))
-            with reporter.stage("analyzing and writing the report", 1):
-                finished = load_run(directory)
-                write_derived(finished)
-                found = findings(finished)
-                write_report(finished, found)
+            finished = _reported(directory, reporter)
     except UserError as error:
         if not _is_finished(writer):
             raise
         report = continuation.report_command(directory)
         raise UserError(f"{error}\neverything is measured; write the report: {report}") from error
     except Interrupted as stop:
+        if stop.args[0] == signal.SIGINT and signals.count == 1 and not _is_finished(writer):
+            _report_of_a_part(directory, reporter)
         _say_interrupted(writer)
         return 128 + int(stop.args[0])
     terminal_summary(finished, Console())
@@ -152,6 +178,24 @@ def _each_kind(settings: Settings, machine: Machine, strata: Mapping[str, Sequen
     return worst
 
 
+def _reported(directory: Path, reporter: Reporter) -> Run:
+    """The run of this directory, analyzed, its report written."""
+    with reporter.stage("analyzing and writing the report", 1):
+        run = load_run(directory)
+        write_derived(run)
+        write_report(run, findings(run))
+    return run
+
+
+def _report_of_a_part(directory: Path, reporter: Reporter) -> None:
+    """Write and say what there is of a run that was interrupted, unless that is nothing, or another signal comes."""
+    with suppress(Interrupted, UserError), Signals():
+        if load_run(directory).samples.empty:
+            return
+        reporter.note("Ctrl-C again: stop without a report")
+        terminal_summary(_reported(directory, reporter), Console())
+
+
 def finished_status(settings: Settings) -> int | None:
     """Exit status of the run of these settings that their directory holds; None where it holds none that is finished.
 
@@ -163,6 +207,7 @@ def finished_status(settings: Settings) -> int | None:
     done = load_run(file.parent)
     recorded, device = done.record.run.config, done.record.run.setting("device")
     emulated = settings.dtype == "auto" and done.record.run.dtype == "float16"  # or the card would have computed in it
+    settings = as_recorded(settings, done.record)
     same = device in ("cpu", "cuda", settings.device) and settings.device in ("auto", device)
     same = same and not continuation.config_differences(
         recorded, settings.resolved(device, emulates_bfloat16=emulated).to_dict()
@@ -242,17 +287,29 @@ def _campaign(
         typed = [argument for argument in sys.argv[1:] if not argument.startswith(OWN_FOLDER)]
         if len(typed) == 1 and typed[0].startswith("resume="):  # the command says nothing but which run
             settings = continuation.recorded_settings(done, directory)
+        settings = as_recorded(settings, done)
     elif settings.resume:
         raise UserError(f"resume={directory}: nothing is recorded there yet; begin again with run.dir={directory}")
     cards = machine.used(settings)
     with reporter.stage("starting a worker", 1):
         worker = workers.enter_context(cards[0].start(directory / "worker.log"))
-        settings, identity = continuation.identified(settings, worker, directory)
+        resolved, identity = continuation.identified(settings, worker, directory)
+    choice = None
+    if is_open(settings) and resolved.device == "cpu":
+        with reporter.stage("timing a forward, to choose the prompt's length", 1):
+            choice = choose_prompt(resolved, worker)
+        if choice is not None:
+            reporter.note(said(choice))
+            settings = replace(settings, prompt_tokens=choice.prompt_tokens)
+            resolved, identity = continuation.identified(settings, worker, directory)
+    settings = resolved
     if len(cards) > 1:
         named = {**identity.environment, "card": None, "cards": [card.uuid for card in cards]}
         identity = replace(identity, environment=named)
     if done is None:
         continuation.begin(settings, writer, identity)
+        if choice is not None:
+            writer.append(choice)
     else:
         continuation.refuse_changed(done, settings, identity, directory)
     writer.append(SessionLine(command=("python", "-m", "qwen3bench", *sys.argv[1:]), time=time.time()))
@@ -266,20 +323,3 @@ def _campaign(
         lanes.add(Lane(context, card.monitor, f"card {card.uuid}", card.socket))
     card_bytes = None if found.get("mig") else found.get("device_memory_bytes")  # of a part nothing is known
     return Campaign(lanes, card_bytes)
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    """SIGINT and SIGTERM as `Interrupted`, once: a second one finds the workers being ended already."""
-
-    def interrupt(number: int, _: object) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
-        raise Interrupted(number)
-
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -9,12 +9,14 @@ from statistics import median
 
 import numpy as np
 import pandas as pd
+from scipy import special
 
+from qwen3bench.analysis.contrasts import contrasts
 from qwen3bench.analysis.effects import effects
 from qwen3bench.analysis.frames import block_matrix, factor_columns
 from qwen3bench.campaign.state import Timing, Where
 from qwen3bench.config.settings import Settings
-from qwen3bench.record.design import BASELINE, is_peer
+from qwen3bench.record.design import BASELINE, is_peer, label
 from qwen3bench.record.lines import SampleLine
 from qwen3bench.reporting.lookup import rows
 from qwen3bench.reporting.terminal import Estimate, effect_lines
@@ -31,18 +33,30 @@ class LiveEffects:
         self._timings = timings
         self._known = {where: _Known() for where in timings}
 
+    def decided(self, where: Where) -> bool:
+        """Whether the interval of each effect there leaves out 1, or lies within the band of `same`."""
+        self._take_in()
+        told, band = self._known[where].told, self._settings.band
+        return bool(told) and all(
+            each is not None and (each[1] > 1 or each[2] < 1 or (each[1] >= 1 - band and each[2] <= 1 + band))
+            for each in told.values()
+        )
+
     def lines(self, width: int) -> list[str]:
         """The table as it stands."""
+        self._take_in()
+        told = {" ".join(where): known.told for where, known in self._known.items()}
+        names = dict.fromkeys(name for of_where in told.values() for name in of_where)
+        table = {name: [of_where.get(name) for of_where in told.values()] for name in names}
+        return effect_lines(table, list(told), width, unknown="not known yet") if table else []
+
+    def _take_in(self) -> None:
         for where, timing in self._timings.items():
             known = self._known[where]
             if known.taken < len(timing.samples):
                 known.visits += _visits(timing.samples[known.taken :])
                 known.taken = len(timing.samples)
                 known.told = estimates(pd.DataFrame(known.visits, columns=_COLUMNS), self._settings)
-        told = {" ".join(where): known.told for where, known in self._known.items()}
-        names = dict.fromkeys(name for of_where in told.values() for name in of_where)
-        table = {name: [of_where.get(name) for of_where in told.values()] for name in names}
-        return effect_lines(table, list(told), width, unknown="not known yet") if table else []
 
 
 @dataclass
@@ -55,11 +69,12 @@ class _Known:
 
 
 def _visits(samples: Sequence[SampleLine]) -> list[tuple[str, int, int, int, float]]:
-    """One median for each visit."""
-    values: dict[tuple[str, int, int, int], list[float]] = {}
+    """One median for each visit, of what was not disturbed where there is some."""
+    values: dict[tuple[str, int, int, int], dict[bool, list[float]]] = {}
     for each in samples:
-        values.setdefault((each.cell, each.copy, each.block, each.process), []).append(each.latency_s)
-    return [(*key, median(latencies)) for key, latencies in values.items()]
+        of_visit = values.setdefault((each.cell, each.copy, each.block, each.process), {})
+        of_visit.setdefault(bool(each.disturbed), []).append(each.latency_s)
+    return [(*key, median(latencies.get(False) or latencies[True])) for key, latencies in values.items()]
 
 
 def estimates(visits: pd.DataFrame, settings: Settings) -> _Told:
@@ -68,6 +83,8 @@ def estimates(visits: pd.DataFrame, settings: Settings) -> _Told:
     `visits` has the columns `cell`, `copy`, `block`, `process` and `latency_s`.
     """
     factors = settings.factors
+    if visits["block"].nunique() == 1:
+        return _of_one_block(visits, settings)
     ours = visits[~visits["cell"].map(is_peer).astype(bool)]
     if factors:
         codes = factor_columns(ours["cell"].tolist(), factors)
@@ -84,6 +101,40 @@ def estimates(visits: pd.DataFrame, settings: Settings) -> _Told:
     half = ratios.half_width(settings.confidence)
     bounds = zip(others, ratios.estimate, ratios.estimate - half, ratios.estimate + half, strict=True)
     return {cell: _estimate(*(float(np.exp(value)) for value in logs)) for cell, *logs in bounds}
+
+
+def _of_one_block(visits: pd.DataFrame, settings: Settings) -> _Told:
+    """What a single block tells, where nothing is repeated but the baseline.
+
+    Interactions of three and more are taken for noise, as is customary of an unreplicated factorial (Montgomery,
+    Design and Analysis of Experiments, section 6.5). The two copies of the baseline differ by noise alone.
+    """
+    log_s = {(row.cell, row.copy): math.log(row.latency_s) for row in rows(visits)}
+    cells = [cell for cell in settings.cells if (label(cell), 0) in log_s]
+    factors = settings.factors
+    noise: list[float] = []
+    told: dict[str, tuple[float, float]] = {}
+    if factors and cells:
+        plan = contrasts(factors, tuple(tuple(int(name in cell) for name in factors) for cell in cells))
+        size = np.sqrt((plan.matrix**2).sum(axis=1))
+        found = plan.matrix @ np.array([log_s[label(cell), 0] for cell in cells])
+        higher = [i for i, term in enumerate(plan.terms) if len(term) > 2 and np.isfinite(size[i])]
+        noise = [(found[i] / size[i]) ** 2 for i in higher]
+        mains = {factors[term[0]]: (-found[i], size[i]) for i, term in enumerate(plan.terms) if len(term) == 1}
+        told = mains if np.isfinite([value for value, _ in mains.values()]).any() else {}
+    copies = [log_s[BASELINE, copy] for copy in (0, 1) if (BASELINE, copy) in log_s]
+    if len(copies) == 2:
+        noise.append((copies[0] - copies[1]) ** 2 / 2)
+    if not told and (BASELINE, 0) in log_s:
+        others = [cell for cell in settings.labels if cell != BASELINE and (cell, 0) in log_s]
+        told = {cell: (log_s[BASELINE, 0] - log_s[cell, 0], math.sqrt(2)) for cell in others}
+    if not noise:
+        return dict.fromkeys(told)
+    half = special.stdtrit(len(noise), (1 + settings.confidence) / 2) * math.sqrt(sum(noise) / len(noise))
+    return {
+        name: _estimate(*(float(np.exp(log)) for log in (value, value - half * width, value + half * width)))
+        for name, (value, width) in told.items()
+    }
 
 
 def _estimate(value: float, lo: float, hi: float) -> Estimate | None:

@@ -12,7 +12,9 @@ _THROTTLED = ("hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_p
 def disturbances(telemetry: Telemetry) -> list[str]:
     """Why a block that ended like this is to be measured again: a throttled card, other processes on it."""
     reasons = [reason for reason in telemetry.throttle_reasons or () if reason in _THROTTLED]
-    return reasons + [f"foreign process {pid}" for pid in telemetry.foreign_processes or ()]
+    percent = telemetry.foreign_sm_percent
+    share = "" if percent is None else f" ({percent:g} % of the SMs)"
+    return reasons + [f"foreign process {pid}{share}" for pid in telemetry.foreign_processes or ()]
 
 
 def flags(telemetry: Telemetry) -> list[str]:

@@ -19,6 +19,7 @@ from qwen3bench.campaign.confirmation import Confirmation
 from qwen3bench.campaign.context import RunContext
 from qwen3bench.campaign.forecast import announcement, seconds_ahead
 from qwen3bench.campaign.lanes import Lane, Lanes
+from qwen3bench.campaign.neighbors import Neighbors, busy_line, card_line
 from qwen3bench.campaign.progress import Stage
 from qwen3bench.campaign.scheduler import Steps
 from qwen3bench.campaign.state import Place
@@ -28,6 +29,7 @@ from qwen3bench.record.host import usable_cpus
 from qwen3bench.record.lines import (
     CeilingLine,
     CostLine,
+    EagerLine,
     EvidenceLine,
     GradientsLine,
     Line,
@@ -45,8 +47,10 @@ from qwen3bench.record.messages import (
     Load,
     MeasureCeilings,
     MeasureMemory,
+    ParameterCounts,
     PeakMemory,
     Request,
+    TimeEager,
     Verify,
     VerifyGradients,
 )
@@ -61,10 +65,15 @@ _LINES: dict[type[Request[Any]], Callable[..., Line]] = {
     VerifyGradients: GradientsLine,
     MeasureMemory: MemoryLine,
     CollectEvidence: EvidenceLine,
+    TimeEager: EagerLine,
 }
-_MAX_AT_ONCE = 4  # processes that verify, or get ready to time, side by side
-_CORES_EACH = 4
-_MIN_SHARE = 4  # cells; fewer are verified before another process has started
+_MAX_AT_ONCE = 8  # processes that look at cells side by side: each computes the gate's reference anew
+_CORES_EACH = 2  # of these: most of their time goes to compiling kernels on the CPU
+_GATE_BYTES = 50  # of a card for each number of the embedding: 7.9 GB were seen of qwen3-0.6b at 1 × 2048
+_MAX_READY = 10  # processes that get ready to time side by side: five of each of two workloads
+_CORES_EACH_READY = 1.5  # of these: launching, capturing and the driver's thread
+_MIN_SHARE = 4  # cells; fewer are looked at before another process has started
+_ALONE = 3  # times its weights: what a cell that is looked at alone may need
 CONTEXT_BYTES = 2**30  # what a process needs of a card beside its tensors (CUDA's context, libraries), rounded up
 _SLACK = 1.5  # times the peak of a cell alone: what the graphs of all cells and the allocator's gaps may need
 
@@ -80,6 +89,7 @@ class Campaign:
         self._state = context.state
         self._card_bytes = card_bytes
         self._cuda = context.settings.device.startswith("cuda")
+        self._neighbors = Neighbors()
 
     @property
     def blocks(self) -> Blocks:
@@ -110,6 +120,13 @@ class Campaign:
         ahead_s = seconds_ahead(self._settings, time.monotonic() - started)
         self._progress.expect(ahead_s)
         self._progress.note(announcement(self._settings, ahead_s))
+        timed_by_host = not self._cuda or "eager" in self._settings.runtimes
+        for line in (
+            busy_line(self._neighbors.shares(), timed_by_host),
+            *(card_line(lane.monitor.sample(lane.workers.pids)) for lane in self._lanes if self._cuda),
+        ):
+            if line:
+                self._progress.note(line)
 
     def run(self) -> None:
         """All passes that are not done yet, after `check`. Every process has ended when it returns or raises.
@@ -127,15 +144,19 @@ class Campaign:
     def _passes(self) -> None:
         for lane in self._lanes:
             lane.workers.purpose = Purpose.CHECK
-        shares = self._shares()
-        timing = min(self._max_at_once, len(self.blocks.processes_needed))
-        self._lanes.start_ahead(len(shares) - 1 + timing)  # and the first that time
+        timing = min(self._max_ready, len(self.blocks.processes_needed))
+        self._lanes.start_ahead(len(self._shares()) - 1 + timing)  # and the first that time
         self._take("counting parameters", (CountParameters(cell=cell) for cell in self._settings.labels))
-        self._verify(shares)
+        self._look_side_by_side(self._shares())
+        self._take(
+            "verifying that every cell computes the baseline's function",
+            (Verify(cell=cell) for cell in self._settings.labels),
+        )
         self._verify_gradients()
         self._look_at_each_cell()
         self._tell_idle_switches()
         self._ceilings()
+        self._time_eager()
         for lane in self._lanes:
             lane.workers.end()
         with self._progress.stage("timing", len(self.blocks.processes_needed)):
@@ -147,8 +168,17 @@ class Campaign:
 
     @property
     def _max_at_once(self) -> int:
-        """How many processes may work side by side where nothing is timed: on a CPU they would share its cores."""
-        most = min(_MAX_AT_ONCE * len(self._lanes), usable_cores() // _CORES_EACH) if self._cuda else 0
+        """How many processes may look at cells side by side: on a CPU they would share its cores."""
+        if not self._cuda:
+            return len(self._lanes)
+        gate_bytes = _GATE_BYTES * self._settings.model.vocab_size * self._settings.model.emb_dim
+        fit = int(self._card_bytes / gate_bytes) if self._card_bytes else _MAX_AT_ONCE
+        return max(len(self._lanes), min(min(_MAX_AT_ONCE, fit) * len(self._lanes), usable_cores() // _CORES_EACH))
+
+    @property
+    def _max_ready(self) -> int:
+        """How many processes may get ready to time side by side."""
+        most = min(_MAX_READY * len(self._lanes), int(usable_cores() / _CORES_EACH_READY)) if self._cuda else 0
         return max(len(self._lanes), most)
 
     @property
@@ -157,33 +187,42 @@ class Campaign:
         peak = self._state.peak_reserved_bytes
         if not (self._card_bytes and peak):
             return 1
-        most = self._max_at_once // len(self._lanes)
+        most = self._max_ready // len(self._lanes)
         return max(1, min(most, int(self._card_bytes / (_SLACK * peak + CONTEXT_BYTES))))
 
     # One step for each cell
 
-    def _shares(self) -> list[list[Verify]]:
-        """The cells to verify, shared out among as many processes as can work side by side.
+    def _shares(self) -> list[list[Request[Any]]]:
+        """What is to be told of each cell, the cells shared out among as many processes as can work side by side.
 
         On a GPU alone, where most of the time goes to compiling kernels on the CPU; cells with the same ones together.
+        Where a card may not hold so many cells at once, they are verified side by side, and looked at alone.
         """
-        left = [step for cell in self._settings.labels if self._state.is_left(step := Verify(cell=cell))]
-        size = max(_MIN_SHARE, math.ceil(len(left) / self._max_at_once))
-        if len(left) > size:
-            left.sort(key=lambda step: [name not in step.cell.split("+") for name in self._settings.factors])
-        return [left[start : start + size] for start in range(0, len(left), size)]
+        fit = self._fit_at_once * len(self._lanes)
+        # Evidence of training holds times, which would be of the others' making.
+        looks = [step for step in self._looks() if not self._trains(step)] if fit >= self._max_at_once else []
+        steps: dict[str, list[Request[Any]]] = {}
+        for step in [*(Verify(cell=cell) for cell in self._settings.labels), *looks]:
+            if self._state.is_left(step):
+                steps.setdefault(Place.of(step).cell, []).append(step)
+        cells = list(steps)
+        size = max(_MIN_SHARE, math.ceil(len(cells) / self._max_at_once))
+        if len(cells) > size:
+            cells.sort(key=lambda cell: [name not in cell.split("+") for name in self._settings.factors])
+        shares = [cells[start : start + size] for start in range(0, len(cells), size)]
+        # The gate's verdicts first, as its weights go before a cell is alone.
+        return [
+            sorted((step for cell in share for step in steps[cell]), key=lambda step: not isinstance(step, Verify))
+            for share in shares
+        ]
 
-    def _verify(self, shares: list[list[Verify]]) -> None:
-        """The equivalence gate: first side by side, then alone what failed there."""
-        title = "verifying that every cell computes the baseline's function"
-        if len(shares) > 1:
-            shares = [[step for step in share if self._state.is_left(step)] for share in shares]
-            with self._progress.stage(f"{title}, {len(shares)} at a time", sum(map(len, shares))) as stage:
-                for step, answer in self._lanes.side_by_side(shares):
-                    stage.step(str(Place.of(step)))
-                    if answer.equivalent:  # what is not may be of the others' making, too
-                        self._record(step, answer)
-        self._take(title, (Verify(cell=cell) for cell in self._settings.labels))
+    @property
+    def _fit_at_once(self) -> int:
+        """How many cells with weights of their own the card holds at once."""
+        each = self._state.parameter_bytes
+        if not (self._card_bytes and each):
+            return self._max_at_once
+        return int(self._card_bytes / (_ALONE * each + CONTEXT_BYTES))
 
     def _verify_gradients(self) -> None:
         """The gradient gate, where a workload trains."""
@@ -192,9 +231,23 @@ class Campaign:
                 title = "verifying that every cell trains as the baseline does"
                 self._take(title, (VerifyGradients(cell=cell, workload=workload) for cell in self._settings.labels))
 
-    def _look_at_each_cell(self) -> None:
+    def _trains(self, step: Request[Any]) -> bool:
+        workload = Place.of(step).workload
+        return workload is not None and self._settings.workloads[workload].precision is not None
+
+    def _look_side_by_side(self, shares: list[list[Request[Any]]]) -> None:
+        """The gate, memory and evidence of the cells, in several processes; what fails there is asked again alone."""
+        if len(shares) < 2:
+            return
+        title = f"verifying every cell, measuring memory, recording what really runs, {len(shares)} at a time"
+        with self._progress.stage(title, sum(map(len, shares))) as stage:
+            for step, answer in self._lanes.side_by_side(shares):
+                stage.step(str(Place.of(step)))
+                if not _told_by(answer):  # what tells of a failure may be of the others' making, too
+                    self._record(step, answer)
+
+    def _looks(self) -> list[Request[Any]]:
         """Peak memory, then evidence of what has just run there, so that a cell is built and compiled once for both."""
-        title = "measuring peak memory, recording what really runs" if self._cuda else "recording what really runs"
         steps: list[Request[Any]] = []
         compared = [label(cell) for cell in self._compared()]
         for workload, runtime in self._state.timings:
@@ -204,7 +257,31 @@ class Campaign:
                 steps.append(CollectEvidence(cell=cell, workload=workload, runtime=runtime))
             if runtime != "compile":  # where a cell takes seconds to compile
                 steps += [CollectEvidence(cell=cell, workload=workload, runtime=runtime) for cell in compared]
-        self._take(title, steps)
+        return steps
+
+    def _look_at_each_cell(self) -> None:
+        title = "measuring peak memory, recording what really runs" if self._cuda else "recording what really runs"
+        self._take(title, self._looks())
+
+    def _time_eager(self) -> None:
+        """How long eager takes beside a graph, with nothing else on the device: of the first cell and the last."""
+        graphs = [
+            workload
+            for workload, runtime in self._state.timings
+            if runtime == "graph" and self._settings.workloads[workload].precision is None
+        ]
+        if "eager" in self._settings.runtimes:  # which tells it better
+            return
+        ends = dict.fromkeys(label(cell) for cell in (self._settings.cells[0], self._settings.cells[-1]))
+        steps = [TimeEager(cell=cell, workload=workload) for workload in graphs for cell in ends]
+        left = [step for step in steps if self._state.is_left(step)]
+        with self._progress.stage("timing a few passes in eager", len(left)):
+            for step in left:
+                try:
+                    self._record(step, self._workers.ask(step))
+                except CellFailure as failure:  # as of the ceilings, no cell is to blame
+                    self._workers.end()
+                    self._progress.note(f"how long {step.cell} takes in eager is not known: {failure.reason}")
 
     def _compared(self) -> list[Cell]:
         """Cells that are looked at though they are not measured: what a switch changed is told by the cell without it.
@@ -257,6 +334,8 @@ class Campaign:
             self._state.see_peak(answer.peak_reserved_bytes)
         if isinstance(answer, Evidence):
             self._state.see_evidence(Place.of(step), answer)
+        if isinstance(answer, ParameterCounts):
+            self._state.see_parameters(answer)
 
     def _ceilings(self) -> None:
         """What the device can reach, and the least that each cell asks of it."""

@@ -15,6 +15,7 @@ from rich.text import Text
 _QUIET_S = 30.0  # between two lines within a pass where the output is no terminal
 _REFRESH_PER_S = 2  # the supervisor shares the machine with what is timed
 _TABLE_SHARE = 0.02  # of the time between blocks that may go to the table
+_STOP = "Ctrl-C: stop and report"
 _FREE_S = 0.05  # a table that takes no longer is made after each block
 
 
@@ -43,6 +44,7 @@ class Reporter:
         self._end: float | None = None  # when the run is expected to end
         self._doing = ""
         self._table: Sequence[str] = ()
+        self._has_answer = False  # so that ending early leaves a report
         self._table_due = 0.0
 
     @contextmanager
@@ -98,6 +100,13 @@ class Reporter:
         took_s = time.monotonic() - started
         self._table_due = 0.0 if took_s <= _FREE_S else started + took_s / _TABLE_SHARE
 
+    def first_answer(self, title: str, made: Callable[[int], Sequence[str]]) -> None:
+        """There are first effects; elsewhere than on a terminal, the lines that `made` gives, once."""
+        self._has_answer = True
+        if self._live is None:
+            for line in (f"{title} ({_STOP})", *made(self.console.width)):
+                self.note(line)
+
     def note(self, text: str) -> None:
         """A line that stays. Control characters are escaped: what a worker says must not steer the terminal."""
         plain = "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
@@ -114,7 +123,8 @@ class Reporter:
         left_s = self._left_s(now)
         bar = ProgressBar(done_s + left_s, done_s, width=24) if known else ProgressBar(pulse=True, width=24)
         line = Table.grid(padding=(0, 1))
-        line.add_row(bar, Text(f"{duration(left_s)} left" if known else "setting up", no_wrap=True))
+        left = f"{duration(left_s)} left" if known else "setting up"
+        line.add_row(bar, Text(f"{left} · {_STOP}" if self._has_answer else left, no_wrap=True))
         texts = [Text(line) for line in ("", *self._table)] if self._table else []
         doing = Text("".join(each for each in self._doing if each.isprintable()))
         for text in (doing, *texts):

@@ -11,6 +11,7 @@ from qwen3bench.config.settings import Settings
 from qwen3bench.record.lines import (
     BlockLine,
     CeilingLine,
+    EagerLine,
     EvidenceLine,
     FailureLine,
     GradientsLine,
@@ -28,8 +29,10 @@ from qwen3bench.record.messages import (
     Evidence,
     MeasureMemory,
     Pace,
+    ParameterCounts,
     Request,
     Surroundings,
+    TimeEager,
     Verify,
     VerifyGradients,
 )
@@ -99,6 +102,7 @@ class RunState:
         self.process = -1
         self.evidence: dict[Where, dict[str, Evidence]] = {}  # by cell
         self.peak_reserved_bytes = 0  # of the memory pass, over all cells so far
+        self.parameter_bytes = 0  # of the largest cell so far
         self.timings: dict[Where, Timing] = {
             (workload, runtime): Timing() for workload in settings.workloads for runtime in settings.runtimes
         }
@@ -123,10 +127,16 @@ class RunState:
         """Take note of what really ran in a cell."""
         self.evidence.setdefault((str(place.workload), str(place.runtime)), {})[place.cell] = evidence
 
+    def see_parameters(self, counts: ParameterCounts) -> None:
+        """Take note of how large a cell is."""
+        self.parameter_bytes = max(self.parameter_bytes, counts.parameter_bytes or 0)
+
     def _take_up_steps(self, record: Record) -> None:
         for line in record.of(FailureLine):
             self.failures[Place(line.cell, line.workload, line.runtime)] = line.status
-        self.steps |= {CountParameters(cell=line.cell) for line in record.of(ParametersLine)}
+        for counts in record.of(ParametersLine):
+            self.steps.add(CountParameters(cell=counts.cell))
+            self.see_parameters(counts)
         self.steps |= {Verify(cell=line.cell) for line in record.of(VerifyLine)}
         judged = record.of(GradientsLine)
         self.steps |= {VerifyGradients(cell=line.cell, workload=line.workload) for line in judged}
@@ -136,6 +146,7 @@ class RunState:
         for seen in record.of(EvidenceLine):
             self.steps.add(CollectEvidence(cell=seen.cell, workload=seen.workload, runtime=seen.runtime))
             self.see_evidence(Place(seen.cell, seen.workload, seen.runtime), seen)
+        self.steps |= {TimeEager(cell=line.cell, workload=line.workload) for line in record.of(EagerLine)}
         self.ceilings_known = bool(record.of(CeilingLine))
         self.process = max((line.process for line in record.of(ProcessLine)), default=-1)
 

@@ -197,16 +197,20 @@ class Settings:
         return 5 if self.peers or self.target(runtime) < 0.01 else 3
 
     def limit_s(self, runtime: str, blocks: int, processes: int) -> float:
-        """How many seconds are allowed for measuring, and for getting processes ready beyond the least.
+        """How many seconds are allowed for measuring, of which getting processes ready is no part.
 
         Unless `measure.max_seconds` says how many, it takes as long as it takes until there are intervals.
         """
         measure = self.measure
-        if measure.max_seconds is not None:
-            return measure.max_seconds
-        if blocks < measure.min_blocks or processes < self.min_processes(runtime):
-            return math.inf
-        return 60.0 if self.device.startswith("cuda") else 10.0  # a choice: a tiny model's run ends within a minute
+        enough = blocks >= measure.min_blocks and processes >= self.min_processes(runtime)
+        return self.time_allowed_s if enough or measure.max_seconds is not None else math.inf
+
+    @property
+    def time_allowed_s(self) -> float:
+        """How many seconds each workload and runtime is measured, unless its intervals take longer or less."""
+        if self.measure.max_seconds is not None:
+            return self.measure.max_seconds
+        return 60.0 if self.device.startswith("cuda") else 30.0  # a choice: a tiny model's run takes a minute
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain data, for the record and config.yaml; `settings_from` takes it back."""

@@ -41,6 +41,7 @@ class Card:
         self._nvml: Any = None
         self.handle: Any = None
         self._mig_uuid: str | None = None
+        self._looked_us = 0  # as NVML counts
         try:
             import pynvml
 
@@ -74,13 +75,15 @@ class Card:
         foreign, and `foreign_processes` is None.
         """
         reasons = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons", self.handle)
+        foreign = self._foreign(_family() if own_pids is None else own_pids)
         return Telemetry(
             sm_clock_mhz=self._ask("nvmlDeviceGetClockInfo", self.handle, SM_CLOCK),
             memory_clock_mhz=self._ask("nvmlDeviceGetClockInfo", self.handle, MEMORY_CLOCK),
             temperature_c=self._ask("nvmlDeviceGetTemperature", self.handle, GPU_SENSOR),
             power_w=_watts(self._ask("nvmlDeviceGetPowerUsage", self.handle)),
             throttle_reasons=None if reasons is None else tuple(_words(reasons)),
-            foreign_processes=self._foreign(_family() if own_pids is None else own_pids),
+            foreign_processes=foreign,
+            foreign_sm_percent=self._sm_percent(foreign) if foreign else None,
         )
 
     def describe(self) -> dict[str, Any]:
@@ -122,6 +125,15 @@ class Card:
         if not ours:
             return None
         return tuple(sorted({p.pid for p in listed if p.pid not in own_pids and _instance(p) in ours}))
+
+    def _sm_percent(self, pids: Collection[int]) -> float | None:
+        """How much of the SMs these processes took since the last look, in percent; None where NVML does not tell."""
+        samples = self._ask("nvmlDeviceGetProcessUtilization", self.handle, self._looked_us)
+        if samples is None:
+            return None
+        self._looked_us = max((sample.timeStamp for sample in samples), default=self._looked_us)
+        newest = {each.pid: each.smUtil for each in sorted(samples, key=lambda each: each.timeStamp)}
+        return float(sum(newest.get(pid, 0) for pid in pids))
 
 
 def _find(nvml: Any, device_index: int) -> tuple[Any, str | None]:

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field
 from qwen3bench.record.messages import (
     Ceilings,
     Cost,
+    EagerTime,
     Evidence,
     Judgment,
     ParameterCounts,
@@ -99,6 +100,20 @@ class SessionLine(Line):
 
 
 @typed
+class PromptLine(Line):
+    """The prompt's length was chosen here: the longest whose forward takes no more than `limit_s`.
+
+    `forward_s`: seconds that a forward took, by its tokens.
+    """
+
+    type: ClassVar = "prompt"
+    key: ClassVar = ("type",)
+    prompt_tokens: Count
+    limit_s: Number
+    forward_s: dict[str, Number]
+
+
+@typed
 class ProcessLine(Line):
     """A worker process was put to work, on a machine (its name) and on a card (its UUID; None on a CPU)."""
 
@@ -159,6 +174,16 @@ class EvidenceLine(Evidence, Line):
     cell: str
     workload: str
     runtime: str
+
+
+@typed
+class EagerLine(EagerTime, Line):
+    """About how long a cell's workload takes in eager."""
+
+    type: ClassVar = "eager"
+    key: ClassVar = ("cell", "workload")
+    cell: str
+    workload: str
 
 
 @typed
@@ -233,7 +258,8 @@ class VisitLine(Surroundings, Line):
 class Telemetry:
     """One look at a card; None is what could not be read.
 
-    `throttle_reasons` are NVML's names, harmless ones too; `foreign_processes` the ids of other processes on the card.
+    `throttle_reasons` are NVML's names, harmless ones too; `foreign_processes` the ids of other processes on the card,
+    and `foreign_sm_percent` how much of its SMs they took lately, together.
     """
 
     sm_clock_mhz: Count | None = None
@@ -242,6 +268,7 @@ class Telemetry:
     power_w: Number | None = None
     throttle_reasons: Names | None = None
     foreign_processes: Annotated[tuple[int, ...], Field(strict=False)] | None = None
+    foreign_sm_percent: Number | None = None
 
 
 @typed
@@ -362,12 +389,14 @@ LINES: dict[str, type[Line]] = {
     for line in (
         RunLine,
         SessionLine,
+        PromptLine,
         ProcessLine,
         ParametersLine,
         VerifyLine,
         GradientsLine,
         MemoryLine,
         EvidenceLine,
+        EagerLine,
         CostLine,
         CeilingLine,
         CompileLine,

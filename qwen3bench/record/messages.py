@@ -101,7 +101,7 @@ class PeakMemory:
 
 @typed
 class Evidence:
-    """What really ran. `kernels`: name → launches. `eager_s`: about how long eager takes, where it is not timed.
+    """What really ran. `kernels`: name → launches. `eager_s`: as in `EagerTime`, which older records have here.
 
     `output`: a hash of the last tokens' logits, or of the loss, bit for bit, on inputs that all cells have.
     `parts_s`: about how long the parts of a training step take, launched from Python one by one, in seconds.
@@ -117,6 +117,20 @@ class Evidence:
     output: str | None = None
     eager_s: Seconds | None = None
     parts_s: dict[str, Seconds] | None = None
+
+
+@typed
+class EagerTime:
+    """About how long a cell takes in eager, where that is not timed, in seconds."""
+
+    eager_s: Seconds
+
+
+@typed
+class ForwardTime:
+    """How long one forward takes, in seconds."""
+
+    seconds: Seconds
 
 
 @typed
@@ -276,6 +290,15 @@ class Load(Request[Done]):
 
 
 @typed
+class TimeForward(Request[ForwardTime]):
+    """How long does the baseline take for a prompt of so many tokens?"""
+
+    op: ClassVar = "forward"
+    reply: ClassVar = ForwardTime
+    prompt_tokens: Count
+
+
+@typed
 class CountParameters(Request[ParameterCounts]):
     """Count a cell's parameters."""
 
@@ -323,6 +346,16 @@ class CollectEvidence(Request[Evidence]):
     cell: str
     workload: str
     runtime: str
+
+
+@typed
+class TimeEager(Request[EagerTime]):
+    """About how long does a cell take in eager? Asked with nothing else at work on the device."""
+
+    op: ClassVar = "eager"
+    reply: ClassVar = EagerTime
+    cell: str
+    workload: str
 
 
 @typed
@@ -388,11 +421,13 @@ REQUESTS: dict[str, type[Request[Any]]] = {
         Touch,
         Identify,
         Load,
+        TimeForward,
         CountParameters,
         Verify,
         VerifyGradients,
         MeasureMemory,
         CollectEvidence,
+        TimeEager,
         ComputeCost,
         MeasureCeilings,
         Enter,

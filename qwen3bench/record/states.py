@@ -29,6 +29,7 @@ class StopReason(StrEnum):
 
     TARGET = "target"
     MAX_SECONDS = "max_seconds"
+    OUT_OF_REACH = "out_of_reach"  # the target, within the time allowed, and every effect has an answer
     MAX_BLOCKS = "max_blocks"
     FAILED = "failed"
     ENDED = "ended"

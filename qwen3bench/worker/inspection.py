@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from qwen3bench.model.decoder import Decoder
-from qwen3bench.record.design import cell_of, is_peer
-from qwen3bench.record.messages import Ceilings, Cost, Evidence, Judgment, ParameterCounts, PeakMemory
+from qwen3bench.record.design import BASELINE, cell_of, is_peer
+from qwen3bench.record.messages import (
+    Ceilings,
+    Cost,
+    EagerTime,
+    Evidence,
+    ForwardTime,
+    Judgment,
+    ParameterCounts,
+    PeakMemory,
+)
 from qwen3bench.worker.ceilings import measure_ceilings
 from qwen3bench.worker.clock import time_host
 from qwen3bench.worker.compile_counters import forget_compilations
@@ -25,6 +34,7 @@ from qwen3bench.worker.workloads import Workload, keeping_output
 # By the bytes of a number: compiled, a model of 28 layers in bfloat16 rounds otherwise by some 0.01 of its logits. That
 # it is the same function is the gate's to say, in eager; this says that it is that forward which is launched.
 LAUNCH_ERROR = {8: 1e-6, 4: 1e-3, 2: 0.1}
+_FORWARDS = 2  # timed, behind one that is not
 _EAGER_PASSES = 3  # a median of three leaves out one that was held up
 
 
@@ -132,9 +142,28 @@ class Inspection:
                 raise InvalidCell(
                     f"in {runtime} its logits differ by {error:.2g} of their size from those of eager (limit {limit:g})"
                 )
-        # Where eager is timed it is known better.
-        beside = runtime == "graph" and "eager" not in self.session.settings.runtimes
-        return replace(found, eager_s=self._eager_s(warm)) if beside else found
+        return found
+
+    def eager(self, cell: str, workload: str) -> EagerTime:
+        """About how long a cell takes in eager, on the host's clock: how far the host would hold a graph up.
+
+        The median of three passes; one, where a pass has many steps.
+        """
+        self.release()
+        model = self.session.on_bank(cell)
+        steps = self.session.inputs(workload, model).steps(model)
+        passes = _EAGER_PASSES if len(steps) == 1 else 1
+        values = time_host(steps, passes, 1, self.session.synchronize)
+        return EagerTime(eager_s=statistics.median(value.latency_s for value in values))
+
+    def forward(self, prompt_tokens: int) -> ForwardTime:
+        """How long the baseline's prefill of so many tokens takes: the quickest of some, as others only slow it."""
+        model = self.session.on_bank(BASELINE)
+        config, device = model.config, self.session.device
+        batch = max(sizes.batch_size for sizes in self.session.settings.workloads.values())
+        prompt = torch.zeros(batch, min(prompt_tokens, config.context_length), dtype=torch.long, device=device)
+        times = time_host([lambda: model(prompt)], _FORWARDS, 1, self.session.synchronize)
+        return ForwardTime(seconds=min(value.latency_s for value in times))
 
     def ceilings(self) -> Ceilings:
         """What the device reaches: a large copy and a large matrix product."""
@@ -156,16 +185,6 @@ class Inspection:
             for launch in launches:
                 launch()
         return Warm(where, model, workload, launches, outputs)
-
-    def _eager_s(self, warm: Warm) -> float:
-        """About how long the same work takes in eager, on the host's clock: how far the host would hold it up.
-
-        The median of three passes; one, where a pass has many steps.
-        """
-        steps = warm.workload.steps(warm.model.original)
-        passes = _EAGER_PASSES if len(steps) == 1 else 1
-        values = time_host(steps, passes, 1, self.session.synchronize)
-        return statistics.median(value.latency_s for value in values)
 
 
 def error_against_eager(warm: Warm) -> float:

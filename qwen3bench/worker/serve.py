@@ -39,6 +39,8 @@ from qwen3bench.record.messages import (
     Probe,
     Request,
     RunningCode,
+    TimeEager,
+    TimeForward,
     Touch,
     Verify,
     VerifyGradients,
@@ -72,12 +74,14 @@ class Worker:
             Touch: self.touch,
             Identify: lambda asked: identify(self.session.settings),
             Load: self.load,
+            TimeForward: lambda asked: self.inspection.forward(asked.prompt_tokens),
             CountParameters: lambda asked: self.inspection.parameters(asked.cell),
             ComputeCost: lambda asked: self.inspection.cost(asked.cell, asked.workload),
             Verify: lambda asked: self.looking.verify(asked.cell),
             VerifyGradients: lambda asked: self.looking.gradients(asked.cell, asked.workload),
             MeasureMemory: lambda asked: self.looking.memory(asked.cell, asked.workload, asked.runtime),
             CollectEvidence: lambda asked: self.looking.evidence(asked.cell, asked.workload, asked.runtime),
+            TimeEager: lambda asked: self.looking.eager(asked.cell, asked.workload),
             MeasureCeilings: lambda asked: self.looking.ceilings(),
             Enter: self.enter,
             Prepare: lambda asked: self.timing.prepare(asked.cell, asked.copy),
@@ -107,7 +111,7 @@ class Worker:
         use_config_dir(asked.config_dir)
         settings = settings_from(asked.config)
         refuse_other_own_code(asked.own_code, own_code(settings.opts))
-        self.session = Session(settings)
+        self.session = Session(settings, getattr(self, "session", None))
         self.inspection = Inspection(self.session)
         return running_code()
 

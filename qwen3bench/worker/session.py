@@ -29,8 +29,11 @@ from qwen3bench.worker.workloads import Workload, WorkloadSize, workload_sizes
 class Session:
     """The resolved settings of a run on a device of this process. The weights are loaded when a cell needs them."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Raises `UserError` where a peer does not exist here, and where the switches of a cell do not go together."""
+    def __init__(self, settings: Settings, before: Session | None = None) -> None:
+        """Raises `UserError` where a peer does not exist here, and where the switches of a cell do not go together.
+
+        `before`: another session of this process, whose weights are kept where they are the same.
+        """
         for cell in filter(is_peer, settings.labels):
             require_peer(cell, settings.device)
         switches = resolve(settings.opts)
@@ -39,7 +42,8 @@ class Session:
         self.settings = settings
         self.device = use_device(settings.device)
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
-        self._bank: Bank | None = None
+        same = before is not None and _weights_of(before.settings) == _weights_of(settings)
+        self._bank: Bank | None = before._bank if before is not None and same else None
         self._gate: Gate | None = None
         self._gradient_gate: GradientGate | None = None
         if self.device.type == "cpu" and settings.model.emb_dim <= SMALL_DIM:
@@ -141,3 +145,9 @@ class Session:
         forget_rope_tables()
         self.free()
         forget_counters()
+
+
+def _weights_of(settings: Settings) -> tuple[object, ...]:
+    """What decides the bank of a session."""
+    s = settings
+    return s.model, s.weights, s.device, s.dtype, s.seed, s.opts

@@ -47,6 +47,9 @@ class FakeWorker:
     def load(self, cells):
         return {}
 
+    def forward(self, prompt_tokens):
+        return {"seconds": 1000.0 * prompt_tokens}
+
     def parameters(self, cell):
         count = 100 if "tie" in cell else 150
         names = ("num_parameters", "num_unique_parameters", "num_non_embedding_parameters")
@@ -62,6 +65,9 @@ class FakeWorker:
     def evidence(self, cell, workload, runtime):
         what = {"attention_backend": "fake", "kernel_launches": 7, "kernels": {"mm": 7}, "notes": []}
         return {**what, "tied_storage": "tie" in cell, "graph_breaks": None, "recompiles": None}
+
+    def eager(self, cell, workload):
+        return {"eager_s": 0.02}
 
     def cost(self, cell, workload):
         return {"flops": 1000, "bytes": 1000}

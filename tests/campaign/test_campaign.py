@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from rich.console import Console
 from qwen3bench.analysis.frames import SAMPLE_COLUMNS
 from qwen3bench.analysis.run import load_run, write_derived
 from qwen3bench.campaign.context import RunContext
+from qwen3bench.campaign.forecast import processes_for
 from qwen3bench.campaign.lanes import Lane, Lanes
 from qwen3bench.campaign.passes import Campaign
 from qwen3bench.campaign.progress import Reporter
@@ -101,26 +104,50 @@ def test_it_says_why_it_stops(measure: Measure, overrides: list[str], reason: st
 
 
 @pytest.mark.slow
-def test_getting_more_processes_ready_than_the_least_is_of_the_time_allowed(
-    measure: Measure, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_measures_as_long_as_it_took_to_be_ready(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And getting ready is no part of the time allowed."""
     await_ahead = WorkerPool.await_ahead
 
     def slowly(workers: WorkerPool) -> None:
-        time.sleep(0.5)
+        time.sleep(0.4)
         await_ahead(workers)
 
     monkeypatch.setattr(WorkerPool, "await_ahead", slowly)
-    limits = ("measure.max_seconds=4", "measure.target=1e-9", "measure.max_blocks=14", "measure.min_blocks=2")
+    monkeypatch.setattr("qwen3bench.campaign.blocks.MEASURED_PER_SETUP", 1.0)
+    limits = ("measure.max_seconds=2", "measure.target=1e-9", "measure.max_blocks=1000", "measure.min_blocks=2")
     done = measure(*FULL, *limits, "measure.min_processes=2", "measure.blocks_per_process=1")
     (stop,) = done.record.of(StopLine)
     assert stop.reason == "max_seconds"
-    assert 3 <= stop.processes <= 10  # the least, and as many as get ready within the time
-    assert stop.more_s >= 0.5 * (stop.processes - 2)
-    begun = RunState(settings_from(done.record.run.config), done.record).timings[
-        "prefill", "eager"
-    ]  # as a continued run would begin
+    measured_s = done.record.frame(BlockLine).groupby("process")["elapsed_s"].sum()
+    assert stop.measured_s == pytest.approx(measured_s.sum())
+    assert stop.measured_s >= 2
+    assert (measured_s.iloc[:-1] >= 0.4).all()  # the last one ends with the time
+    assert 2 <= stop.processes <= 5
+    assert stop.more_s >= 0.4 * (stop.processes - 2)
+    settings = settings_from(done.record.run.config)
+    begun = RunState(settings, done.record).timings["prefill", "eager"]  # as a continued run would begin
     assert begun.more_s == pytest.approx(stop.more_s)
+
+
+def test_a_run_without_an_answer_says_what_one_takes(measure: Measure) -> None:
+    limits = ("measure.max_blocks=9", "measure.target=0.0001", "measure.blocks_per_process=1")
+    done = measure(*FULL, *limits)
+    takes = [line for line in done.err.splitlines() if line.startswith("prefill eager: ")]
+    assert takes
+    assert re.fullmatch(
+        r"prefill eager: (flash|tie) is known to ±[\d.]+ %, and ±0\.01 % takes about [\d,]+ more process(es)? \(.*\).*",
+        takes[-1],
+    )
+    assert not [
+        line for line in measure(*FULL, to=done.directory.with_name("told")).err.splitlines() if " takes about" in line
+    ]
+
+
+@pytest.mark.parametrize(
+    ("over", "processes", "more"), [(1.01, 5, 1), (2.0, 5, 15), (1.4, 3, 3), (math.inf, 3, 3), (1e9, 3, 29_997)]
+)
+def test_an_interval_shrinks_by_the_root_of_its_processes(over: float, processes: int, more: int) -> None:
+    assert processes_for(over, processes) == more
 
 
 def test_narrow_intervals_take_more_processes(measure: Measure) -> None:
@@ -248,7 +275,7 @@ def test_a_run_that_had_enough_blocks_only_says_so(campaign: Callable[..., Any])
     run, asked = campaign(PROCESS, *(line for block in range(3) for line in _block(block, 0, "ok")))
     assert "visit" not in asked
     assert [(line.reason, line.blocks, line.measured_s) for line in run.record.of(StopLine)] == [
-        ("max_seconds", 3, 15.0)
+        ("max_blocks", 3, 15.0)
     ]
 
 

@@ -23,7 +23,7 @@ from qwen3bench.campaign import continuation, launch
 from qwen3bench.config.cli import compose, main
 from qwen3bench.config.settings import Settings
 from qwen3bench.errors import UserError
-from qwen3bench.record.lines import EndLine, Line, SessionLine, StopLine, VerifyLine
+from qwen3bench.record.lines import BlockLine, EndLine, Line, SessionLine, StopLine, VerifyLine
 from qwen3bench.record.reader import read_record
 from qwen3bench.record.writer import RecordWriter
 
@@ -356,3 +356,66 @@ def test_a_run_in_a_directory_of_any_name_is_measured(measure: Measure, tmp_path
     done = measure(to=tmp_path / name)
     assert done.status == 0
     assert yaml.safe_load((tmp_path / name / "config.yaml").read_text())["run"]["dir"] == str(tmp_path / name)
+
+
+# Ctrl-C
+
+
+def _strikes_after(blocks: int, number: signal.Signals = signal.SIGINT) -> Callable[..., None]:
+    """A writer's append after which, at the so many-th block, a signal comes."""
+    append, closed = RecordWriter.append, 0
+
+    def interrupted(writer: RecordWriter, *lines: Line) -> None:
+        nonlocal closed
+        append(writer, *lines)
+        closed += isinstance(lines[-1], BlockLine)
+        if isinstance(lines[-1], BlockLine) and closed == blocks:
+            os.kill(os.getpid(), number)
+
+    return interrupted
+
+
+def test_ctrl_c_once_reports_what_there_is(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(RecordWriter, "append", _strikes_after(2))
+        begun = measure(*FULL, "workload=prefill", report=True)
+    assert begun.status == 130
+    assert not begun.alive
+    assert (begun.directory / "report.html").exists()
+    assert "this run has not finished: what is here is what was measured until now" in begun.out
+    assert "report.html" in begun.out
+    assert "Continue: python -m qwen3bench resume=" in begun.err
+    assert [line.status for line in begun.record.of(EndLine)] == ["interrupted"]
+    done = measure(resume=begun.directory)
+    assert done.status == 0
+    assert len(done.record.of(BlockLine)) == 3
+
+
+def test_ctrl_c_twice_ends_at_once(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second time while the report is written."""
+    with monkeypatch.context() as patched:
+        patched.setattr(RecordWriter, "append", _strikes_after(2))
+        patched.setattr(launch, "write_derived", lambda run: os.kill(os.getpid(), signal.SIGINT))
+        begun = measure(*FULL, "workload=prefill", report=True)
+    assert begun.status == 130
+    assert not (begun.directory / "report.html").exists()
+    assert "Continue: python -m qwen3bench resume=" in begun.err
+    assert begun.out == ""
+
+
+@pytest.mark.parametrize(
+    ("blocks", "number", "status"), [(2, signal.SIGTERM, 143), (1, signal.SIGTERM, 143), (0, signal.SIGINT, 130)]
+)
+def test_no_report_is_written_for_a_machine_that_shuts_down_nor_of_nothing(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch, blocks: int, number: signal.Signals, status: int
+) -> None:
+    with monkeypatch.context() as patched:
+        if blocks:
+            patched.setattr(RecordWriter, "append", _strikes_after(blocks, number))
+        else:
+            patched.setattr(launch.Campaign, "run", lambda _: os.kill(os.getpid(), number))
+        begun = measure(*FULL, "workload=prefill", report=True)
+    assert begun.status == status
+    assert not (begun.directory / "report.html").exists()
+    assert "Continue: " in begun.err
+    assert "Ctrl-C again" not in begun.err

@@ -20,8 +20,18 @@ from qwen3bench.campaign import passes
 from qwen3bench.campaign.progress import Reporter
 from qwen3bench.campaign.worker_pool import WorkerPool
 from qwen3bench.campaign.worker_process import WorkerProcess
-from qwen3bench.record.lines import BlockLine, CompileLine, FailureLine, ProcessLine, Telemetry, VerifyLine
-from qwen3bench.record.messages import MeasureMemory, Request, Verify
+from qwen3bench.record.lines import (
+    BlockLine,
+    CompileLine,
+    EagerLine,
+    EvidenceLine,
+    FailureLine,
+    MemoryLine,
+    ProcessLine,
+    Telemetry,
+    VerifyLine,
+)
+from qwen3bench.record.messages import CollectEvidence, MeasureMemory, Request, Verify
 
 Measure = Callable[..., Any]
 ON_A_CARD = ("design=full", "opt=flash,tie,mask,norm", "device=cuda", "runtime=graph")
@@ -55,29 +65,65 @@ def test_each_cell_is_verified_once_and_the_processes_beside_are_gone(measure: M
     assert "at a time" not in alone.err
 
 
-def test_no_process_but_the_one_at_work_has_touched_the_card_when_memory_is_measured(
+def test_memory_and_evidence_are_looked_at_by_the_processes_that_verified(
     measure: Measure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those that are to time later have started, and have not been told of a device."""
-    opened: set[int] = set()
-    living = []
-    send, ask = WorkerProcess.send, WorkerPool.ask
+    """Evidence of a cell comes right behind its memory; processes that are to time have not been told of a device."""
+    asked: list[tuple[int, Request[Any]]] = []
+    send = WorkerProcess.send
 
     def noted(self: WorkerProcess, request: Request[Any]) -> None:
-        opened.add(self.pid)
+        asked.append((self.pid, request))
         send(self, request)
 
-    def counted(self: WorkerPool, request: Request[Any]) -> Any:
-        if isinstance(request, MeasureMemory):
-            children = psutil.Process().children()
-            alive = {child.pid for child in children if child.status() != psutil.STATUS_ZOMBIE}
-            living.append((len(alive & opened), len(alive)))
-        return ask(self, request)
-
     monkeypatch.setattr(WorkerProcess, "send", noted)
-    monkeypatch.setattr(WorkerPool, "ask", counted)
-    measure(*TIMED)
-    assert living == [(1, 1 + 4)] * 2 * 16
+    done = measure(*TIMED)
+    assert done.status == 0
+    assert len(done.record.of(MemoryLine)) == len(done.record.of(EvidenceLine)) == 2 * 16
+    by_cell: dict[str, set[int]] = {}
+    for pid, request in asked:
+        if isinstance(request, Verify | MeasureMemory | CollectEvidence):
+            by_cell.setdefault(request.cell, set()).add(pid)
+    assert {len(pids) for pids in by_cell.values()} == {1}
+    assert len(set.union(*by_cell.values())) == 4
+    for mine in set.union(*by_cell.values()):
+        looks = [each for pid, each in asked if pid == mine and isinstance(each, MeasureMemory | CollectEvidence)]
+        for memory, evidence in zip(looks[::2], looks[1::2], strict=True):
+            assert isinstance(memory, MeasureMemory)
+            assert isinstance(evidence, CollectEvidence)
+            assert (memory.cell, memory.workload) == (evidence.cell, evidence.workload)
+    last_look = max(i for i, (_, each) in enumerate(asked) if isinstance(each, CollectEvidence))
+    timed = {line.pid for line in done.record.of(ProcessLine) if line.purpose == "time"}
+    assert not timed & {pid for pid, _ in asked[:last_look]}
+
+
+def test_cells_that_do_not_fit_together_are_looked_at_alone(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "CONTEXT_BYTES", 21 * 2**30)  # of 80 GiB
+    done = measure(*ON_A_CARD)
+    assert "verifying every cell, measuring memory, recording what really runs, 4 at a time" in done.err
+    assert "\nmeasuring peak memory, recording what really runs\n" in done.err
+    assert len(done.record.of(MemoryLine)) == len(done.record.of(EvidenceLine)) == 16
+
+
+@pytest.mark.parametrize("op", ["memory", "evidence"])
+@pytest.mark.parametrize("fault", [DIES, OUT_OF_MEMORY, BABBLES])
+def test_a_look_that_fails_beside_others_is_taken_again_alone(
+    measure: Measure, tmp_path: Path, fault: dict[str, Any], op: str
+) -> None:
+    done = measure(*ON_A_CARD, faults=[{**fault, "op": op, "cell": "tie+mask", "once": str(tmp_path / "struck")}])
+    assert done.status == 0
+    assert not done.record.of(FailureLine)
+    assert len(done.record.of(MemoryLine)) == len(done.record.of(EvidenceLine)) == 16
+
+
+def test_eager_beside_a_graph_is_timed_once_nothing_else_runs(measure: Measure) -> None:
+    done = measure(*ON_A_CARD)
+    assert [line.cell for line in done.record.of(EagerLine)] == ["baseline", "flash+tie+mask+norm"]
+    assert not measure(*ON_A_CARD[:3], "runtime=eager,graph", to=done.directory.with_name("two")).record.of(EagerLine)
+    assert len(done.run.controls.host) == 2
+    failed = measure(*ON_A_CARD, faults=[{**DIES, "op": "eager"}], to=done.directory.with_name("died"))
+    assert failed.status == 0
+    assert not failed.record.of(EagerLine)
 
 
 @pytest.mark.parametrize("at_once", ["alone", "side by side"])
@@ -222,7 +268,8 @@ def test_where_the_least_were_not_enough_as_many_again_get_ready_together(measur
     done = measure(*TIMED, "measure.min_blocks=8", "measure.max_blocks=8")
     assert done.status == 0
     assert len(set(_timed_in(done).values())) == 2 * 8  # 2, 2 and 4 of each
-    assert done.err.count("preparing prefill graph, decode graph in 4 processes at a time") == 4
+    assert done.err.count("preparing prefill graph, decode graph in 4 processes at a time") == 2
+    assert done.err.count("preparing prefill graph, decode graph in 8 processes at a time") == 1
     assert "in 2 processes at a time" not in done.err
     assert not done.alive
 
@@ -237,7 +284,7 @@ def test_all_that_live_while_one_is_timed_count_as_the_runs_own(measure: Measure
             return super().sample(own_pids)
 
     measure(*TIMED, card=Looking(Telemetry()))
-    assert len(strangers) == 2 * 3
+    assert len(strangers) == 1 + 2 * 3  # before anything is measured, and behind each block
     assert not any(stranger for stranger, _ in strangers)
     assert max(count for _, count in strangers) == 5  # the next one stands by
 

@@ -45,6 +45,7 @@ TOGGLES = {"predicted": "predicted", "unmeasured": "not measured"}
 STOPPED = {
     StopReason.TARGET: "every main effect is as tight as asked for",
     StopReason.MAX_SECONDS: "the time allowed was up",
+    StopReason.OUT_OF_REACH: "each effect has an answer, and the target takes more than the time allowed",
     StopReason.MAX_BLOCKS: "the blocks allowed were used up",
     StopReason.FAILED: "measuring failed",
     StopReason.ENDED: "the run was ended before",
