@@ -115,6 +115,7 @@ def collect(
     notes = [f"attention by an unknown kernel: {name}" for name in _unknown_attention(kernels)]
     if isinstance(original := model.original, Qwen3Model):
         notes += asked_note(original, backends, compiled) + split_note(original, workload.size, backends[-1])
+        notes += repeated_note(original)
         if SEPARATE not in backends and (backends[-1] != OWN or _splits(original)):
             notes.append(_mask_note(original, workload.size))
     if on_cpu and compiled:
@@ -239,6 +240,13 @@ def asked_note(model: Qwen3Model, backends: Iterable[str], compiled: bool) -> li
     asked = _FORCED[attend.backend]
     fits = {asked, SEPARATE} if asked == "math" and compiled else {asked}  # which the compiler takes apart
     return [f"{asked} was asked for, {ran} ran" for ran in dict.fromkeys(backends) if ran not in fits | own]
+
+
+def repeated_note(model: Qwen3Model) -> list[str]:
+    """Whether keys and values were repeated for all heads in the last forward, as the baseline does."""
+    if getattr(model.parts.attend, "grouped", True):
+        return []
+    return ["keys and values are repeated for all heads: no fused kernel that is allowed here takes grouped ones"]
 
 
 def split_note(model: Qwen3Model, size: WorkloadSize, backend: str) -> list[str]:

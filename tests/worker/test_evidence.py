@@ -17,6 +17,7 @@ from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.model.build import build_model
 from qwen3bench.model.qwen3 import Qwen3Model
 from qwen3bench.model.weights import load_weights
+from qwen3bench.opt import flash
 from qwen3bench.record.design import design_cells, label
 from qwen3bench.record.messages import Evidence
 from qwen3bench.worker.compile_counters import forget_compilations
@@ -272,6 +273,14 @@ def test_our_kernel_beside_a_forced_backend_was_asked_for_too() -> None:
     model = build_model(SMALL, {"flash": {"backend": "cudnn", "decode": "split"}, "mask": {}})
     assert not asked_note(model, ["cuDNN", OWN], False)
     assert asked_note(model, ["FlashAttention", OWN], False) == ["cuDNN was asked for, FlashAttention ran"]
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_it_says_whether_heads_were_repeated(taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash, "takes_grouped", lambda *_: taken)
+    notes = [note for note in evidence(("flash", "mask")).notes if "repeated for all heads" in note]
+    assert len(notes) == (not taken)
+    assert not [note for note in evidence().notes if "repeated" in note]
 
 
 # Requested against effective

@@ -192,9 +192,9 @@ def test_liger_is_the_same_function_with_kernels_of_its_own(tiny: ModelConfig) -
     assert (liger(tokens) - bank.build(())(tokens)).abs().max() <= 1e-3
     size = WorkloadSize("prefill", 2, 37, 0)
     ran = {name: collect(model, Workload(size, model)).kernels for name, model in (("l", liger), ("p", plain))}
-    for part in ("rope", "rms_norm_forward", "swiglu_forward"):
+    for part in ("triton_rope", "rms_norm_forward", "swiglu"):
         assert [name for name in ran["l"] if part in name], part
-        assert not [name for name in ran["p"] if f"_{part}" in name and "triton" in name], part
+        assert not [name for name in ran["p"] if part in name], part
     assert sum(ran["l"].values()) < sum(ran["p"].values())
     assert untouched()
 
@@ -208,9 +208,8 @@ def test_the_gate_accepts_liger(tiny: ModelConfig, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("runtime_name", ["graph", "compile"])
 @pytest.mark.parametrize("workload", ["prefill", "decode", "generate"])
-def test_liger_is_captured(tiny: ModelConfig, runtime_name: str, workload: str) -> None:
+def test_liger_is_captured(tiny: ModelConfig, workload: str) -> None:
     pytest.importorskip(MODULE)
     device = torch.device("cuda", 0)
     bank = Bank(tiny, "random", device, torch.float32, 0, {})
@@ -218,7 +217,7 @@ def test_liger_is_captured(tiny: ModelConfig, runtime_name: str, workload: str) 
     work = Workload(WorkloadSize(workload, 2, 9, 6), bank.build(()))
     for step in work.steps(bank.build(())):
         expected = step()
-    runtime = make_runtime(runtime_name, device)
+    runtime = make_runtime("graph", device)
     prepared = runtime.prepare_model(peer).model
     outputs: list[Tensor] = []
 
