@@ -6,7 +6,7 @@ RUN ?= results/latest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow test-all lint type format ablate screen regimes bench aa report clean
+.PHONY: help setup test test-slow test-all lint type format ablate screen train regimes bench aa report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ ablate: $(VENV)/.run ## measure all 2^5 combinations on the best device here and
 
 screen: $(VENV)/.run ## which of all switches pay for inference here, in 64 cells, the best then confirmed
 	$(BIN)/python -m qwen3bench design=screen opt=all $(ARGS)
+
+train: $(VENV)/.run ## the same question for a training step
+	$(BIN)/python -m qwen3bench design=screen opt=all workload=train $(ARGS)
 
 # Where does a switch's worth change sign or vanish? One run a point, then one page over all of them. `tie` is left out:
 # it cannot change a latency, and without it a point takes half as long.

@@ -17,6 +17,8 @@ from qwen3bench.model.qwen3 import Qwen3Model
 from qwen3bench.record.messages import CellFailure
 from qwen3bench.worker.bank import Bank
 from qwen3bench.worker.costs import cell_cost
+from qwen3bench.worker.equivalence.gradient_gate import GradientGate
+from qwen3bench.worker.peers import build_peer, gradients_of_peer
 from qwen3bench.worker.serve import Worker
 from qwen3bench.worker.training import LEARNING_RATE, PARTS, TrainingState, TrainingWorkload
 from qwen3bench.worker.workloads import WorkloadSize
@@ -184,6 +186,21 @@ def test_a_compiled_step_has_the_gradients_of_eager(
     monkeypatch.setattr(F, "silu", lambda x: real(x) * (1.1 if torch.compiler.is_compiling() else 1.0))
     with pytest.raises(CellFailure, match="its gradients differ by"):
         ask("evidence", **where)
+
+
+@pytest.mark.slow
+def test_a_peer_trains_as_the_baseline_does(tiny: ModelConfig, tiny_weights: dict[str, Tensor]) -> None:
+    gate = GradientGate(tiny, torch.device("cpu"), "fp32")
+    judged = gradients_of_peer(gate, "transformers:sdpa")
+    assert judged.equivalent, judged.reason
+    assert 1e-7 < judged.checks["float32_relative"] < 1e-4  # it rounds the rotary angles to float32
+    apart = [{name: tensor.clone() for name, tensor in tiny_weights.items()} for _ in range(2)]
+    peer, ours = build_peer("transformers:sdpa", tiny, apart[0]), build_model(tiny, ("tie",), apart[1])
+    losses = []
+    for model in (peer, ours):
+        (step,) = TrainingWorkload(SIZE, model).steps(model)
+        losses.append([step().item() for _ in range(3)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.cuda

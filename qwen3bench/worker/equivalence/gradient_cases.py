@@ -23,7 +23,8 @@ Weights = Mapping[str, Tensor]
 
 LAYERS = 3
 VOCABULARY = 4096  # rows that are judged; a kernel sees that it is no multiple of its tile where the model's is none
-SEQUENCES, TOKENS = 3, 131  # a multiple of no tile
+SEQUENCES = 3
+TOKENS = {"cuda": 131, "cpu": 67}  # multiples of no tile; more than a tile has on CUDA, where there are tiles
 STEP_TOKENS = 19  # of the one sequence that is trained on
 UPSTREAM = 0.7  # the gradient of what is made of the loss: a backward that ignores it shows
 STEPS = (1, 20)
@@ -70,20 +71,20 @@ class Batch:
             yield half, half.counted / self.counted
 
 
-def judged_config(config: ModelConfig) -> ModelConfig:
-    """The shape that is judged: few layers, and so many rows of the vocabulary."""
+def judged_config(config: ModelConfig, device: torch.device) -> ModelConfig:
+    """The shape that is judged: few layers, so many rows of the vocabulary, and a context for its tokens."""
     return replace(
         config,
         num_layers=min(config.num_layers, LAYERS),
         vocab_size=min(config.vocab_size, VOCABULARY - 1),
-        context_length=min(config.context_length, TOKENS),
+        context_length=min(config.context_length, TOKENS[device.type]),
     )
 
 
 def judged_batch(config: ModelConfig, device: torch.device, seed: int) -> Batch:
     """Random tokens, each to tell the next; the end of one sequence and a few places do not count."""
     generator = torch.Generator().manual_seed(seed)
-    length = min(TOKENS, config.context_length)
+    length = config.context_length
     ids = torch.randint(config.vocab_size, (SEQUENCES, length + 1), generator=generator)
     targets = ids[:, 1:].clone()
     targets[1, length // 2 :] = IGNORED

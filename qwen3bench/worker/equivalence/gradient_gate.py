@@ -103,7 +103,7 @@ class GradientGate:
     def __init__(
         self, config: ModelConfig, device: torch.device, precision: str, seed: int = 0, opts: Options | None = None
     ) -> None:
-        self.config = judged_config(config)
+        self.config = judged_config(config, device)
         self.device = device
         self.opts: Options = opts or {}
         self.precisions = [PRECISIONS[name] for name in dict.fromkeys(("fp32", precision))]
