@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 
 from qwen3bench.analysis.cells import columns
@@ -312,7 +313,8 @@ def _campaign(
             writer.append(choice)
     else:
         continuation.refuse_changed(done, settings, identity, directory)
-    writer.append(SessionLine(command=("python", "-m", "qwen3bench", *sys.argv[1:]), time=time.time()))
+    command = ("python", "-m", "qwen3bench", *sys.argv[1:])
+    writer.append(SessionLine(command=command, time=time.time(), started=psutil.Process().create_time()))
     state = RunState(settings, done)
     found = identity.environment
     lanes, numbers = Lanes(()), ProcessNumbers(state.process)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,7 @@ from qwen3bench.record.lines import (
     Line,
     MemoryLine,
     ParametersLine,
+    PassLine,
     VerifyLine,
 )
 from qwen3bench.record.messages import (
@@ -146,21 +147,31 @@ class Campaign:
             lane.workers.purpose = Purpose.CHECK
         timing = min(self._max_ready, len(self.blocks.processes_needed))
         self._lanes.start_ahead(len(self._shares()) - 1 + timing)  # and the first that time
-        self._take("counting parameters", (CountParameters(cell=cell) for cell in self._settings.labels))
-        self._look_side_by_side(self._shares())
-        self._take(
-            "verifying that every cell computes the baseline's function",
-            (Verify(cell=cell) for cell in self._settings.labels),
-        )
-        self._verify_gradients()
-        self._look_at_each_cell()
-        self._tell_idle_switches()
-        self._ceilings()
-        self._time_eager()
-        for lane in self._lanes:
-            lane.workers.end()
-        with self._progress.stage("timing", len(self.blocks.processes_needed)):
+        with self._pass("parameters"):
+            self._take("counting parameters", (CountParameters(cell=cell) for cell in self._settings.labels))
+        with self._pass("verify, memory, evidence"):
+            self._look_side_by_side(self._shares())
+            self._take(
+                "verifying that every cell computes the baseline's function",
+                (Verify(cell=cell) for cell in self._settings.labels),
+            )
+            self._verify_gradients()
+            self._look_at_each_cell()
+            self._tell_idle_switches()
+        with self._pass("ceilings"):
+            self._ceilings()
+            self._time_eager()
+            for lane in self._lanes:
+                lane.workers.end()
+        with self._pass("time"), self._progress.stage("timing", len(self.blocks.processes_needed)):
             self._lanes.time(self._at_once)
+
+    @contextmanager
+    def _pass(self, name: str) -> Iterator[None]:
+        """A pass, how long it took goes to the record."""
+        started = time.monotonic()
+        yield
+        self._context.writer.append(PassLine(name=name, time=time.time(), seconds=time.monotonic() - started))
 
     def _measure(self, context: RunContext) -> None:
         """All passes over the cells of a context, such as those that confirm a screen, with the workers of this one."""

@@ -92,11 +92,22 @@ class RunLine(Line):
 
 @typed
 class SessionLine(Line):
-    """A command began or continued the run, at `time` (seconds since the epoch)."""
+    """A command began or continued the run, at `time` (seconds since the epoch); its process began at `started`."""
 
     type: ClassVar = "session"
     command: Names = ()
     time: Number | None = None
+    started: Number | None = None
+
+
+@typed
+class PassLine(Line):
+    """A pass of the run has ended, at `time`, after so many seconds."""
+
+    type: ClassVar = "pass"
+    name: str
+    time: Number | None = None
+    seconds: Number | None = None
 
 
 @typed
@@ -389,6 +400,7 @@ LINES: dict[str, type[Line]] = {
     for line in (
         RunLine,
         SessionLine,
+        PassLine,
         PromptLine,
         ProcessLine,
         ParametersLine,

@@ -37,9 +37,11 @@ from qwen3bench.record.lines import (
     LINES,
     BlockLine,
     EvidenceLine,
+    PassLine,
     ProcessLine,
     RunLine,
     SampleLine,
+    SessionLine,
     StopLine,
     Telemetry,
     VisitLine,
@@ -447,3 +449,13 @@ def test_more_takes_make_a_block_at_most_twice_as_long(measure: Measure) -> None
     again = [{"does": "answer", "op": "visit", "takes": takes, "fields": {"takes": takes}} for takes in (3, 2)]
     done = measure(*FULL, "measure.max_blocks=1", "measure.min_blocks=1", faults=again)
     assert [visit.takes for visit in done.record.of(VisitLine)] == [3, 3, 2, 1, 1]
+
+
+def test_the_record_tells_how_long_each_pass_took(measure: Measure) -> None:
+    done = measure(*FULL)
+    (session,) = done.record.of(SessionLine)
+    passes = done.record.of(PassLine)
+    assert [each.name for each in passes] == ["parameters", "verify, memory, evidence", "ceilings", "time"]
+    assert session.started < session.time <= passes[0].time
+    assert sum(each.seconds for each in passes) <= passes[-1].time - session.time + 0.01
+    assert passes[-1].seconds >= sum(block.elapsed_s for block in done.record.of(BlockLine))
