@@ -14,7 +14,7 @@ from qwen3bench.analysis.stopping import half_widths
 from qwen3bench.config.catalogue import described
 from qwen3bench.record.design import label
 from qwen3bench.record.files import write_atomic
-from qwen3bench.record.lines import BlockLine, CompileLine, FailureLine, SessionLine, StopLine
+from qwen3bench.record.lines import BlockLine, CompileLine, FailureLine, GradientsLine, SessionLine, StopLine
 from qwen3bench.record.states import BlockState, StopReason
 from qwen3bench.reporting import figures, plot_waterfall, plots, tables
 from qwen3bench.reporting.answer import cards, not_told
@@ -30,7 +30,14 @@ from qwen3bench.reporting.tables import Table
 from qwen3bench.reporting.templates import render
 from qwen3bench.reporting.units import duration_words
 from qwen3bench.reporting.whatif import as_script, whatif
-from qwen3bench.reporting.wording.page_words import PAGE, STOPPED, compiled_words, single_token_words, what_if_words
+from qwen3bench.reporting.wording.page_words import (
+    PAGE,
+    STOPPED,
+    TRAINED,
+    compiled_words,
+    single_token_words,
+    what_if_words,
+)
 from qwen3bench.reporting.wording.sentences import FLASH_AND_MASK, METHOD, OPENING, command_of, control_mark, sentence
 
 if TYPE_CHECKING:
@@ -113,7 +120,7 @@ def page_content(run: Run, found: list[Finding]) -> dict[str, Any]:
         "parts": tables.parts_table(run.evidence),
         "flash_and_mask": FLASH_AND_MASK if {"flash", "mask"} <= set(factors(run)) else "",
         "failures": _failures(run),
-        "method": METHOD.format(level=level(run)),
+        "method": METHOD.format(level=level(run)) + TRAINED * bool(run.record.of(GradientsLine)),
         "compiled": _compiled(run),
         "measured": _measured(run),
         "commands": [_command(line) for line in run.record.of(SessionLine)],

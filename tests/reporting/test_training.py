@@ -104,3 +104,4 @@ def test_the_page_shows_both(run: Run) -> None:
     assert "memory-parts-train-graph.svg" in page
     assert "How long the parts of a step take" in page
     assert "Negative control" not in page
+    assert "each visit begins from the same weights" in page

@@ -29,6 +29,10 @@ PAGE = {
     "over": "How many times as fast with the switch on, by run and condition",
     "cut": "{most} of {total} rows; all of them are in report.html and in the csv files.",
 }
+TRAINED = (
+    " In training each visit begins from the same weights and empty moments, put back outside what is timed. All cells "
+    "share them. MFU counts three forwards, causal attention once, and nothing that is recomputed."
+)
 GAIN_HEADING = "× as fast as the baseline"
 HALVES_HEADINGS = ["switch", "beside", "with it on (× as fast)", "with it off (× as fast)", "joint effect"]
 SCREEN_HEADINGS = [
