@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from qwen3bench.analysis.run import load_run
+from qwen3bench.analysis.run import load_run, of_each_card
 from qwen3bench.campaign.launch import UsedCard
+from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.record.lines import BlockLine, ParametersLine, ProcessLine, SampleLine, Telemetry, VerifyLine
 from qwen3bench.record.states import Purpose
 
@@ -152,3 +153,15 @@ def test_a_run_of_two_cards_continues_where_it_was(measure: Callable[..., Any], 
         assert sorted(numbers) == list(range(len(numbers)))
     assert "tell again" not in done.err
     assert done.record.warnings == []
+
+
+@pytest.mark.slow
+def test_real_workers_on_two_pretended_cards_tell_one_run(measure: Callable[..., Any], fake_card: Any) -> None:
+    cards = [UsedCard(WorkerProcess, fake_card(QUIET), f"GPU-{n}", "a kind", socket=n) for n in range(2)]
+    done = measure("design=full", "opt=flash,tie", "measure.min_processes=4", "measure.max_blocks=8", cards=cards)
+    assert done.status == 0
+    assert set(done.run.samples["card"]) == {"GPU-0", "GPU-1"}
+    for numbers in blocks_of(done).values():
+        assert sorted(numbers) == list(range(len(numbers)))
+        assert len(numbers) >= 4
+    assert len(of_each_card(done.run)) == 2
