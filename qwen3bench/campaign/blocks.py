@@ -14,6 +14,7 @@ from qwen3bench.campaign.context import RunContext
 from qwen3bench.campaign.forecast import REPORT_S, Shortfall, processes_for, what_it_takes
 from qwen3bench.campaign.live_effects import LiveEffects
 from qwen3bench.campaign.monitor import disturbances, flags
+from qwen3bench.campaign.room import too_many
 from qwen3bench.campaign.scheduler import CardLostError, Steps
 from qwen3bench.campaign.state import Place, Timing, Where
 from qwen3bench.record.card import Card
@@ -150,10 +151,15 @@ class Blocks:
             if outcome.failed:
                 return False
             self._workers.start_ahead(1)  # while nothing is timed
-            for request in requests:
+            for ready, request in enumerate(requests):
                 stage.step(request.cell)
                 with self._context.failing(_PASS, Place(request.cell, *where)) as outcome:
-                    answer = yield request
+                    try:
+                        answer = yield request
+                    except CellFailure as failure:
+                        if ready and failure.status == CellStatus.OOM:
+                            yield from self._alone_or_refused(where, request, ready)
+                        raise
                     if answer.compile_s is not None:
                         compiled.append(
                             CompileLine(
@@ -171,6 +177,18 @@ class Blocks:
             self._context.writer.append(*compiled)
         self._workers.await_ahead()
         return True
+
+    def _alone_or_refused(self, where: Where, request: Prepare, ready: int) -> Steps[None]:
+        """A cell for which memory did not suffice beside so many that are ready, made ready alone in a fresh worker.
+
+        Raises `CellFailure` where it fails there too; else `UserError`, as the cells do not fit together.
+        """
+        self._workers.end()
+        yield Enter(workload=where[0], runtime=where[1], cell=request.cell)
+        yield request
+        cells = len(self._preparations(where)[1])
+        why = f"do not fit this card's memory at once: it was full after {ready}"
+        raise too_many(self._settings, where, cells, ready, why)
 
     def _prepare_side_by_side(self, wheres: Sequence[Where]) -> None:
         """Make every cell ready in a process of its own for each of `wheres`; one that fails is ended, unblamed."""

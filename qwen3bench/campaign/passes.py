@@ -21,10 +21,11 @@ from qwen3bench.campaign.forecast import announcement, seconds_ahead
 from qwen3bench.campaign.lanes import Lane, Lanes
 from qwen3bench.campaign.neighbors import Neighbors, busy_line, card_line
 from qwen3bench.campaign.progress import Stage
+from qwen3bench.campaign.room import needs, room_of, too_many
 from qwen3bench.campaign.scheduler import Steps
 from qwen3bench.campaign.state import Place
 from qwen3bench.campaign.worker_pool import WorkerPool
-from qwen3bench.record.design import Cell, design_cells, label, neighbours
+from qwen3bench.record.design import BASELINE, Cell, design_cells, label, neighbours
 from qwen3bench.record.host import usable_cpus
 from qwen3bench.record.lines import (
     CeilingLine,
@@ -76,7 +77,7 @@ _CORES_EACH_READY = 1.5  # of these: launching, capturing and the driver's threa
 _MIN_SHARE = 4  # cells; fewer are looked at before another process has started
 _ALONE = 3  # times its weights: what a cell that is looked at alone may need
 CONTEXT_BYTES = 2**30  # what a process needs of a card beside its tensors (CUDA's context, libraries), rounded up
-_SLACK = 1.5  # times the peak of a cell alone: what the graphs of all cells and the allocator's gaps may need
+_SLACK = 1.5  # times the peak of a cell alone: what the allocator's gaps may need
 
 
 class Campaign:
@@ -157,6 +158,7 @@ class Campaign:
             )
             self._verify_gradients()
             self._look_at_each_cell()
+            self._refuse_what_does_not_fit()
             self._tell_idle_switches()
         with self._pass("ceilings"):
             self._ceilings()
@@ -199,7 +201,21 @@ class Campaign:
         if not (self._card_bytes and peak):
             return 1
         most = self._max_ready // len(self._lanes)
-        return max(1, min(most, int(self._card_bytes / (_SLACK * peak + CONTEXT_BYTES))))
+        rooms = ((room_of(known, list(known)), len(known)) for known in self._state.memory.values())
+        graphs = max((room.graph_bytes * cells for room, cells in rooms if room), default=0)
+        return max(1, min(most, int(self._card_bytes / (_SLACK * peak + graphs + CONTEXT_BYTES))))
+
+    def _refuse_what_does_not_fit(self) -> None:
+        """Raise `UserError` where the card cannot hold all cells of a workload ready at once, with how many it can."""
+        for where in self._state.timings:
+            cells = [each for each in self._context.cells(where) if each in self._state.memory.get(where, {})]
+            room = room_of(self._state.memory.get(where, {}), cells)
+            if room and self._card_bytes:
+                ready = len(cells) + (BASELINE in cells)
+                needed = room.needed_bytes(ready)
+                if needed > self._card_bytes:
+                    fitting = room.fitting(self._card_bytes, CONTEXT_BYTES)
+                    raise too_many(self._settings, where, ready, fitting, needs(needed, self._card_bytes))
 
     # One step for each cell
 
@@ -342,7 +358,7 @@ class Campaign:
             self._context.writer.append(line)
         self._state.steps.add(step)
         if isinstance(answer, PeakMemory):
-            self._state.see_peak(answer.peak_reserved_bytes)
+            self._state.see_memory(Place.of(step), answer)
         if isinstance(answer, Evidence):
             self._state.see_evidence(Place.of(step), answer)
         if isinstance(answer, ParameterCounts):

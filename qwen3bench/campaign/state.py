@@ -30,6 +30,7 @@ from qwen3bench.record.messages import (
     MeasureMemory,
     Pace,
     ParameterCounts,
+    PeakMemory,
     Request,
     Surroundings,
     TimeEager,
@@ -101,7 +102,7 @@ class RunState:
         self.ceilings_known = False
         self.process = -1
         self.evidence: dict[Where, dict[str, Evidence]] = {}  # by cell
-        self.peak_reserved_bytes = 0  # of the memory pass, over all cells so far
+        self.memory: dict[Where, dict[str, PeakMemory]] = {}  # of each cell alone
         self.parameter_bytes = 0  # of the largest cell so far
         self.timings: dict[Where, Timing] = {
             (workload, runtime): Timing() for workload in settings.workloads for runtime in settings.runtimes
@@ -119,9 +120,14 @@ class RunState:
         """Whether a step is still to be taken."""
         return step not in self.steps and self.runs(Place.of(step))
 
-    def see_peak(self, peak_reserved_bytes: int | None) -> None:
+    def see_memory(self, place: Place, memory: PeakMemory) -> None:
         """Take note of a cell's peak memory."""
-        self.peak_reserved_bytes = max(self.peak_reserved_bytes, peak_reserved_bytes or 0)
+        self.memory.setdefault((str(place.workload), str(place.runtime)), {})[place.cell] = memory
+
+    @property
+    def peak_reserved_bytes(self) -> int:
+        """The largest of the memory pass, over all cells so far."""
+        return max((each.peak_reserved_bytes or 0 for of in self.memory.values() for each in of.values()), default=0)
 
     def see_evidence(self, place: Place, evidence: Evidence) -> None:
         """Take note of what really ran in a cell."""
@@ -142,7 +148,7 @@ class RunState:
         self.steps |= {VerifyGradients(cell=line.cell, workload=line.workload) for line in judged}
         for memory in record.of(MemoryLine):
             self.steps.add(MeasureMemory(cell=memory.cell, workload=memory.workload, runtime=memory.runtime))
-            self.see_peak(memory.peak_reserved_bytes)
+            self.see_memory(Place(memory.cell, memory.workload, memory.runtime), memory)
         for seen in record.of(EvidenceLine):
             self.steps.add(CollectEvidence(cell=seen.cell, workload=seen.workload, runtime=seen.runtime))
             self.see_evidence(Place(seen.cell, seen.workload, seen.runtime), seen)

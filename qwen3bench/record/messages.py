@@ -89,6 +89,7 @@ class PeakMemory:
     """The allocator's peaks with one cell alone resident, and its KV cache, in bytes.
 
     Of training also what is held at the peak: gradients, the optimizer's state, activations kept for backward.
+    `graph_bytes`: what its CUDA graphs take of the card outside the allocator, so for each cell that is ready.
     """
 
     peak_allocated_bytes: Count | None = None
@@ -97,6 +98,7 @@ class PeakMemory:
     gradient_bytes: Count | None = None
     optimizer_bytes: Count | None = None
     activation_bytes: Count | None = None
+    graph_bytes: Count | None = None
 
 
 @typed

@@ -26,7 +26,7 @@ from qwen3bench.worker.compile_counters import forget_compilations
 from qwen3bench.worker.costs import cell_cost
 from qwen3bench.worker.evidence import COMPARED, collect
 from qwen3bench.worker.peers import gradients_of_peer, judge_peer
-from qwen3bench.worker.runtimes import InvalidCell, Launch
+from qwen3bench.worker.runtimes import InvalidCell, Launch, PreparedStep
 from qwen3bench.worker.session import Session
 from qwen3bench.worker.training_inspection import training_evidence, training_memory
 from qwen3bench.worker.workloads import Workload, keeping_output
@@ -47,6 +47,7 @@ class Warm:
     workload: Workload
     launches: Sequence[Launch]
     outputs: list[torch.Tensor]  # the logits of the last launch
+    graph_bytes: int | None = None  # of its graphs, outside the allocator
 
 
 class Inspection:
@@ -107,6 +108,7 @@ class Inspection:
             peak_allocated_bytes=torch.cuda.max_memory_allocated(device),
             peak_reserved_bytes=torch.cuda.max_memory_reserved(device),
             cache_bytes=inputs.cache_bytes or None,
+            graph_bytes=self._warm.graph_bytes,
         )
 
     def cost(self, cell: str, workload: str) -> Cost:
@@ -180,11 +182,18 @@ class Inspection:
         runtime = self.session.runtime(name)
         model = runtime.prepare_model(model).model
         steps = [keeping_output(step, outputs) for step in workload.steps(model)]
-        launches = [runtime.prepare(step).launch for step in steps]
+        prepared = [runtime.prepare(step) for step in steps]
+        launches = [each.launch for each in prepared]
         if self.session.device.type == "cuda" or name == "compile":
             for launch in launches:
                 launch()
-        return Warm(where, model, workload, launches, outputs)
+        return Warm(where, model, workload, launches, outputs, graph_bytes_of(prepared))
+
+
+def graph_bytes_of(prepared: Sequence[PreparedStep]) -> int | None:
+    """What the graphs of these steps take outside the allocator; None where none is a graph."""
+    known = [each.graph_bytes for each in prepared if each.graph_bytes is not None]
+    return sum(known) if known else None
 
 
 def error_against_eager(warm: Warm) -> float:

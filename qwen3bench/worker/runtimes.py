@@ -44,10 +44,14 @@ class PreparedModel:
 
 @dataclass(frozen=True)
 class PreparedStep:
-    """How to launch a step's work again, and the seconds that compiling it took where it was compiled."""
+    """How to launch a step's work again, and the seconds that compiling it took where it was compiled.
+
+    `graph_bytes`: what its graph takes of the card outside the allocator, where it is one.
+    """
 
     launch: Launch
     compile_s: float | None = None
+    graph_bytes: int | None = None
 
 
 @dataclass
@@ -109,11 +113,12 @@ class GraphRuntime(Runtime):
                 step()
         torch.cuda.current_stream().wait_stream(self._stream)
         torch.cuda.synchronize()
+        before = _outside_allocator(self.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             logits = step()
         require_replay(graph.replay, logits)
-        return PreparedStep(graph.replay)
+        return PreparedStep(graph.replay, graph_bytes=max(0, _outside_allocator(self.device) - before))
 
 
 @dataclass
@@ -246,6 +251,12 @@ class EagerCalls:
             return function(*given, **named)
 
         return run
+
+
+def _outside_allocator(device: torch.device) -> int:
+    """The bytes of the card that are taken and not the allocator's: contexts, code, graphs, what others have."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
 
 
 def require_replay(replay: Launch, logits: Tensor) -> None:

@@ -25,8 +25,8 @@ def test_it_is_told_before_the_timing_pass_and_in_the_report(measure: Measure) -
     assert done.status == 0
     before, told, after = done.err.partition(SAID)
     assert told
-    assert "timing" not in before
-    assert "timing" in after
+    assert "\ntiming\n" not in before
+    assert "\ntiming\n" in after
     assert "tie changes nothing" not in done.err
     (said,) = idle(done)
     assert said.startswith("mask changes nothing that runs (prefill 1×16 eager): same kernels and output as without it")

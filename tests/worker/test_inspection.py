@@ -162,6 +162,15 @@ def test_memory_is_the_cells_own(ask: Ask, settings: Settings) -> None:
 
 
 @pytest.mark.cuda
+def test_a_graph_takes_memory_of_its_own_and_eager_has_none(ask: Ask, settings: Settings) -> None:
+    ask("open", config=replace(settings, device="cuda", runtimes={"graph": {}, "eager": {}}).to_dict())
+    graph = ask("memory", cell="baseline", workload="decode", runtime="graph")
+    eager = ask("memory", cell="baseline", workload="decode", runtime="eager")
+    assert 0 <= graph.graph_bytes < 2**28
+    assert eager.graph_bytes is None
+
+
+@pytest.mark.cuda
 def test_what_a_cell_leaves_for_its_next_token_counts_for_no_other(
     ask: Ask, small_settings: Callable[..., Settings]
 ) -> None:
@@ -172,7 +181,8 @@ def test_what_a_cell_leaves_for_its_next_token_counts_for_no_other(
     first = ask("memory", cell="baseline", **where)
     ask("memory", cell="flash+mask", **where)
     assert shared_counters.cache_info().currsize == 1
-    assert ask("memory", cell="baseline", **where) == first
+    again = ask("memory", cell="baseline", **where)
+    assert replace(again, graph_bytes=first.graph_bytes) == first  # the card counts graphs in pages of 2 MiB
     assert shared_counters.cache_info().currsize == 0
 
 
@@ -193,6 +203,8 @@ def test_evidence_after_the_memory_pass_is_that_of_a_cell_built_anew(
     ask("memory", cell="baseline", **where)
     another = ask("evidence", cell="tie", **where)
     assert built == ["tie", "tie"]
+    if runtime == "compile":  # each compilation chooses its kernels, which round in their own ways
+        kept, anew, another = (replace(each, output=None) for each in (kept, anew, another))
     assert kept == anew == another
     assert kept.tied_storage
     assert kept.kernel_launches > 0
