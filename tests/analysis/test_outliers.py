@@ -21,6 +21,7 @@ from analysis.disturbed_campaigns import (
     spikes,
     told,
 )
+from analysis.test_campaigns import CONDITIONS, PLAN, simulate
 
 from qwen3bench.analysis.contrasts import contrasts, every_cell
 from qwen3bench.analysis.effects import effects
@@ -216,3 +217,27 @@ def test_a_run_says_which_visits_count_and_takes_no_other(write_run: Write) -> N
     assert cells["speedup"].to_numpy() == pytest.approx(before["speedup"].to_numpy(), rel=1e-3)
     width, usual = (np.log(each["latency_hi_s"] / each["latency_lo_s"])["flash"] for each in (cells, before))
     assert width < 2 * usual
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_what_intervals_promise_holds_after_visits_are_left_out(name: str, processes: int) -> None:
+    y = simulate(RNG(processes), processes, **CONDITIONS[name])
+    for matrix, most in ((PLAN, 0.97), (SPEEDUPS, 0.985)):
+        found = told(y, process_of(y.shape[1]), matrix)
+        assert 0.93 <= np.mean(np.abs(found.estimate) <= found.half_width(0.95)) <= most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3, 6])
+@pytest.mark.parametrize(("loud", "louder"), [([0], 3), ([28, 29, 30, 31], 10)])
+def test_speedups_of_loud_cells_cover_after_visits_are_left_out(loud: list[int], louder: float, processes: int) -> None:
+    scale = np.ones(32)
+    scale[loud] = louder
+    y = simulate(RNG(processes), processes) * scale
+    y = y + np.repeat(RNG(14).normal(scale=0.01, size=(len(y), processes, 32)), 3, axis=1)
+    found = told(y, process_of(y.shape[1]), SPEEDUPS)
+    covered = np.mean(np.abs(found.estimate) <= found.half_width(0.95), axis=0)
+    assert covered.mean() >= 0.93
+    assert covered.min() >= 0.92
