@@ -297,7 +297,7 @@ def _campaign(
         resolved, identity = continuation.identified(settings, worker, directory)
     choice = None
     if is_open(settings) and resolved.device == "cpu":
-        with reporter.stage("timing a forward, to choose the prompt's length", 1):
+        with reporter.stage("choosing the prompt's length by what a forward takes", 1):
             choice = choose_prompt(resolved, worker)
         if choice is not None:
             reporter.note(said(choice))

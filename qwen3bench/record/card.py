@@ -83,7 +83,7 @@ class Card:
             power_w=_watts(self._ask("nvmlDeviceGetPowerUsage", self.handle)),
             throttle_reasons=None if reasons is None else tuple(_words(reasons)),
             foreign_processes=foreign,
-            foreign_sm_percent=self._sm_percent(foreign) if foreign else None,
+            foreign_sm_percent=None if foreign is None else self._sm_percent(foreign),
         )
 
     def describe(self) -> dict[str, Any]:
@@ -128,6 +128,8 @@ class Card:
 
     def _sm_percent(self, pids: Collection[int]) -> float | None:
         """How much of the SMs these processes took since the last look, in percent; None where NVML does not tell."""
+        if not pids:
+            return 0.0
         samples = self._ask("nvmlDeviceGetProcessUtilization", self.handle, self._looked_us)
         if samples is None:
             return None

@@ -297,3 +297,25 @@ def test_reads_a_real_card() -> None:
     assert telemetry.sm_clock_mhz <= described["sm_clock_max_mhz"]
     assert telemetry.temperature_c
     assert telemetry.throttle_reasons is not None
+
+
+def test_how_much_of_the_sms_others_take_is_told_where_nvml_does(
+    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the newest sample of each process since the last look."""
+    nvml.pids = [(os.getpid(), 0)]
+    assert Card(0).sample().foreign_sm_percent == 0
+    nvml.pids = [(os.getpid(), 0), (2**22 + 1, 0), (2**22 + 2, 0)]
+    assert Card(0).sample().foreign_sm_percent is None  # as NVML does not tell
+    asked = []
+
+    def used(card: str, since: int) -> list[SimpleNamespace]:
+        asked.append(since)
+        rows = [(os.getpid(), 90, 7), (2**22 + 1, 10, 5), (2**22 + 1, 40, 6), (2**22 + 2, 5, 6)]
+        return [SimpleNamespace(pid=pid, smUtil=share, timeStamp=at) for pid, share, at in rows]
+
+    monkeypatch.setattr(nvml, "nvmlDeviceGetProcessUtilization", used, raising=False)
+    card = Card(0)
+    assert card.sample().foreign_sm_percent == 45
+    card.sample()
+    assert asked == [0, 7]
