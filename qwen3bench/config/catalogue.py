@@ -60,8 +60,8 @@ def claim_of(name: str, target: str | None = None) -> Claim:
     Of another function than the file's, `target`, the file says nothing.
     Raises `UserError` where `part` is no name, and where `commutes` lists what is no other optimization.
     """
-    content = declared(name)
-    if target not in (None, content.get("_target_")):
+    content = declared(name) if name in choices("opt") else {}  # of a record's there may be none any more
+    if not content or target not in (None, content.get("_target_")):
         return Claim(name)
     part = content.get("part") or ""
     if not isinstance(part, str):
