@@ -26,7 +26,7 @@ from analysis.test_campaigns import CONDITIONS, PLAN, simulate
 from qwen3bench.analysis.contrasts import contrasts, every_cell
 from qwen3bench.analysis.effects import effects
 from qwen3bench.analysis.frames import block_matrix, undisturbed, with_judged_visits
-from qwen3bench.analysis.outliers import judged, telling
+from qwen3bench.analysis.outliers import judged, telling, widening
 from qwen3bench.analysis.run import load_run
 from qwen3bench.analysis.stopping import half_widths
 from qwen3bench.analysis.variance import clustered, completed
@@ -241,3 +241,23 @@ def test_speedups_of_loud_cells_cover_after_visits_are_left_out(loud: list[int],
     covered = np.mean(np.abs(found.estimate) <= found.half_width(0.95), axis=0)
     assert covered.mean() >= 0.93
     assert covered.min() >= 0.92
+
+
+def test_the_error_is_that_of_what_is_left() -> None:
+    """Three of eight cells lack one of three processes: their means vary half as much again."""
+    plan = contrasts(tuple("abc"), every_cell(3)).matrix
+    y = RNG(10).normal(scale=0.01, size=(8000, 9, 8))
+    whole = clustered(y, process_of(9), plan)
+    y[:, 3:6, :3] = np.nan
+    found = clustered(y, process_of(9), plan)
+    told_variance = np.mean(found.se**2) / np.mean(whole.se**2)
+    assert told_variance == pytest.approx(np.var(found.estimate) / np.var(whole.estimate), rel=0.06)
+    wider = clustered(y, process_of(9), plan, np.full(8000, 1.5))
+    np.testing.assert_allclose(wider.se, 1.5 * found.se)
+
+
+def test_a_limit_among_many_visits_widens_the_error() -> None:
+    """Of an exponential excess of mean 0.3, 96.4 % lie inside, and the density at the limit is 0.119."""
+    excess = RNG(11).exponential(0.3, size=(200, 50, 40))
+    assert np.mean(widening(excess)) == pytest.approx(0.964 / (0.964 - 0.119), abs=0.02)
+    assert widening(np.where(excess > 0.9, 5.0, excess) - 0.2) == pytest.approx(1)
