@@ -61,8 +61,8 @@ def every_cell(k: int) -> tuple[tuple[int, ...], ...]:
 def contrasts(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> Contrasts:
     """The contrasts that estimate each term from the means of `cells`.
 
-    All 2^k cells: the orthogonal ones. Fewer, of more than five factors: least squares of main effects and pairs, and
-    no other terms. Fewer of up to five: least squares under the hierarchy principle (Box, Hunter &
+    All 2^k cells: the orthogonal ones. Fewer that tell pairs, of more than five factors: least squares of main effects
+    and pairs, and no other terms. Any others: least squares under the hierarchy principle (Box, Hunter &
     Hunter, Statistics for Experimenters, chapter 6): a term counts as estimable when it can be told from
     every term of its own and of lower order, a main effect from the interactions of two factors as well, as no
     average over the other factors is known without them; higher interactions are then taken for nil, as few
@@ -70,7 +70,7 @@ def contrasts(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> C
     none of the others, or else beside all of them, where these two cells are there, and the reason says which.
     """
     k = len(factors)
-    if k > _WHOLE and len(cells) < 2**k:
+    if k > _WHOLE and len(cells) < 2**k and _tells_pairs(fit_of(cells)):  # each alone, or all but each, tell none
         return _of_screen(factors, cells)
     terms = all_terms(k)
     if len(cells) == 2**k:
@@ -159,6 +159,12 @@ def shapley_contrasts(k: int) -> NDArray[np.float64]:
 def others_of(reason: str) -> str:
     """What the other factors do where an effect with this reason is told; empty where it is an average over them."""
     return next((others for others in (OTHERS_OFF, OTHERS_ON) if reason.startswith(others)), "")
+
+
+def _tells_pairs(fit: Fit) -> bool:
+    """Whether some pair is told, by itself or with its aliases."""
+    told = ~np.isnan(fit.solve[1:]).any(axis=1)
+    return any(known and len(group[-1]) > 1 for known, group in zip(told, fit.groups, strict=True))
 
 
 def _some_go_together(fit: Fit) -> bool:

@@ -85,6 +85,19 @@ def test_without_an_average_a_main_effect_is_that_beside_none_or_all_of_the_othe
     assert table.loc[table["kind"] != "main", "estimate"].isna().all()
 
 
+@pytest.mark.parametrize(("others", "reason"), [(0, "with the others off"), (1, "with the others on")])
+def test_of_many_factors_too_a_main_effect_is_that_beside_none_or_all_of_the_others(others: int, reason: str) -> None:
+    """Seven factors, each alone or all but each: no pair is told, and an average of none."""
+    names = list("ABCDEFG")
+    rows = [[level] * 7 for level in (0, 1)[: 1 + others]] + [[others ^ (i == j) for i in range(7)] for j in range(7)]
+    cells = pd.DataFrame(rows, columns=names)
+    y = 20 - 3 * cells["A"] - cells["B"] - 4 * cells["A"] * cells["B"]
+    main = effects(cells.assign(y=y), names, "y", log=False).query("kind == 'main'").set_index("term")
+    expected = {"A": -3.0 - 4.0 * others, "B": -1.0 - 4.0 * others}
+    assert main["estimate"].to_dict() == pytest.approx(dict.fromkeys(names, 0.0) | expected)
+    assert main["reason"].str.startswith(reason).all()
+
+
 def test_a_main_effect_that_an_interaction_of_two_may_be_is_not_estimated() -> None:
     """The half I = ABC of a 2^3 (Montgomery, section 8.2): each main effect is an alias of an interaction of two."""
     frame = standard_order("ABC", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 9.0])

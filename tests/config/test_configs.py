@@ -213,7 +213,7 @@ def test_cuda_and_cpu_settle_what_auto_leaves_open() -> None:
     assert (cuda.target("graph"), cuda.target("compile"), cuda.target("eager")) == (0.0025, 0.0025, 0.01)
     assert cpu.target("compile") == 0.01
     assert compose(["measure.target=0.02"]).resolved("cuda").target("graph") == 0.02
-    assert (cuda.limit_s("graph", 6, 5), cpu.limit_s("eager", 6, 3)) == (60, 10)
+    assert (cuda.limit_s("graph", 6, 5), cpu.limit_s("eager", 6, 3)) == (60, 30)
     assert cuda.limit_s("graph", 5, 5) == cuda.limit_s("graph", 6, 4) == math.inf
     assert compose(["measure.max_seconds=7"]).resolved("cuda").limit_s("graph", 0, 0) == 7
 

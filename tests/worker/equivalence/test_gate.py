@@ -15,7 +15,7 @@ from qwen3bench.model.build import build_model
 from qwen3bench.model.layers import TransformerBlock
 from qwen3bench.model.parts import Parts
 from qwen3bench.model.qwen3 import Qwen3Model
-from qwen3bench.opt import mask
+from qwen3bench.opt import gemv
 from qwen3bench.record.design import design_cells, label
 from qwen3bench.record.messages import Judgment
 from qwen3bench.worker.equivalence.candidate import Candidate, kv_cache
@@ -271,8 +271,8 @@ def with_layers(monkeypatch: pytest.MonkeyPatch, depth: int, make: Callable[...,
         made.append(1)
         return make((len(made) - 1) % config.num_layers, config, parts)
 
-    monkeypatch.setattr(mask, "apply", lambda parts: replace(parts, block=block))
-    verdict = Gate(replace(TINY, num_layers=depth), device="cpu", dtype=torch.float32).judge_cell(("mask",))
+    monkeypatch.setattr(gemv, "apply", lambda parts, **options: replace(parts, block=block))  # it may change blocks
+    verdict = Gate(replace(TINY, num_layers=depth), device="cpu", dtype=torch.float32).judge_cell(("gemv",))
     monkeypatch.undo()
     return verdict
 
