@@ -144,6 +144,7 @@ def test_nothing_that_a_record_names_is_imported(
     assert switches([load_run(run)]) == []  # what the catalogue's function does says nothing of another one
 
 
+@pytest.mark.slow
 def test_a_record_does_not_choose_where_files_go(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run = make_run("run", workload="../../escaped")
     (run / "plots" / "effects-..").mkdir(parents=True)

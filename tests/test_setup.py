@@ -91,6 +91,7 @@ def test_ci_script_is_valid_bash() -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_module_config_and_template(tmp_path: Path) -> None:
     source = tmp_path / "source"
     unwanted = shutil.ignore_patterns(".*", "*.egg-info", "build", "results", "tests", "notebooks", "__pycache__")

@@ -55,6 +55,7 @@ def test_a_machine_that_became_slower_is_no_regression(
     assert "4 compared" in section(text, "Latency")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copy_ratio", [1.3, 0.7])
 def test_runs_whose_copies_differ_cannot_tell(
     copy_ratio: float, write_run: Write, capsys: pytest.CaptureFixture[str]
@@ -88,6 +89,7 @@ def test_a_loss_no_larger_than_the_copies_are_apart_is_none(
     assert output(capsys, a, huge, *GATE)[0] == 3
 
 
+@pytest.mark.slow
 def test_wide_intervals_ask_for_so_many_processes(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
     loud: dict[str, Any] = {"factors": ("flash", "norm"), "noise": 0.03}
     a, b = (write_run(name, seed=seed, blocks=9, **loud) for seed, name in ((5, "a"), (6, "b")))
@@ -113,6 +115,7 @@ def test_one_block_has_no_interval_and_tells_nothing(write_run: Write, capsys: p
     assert "nan" not in text
 
 
+@pytest.mark.slow
 def test_the_baseline_by_itself_is_judged_by_latency_alone(
     write_run: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +136,7 @@ def test_two_runs_on_one_card_are_the_same(capsys: pytest.CaptureFixture[str]) -
         assert "all 72 that are compared" in section(text, "Verdict")
 
 
+@pytest.mark.slow
 def test_an_effect_that_lost_half_its_gain_fails(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
     a = write_run("a", seed=1, worth={"flash": 1.2, "norm": 1.3})
     b = write_run("b", seed=2, worth={"flash": 1.1, "norm": 1.3})
@@ -172,6 +176,7 @@ def test_a_better_switch_costs_an_interaction_and_is_no_loss(
     assert "| flash:norm | interaction |" in section(text, "Effects")
 
 
+@pytest.mark.slow
 def test_raw_latency_is_judged_where_it_is_asked_for(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
     a = write_run("a", seed=1, blocks=12)
     b = write_run("b", seed=2, blocks=12, baseline_s={PREFILL: 0.0115})
@@ -205,6 +210,7 @@ def test_a_cell_that_broke_fails(write_run: Write, capsys: pytest.CaptureFixture
     assert "mlp is oom (prefill, graph)." in section(text, "Verdict")
 
 
+@pytest.mark.slow
 def test_a_cell_that_is_no_longer_measured_fails(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = write_run("a", factors=("flash",)), write_run("b", factors=("flash",), cells=["baseline"])
     status, text = output(capsys, a, b, *GATE)
@@ -214,6 +220,7 @@ def test_a_cell_that_is_no_longer_measured_fails(write_run: Write, capsys: pytes
     assert output(capsys, a, b)[0] == 0
 
 
+@pytest.mark.slow
 def test_runs_of_different_sizes_pass_no_gate(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = write_run("a"), write_run("b", config={"prompt_tokens": 512})
     assert main([str(a), str(b), *GATE]) == 1
@@ -337,6 +344,7 @@ def test_an_average_is_not_compared_with_what_is_none(write_run: Write, capsys: 
     assert f"not compared: flash, mask, norm, {said}" in section(text, "Not in both")
 
 
+@pytest.mark.slow
 def test_a_main_effect_that_is_a_speed_up_is_listed_once(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
     few: dict[str, Any] = {"factors": ("flash", "norm"), "cells": ["baseline", "flash", "norm"]}
     for runs in ([write_run(f"each{i}", seed=i, **few) for i in (1, 2)], [_one(write_run, i) for i in (1, 2)]):

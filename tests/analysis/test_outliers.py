@@ -243,6 +243,7 @@ def test_speedups_of_loud_cells_cover_after_visits_are_left_out(loud: list[int],
     assert covered.min() >= 0.92
 
 
+@pytest.mark.slow
 def test_the_error_is_that_of_what_is_left() -> None:
     """Three of eight cells lack one of three processes: their means vary half as much again."""
     plan = contrasts(tuple("abc"), every_cell(3)).matrix

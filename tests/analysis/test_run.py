@@ -195,6 +195,7 @@ def test_the_baseline_alone_has_no_effects(write_run: Write) -> None:
     assert run.cells["speedup"].tolist() == [1.0]
 
 
+@pytest.mark.slow
 def test_a_thousand_cells_and_a_thousand_terms(write_run: Write) -> None:
     factors = [f"f{i}" for i in range(10)]
     directory = write_run(factors=factors, worth={"f3": 1.1, "f1:f7": 1.01}, blocks=6, repeats=1)

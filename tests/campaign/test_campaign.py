@@ -56,6 +56,7 @@ FULL = ("design=full", "opt=flash,tie")
 CELLS = ["baseline", "flash", "tie", "flash+tie"]
 
 
+@pytest.mark.slow
 def test_a_process_measures_blocks_of_one_workload_alone(measure: Measure) -> None:
     sizes = ["measure.blocks_per_process=2", "measure.max_blocks=5", "measure.min_blocks=5", "measure.repeats=2"]
     done = measure(*FULL, "workload=prefill,generate", *sizes)
@@ -131,6 +132,7 @@ def test_a_process_measures_as_long_as_it_took_to_be_ready(measure: Measure, mon
     assert begun.more_s == pytest.approx(stop.more_s)
 
 
+@pytest.mark.slow
 def test_a_run_without_an_answer_says_what_one_takes(measure: Measure) -> None:
     limits = ("measure.max_blocks=9", "measure.target=0.0001", "measure.blocks_per_process=1")
     done = measure(*FULL, *limits)
@@ -152,6 +154,7 @@ def test_an_interval_shrinks_by_the_root_of_its_processes(over: float, processes
     assert processes_for(over, processes) == more
 
 
+@pytest.mark.slow
 def test_narrow_intervals_take_more_processes(measure: Measure) -> None:
     limits = ("measure.target=null", "measure.min_processes=null", "measure.min_blocks=3", "measure.max_blocks=200")
     done = measure(*FULL, "device=cuda", "runtime=eager,graph", *limits, "measure.blocks_per_process=2")
@@ -186,6 +189,7 @@ def test_what_a_switch_changed_is_told_by_cells_that_are_not_measured(measure: M
     assert set(done.run.cells["cell"]) == {"baseline", "flash+tie"}
 
 
+@pytest.mark.slow
 def test_of_generate_whose_last_step_alone_is_looked_at_nothing_is_said_to_be_the_same(measure: Measure) -> None:
     done = measure(*FULL, "workload=[generate,decode]")
     said = {line.workload for line in done.run.evidence if "changed nothing" in " ".join(line.notes)}
@@ -366,6 +370,7 @@ def test_whatever_a_worker_says_no_traceback_and_no_wrong_cell(
 HOSTILE = '../../../outside/<script>alert(1)</script>\n=HYPERLINK("x")\x1b[31m'
 
 
+@pytest.mark.slow
 def test_hostile_names_stay_inside_and_are_escaped(
     measure: Measure, tmp_path: Path, small_settings: Callable[..., Any]
 ) -> None:
@@ -400,6 +405,7 @@ def test_a_model_whose_name_is_a_formula_makes_none_in_the_tables(
     assert set(cells["model"]) == {"'=1+1"}
 
 
+@pytest.mark.slow
 def test_every_optimization_has_columns_of_its_own(measure: Measure) -> None:
     done = measure("design=each", f"opt=[{','.join(choices('opt'))}]", "workload=generate")
     assert done.status == 0

@@ -30,6 +30,7 @@ def slow(cell: str) -> dict[str, Any]:
     return {"does": "answer", "op": "visit", "cell": cell, "fields": {"samples": [sample]}}
 
 
+@pytest.mark.slow
 def test_what_is_predicted_to_be_best_is_measured_in_blocks_of_its_own(measure: Measure) -> None:
     done = measure(*SCREEN)
     assert done.status == 0

@@ -29,6 +29,8 @@ from qwen3bench.record.lines import (
 )
 from qwen3bench.record.writer import RecordWriter
 
+pytestmark = pytest.mark.slow
+
 Measure = Callable[..., Any]
 OPTS = "opt=flash,tie"
 FULL = ("design=full", OPTS)
@@ -164,7 +166,6 @@ def test_a_cell_compiled_again_after_its_warm_up_is_invalid_and_not_timed(measur
     assert "flash" not in set(done.run.samples["cell"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pass_", "fields", "status"),
     [

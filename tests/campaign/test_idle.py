@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from qwen3bench.reporting.finding import Kind
 from qwen3bench.reporting.findings import findings
 from qwen3bench.reporting.wording.sentences import sentence
@@ -20,6 +22,7 @@ def idle(done: Any) -> list[str]:
     return [sentence(finding) for finding in findings(done.run) if finding.kind == Kind.IDLE]
 
 
+@pytest.mark.slow
 def test_it_is_told_before_the_timing_pass_and_in_the_report(measure: Measure) -> None:
     done = measure(*FULL, faults=[SAME], report=True)
     assert done.status == 0

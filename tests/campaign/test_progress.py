@@ -284,6 +284,7 @@ def _block(settings: Any, seed: int, gain: float = 1.1, noise: float = 0.01) -> 
     return pd.DataFrame(rows, columns=["cell", "copy", "block", "process", "latency_s"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "names"),
     [

@@ -375,6 +375,7 @@ def _strikes_after(blocks: int, number: signal.Signals = signal.SIGINT) -> Calla
     return interrupted
 
 
+@pytest.mark.slow
 def test_ctrl_c_once_reports_what_there_is(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(RecordWriter, "append", _strikes_after(2))

@@ -15,6 +15,8 @@ from qwen3bench.config.settings import Settings
 from qwen3bench.record.lines import BlockLine, FailureLine, MemoryLine
 from qwen3bench.record.messages import PeakMemory
 
+pytestmark = pytest.mark.slow
+
 Measure = Callable[..., Any]
 GIB = 2**30
 SCREEN = ("design=screen", "opt=flash,tie,mlp,mask,norm,qkv", "device=cuda", "runtime=graph")

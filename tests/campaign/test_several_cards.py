@@ -13,6 +13,8 @@ from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.record.lines import BlockLine, ParametersLine, ProcessLine, SampleLine, Telemetry, VerifyLine
 from qwen3bench.record.states import Purpose
 
+pytestmark = pytest.mark.slow
+
 FULL = ("design=full", "opt=flash,tie,norm", "workload=prefill,decode")
 LONG = ("measure.min_processes=6", "measure.min_blocks=12", "measure.max_blocks=12")
 ON_CUDA = ("device=cuda", "runtime=graph")
@@ -155,7 +157,6 @@ def test_a_run_of_two_cards_continues_where_it_was(measure: Callable[..., Any], 
     assert done.record.warnings == []
 
 
-@pytest.mark.slow
 def test_real_workers_on_two_pretended_cards_tell_one_run(measure: Callable[..., Any], fake_card: Any) -> None:
     cards = [UsedCard(WorkerProcess, fake_card(QUIET), f"GPU-{n}", "a kind", socket=n) for n in range(2)]
     done = measure("design=full", "opt=flash,tie", "measure.min_processes=4", "measure.max_blocks=8", cards=cards)

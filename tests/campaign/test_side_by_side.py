@@ -33,6 +33,8 @@ from qwen3bench.record.lines import (
 )
 from qwen3bench.record.messages import CollectEvidence, MeasureMemory, Request, Verify
 
+pytestmark = pytest.mark.slow
+
 Measure = Callable[..., Any]
 ON_A_CARD = ("design=full", "opt=flash,tie,mask,norm", "device=cuda", "runtime=graph")
 DIES = {"does": "die"}
@@ -208,7 +210,6 @@ def test_a_cell_refused_beside_others_is_judged_alone(measure: Measure, tmp_path
     assert len(done.record.of(VerifyLine)) == 16
 
 
-@pytest.mark.slow
 def test_a_process_that_hangs_takes_no_other_with_it(measure: Measure, tmp_path: Path) -> None:
     fault = {"does": "hang", "op": "verify", "cell": "tie", "once": str(tmp_path / "struck")}
     done = measure(*ON_A_CARD, "measure.step_timeout_s=1", faults=[fault])

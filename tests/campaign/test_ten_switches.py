@@ -60,6 +60,7 @@ def test_they_are_measured_together_beside_one_of_ours(tmp_path: Path) -> None:
     assert (run.cells["latency_s"] > 0).all()
 
 
+@pytest.mark.slow
 def test_every_combination_of_ten_is_refused_with_the_screen_that_would_do(tmp_path: Path) -> None:
     full = [f"--config-dir={write_lab(tmp_path)}", ALL_TEN, "design=full"]
     with pytest.raises(UserError) as refusal:

@@ -281,6 +281,7 @@ def test_a_tilde_is_the_home_directory(key: str, typed: str, monkeypatch: pytest
     assert (settings.dir or settings.resume) == home / typed.strip("'").removeprefix("~").removeprefix("/")
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.text(st.characters(exclude_categories=["C"], exclude_characters="$"), min_size=1).filter(str.isprintable))
 def test_what_an_error_says_to_type_is_understood(name: str) -> None:

@@ -150,6 +150,7 @@ def test_a_screen_takes_a_size_or_a_resolution() -> None:
             compose(argv)
 
 
+@pytest.mark.slow
 def test_more_than_512_cells_are_refused_with_the_screen_that_would_do(own_switches: OwnSwitches) -> None:
     own_switches(**{f"own{i}": "" for i in range(5)})
     ten = "opt=flash,tie,mlp,mask,norm," + ",".join(f"own{i}" for i in range(5))

@@ -154,6 +154,7 @@ def test_what_has_no_source_has_no_hash(own: Path) -> None:
 # opt=all
 
 
+@pytest.mark.slow
 def test_all_names_every_switch_that_a_workload_knows(own: Path) -> None:
     every = choices("opt")
     known = {name: catalogue.workloads_of(name) for name in every}

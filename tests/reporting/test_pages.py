@@ -218,6 +218,7 @@ def test_a_run_with_nothing_measured_still_gives_a_page(
     assert not Tags(page).open
 
 
+@pytest.mark.slow
 def test_how_much_was_measured_is_told_of_what_was_ended_too(
     record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
 ) -> None:
@@ -236,6 +237,7 @@ def test_writing_twice_gives_the_same_pages(record_lines: Callable[..., Lines], 
     assert write_report(run).read_bytes() == first
 
 
+@pytest.mark.slow
 def test_many_cells_are_cut_in_markdown_and_whole_in_the_page(
     record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
 ) -> None:
@@ -262,6 +264,7 @@ def test_markdown_takes_no_markup_from_values(value: str, escaped: str) -> None:
     assert markdown(value) == escaped
 
 
+@pytest.mark.slow
 def test_what_ran_tells_why_flash_and_mask_belong_together(written: Path, run_of: Any, record_lines: Any) -> None:
     for page in ("report.md", "report.html"):
         assert "FlashAttention kernel refuses an explicit mask" in (written / page).read_text()

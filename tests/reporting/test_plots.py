@@ -35,6 +35,7 @@ def drawn(run: Run) -> dict[str, Plot]:
     return {plot.name: plot for plot in plots}
 
 
+@pytest.mark.slow
 def test_a_full_run_has_every_plot(full_run: Run) -> None:
     of_condition = {"effects", "cells", "memory", "waterfall-latency", "waterfall-memory", "interactions", "controls"}
     found = drawn(full_run)
@@ -209,6 +210,7 @@ def test_no_line_of_a_title_ends_within_a_value() -> None:
         assert not [line for line in lines if re.search(r"(13\.45|3\.451×|3\.443,|8|5)$", line)]
 
 
+@pytest.mark.slow
 def test_the_legend_of_processes_covers_none_of_them(full_run: Run) -> None:
     figure = drawn(full_run)["controls-prefill-graph"].figure
     figure.draw_without_rendering()

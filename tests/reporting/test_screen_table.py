@@ -88,6 +88,7 @@ def test_the_toggles_have_every_cell_and_say_what_is_predicted(screened_run: Run
     assert len(json.dumps(data)) < 60_000
 
 
+@pytest.mark.slow
 def test_the_report_has_its_section_and_marks_shares_as_the_models(screened_run: Run) -> None:
     page = write_report(screened_run).read_text("utf-8")
     for text in ("Which switches pay", "of the model fitted to the screen", "leave off: nowhere shown to be faster"):

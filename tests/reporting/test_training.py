@@ -99,6 +99,7 @@ def test_inference_has_neither(full_run: Run) -> None:
     assert full_run.cells["gradient_bytes"].isna().all()
 
 
+@pytest.mark.slow
 def test_the_page_shows_both(run: Run) -> None:
     page = write_report(run).with_suffix(".md").read_text("utf-8")
     assert "memory-parts-train-graph.svg" in page

@@ -65,7 +65,8 @@ HEADINGS = {
 }
 OPENING = (
     "qwen3bench builds one Qwen3 model with optimizations switched on or off. A cell is one combination of switches. "
-    "Each cell is checked to compute what the baseline does, with all of them off. Then it is timed beside it."
+    "Each cell is checked to compute what the baseline does, with all of them off. Then it is timed beside it. "
+    "In its folder, make ablate sets it up and measures your machine."
 )
 METHOD = (
     "Cells are timed in blocks. A block visits every cell once, in a fresh random order, and a second copy of the "
@@ -78,9 +79,9 @@ METHOD = (
     "the device."
 )
 FLASH_AND_MASK = (
-    "Why flash and mask belong together: PyTorch's FlashAttention kernel refuses an explicit mask. With flash and "
-    "without mask, attention gets a mask tensor and runs on another backend. A kernel that is told of causality skips"
-    " the blocked half of the scores. One that is given a tensor computes them all. With mask on there is no tensor."
+    "Why flash and mask belong together: PyTorch's FlashAttention kernel refuses an explicit mask, so another backend "
+    "must take a tensor. A kernel that is told of causality skips the blocked half of the scores. One that is given a "
+    "tensor computes them all. With mask on there is no tensor."
 )
 
 

@@ -91,6 +91,7 @@ def test_the_baseline_is_its_own_measure(gate: Gate) -> None:
     assert checks["vocabulary"] == 256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_each_workload_is_judged_as_it_is_timed(dtype: torch.dtype) -> None:
     gate = gate_of(dtype=dtype, workloads=OWN)

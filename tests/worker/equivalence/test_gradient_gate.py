@@ -46,6 +46,7 @@ def with_parts(gate: GradientGate, tied: bool = False, **parts: Any) -> Gradient
     return GradientCandidate(build, tied)
 
 
+@pytest.mark.slow
 def test_the_baseline_and_all_switches_train_alike(gate: GradientGate) -> None:
     for cell in ((), SWITCHES):
         judged = gate.judge_cell(cell)

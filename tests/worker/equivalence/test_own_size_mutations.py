@@ -25,6 +25,8 @@ from qwen3bench.worker.equivalence.candidate import Candidate, kv_cache
 from qwen3bench.worker.equivalence.gate import Gate
 from qwen3bench.worker.workloads import WorkloadSize
 
+pytestmark = pytest.mark.slow
+
 TINY = ModelConfig(
     num_layers=2,
     emb_dim=64,
