@@ -163,8 +163,8 @@ def others_of(reason: str) -> str:
 
 def _tells_pairs(fit: Fit) -> bool:
     """Whether some pair is told, by itself or with its aliases."""
-    told = ~np.isnan(fit.solve[1:]).any(axis=1)
-    return any(known and len(group[-1]) > 1 for known, group in zip(told, fit.groups, strict=True))
+    told = (group for group, row in zip(fit.groups, fit.solve[1:], strict=True) if not np.isnan(row).any())
+    return any(len(group[-1]) > 1 for group in told)
 
 
 def _some_go_together(fit: Fit) -> bool:
