@@ -100,14 +100,14 @@ class Times:
 
 @dataclass(frozen=True)
 class Choice:
-    """Of a recommendation: how many cells are as fast, and of how many more that is not known; or why there is none.
+    """Of a recommendation: which cells are as fast, and of how many more that is not known; or why there is none.
 
     `smallest` and its `smallest_bytes`: of cells that do not fit within `limit_gib`.
     """
 
     none: NoAnswer | None = None
     times: Times | None = None
-    alike: int = 0
+    alike: tuple[str, ...] = ()
     unsure: int = 0
     limit_gib: float | None = None
     smallest: str = ""

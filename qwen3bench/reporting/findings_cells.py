@@ -84,7 +84,8 @@ def recommended(run: Run, condition: Condition) -> Iterator[Finding]:
     alike = alike.assign(switches=[0 if c == BASELINE else c.count("+") + 1 for c in alike["cell"]])
     pick = rows(alike.sort_values([MEMORY, "switches"], kind="stable", na_position="last"))[0]
     baseline = rows(all_cells[all_cells["cell"] == BASELINE])[0]
-    choice = Choice(times=times_of(run, pick, baseline), alike=len(alike) - 1, unsure=unsure, limit_gib=limit_gib)
+    as_fast = tuple(cell for cell in alike["cell"] if cell != pick.cell)
+    choice = Choice(times=times_of(run, pick, baseline), alike=as_fast, unsure=unsure, limit_gib=limit_gib)
     yield Finding(
         Kind.ANSWER, pick.cell, str(condition), pick.speedup, pick.speedup_lo, pick.speedup_hi,
         Verdict.FASTER, choice, width=band(run),

@@ -66,7 +66,7 @@ HEADINGS = {
 OPENING = (
     "qwen3bench builds one Qwen3 model with optimizations switched on or off. A cell is one combination of switches. "
     "Each cell is checked to compute what the baseline does, with all of them off. Then it is timed beside it. "
-    "In its folder, make ablate sets it up and measures your machine."
+    "To begin, run make ablate in its folder: it sets itself up and measures your machine."
 )
 METHOD = (
     "Cells are timed in blocks. A block visits every cell once, in a fresh random order, and a second copy of the "
@@ -231,7 +231,8 @@ def choice_notes(finding: Finding, choice: Choice) -> list[str]:
     """What is to be known beside a recommendation: cells as fast, cells of which that is not known."""
     notes = []
     if choice.alike:
-        cells = f"{count(choice.alike, 'other cell')} {'is' if choice.alike == 1 else 'are'}"
+        other, *more = choice.alike
+        cells = f"{count(len(choice.alike), 'other cell')} are" if more else f"{other} is"
         kept = "takes no more memory" if choice.times and is_number(choice.times.peak_bytes) else "has no more switches"
         notes.append(f"{cells} as fast within {band_words(finding.width)}. This one {kept}.")
     if choice.unsure:
