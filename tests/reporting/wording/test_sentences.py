@@ -54,10 +54,14 @@ def half(verdict: str, estimate: float) -> Effect:
 SNAPSHOTS = [
     (
         Finding(
-            Kind.ANSWER, "flash+mask", PREFILL, **GAIN, detail=Choice(times=Times(1.0, peak_bytes=2.0), alike=("flash",))
+            Kind.ANSWER,
+            "flash+mask",
+            PREFILL,
+            **GAIN,
+            detail=Choice(times=Times(1.0, peak_bytes=2.0), alike=("flash",)),
         ),
         "Switch on flash+mask: 1.271× [1.265, 1.277] as fast as the baseline (prefill 1×2048 graph). "
-        "flash is as fast within ±1 %. This one takes no more memory.",
+        "flash is as fast within ±1 %. It takes no less memory.",
     ),
     (
         Finding(Kind.ANSWER, condition=PREFILL, detail=Choice(NoAnswer.NOTHING_FASTER), advice=MORE),
