@@ -25,7 +25,7 @@ def test_campaigns_are_measured_written_and_not_measured_twice(
     status = main(arguments)
     printed = capsys.readouterr().out
     record = read_record(tmp_path / "campaign-01")
-    assert record.types["sample"] == 6 * 3  # two cells and the second copy of the baseline
+    assert record.types["visit"] == 6 * 3  # two cells and the second copy of the baseline
     assert record.run.config["seed"] == 7
     assert "A/A" in (record.run.model or "")
     assert not record.of(FailureLine)

@@ -202,7 +202,7 @@ def _refuse_repeats(overrides: Sequence[str]) -> None:
     for group in SEVERAL:
         given = [override.partition("=") for override in overrides if override.lstrip("+").startswith(f"{group}=")]
         if len(given) > 1 and any(key.startswith("+") for key, _, _ in given):
-            names = ",".join(value.strip("[]") for _, _, value in given)
+            names = ",".join("".join(value.split()).strip("[]") for _, _, value in given)
             raise UserError(f"{group} is given more than once; name all together, as in {group}={names}")
 
 

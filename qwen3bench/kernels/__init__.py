@@ -5,7 +5,8 @@ from importlib.util import find_spec
 
 import torch
 
-HAS_TRITON = find_spec("triton") is not None
+_found = find_spec("triton")
+HAS_TRITON = _found is not None and _found.origin is not None  # a folder of that name alone is not the package
 
 
 @cache

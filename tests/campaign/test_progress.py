@@ -109,9 +109,11 @@ def test_a_whole_run_says_a_line_a_pass(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    lines = done.stderr.splitlines()
+    lines = [line for line in done.stderr.splitlines() if "first effects" not in line and "× [" not in line]
     passes = [line for line in lines if not line.startswith((" ", "took ", "measuring 32 cells"))]
-    assert len(passes) <= 8
+    assert (
+        len(passes) <= 16
+    )  # nine passes; the prompt, other work, an idle switch and what a target takes, each by workload
     assert "timing" in passes
     announced = [line for line in lines if line.startswith("measuring 32 cells (prefill, decode; eager) to tell")]
     assert len(announced) == 1

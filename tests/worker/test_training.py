@@ -183,7 +183,9 @@ def test_a_compiled_step_has_the_gradients_of_eager(
     assert set(found.parts_s) == set(PARTS)
 
     real = F.silu
-    monkeypatch.setattr(F, "silu", lambda x: real(x) * (1.1 if torch.compiler.is_compiling() else 1.0))
+    monkeypatch.setattr(
+        F, "silu", lambda x, *more, **named: real(x, *more, **named) * (1.1 if torch.compiler.is_compiling() else 1.0)
+    )
     with pytest.raises(CellFailure, match="its gradients differ by"):
         ask("evidence", **where)
 
