@@ -42,7 +42,7 @@ def judged(y: Array, process: NDArray[Any]) -> JudgedVisits:
     """Visits `y` (…, blocks, cells; log latency, complete) that count, and those that other work slowed.
 
     `process` (blocks,) names each block's process. Of fewer than three cells all count: of two that are apart
-    nothing tells which was slowed.
+    nothing tells which was slowed. Of two blocks all count, and where what is left would tell of no two cells.
 
     Other work only ever slows. So a visit is left out where its residual is too many robust deviations above zero, and
     never for being fast: the identifier of Hampel (Davies & Gather, The Identification of Multiple Outliers, 1993),
@@ -59,13 +59,17 @@ def judged(y: Array, process: NDArray[Any]) -> JudgedVisits:
     """
     y = np.asarray(y, dtype=float)
     flat = y.reshape(-1, *y.shape[-2:])
-    if flat.shape[-1] < 3 or flat.shape[-2] < 2:
+    if flat.shape[-1] < 3 or flat.shape[-2] <= _FEWEST:
         return JudgedVisits(np.ones(y.shape, dtype=bool), np.zeros(y.shape))
     fit = _Fit.first(flat)
     counts, _ = _settled(fit, fit.residual <= fit.limit(np.ones(flat.shape, dtype=bool), own=False), own=False)
     counts, excess = _settled(fit, counts | _loud(counts), own=True, spared=_loud(counts))
     _, group = np.unique(process, return_inverse=True)
     counts |= _consistent(counts, excess, group, whole=True) | _consistent(counts, excess, group, whole=False)
+    for mine, beyond in zip(counts, excess, strict=True):
+        blocks, cells = telling(mine)
+        if not blocks.any() or cells.sum() < 2:
+            mine[:], beyond[:] = True, 0.0
     return JudgedVisits(counts.reshape(y.shape), excess.reshape(y.shape))
 
 

@@ -90,6 +90,15 @@ def test_one_cell_or_two_tell_of_no_disturbance(cells: int) -> None:
     assert judged(y, process_of(9)).counts.all()
 
 
+def test_of_two_blocks_every_visit_counts() -> None:
+    """A cell with one visit left would tell nothing, so that a run of two blocks would have no answer."""
+    y = np.log(1 + 0.001 * RNG(1).random((2, 4)))
+    y[0, 1] += 1.0
+    y[1, 2] += 1.0
+    assert judged(y, np.zeros(2)).counts.all()
+    assert not judged(np.vstack([y, np.zeros((4, 4))]), np.zeros(6)).counts.all()
+
+
 def test_a_cell_that_is_worth_less_in_one_process_is_not_disturbed() -> None:
     """A kernel chosen otherwise: 6 % for as long as the process lives."""
     y = RNG(5).normal(scale=0.002, size=(200, 15, 32))
