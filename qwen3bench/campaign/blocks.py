@@ -253,8 +253,7 @@ class Blocks:
             raise
         self._progress.expect(sum(map(self._left_s, self._timings)) / self._context.cards() + REPORT_S)
         if timing.blocks == 1:
-            title = f"{' '.join(where)}: first effects, after one block"
-            self._progress.first_answer(title, self._effects.lines)
+            self._progress.first_answer(self._effects.line(where))
         self._progress.table(self._effects.lines)
         return True
 

@@ -19,7 +19,7 @@ from qwen3bench.config.settings import Settings
 from qwen3bench.record.design import BASELINE, is_peer, label
 from qwen3bench.record.lines import SampleLine
 from qwen3bench.reporting.lookup import rows
-from qwen3bench.reporting.terminal import Estimate, effect_lines
+from qwen3bench.reporting.terminal import Estimate, effect_lines, effects_line
 
 _COLUMNS = ["cell", "copy", "block", "process", "latency_s"]
 _Told = dict[str, Estimate | None]
@@ -49,6 +49,11 @@ class LiveEffects:
         names = dict.fromkeys(name for of_where in told.values() for name in of_where)
         table = {name: [of_where.get(name) for of_where in told.values()] for name in names}
         return effect_lines(table, list(told), width, unknown="not known yet") if table else []
+
+    def line(self, where: Where) -> str:
+        """The effects in one workload and runtime, as they stand."""
+        self._take_in()
+        return effects_line(" ".join(where), self._known[where].told)
 
     def _take_in(self) -> None:
         for where, timing in self._timings.items():

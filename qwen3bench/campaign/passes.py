@@ -328,10 +328,13 @@ class Campaign:
         """Say which switches change nothing that runs, before time is spent on them."""
         if self._context.chosen is not None:  # other cells of a run that has told it
             return
+        idle: dict[tuple[str, int], list[str]] = {}
         for (workload, runtime), seen in self._state.evidence.items():
             if workload not in PARTLY_SEEN:
-                for name, pairs in idle_switches(seen).items():
-                    self._progress.note(idle_words(name, f"{workload}, {runtime}", pairs))
+                for told in idle_switches(seen).items():
+                    idle.setdefault(told, []).append(f"{workload} {runtime}")
+        for (name, pairs), conditions in idle.items():
+            self._progress.note(idle_words(name, ", ".join(conditions), pairs))
 
     def _take(self, title: str, steps: Iterable[Request[Any]]) -> None:
         """Take those of the steps that are left, those of one place on one card."""

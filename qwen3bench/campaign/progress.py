@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-_QUIET_S = 30.0  # between two lines within a pass where the output is no terminal
+_QUIET_S = 30.0  # between two lines of progress where the output is no terminal
 _REFRESH_PER_S = 2  # the supervisor shares the machine with what is timed
 _TABLE_SHARE = 0.02  # of the time between blocks that may go to the table
 _STOP = "Ctrl-C: stop and report"
@@ -35,16 +35,18 @@ class Stage:
 
 
 class Reporter:
-    """One bar over the whole run on a terminal; elsewhere a line for each pass, and one every 30 s within it."""
+    """One bar over the whole run on a terminal; elsewhere a line every 30 s at most."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self._live: Live | None = None
-        self._began = self._said = time.monotonic()
+        self._began = time.monotonic()
+        self._due = self._began  # for the next line of progress
         self._end: float | None = None  # when the run is expected to end
         self._doing = ""
         self._table: Sequence[str] = ()
         self._has_answer = False  # so that ending early leaves a report
+        self._untold: list[str] = []  # first answers that wait for their line
         self._table_due = 0.0
 
     @contextmanager
@@ -65,9 +67,8 @@ class Reporter:
     def stage(self, title: str, total: int) -> Iterator[Stage]:
         """One pass of `total` steps."""
         self._doing = title
-        if self._live is None and total:
-            self._said = time.monotonic()
-            self.note(title)
+        if total:
+            self._say(title)
         yield Stage(self, title, total)
 
     @contextmanager
@@ -83,10 +84,8 @@ class Reporter:
     def show(self, doing: str, line: str) -> None:
         """The present step; elsewhere than on a terminal a `line` about it, unless there was one in the last 30 s."""
         self._doing = doing
-        now = time.monotonic()
-        if self._live is None and now - self._said >= _QUIET_S:
-            self._said = now
-            self.note(f"  {line}{'' if self._end is None else f', about {duration(self._left_s(now))} left'}")
+        left = "" if self._end is None else f", about {duration(self._left_s(time.monotonic()))} left"
+        self._say(f"  {line}{left}")
 
     def table(self, made: Callable[[int], Sequence[str]]) -> None:
         """On a terminal, the lines that `made` gives for its width, under the bar.
@@ -100,12 +99,18 @@ class Reporter:
         took_s = time.monotonic() - started
         self._table_due = 0.0 if took_s <= _FREE_S else started + took_s / _TABLE_SHARE
 
-    def first_answer(self, title: str, made: Callable[[int], Sequence[str]]) -> None:
-        """There are first effects; elsewhere than on a terminal, the lines that `made` gives, once."""
+    def first_answer(self, line: str) -> None:
+        """There are first effects; elsewhere than on a terminal the `line` that tells them, when one is due."""
         self._has_answer = True
         if self._live is None:
-            for line in (f"{title} ({_STOP})", *made(self.console.width)):
-                self.note(line)
+            self._untold.append(f"{line} ({_STOP})")
+
+    def _say(self, line: str) -> None:
+        """A line of progress where the output is no terminal and one is due, or a first answer in its place."""
+        now = time.monotonic()
+        if self._live is None and now >= self._due:
+            self._due = now + _QUIET_S
+            self.note(self._untold.pop(0) if self._untold else line)
 
     def note(self, text: str) -> None:
         """A line that stays. Control characters are escaped: what a worker says must not steer the terminal."""

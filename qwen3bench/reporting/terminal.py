@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.text import Text
@@ -54,6 +54,8 @@ from qwen3bench.reporting.wording.terminal_words import (
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
+T = TypeVar("T")
+
 MAX_LINES = 25  # one screen
 _WIDTH = 100
 _MAX_ROWS = 9  # of the table
@@ -93,6 +95,12 @@ def effect_lines(main: Rows, heads: Sequence[str], width: int, unknown: str = "n
         return lines
     short = {name: [_field(each, interval=False) or unknown for each in estimates] for name, estimates in main.items()}
     return narrow_table(short, heads, width)
+
+
+def effects_line(where: str, told: Mapping[str, Estimate | None]) -> str:
+    """The first effects in one condition, as one line."""
+    effects = ", ".join(f"{name} {_field(each) or 'not known yet'}" for name, each in _cut(told).items())
+    return f"{where}, first effects: {effects}"
 
 
 # The answer
@@ -222,7 +230,7 @@ def _dependent(run: Run) -> Iterator[str]:
         yield only_helps_with(small, large, found)
 
 
-def _cut(table: Rows) -> Rows:
+def _cut(table: Mapping[str, T]) -> dict[str, T]:
     return dict(list(table.items())[:_MAX_ROWS])
 
 
