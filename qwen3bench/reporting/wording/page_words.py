@@ -16,7 +16,7 @@ PAGE = {
     "shading": "Effect of each switch on latency. Shaded by size, gray: the same within the band, dashed: not decided.",
     "open": "If the estimates stay, these settings in the command decide.",
     "what_if": "Every number was measured. Beside each switch stands how many times as fast the model is once it is "
-    "turned on or off from here. Each interval stands for itself: of twenty, one misses.",
+    "turned on or off from here. Of twenty such intervals, about one misses the true value.",
     "what_if_screen": "What is marked as predicted comes from the fit, all else was measured. Beside each switch "
     "stands how many times as fast the model is once it is turned on or off from here.",
     "halves": "What a switch is worth with the other on and off, on average over the rest (joint effect above 1: more "
