@@ -33,7 +33,8 @@ class Comparison:
     - `latency`: cell, workload, runtime, a, b in seconds, as in cells.csv
     - `memory`: cell, workload, runtime, a, b in bytes, ratio (A / B) where the peak differs
     - `only`: what one run alone holds, in words
-    - `lost`: cells that are ok in A and not in B, though B measures their workload and runtime, in words
+    - `lost`: cells that are ok in A and not in B, though B measures their workload and runtime, in words; those that
+      confirm a screen are not among them, as each run chooses its own
     - `unlike`: sizes, model and dtype in which what is compared differs, in words
     - `warnings`: what makes a run less than it should be, in words: unfinished, noisy
     - `doubts`: why the runs cannot tell whether something got slower by the `tolerance`
@@ -178,7 +179,8 @@ def _only(a: Run, b: Run) -> list[str]:
 
 def _lost(a: Run, b: Run) -> list[str]:
     there = b.cells[PLACE].drop_duplicates()
-    ok = a.cells.loc[a.cells["status"] == CellStatus.OK, _KEYS].merge(there, on=PLACE)
+    asked = (a.cells["status"] == CellStatus.OK) & a.cells["cell"].isin(a.record.run.cells)
+    ok = a.cells.loc[asked, _KEYS].merge(there, on=PLACE)
     left = ok.merge(b.cells[_KEYS], on=_KEYS, how="left", indicator="found")
     return [f"{r.cell} ({r.workload}, {r.runtime})" for r in left[left["found"] == "left_only"].itertuples()]
 

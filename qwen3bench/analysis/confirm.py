@@ -21,7 +21,7 @@ _METRIC = "peak_allocated_bytes"
 
 @dataclass(frozen=True)
 class MeasuredSpeedup:
-    """A cell's speed-up as measured in the blocks of a round, with the ends of its interval, and of its logarithm."""
+    """A cell's speed-up as measured in the blocks of a round, and the ends of its interval; NaN where it has none."""
 
     speedup: float
     lo: float
@@ -46,10 +46,10 @@ class Prediction:
         return self._reach(measured) <= np.log(TELLING)
 
     def _reach(self, measured: MeasuredSpeedup) -> float:
-        """How far both may be apart in log, by their intervals."""
+        """How far both may be apart in log, by their intervals; anywhere where one has none."""
         with np.errstate(divide="ignore"):
             halves = [np.log(each.hi) / 2 - np.log(each.lo) / 2 for each in (self, measured)]
-        return float(np.hypot(*np.nan_to_num(halves)))
+        return float(np.hypot(*np.nan_to_num(halves, nan=np.inf)))
 
 
 def candidates(
@@ -58,7 +58,8 @@ def candidates(
     fits: Mapping[str, bool] | None = None,
     known: Mapping[str, MeasuredSpeedup] | None = None,
 ) -> list[Prediction]:
-    """The few cells predicted to be fastest, the fastest first; none where the screen does not predict.
+    """The few cells predicted to be fastest, the fastest first; none where the screen does not predict, or by a single
+    block, which gives no interval.
 
     `samples`: of the screen, one workload and runtime. `fits`: whether a cell's memory is within the limit; one that is
     not named is. `known`: cells that were measured since, which the model is fitted to as well. The best of many that
@@ -68,6 +69,7 @@ def candidates(
     table = predictions(samples, factors)
     if known and len(table):
         table = _fitted_again(table, samples, factors, known)
+    table = table[table["se"].notna()]
     if fits is not None:
         table = table[[fits.get(cell, True) for cell in table["cell"]]]
     if table.empty:
@@ -111,7 +113,7 @@ def measured_speedups(samples: pd.DataFrame, confidence: float = 0.95) -> dict[s
     if BASELINE not in matrix.log_s or not names or matrix.log_s.empty:
         return {}
     found = matrix.log_ratios(BASELINE, names)
-    half = np.nan_to_num(found.half_width(confidence))
+    half = found.half_width(confidence)
     return {
         cell: MeasuredSpeedup(*(float(np.exp(value)) for value in (log, log - h, log + h)))
         for cell, log, h in zip(names, found.estimate, half, strict=True)

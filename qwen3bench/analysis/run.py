@@ -100,16 +100,17 @@ def load_run(path: str | Path) -> Run:
     samples = used_samples(record)
     cells = cells_table(record, samples)
     table = _all_effects(record, cells, samples)
+    confirmed = confirmed_cells(record, cells)
     return Run(
         path=path,
         record=record,
         config=record.run.config,
         environment=_environment(record),
-        cells=confirmed_cells(record, cells),
+        cells=confirmed,
         effects=table,
         samples=samples,
         controls=controls(record, samples, cells, table),
-        screens=tuple(screen_results(record, cells, samples)),
+        screens=tuple(screen_results(record, confirmed, samples)),
         rounds=tuple(used_samples(round_of(record, each)) for each in ROUNDS if chosen_in(record, each)),
     )
 

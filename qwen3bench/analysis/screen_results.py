@@ -13,7 +13,6 @@ from qwen3bench.analysis.effects import left_over, predictions
 from qwen3bench.analysis.frames import analysis_setting, used_samples
 from qwen3bench.analysis.least_squares import LackOfFit
 from qwen3bench.record.design import BASELINE, is_peer
-from qwen3bench.record.lines import ConfirmLine
 from qwen3bench.record.reader import Record
 from qwen3bench.record.rounds import ROUNDS, chosen_in, round_of
 from qwen3bench.record.states import CellStatus
@@ -25,9 +24,9 @@ _RATES = ["tokens_per_s", "mfu", "mbu"]
 
 @dataclass(frozen=True)
 class Confirmed:
-    """A cell that was predicted to be among the best, and its speed-up as measured; None where it was not.
+    """A cell that was predicted to be among the best, and its speed-up as measured; None where it has none.
 
-    `round` 0: measured in the screen itself. `best`: predicted to be the fastest of all.
+    `round`: in which it was measured; 0 where in the screen itself. `best`: predicted to be the fastest of all.
     """
 
     prediction: Prediction
@@ -86,11 +85,14 @@ def confirmed_cells(record: Record, cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def screen_results(record: Record, cells: pd.DataFrame, samples: pd.DataFrame) -> list[ScreenResult]:
-    """Of each workload and runtime in which a screen has a model; `cells` and `samples` are the screen's."""
+    """Of each workload and runtime in which a screen has a model.
+
+    `cells`: as `confirmed_cells` gives them; `samples`: of the screen.
+    """
     factors, found = list(record.run.factors), []
     confidence = analysis_setting(record, "confidence")
     ok = cells[(cells["status"] == CellStatus.OK) & ~cells["cell"].map(is_peer).astype(bool)]
-    if record.run.setting("design", "name") != "screen":
+    if record.run.setting("design", "name") != "screen" or not factors:
         return []
     for place, rows in ok.groupby(_PLACE, sort=False):
         workload, runtime = (str(name) for name in place)
@@ -107,32 +109,37 @@ def screen_results(record: Record, cells: pd.DataFrame, samples: pd.DataFrame) -
             ScreenResult(
                 workload=workload,
                 runtime=runtime,
-                cells=len(rows),
+                cells=here["cell"].nunique(),
                 every=2 ** len(factors),
                 lack=lack,
                 predicted=predictions(here, factors, confidence),
-                confirmed=tuple(_confirmed(record, (workload, runtime), here, confidence)),
+                confirmed=tuple(_confirmed(record, rows, here)),
             )
         )
     return found
 
 
-def _confirmed(record: Record, place: tuple[str, str], screened: pd.DataFrame, confidence: float) -> list[Confirmed]:
+def _confirmed(record: Record, ok: pd.DataFrame, screened: pd.DataFrame) -> list[Confirmed]:
+    """What was predicted of one workload and runtime, whose cells with a speed-up are `ok`, beside what was measured.
+
+    A cell is measured in its round, or before it: the second round may name again what the first one measured.
+    """
+    confidence = analysis_setting(record, "confidence")
+    place = ok["workload"].iloc[0], ok["runtime"].iloc[0]
+    measured = {cell: (each, 0) for cell, each in measured_speedups(screened, confidence).items()}
     found: list[Confirmed] = []
-    of_screen = measured_speedups(screened, confidence)
     for round_ in ROUNDS:
-        lines: list[ConfirmLine] = [
-            line for line in chosen_in(record, round_) if (line.workload, line.runtime) == place
-        ]
-        for line in lines:
+        for line in chosen_in(record, round_):
+            if (line.workload, line.runtime) != place:
+                continue
             samples = used_samples(round_of(record, round_))
             here = samples[(samples["workload"] == place[0]) & (samples["runtime"] == place[1])]
-            measured = measured_speedups(here, confidence)
-            predicted = zip(line.predicted, line.speedup, line.lo, line.hi, strict=True)
-            for each in (Prediction(*values) for values in predicted):
-                in_round = each.cell in measured
-                known = measured.get(each.cell) or of_screen.get(each.cell)
-                found.append(Confirmed(each, known, round_ if in_round else 0, each.cell == line.best))
+            of_round = measured_speedups(here[here["cell"].isin(ok["cell"])], confidence)
+            measured |= {cell: (each, round_) for cell, each in of_round.items()}
+            for values in zip(line.predicted, line.speedup, line.lo, line.hi, strict=True):
+                prediction = Prediction(*values)
+                known, since = measured.get(prediction.cell, (None, round_))
+                found.append(Confirmed(prediction, known, since, prediction.cell == line.best))
     return found
 
 

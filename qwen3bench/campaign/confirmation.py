@@ -132,7 +132,7 @@ class Confirmation:
     def _runs(self, where: Where, cell: str) -> bool:
         """Whether nothing is known to be wrong with a cell there."""
         failures = self._context.state.failures
-        return Place(cell) not in failures and Place(cell, *where) not in failures
+        return not any(place in failures for place in (Place(cell), Place(cell, where[0]), Place(cell, *where)))
 
     def _within_memory(self, where: Where) -> dict[str, bool] | None:
         """Whether the memory of each cell is within the user's limit; None where there is none."""
@@ -150,7 +150,7 @@ class Confirmation:
 
 def _frame(samples: Sequence[SampleLine], factors: Sequence[str]) -> pd.DataFrame:
     """Samples in long form, with a 0/1 column per factor."""
-    names = ("cell", "copy", "block", "process", "latency_s")
+    names = ("cell", "copy", "block", "process", "latency_s", "disturbed")
     frame = pd.DataFrame({name: [getattr(sample, name) for sample in samples] for name in names})
     codes = factor_columns(frame["cell"].tolist(), factors)
     return frame.assign(**{factor: codes[factor].to_numpy() for factor in factors})

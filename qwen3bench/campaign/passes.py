@@ -140,7 +140,7 @@ class Campaign:
             for lane in self._lanes:
                 ends.enter_context(lane.workers)
             self._passes()
-            if self._settings.design == "screen":
+            if self._settings.design == "screen" and self._settings.factors:
                 Confirmation(self._context, self._measure).run()
 
     def _passes(self) -> None:

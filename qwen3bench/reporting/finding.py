@@ -140,8 +140,8 @@ class Fitted:
 class BestCell:
     """The cell that a screen predicts to be fastest of all, and that as measured: in the screen itself or since.
 
-    `missed`: cells that read otherwise than predicted; `still_missed`: the last of the `rounds` had some. `tested`:
-    whether the intervals of the cell are narrow enough to tell.
+    `missed`: cells that read otherwise than predicted; `still_missed`: the last of the `rounds` had some, or
+    this cell is one. `tested`: whether the intervals of the cell are narrow enough to tell.
     """
 
     every: int

@@ -40,7 +40,7 @@ def screened(run: Run, condition: Condition) -> Iterator[Finding]:
 def _confirmation(run: Run, condition: Condition, result: ScreenResult) -> Finding:
     rounds = max(each.round for each in result.confirmed)
     best = [each for each in result.confirmed if each.best][-1]
-    missed = tuple(each.prediction.cell for each in result.confirmed if each.agrees is False)
+    missed = tuple(dict.fromkeys(each.prediction.cell for each in result.confirmed if each.agrees is False))
     latest = [each for each in result.confirmed if each.round == rounds]
     detail = BestCell(
         every=result.every,
@@ -49,7 +49,7 @@ def _confirmation(run: Run, condition: Condition, result: ScreenResult) -> Findi
         in_screen=best.round == 0,
         rounds=rounds,
         missed=missed,
-        still_missed=any(each.agrees is False for each in latest),
+        still_missed=any(each.agrees is False for each in latest) or best.prediction.cell in missed,
         tested=best.tested,
     )
     return Finding(Kind.SCREEN, best.prediction.cell, str(condition), detail=detail, width=band(run))

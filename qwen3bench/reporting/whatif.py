@@ -67,11 +67,11 @@ def _condition(run: Run, condition: Condition, start: str) -> Data:
 def _predicted(run: Run, condition: Condition) -> list[tuple[float, float, float] | None]:
     """What a screen's model says of every cell: times as fast as the baseline, with the ends of its interval.
 
-    A cell's place is the sum of 2^i over its switches' places i. Empty where there is no such model; None stands for a
-    cell of switches that do not go together.
+    A cell's place is the sum of 2^i over its switches' places i. Empty where there is no such model, or one block that
+    gives no interval; None stands for a cell of switches that do not go together.
     """
     result = screen_of(run, condition)
-    if result is None or result.predicted.empty:
+    if result is None or result.predicted.empty or result.predicted["lo"].isna().any():
         return []
     bits = {name: 1 << place for place, name in enumerate(factors(run))}
     found: list[tuple[float, float, float] | None] = [None] * 2 ** len(bits)

@@ -8,7 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qwen3bench.analysis.confirm import MeasuredSpeedup, Prediction, candidates, within_memory
+from qwen3bench.analysis.confirm import (
+    MeasuredSpeedup,
+    Prediction,
+    candidates,
+    measured_speedups,
+    within_memory,
+)
 from qwen3bench.analysis.contrasts import contrasts, every_cell, shapley_contrasts
 from qwen3bench.analysis.effects import effects, left_over, predictions
 from qwen3bench.analysis.least_squares import effect_regressors, fit_of, lack_of_fit, with_model_error
@@ -166,6 +172,20 @@ def test_a_prediction_agrees_as_far_as_both_intervals_allow() -> None:
     assert predicted.agrees(MeasuredSpeedup(1.52, 1.50, 1.54))
     assert not predicted.agrees(MeasuredSpeedup(1.60, 1.59, 1.61))
     assert predicted.agrees(MeasuredSpeedup(1.60, 1.40, 1.83))
+
+
+def test_without_an_interval_nothing_is_predicted_and_nothing_missed() -> None:
+    """One block tells no error: an interval without a width would be a certainty that nobody has."""
+    cells = cells_of(9)
+    samples = samples_of(cells, planted(cells, EFFECTS), 1e-3).assign(copy=0)
+    samples["cell"] = ["+".join(n for n in NAMES[:9] if row[n]) or "baseline" for row in samples.to_dict("records")]
+    block = samples[samples["block"] == 0]
+    assert candidates(block, NAMES[:9]) == []
+    assert all(np.isnan(each.lo) and np.isnan(each.hi) for each in measured_speedups(block).values())
+    unknown = MeasuredSpeedup(2.0, np.nan, np.nan)
+    predicted = Prediction("a", 1.50, 1.47, 1.53)
+    assert predicted.agrees(unknown)
+    assert not predicted.is_tested_by(unknown)
 
 
 def test_cells_measured_since_correct_the_next_choice() -> None:

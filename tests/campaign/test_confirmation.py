@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from qwen3bench.config.settings import Settings
 from qwen3bench.record.lines import (
     ConfirmBlockLine,
     ConfirmLine,
@@ -108,3 +109,28 @@ def test_a_best_cell_that_computes_something_else_has_no_speed_up(measure: Measu
     cells = done.run.cells.set_index("cell")
     assert cells.loc[wrong, "status"] == "not_equivalent"
     assert cells["speedup"].isna()[wrong]
+
+
+def test_a_screen_of_no_switch_measures_the_baseline(measure: Measure) -> None:
+    done = measure("design=screen", "opt=")
+    assert done.status == 0
+    assert list(done.run.cells["cell"]) == ["baseline"]
+    assert done.run.screens == ()
+
+
+@pytest.mark.slow
+def test_a_cell_that_does_not_train_alike_predicts_nothing(
+    measure: Measure, small_settings: Callable[..., Settings]
+) -> None:
+    """Its gradients are wrong, and it is ten times as fast: no other cell may look fast for that."""
+    wrong = small_settings(*SMALL).labels[7]
+    fast = {"latency_s": 0.001, "waited_s": 0.0, "switches": 0}
+    faults = [
+        {"does": "answer", "op": "gradients", "cell": wrong, "fields": {"equivalent": False, "reason": "as told"}},
+        {"does": "answer", "op": "visit", "cell": wrong, "fields": {"samples": [fast]}},
+    ]
+    done = measure(*SMALL, "workload=train", faults=faults)
+    assert done.statuses[wrong] == "not_equivalent"
+    chosen = done.record.of(ConfirmLine)
+    assert chosen
+    assert max(speedup for line in chosen for speedup in line.speedup) < 1.6

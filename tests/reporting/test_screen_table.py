@@ -18,7 +18,7 @@ from qwen3bench.analysis.run import Run, load_run
 from qwen3bench.compare import main
 from qwen3bench.reporting.answer import cards
 from qwen3bench.reporting.conditions import conditions
-from qwen3bench.reporting.finding import BestCell, Fitted, Kind
+from qwen3bench.reporting.finding import BestCell, Finding, Fitted, Kind
 from qwen3bench.reporting.findings import findings
 from qwen3bench.reporting.pages import write_report
 from qwen3bench.reporting.screen_table import screen_section
@@ -88,6 +88,55 @@ def test_the_toggles_have_every_cell_and_say_what_is_predicted(screened_run: Run
     assert len(json.dumps(data)) < 60_000
 
 
+BEST, OTHER = "flash+mlp+mask+norm", "flash+tie+mlp+mask+norm"
+
+
+def confirmation_of(run: Run) -> Finding:
+    (found,) = [finding for finding in findings(run) if isinstance(finding.detail, BestCell)]
+    return found
+
+
+def test_the_second_round_may_name_again_what_the_first_measured(
+    run_of: Callable[[Any], Run], record_lines: Lines, confirming: Lines, nine: tuple[str, ...]
+) -> None:
+    """Fitted again, the model may say that the same cell is the fastest: it is measured already."""
+    lines = record_lines(nine, screen=True, memory=False, evidence=False)
+    lines = confirming(lines, {BEST: (1.58, 1.57, 1.59), OTHER: (1.579, 1.569, 1.589)}, {BEST: 1.578, OTHER: 1.4})
+    where = {"type": "confirm", "workload": "prefill", "runtime": "graph", "round": 2, "cells": []}
+    again = {**where, "best": BEST, "predicted": [BEST], "speedup": [1.578], "lo": [1.57], "hi": [1.586]}
+    run = run_of([*lines[:-1], again, lines[-1]])
+    last = run.screens[0].confirmed[-1]
+    assert last.measured is not None
+    assert (last.round, last.agrees) == (1, True)
+    found = confirmation_of(run)
+    assert "Measured since: 1.578×" in sentence(found)
+    assert sentence(found).endswith(f"Predictions miss: {OTHER}. Only measured cells are recommended.")
+    assert isinstance(found.detail, BestCell)
+    assert found.detail.held is False
+
+
+def test_what_does_not_compute_the_same_confirms_nothing(
+    run_of: Callable[[Any], Run], record_lines: Lines, confirming: Lines, nine: tuple[str, ...]
+) -> None:
+    lines = record_lines(nine, screen=True, memory=False, evidence=False)
+    lines = confirming(lines, {BEST: (1.58, 1.57, 1.59)}, {BEST: 1.578})
+    for line in lines:
+        if line["type"] == "verify" and line["cell"] == BEST:
+            line |= {"equivalent": False, "reason": "off by one"}
+    run = run_of(lines)
+    assert sentence(confirmation_of(run)).endswith("It has no measured speed-up, so it is not recommended.")
+    assert run.screens[0].cells == 64
+
+
+@pytest.mark.slow
+def test_a_screen_of_one_block_has_a_page_and_predicts_nothing(
+    run_of: Callable[[Any], Run], record_lines: Lines, nine: tuple[str, ...]
+) -> None:
+    run = run_of(record_lines(nine, screen=True, memory=False, evidence=False, blocks=1))
+    assert whatif(run, {}) is None
+    assert "is not known: too few cells or blocks tell" in write_report(run).read_text("utf-8")
+
+
 @pytest.mark.slow
 def test_the_report_has_its_section_and_marks_shares_as_the_models(screened_run: Run) -> None:
     page = write_report(screened_run).read_text("utf-8")
@@ -139,6 +188,19 @@ def test_two_screens_are_compared_by_the_cells_that_confirmed_too(
     assert "45 compared: 0 slower" in said  # effects
     assert "64 compared" in said  # ratios: 63 of the screen, and the best
     assert (best in said) == (status == 3)
+
+
+@pytest.mark.slow
+def test_two_screens_that_confirm_other_cells_have_lost_none(
+    tmp_path: Path, record_lines: Lines, confirming: Lines, nine: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, best in enumerate((BEST, OTHER)):
+        lines = record_lines(nine, screen=True, memory=False, evidence=False, seed=seed, blocks=10)
+        write_record(tmp_path / best, confirming(lines, {best: (1.58, 1.57, 1.59)}, {best: 1.578}))
+    assert main([str(tmp_path / BEST), str(tmp_path / OTHER), "--fail-on", "slower"]) == 0
+    said = capsys.readouterr().out
+    assert f"cell in A alone: {BEST}" in said
+    assert "no longer measured" not in said
 
 
 @pytest.mark.slow

@@ -267,7 +267,7 @@ def _fitted(finding: Finding, fitted: Fitted) -> str:
     text = f"{fitted.cells} of {fitted.every:,} cells were screened{_where(finding)}."
     left = f"{100 * fitted.rms:.2g} % of a latency"
     if fitted.matters is None:
-        return f"{text} Whether main effects and pairs describe them is not known, as nothing tells their error."
+        return f"{text} Whether main effects and pairs describe them is not known: too few cells or blocks tell."
     if fitted.matters:
         text += (
             f" Interactions of three switches matter: main effects and pairs leave {left} over (p = {fitted.p:.2g})."
@@ -280,14 +280,14 @@ def _confirmed(finding: Finding, found: BestCell) -> str:
     text = f"Predicted to be fastest of all {found.every:,}: {finding.subject}, {_interval(found.predicted)}"
     text += f" as fast as the baseline{_where(finding)}."
     if found.measured is None:
-        return f"{text} It could not be measured, so it is not recommended."
+        return f"{text} It has no measured speed-up, so it is not recommended."
     where = "Measured in the screen" if found.in_screen else "Measured since"
     text += f" {where}: {_interval(found.measured)}."
     if not found.missed and not found.tested:
         return f"{text} The intervals are too wide to tell whether that holds."
     if not found.missed:
         return f"{text} The prediction holds."
-    if finding.subject not in found.missed and not found.still_missed:
+    if not found.still_missed:
         return f"{text} The prediction holds, after one round that missed {listing(list(found.missed))}."
     again = " after two rounds" if found.rounds > 1 else ""
     return f"{text} Predictions miss{again}: {listing(list(found.missed))}. Only measured cells are recommended."
