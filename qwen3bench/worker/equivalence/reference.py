@@ -23,6 +23,7 @@ from qwen3bench.worker.equivalence.anchor import Anchor, Past, logits_of_states
 from qwen3bench.worker.equivalence.candidate import FATAL, BuiltCandidate, Candidate, Weights, kv_cache
 from qwen3bench.worker.equivalence.cases import LENGTHS, SPARE, Case, Pass, WeightSet, judged_cases
 from qwen3bench.worker.equivalence.judged_weights import converted, loud, loudness, sensitized
+from qwen3bench.worker.equivalence.kept_products import KeptProducts
 from qwen3bench.worker.equivalence.logit_errors import (
     CaseErrors,
     Errors,
@@ -112,6 +113,7 @@ class Reference:
         self._baseline: dict[tuple[torch.dtype, bool], Errors] = {}
         self._fault: str | None = None
         self._checked = False
+        self.products = KeptProducts() if device.type == "cpu" else None
 
     def weights(self, chosen: WeightSet, dtype: torch.dtype, tied: bool) -> Weights:
         """A set of the judged weights in `dtype`: the same values in each, and stored as the run stores its own.
@@ -130,6 +132,8 @@ class Reference:
             if dtype is torch.float64:
                 return found
             self._weights[key] = found
+            if self.products is not None:
+                self.products.share(found.values())
         return self._weights[key]
 
     def check_baseline(self) -> None:
@@ -174,7 +178,7 @@ class Reference:
                     has, built = needs, candidate.built(self.weights(needs, dtype, candidate.tied), dtype)
                 expected = self._expected_logits(needs, dtype, candidate)
                 try:
-                    with torch.inference_mode():
+                    with torch.inference_mode(), self.products or nullcontext():
                         errors, is_fallback = self._within_memory(built, case, expected, leniency)
                 except WrongLogitsError:
                     if not leniency.overflow:
