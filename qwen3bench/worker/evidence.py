@@ -45,6 +45,7 @@ _ATTENTION_OPERATIONS = {
 _ATTENTION_KERNELS = {
     "cudnn": "cuDNN",
     "flash_fwd": "FlashAttention",
+    "flash_bwd": "FlashAttention",
     "fmha_cutlass": "memory-efficient",
     "AttentionKernel": "memory-efficient",
     "attention_kernel": OWN,  # of a switch
@@ -102,14 +103,15 @@ def collect(
     before = compiled_graphs() if compiled else 0
     on_cpu = device.type == "cpu"
     kernels: list[Counter[str]] = [Counter() if on_cpu else _kernels((launches or steps)[i]) for i in ends]
+    trained = workload.size.precision is not None
     backends, last = [], Counter[str]()
     for i, ran in zip(ends, kernels, strict=True):
-        backend = _backend_of_kernels(ran)
+        backend = _backend_of_kernels(ran, trained)
         operations = Counter[str]()
         if on_cpu:
             operations = operations_of(steps[i])
-        elif backend is None:  # each operation costs the profiler far more than a kernel, and all blocks are alike
-            operations = operations_of(workload.forwards(model.first_block_alone())[i])
+        elif backend is None:
+            operations = operations_of_a_forward(model, workload, i)
         backends.append(backend or attention_backend((), operations, compiled))
         last = ran if not on_cpu else Counter() if compiled else operations
     notes = [f"attention by an unknown kernel: {name}" for name in _unknown_attention(kernels)]
@@ -132,6 +134,16 @@ def collect(
     )
 
 
+def operations_of_a_forward(model: Decoder, workload: Workload, step: int) -> Counter[str]:
+    """The ATen operations of a forward through the first block: name → how often.
+
+    An operation costs the profiler far more than a kernel, and all blocks are alike. Of training it is eager's forward:
+    compiled code has none without gradients, and would be compiled anew.
+    """
+    asked = model if workload.size.precision is None else model.original
+    return operations_of(workload.forwards(asked.first_block_alone())[step])
+
+
 def output_hash(output: Tensor) -> str:
     """A hash of a loss, or of the last tokens' logits (b, t, vocabulary): equal where all their bits are."""
     last = output[:, -COMPARED:] if output.dim() > 1 else output
@@ -139,9 +151,14 @@ def output_hash(output: Tensor) -> str:
     return hashlib.blake2b(raw, digest_size=8).hexdigest()
 
 
-def attention_backend(kernels: Iterable[str], operations: Iterable[str], compiled: bool = False) -> str:
-    """The implementation of attention that the names of kernels and of ATen operations tell of."""
-    if backend := _backend_of_kernels(kernels):
+def attention_backend(
+    kernels: Iterable[str], operations: Iterable[str], compiled: bool = False, trained: bool = False
+) -> str:
+    """The implementation of attention that the names of kernels and of ATen operations tell of.
+
+    `trained`: the kernels are of a training step, whose loss has a softmax of its own.
+    """
+    if backend := _backend_of_kernels(kernels, trained):
         return backend
     operations = set(operations)
     found = [each for part, each in _ATTENTION_OPERATIONS.items() if f"_scaled_dot_product_{part}" in operations]
@@ -150,11 +167,14 @@ def attention_backend(kernels: Iterable[str], operations: Iterable[str], compile
     return " and ".join(found) or UNKNOWN
 
 
-def _backend_of_kernels(kernels: Iterable[str]) -> str | None:
-    """All fused implementations that ran, and whether a softmax of its own did; None where nothing fused ran."""
+def _backend_of_kernels(kernels: Iterable[str], trained: bool) -> str | None:
+    """All fused implementations that ran, and whether a softmax of its own did; None where nothing fused ran.
+
+    Of a training step no softmax counts, as it may be the loss's.
+    """
     kernels = list(kernels)
     found = list(dict.fromkeys(filter(None, map(_fused_backend, kernels))))
-    if found and any("softmax" in name.lower() for name in kernels if _fused_backend(name) is None):
+    if found and not trained and any("softmax" in name.lower() for name in kernels if _fused_backend(name) is None):
         found.append(SEPARATE)
     return " and ".join(found) or None
 

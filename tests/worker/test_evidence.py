@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from qwen3bench.analysis.effective import compare_effective, idle_switches
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.model.build import build_model
+from qwen3bench.model.compiled import CompiledModel
 from qwen3bench.model.qwen3 import Qwen3Model
 from qwen3bench.model.weights import load_weights
 from qwen3bench.opt import flash
@@ -29,10 +30,12 @@ from qwen3bench.worker.evidence import (
     attention_backend,
     collect,
     operations_of,
+    operations_of_a_forward,
     output_hash,
     split_note,
 )
 from qwen3bench.worker.runtimes import GraphRuntime, Runtime
+from qwen3bench.worker.training import TrainingWorkload
 from qwen3bench.worker.workloads import Workload, WorkloadSize
 
 SMALL = ModelConfig(
@@ -205,6 +208,7 @@ def test_graph_breaks_are_counted() -> None:
             "FlashAttention",
         ),
         ("void pytorch_flash::flash_fwd_splitkv_kernel<Flash_fwd_kernel_traits<128, 64, 128, 4>>", "FlashAttention"),
+        ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<>", "FlashAttention"),
         (
             "fmha_cutlassF_f32_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel<float>::Params)",
             "memory-efficient",
@@ -227,11 +231,29 @@ def test_operations_tell_where_kernels_do_not() -> None:
     assert attention_backend(["gemm"], ["mm"]) == UNKNOWN
 
 
+def test_a_forward_of_compiled_training_is_eagers_as_compiled_code_has_none_without_gradients() -> None:
+    def compiled_anew(*_: Any, **__: Any) -> Tensor:
+        raise RuntimeError
+
+    model = build_model(SMALL)
+    compiled = CompiledModel(model, compiled_anew, compiled_anew)
+    trained = TrainingWorkload(WorkloadSize("train", 2, 9, 0, "fp32"), model)
+    assert operations_of_a_forward(compiled, trained, 0)["_softmax"] == 1
+    with pytest.raises(RuntimeError):
+        operations_of_a_forward(compiled, Workload(PREFILL, model), 0)
+
+
 def test_all_that_ran_is_named() -> None:
     kernels = ["void pytorch_flash::flash_fwd_kernel<>", "void cunn_SoftMaxForward<4>"]
     assert attention_backend(kernels, []) == "FlashAttention and separate operations"
     operations = ["_scaled_dot_product_attention_math", "_scaled_dot_product_flash_attention_for_cpu", "_softmax"]
     assert attention_backend([], operations) == "FlashAttention and math and separate operations"
+
+
+def test_the_softmax_of_a_training_steps_loss_is_not_attentions() -> None:
+    kernels = ["void pytorch_flash::flash_fwd_kernel<>", "void cunn_SoftMaxForward<4>", "void cunn_SoftMaxBackward<4>"]
+    assert attention_backend(kernels, [], trained=True) == "FlashAttention"
+    assert attention_backend(kernels[1:], ["_softmax"], trained=True) == SEPARATE
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from qwen3bench.record.messages import CellFailure
 from qwen3bench.worker.bank import Bank
 from qwen3bench.worker.costs import cell_cost
 from qwen3bench.worker.equivalence.gradient_gate import GradientGate
+from qwen3bench.worker.evidence import SEPARATE
 from qwen3bench.worker.peers import build_peer, gradients_of_peer
 from qwen3bench.worker.serve import Worker
 from qwen3bench.worker.training import LEARNING_RATE, PARTS, TrainingState, TrainingWorkload
@@ -223,3 +225,16 @@ def test_memory_of_a_step_by_part(
     assert held <= 1.05 * memory.peak_allocated_bytes
     evidence = ask("evidence", cell=cell, workload="train", runtime="graph")
     assert evidence.eager_s > 0
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("cell", "backend"), [("baseline", SEPARATE), ("flash+mask", "FlashAttention|cuDNN")])
+def test_looking_at_a_compiled_step_compiles_nothing(
+    ask: Ask, small_settings: Callable[..., Settings], cell: str, backend: str
+) -> None:
+    overrides = ("opt=[flash,mask]", "workload=train", "device=cuda", "runtime=compile", "prompt_tokens=64")
+    ask("open", config=small_settings(*overrides).resolved("cuda").to_dict())
+    found = ask("evidence", cell=cell, workload="train", runtime="compile")
+    assert found.recompiles == 0
+    assert re.fullmatch(backend, found.attention_backend)
+    assert not any("unknown" in note or SEPARATE in note for note in found.notes)
