@@ -79,7 +79,9 @@ class FlashAttention:
         implicit = mask.implicit and (queries == 1 or start == 0)
         self.grouped = self.backend is not SDPBackend.EFFICIENT_ATTENTION
         if self.backend is None:
-            self.grouped = takes_grouped(device, dtype, not implicit, queries == 1)
+            autocast = torch.is_autocast_enabled(device.type)
+            computed = torch.get_autocast_dtype(device.type) if autocast else dtype
+            self.grouped = takes_grouped(device, computed, not implicit, queries == 1)
         if implicit:
             return None
         dense = mask.dense(queries, start, device, dtype)

@@ -155,6 +155,20 @@ def test_the_memory_efficient_kernel_is_given_repeated_heads_when_it_is_forced()
         assert attend.grouped is (backend != "efficient")
 
 
+def test_under_autocast_the_kernel_is_asked_for_in_the_dtype_that_attention_computes_in(
+    tiny: ModelConfig, tiny_weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 no kernel takes grouped heads, and PyTorch would fall to separate operations on an A100."""
+    asked: list[torch.dtype] = []
+    monkeypatch.setattr(flash, "takes_grouped", lambda _device, dtype, _masked, _single: bool(asked.append(dtype)))
+    model = build_model(tiny, ("flash",), tiny_weights)
+    tokens = torch.zeros(1, 5, dtype=torch.long)
+    model(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens)
+    assert asked == [torch.float32, torch.bfloat16]
+
+
 def test_on_a_cpu_grouped_heads_are_taken() -> None:
     assert takes_grouped(CPU, torch.float32, True, False)
 
