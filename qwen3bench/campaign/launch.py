@@ -28,7 +28,7 @@ from qwen3bench.campaign.prompt import as_recorded, choose_prompt, is_open, said
 from qwen3bench.campaign.state import RunState
 from qwen3bench.campaign.worker_pool import ProcessNumbers, Seat, StartWorker, WorkerPool
 from qwen3bench.campaign.worker_process import WorkerProcess
-from qwen3bench.config.overrides import OWN_FOLDER
+from qwen3bench.config.choices import OWN_FOLDER
 from qwen3bench.config.settings import Settings
 from qwen3bench.errors import Refused, UserError
 from qwen3bench.record.card import Card

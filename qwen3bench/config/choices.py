@@ -22,6 +22,7 @@ SINGLE = ("model", "design", "measure")  # and those that take one
 DECLARATIONS = ("order", "workloads", "excludes", "needs", "part", "commutes")
 _SWITCH = re.compile(r"[A-Za-z][\w-]*", re.ASCII)  # a name that stands in labels, terms and columns
 _RESERVED = ("all", "none", "null", "baseline")  # which mean something else where a switch is named
+OWN_FOLDER = "--config-dir="  # as `overrides.normalize` gives it
 _own: dict[str, Path] = {}  # "dir": the folder of `use_config_dir`
 
 

@@ -14,10 +14,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from qwen3bench.config.choices import config_dir, own_config_dir
+from qwen3bench.config.choices import OWN_FOLDER, config_dir, own_config_dir
 from qwen3bench.config.composition_errors import plain_errors
 from qwen3bench.config.entry import FULL_ERROR, Parser, guarded
-from qwen3bench.config.overrides import OWN_FOLDER, check, normalize, quoted, sweep_directory
+from qwen3bench.config.overrides import check, normalize, quoted, sweep_directory
 from qwen3bench.config.settings import Settings, settings_from, with_checkpoint_shape
 from qwen3bench.errors import UserError
 

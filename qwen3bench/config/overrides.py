@@ -28,7 +28,6 @@ _REFUSED = {  # what Hydra would do with its own directory, and this program doe
     "hydra.output_subdir": "config.yaml in run.dir holds the composed config",
 }
 _SWEEP_DIR = "hydra.sweep.dir"
-OWN_FOLDER = "--config-dir="  # as `normalize` gives it
 _ALL = "all"  # of `opt`: every switch that the workload knows
 _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 

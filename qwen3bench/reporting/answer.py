@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from qwen3bench.config.choices import OWN_FOLDER
 from qwen3bench.record.design import cell_of
-from qwen3bench.record.lines import SessionLine
+from qwen3bench.record.lines import PromptLine, SessionLine
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.control_findings import control_list, many_left_out, outcome_of, tally
 from qwen3bench.reporting.finding import Advice, BestCell, Choice, ControlOutcome, Finding, Kind, Times
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 # Of the command that measured: what says which cells are measured, how long, and where results go.
 _NOT_KEPT = ("design", "opt", "workload", "runtime", "peer", "measure", "run", "resume", "hydra", "report", "analysis")
+_MULTIRUN = ("-m", "--multirun")
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,15 @@ def _card(run: Run, condition: Condition, found: Sequence[Finding], outcome: Seq
 def _chosen(run: Run, card: AnswerCard, answer: Finding, taken: Times) -> AnswerCard:
     switches = cell_of(answer.subject)
     quoted = ", ".join(f'"{name}"' for name in switches) + ("," if len(switches) == 1 else "")
+    folders = [word.removeprefix(OWN_FOLDER) for word in _measured_with(run) if word.startswith(OWN_FOLDER)]
+    own = "".join(f"use_config_dir({folder!r}); " for folder in folders)
     return replace(
         card,
         gain=times(answer.estimate, answer.lo, answer.hi),
         interval=interval_words(level(run), answer.estimate, answer.lo, answer.hi),
         switches=switches,
         command=command_for(run, card.condition, switches),
-        python=f"build_model(config, opts=({quoted}))",
+        python=f"{own}build_model(config, opts=({quoted}))",
         facts=_facts(taken),
     )
 
@@ -142,20 +146,42 @@ def not_told(run: Run) -> list[str]:
 
 def command_for(run: Run, condition: Condition, switches: Sequence[str]) -> str:
     """The command that measures these switches against the baseline, with the sizes and options of this run."""
+    here = {"opt": switches, "workload": [condition.workload], "runtime": [condition.runtime]}
+    words = _measured_with(run)
     kept = []
-    for word in _measured_with(run):
-        key = word.lstrip("+").partition("=")[0]
-        option = key.split(".")
-        of_switch = option[0] == "opt" and len(option) > 2 and option[1] in switches
-        if "=" in word and (of_switch or option[0] not in _NOT_KEPT) and not word.startswith("-"):
+    for word in words:
+        group, *inner = word.lstrip("+").partition("=")[0].split(".")
+        of_here = len(inner) > 1 and inner[0] in here.get(group, ())
+        if "=" in word and (of_here or group not in _NOT_KEPT) and not word.startswith("-"):
             kept.append(word)
+    own = [word for word in words if word.startswith(OWN_FOLDER)]
     where = [f"workload={condition.workload}", f"runtime={condition.runtime}"]
-    return shlex.join(["python", "-m", "qwen3bench", f"+opt={','.join(switches)}", *where, *kept])
+    return shlex.join(["python", "-m", "qwen3bench", *own, f"+opt={','.join(switches)}", *where, *kept])
 
 
 def _measured_with(run: Run) -> list[str]:
-    """The run's first command, where the record holds one, without its directory: another run has another."""
+    """The run's first command, where the record holds one, without its directory: another run has another.
+
+    Of a multirun, that of this point. The prompt's length stands in it where the run chose it, as other cells would
+    have another.
+    """
     sessions = [line.command for line in run.record.of(SessionLine) if line.command]
     command = sessions[0] if sessions else ("python", "-m", "qwen3bench")
-    dropped = ("run.dir=", "resume=", "hydra.", "-m", "--multirun")
-    return [*command[:3], *(word for word in command[3:] if not word.startswith(dropped))]
+    dropped = ("run.dir=", "resume=", "hydra.")
+    words = [word for word in command[3:] if word not in _MULTIRUN and not word.startswith(dropped)]
+    if not set(_MULTIRUN).isdisjoint(command[3:]):
+        words = [_of_this_point(run, word) for word in words]
+    chosen = [f"prompt_tokens={line.prompt_tokens}" for line in run.record.of(PromptLine)]
+    return [*command[:3], *words, *chosen]
+
+
+def _of_this_point(run: Run, word: str) -> str:
+    """A setting of a multirun with the value that this run has of several."""
+    key, _, value = word.partition("=")
+    found = run.record.run.setting(*key.lstrip("+").split("."))
+    swept = value[:1] not in ("[", "'", '"') and not set(value).isdisjoint(",(")
+    if found is None or not swept:
+        return word
+    if isinstance(found, dict):
+        found = found.get("name", f"[{','.join(found)}]")
+    return f"{key}={found}"

@@ -66,6 +66,46 @@ def test_the_command_of_a_card_measures_its_cell_at_the_sizes_of_the_run(
     assert "backend" not in command_for(run, conditions(run)[0], ["tie"])
 
 
+def test_the_command_of_a_card_keeps_what_decides_its_numbers(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    """A folder of switches, training's precision, a runtime's options; not those of another workload or runtime."""
+    lines = record_lines(factors=("flash", "tie"), workloads=("train",), runtimes=("graph",))
+    of_train, of_graph = "workload.train.precision=bf16", "runtime.graph.warmup=7"
+    words = ["--config-dir=own", of_train, "workload.decode.batch_size=8", of_graph, "runtime.compile.mode=x"]
+    lines[1]["command"] = ["python", "-m", "qwen3bench", *words]
+    run = run_of(lines)
+    command = command_for(run, conditions(run)[0], ["flash"])
+    assert command == (
+        f"python -m qwen3bench --config-dir=own +opt=flash workload=train runtime=graph {of_train} {of_graph}"
+    )
+    assert card_of(run).python == """use_config_dir('own'); build_model(config, opts=("flash", "tie"))"""
+
+
+def test_the_command_of_a_card_of_a_multirun_is_that_of_its_point(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    lines = record_lines(factors=("flash", "tie"), prompt_tokens=512, copy_shift=0.02)
+    words = ["prompt_tokens=128,512", "model=tiny,qwen3-0.6b", "seed='1,2'", "opt=tie,[flash,tie]", "design=full"]
+    lines[1]["command"] = ["python", "-m", "qwen3bench", "--multirun", *words, "hydra.sweep.dir='x'"]
+    run = run_of(lines)
+    command = command_for(run, conditions(run)[0], ["flash"])
+    assert "prompt_tokens=512 model=qwen3-0.6b" in command
+    asked = card_of(run).advice
+    assert asked.startswith("python -m qwen3bench prompt_tokens=512 model=qwen3-0.6b")
+    assert "'opt=[flash,tie]' design=full measure.min_processes=4" in asked
+
+
+def test_the_command_of_a_card_has_the_prompt_that_the_run_chose(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    """Of fewer cells another length would be chosen: the same command would measure something else."""
+    lines = record_lines(factors=("flash", "tie"), prompt_tokens=32)
+    lines.insert(1, {"type": "prompt", "prompt_tokens": 32, "limit_s": 0.3, "forward_s": {"32": 0.2}})
+    run = run_of(lines)
+    assert command_for(run, conditions(run)[0], ["flash"]).endswith(" prompt_tokens=32")
+
+
 def test_a_noisy_condition_has_a_plain_warning_and_what_would_tell(small: Callable[..., Run]) -> None:
     card = card_of(small(copy_shift=0.02))
     assert not card.switches
