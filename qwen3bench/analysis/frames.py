@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from qwen3bench.analysis.outliers import judged, telling, widening
-from qwen3bench.analysis.variance import Estimates, clustered, completed
+from qwen3bench.analysis.variance import Clustered, Estimates, completed
 from qwen3bench.record.design import is_peer
 from qwen3bench.record.lines import BlockLine, ProcessLine, SampleLine
 from qwen3bench.record.reader import Record
@@ -136,6 +136,7 @@ class BlockMatrix:
     log_s: pd.DataFrame
     process: NDArray[Any]
     widening: float = 1.0
+    _clustered: dict[tuple[str, ...], Clustered] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def completed(self) -> pd.DataFrame:
@@ -168,9 +169,12 @@ class BlockMatrix:
 
     def contrasts(self, columns: Sequence[str], matrix: NDArray[np.float64]) -> Estimates:
         """The contrasts `matrix` (terms, columns) of the cells `columns`."""
-        y = self.log_s[list(columns)].to_numpy()
-        enough = 2 * (~np.isnan(y)).sum(axis=1) > y.shape[1]
-        return clustered(y[enough], self.process[enough], matrix, self.widening)
+        known = self._clustered.get(tuple(columns))
+        if known is None:  # a page asks for the ratios to each cell
+            y = self.log_s[list(columns)].to_numpy()
+            enough = 2 * (~np.isnan(y)).sum(axis=1) > y.shape[1]
+            known = self._clustered[tuple(columns)] = Clustered(y[enough], self.process[enough])
+        return known.estimates(matrix, self.widening)
 
 
 def _ratio_contrasts(columns: list[str], over: str, under: list[str]) -> NDArray[np.float64]:

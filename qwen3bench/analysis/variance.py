@@ -17,6 +17,7 @@ _SHARED_DF = 0.5  # beside a single degree of freedom: Student's t falls from 12
 _PROCESS_LEVEL = 0.25
 _PRIOR_DF = 2
 _STEPS = 30  # each may multiply the ratio by two and more
+_AT_ONCE = 64  # clusters; a run of one machine has fewer
 _FILLS, _FILLED = 500, 1e-12  # each leaves as much of the error as is missing of a cell in a process; of a logarithm
 
 
@@ -75,35 +76,48 @@ def clustered(y: Array, process: NDArray[Any], contrasts: Array, widening: Array
     itself depends on the process or the clock) stands on its own mean square between them and its few degrees of
     freedom (see `_shared`).
     """
-    blocks, cells = y.shape[-2:]
-    _, group, size = np.unique(process, return_inverse=True, return_counts=True)
-    single = len(size) < 2
-    if single:
-        group, size = np.arange(blocks), np.ones(blocks, dtype=int)
-    clusters = len(size)
-    counted = _Counted(y, group)
-    y = _completed(y, group, counted)
-    y = y - y.mean(axis=-1, keepdims=True)
-    estimate = y.mean(axis=-2) @ contrasts.T
-    nothing = np.zeros_like(estimate)
-    if clusters < 2 or cells < 2:
-        return Estimates(estimate, np.full_like(estimate, np.nan), nothing, nothing)
-    means = ((group == np.arange(clusters)[:, None]) / size[:, None]) @ y
-    deviation = (means - y.mean(axis=-2, keepdims=True)) * np.sqrt(size)[:, None]
-    between = _MeanSquares(deviation, counted.between, contrasts, clusters - 1)
-    within = _MeanSquares(y - means[..., group, :], counted.within, contrasts) if blocks > clusters else None
-    weight = np.abs(contrasts)
-    equal = np.isclose(weight, weight.max(axis=1, keepdims=True)).all(axis=1) | _spread(weight)
-    if cells == 2:  # its own is all there is
-        usual, usual_df = _own(between, within)
-    else:
-        (shared, shared_df), (alone, alone_df) = _shared(between, cells), _alone(between, within)
-        usual, usual_df = np.where(equal, shared, alone), np.where(equal, shared_df, alone_df)
-    norm = (contrasts**2).sum(axis=1)
-    share = nothing if single else _process_share(usual, within, equal)
-    thinner = counted.thinner @ (contrasts**2).T / norm
-    se = np.sqrt(usual * norm * _inflation(size) * thinner) / blocks
-    return Estimates(estimate, np.asarray(widening)[..., None] * se, usual_df, share)
+    return Clustered(y, process).estimates(contrasts, widening)
+
+
+class Clustered:
+    """Blocks that are clustered by process, got ready once for all contrasts of their cells; see `clustered`."""
+
+    def __init__(self, y: Array, process: NDArray[Any]) -> None:
+        self._blocks, self._cells = y.shape[-2:]
+        _, group, size = np.unique(process, return_inverse=True, return_counts=True)
+        self._single = len(size) < 2
+        if self._single:
+            group, size = np.arange(self._blocks), np.ones(self._blocks, dtype=int)
+        self._size = size
+        self._counted = _Counted(y, group)
+        y = _completed(y, group, self._counted)
+        self._y = y - y.mean(axis=-1, keepdims=True)
+        self._mean = self._y.mean(axis=-2)
+        means = _of_clusters(self._y, group, size)
+        self._between = (means - self._mean[..., None, :]) * np.sqrt(size)[:, None]
+        self._within = self._y - means[..., group, :]
+
+    def estimates(self, contrasts: Array, widening: Array | float = 1.0) -> Estimates:
+        """Of `contrasts` (terms, cells)."""
+        size, counted, clusters = self._size, self._counted, len(self._size)
+        estimate = self._mean @ contrasts.T
+        nothing = np.zeros_like(estimate)
+        if clusters < 2 or self._cells < 2:
+            return Estimates(estimate, np.full_like(estimate, np.nan), nothing, nothing)
+        between = _MeanSquares(self._between, counted.between, contrasts, clusters - 1)
+        within = _MeanSquares(self._within, counted.within, contrasts) if self._blocks > clusters else None
+        weight = np.abs(contrasts)
+        equal = np.isclose(weight, weight.max(axis=1, keepdims=True)).all(axis=1) | _spread(weight)
+        if self._cells == 2:  # its own is all there is
+            usual, usual_df = _own(between, within)
+        else:
+            (shared, shared_df), (alone, alone_df) = _shared(between, self._cells), _alone(between, within)
+            usual, usual_df = np.where(equal, shared, alone), np.where(equal, shared_df, alone_df)
+        norm = (contrasts**2).sum(axis=1)
+        share = nothing if self._single else _process_share(usual, within, equal)
+        thinner = counted.thinner @ (contrasts**2).T / norm
+        se = np.sqrt(usual * norm * _inflation(size) * thinner) / self._blocks
+        return Estimates(estimate, np.asarray(widening)[..., None] * se, usual_df, share)
 
 
 def completed(y: Array, process: NDArray[Any]) -> Array:
@@ -232,13 +246,13 @@ class _Counted:
 
     def __init__(self, y: Array, group: NDArray[np.intp]) -> None:
         self.missing: NDArray[np.bool_] = np.isnan(y)
-        of = (group == np.arange(group.max(initial=-1) + 1)[:, None]).astype(float)
-        visits = of @ ~self.missing
+        size = np.bincount(group)
+        visits = _of_clusters((~self.missing).astype(float), group, np.ones(len(size)))
         self.empty: NDArray[np.bool_] = visits == 0
         self.between: Array = (visits > 0).sum(axis=-2) - 1.0
         self.within: Array = (~self.missing).sum(axis=-2) - self.between - 1.0
         with np.errstate(divide="ignore"):
-            self.thinner: Array = len(group) / (of.sum(axis=1) @ ~self.empty)
+            self.thinner: Array = len(group) / (size.astype(float) @ ~self.empty)
 
 
 class _MeanSquares:
@@ -292,15 +306,15 @@ def _completed(y: Array, group: NDArray[np.intp], counted: _Counted) -> Array:
     if not some.any():
         return y
     part, missing, empty = y[some], counted.missing[some], counted.empty[some]
-    of = (group == np.arange(group.max() + 1)[:, None]).astype(float)
-    size = of.sum(axis=1)[:, None]
+    size = np.bincount(group).astype(float)[:, None]
+    ones = np.ones(len(size))
     share = np.where(empty, 0, size)
     with np.errstate(invalid="ignore"):  # NaN where no process tells a cell
         share = share / share.sum(axis=-2, keepdims=True)
     part = np.where(missing, np.nanmean(part, axis=-1, keepdims=True), part)
     for _ in range(_FILLS):
         level = part.mean(axis=-1, keepdims=True)
-        cell = of @ (part - level) / size
+        cell = _of_clusters(part - level, group, ones) / size
         cell = np.where(empty, (share * cell).sum(axis=-2, keepdims=True), cell)
         cell -= cell.mean(axis=-1, keepdims=True)
         fill = (level + cell[..., group, :])[missing]
@@ -311,6 +325,19 @@ def _completed(y: Array, group: NDArray[np.intp], counted: _Counted) -> Array:
     found = y.copy()
     found[some] = part
     return found
+
+
+def _of_clusters(values: Array, group: NDArray[np.intp], size: NDArray[Any]) -> Array:
+    """Sums of `values` (…, blocks, cells) over the blocks of each cluster, by its `size`: (…, clusters, cells).
+
+    Some clusters at a time: a matrix of all of them by all blocks grows with the square of a run.
+    """
+    parts = []
+    for start in range(0, len(size), _AT_ONCE):
+        numbers = np.arange(start, min(start + _AT_ONCE, len(size)))
+        here = slice(None) if len(size) <= _AT_ONCE else np.flatnonzero(np.isin(group, numbers))
+        parts.append(((group[here] == numbers[:, None]) / size[numbers, None]) @ values[..., here, :])
+    return np.concatenate(parts, axis=-2) if parts else values[..., :0, :]
 
 
 def _inflation(size: NDArray[Any]) -> float:

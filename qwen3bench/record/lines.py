@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from qwen3bench.record.messages import (
     Ceilings,
@@ -427,6 +427,14 @@ LINES: dict[str, type[Line]] = {
 }
 
 
+_OF_TYPE = b'{"v":%d,"type":' % SCHEMA
+# In one step, three times as fast: nearly all lines of a record are of these types.
+_OFTEN: dict[bytes, TypeAdapter[Line]] = {
+    b'%b"%b",' % (_OF_TYPE, kind.type.encode()): TypeAdapter(kind)
+    for kind in (SampleLine, VisitLine, ConfirmSampleLine, ConfirmVisitLine)
+}
+
+
 class OtherSchemaError(Exception):
     """A line of another schema version, which is the argument."""
 
@@ -455,6 +463,12 @@ def decode(raw: bytes) -> Line:
     text, tail = raw[: -_TAIL_BYTES - 1], raw[-_TAIL_BYTES - 1 : -1]
     if tail != _TAIL % zlib.crc32(text):
         raise ValueError("the checksum does not match")
+    often = _OFTEN.get(raw[: raw.find(b",", len(_OF_TYPE)) + 1])
+    if often and raw.count(b"{") == 1 and raw.count(b"[") <= 1 and raw.isascii():
+        try:
+            return often.validate_json(raw)
+        except ValidationError:  # what is wrong is told below
+            pass
     try:
         fields = parsed_line(raw)
     except ValueError as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import lzma
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,7 +35,7 @@ class Record:
         self.run = run
         self.warnings: list[str] = []
         self._lines: dict[type[Line], list[Line]] = {}
-        self._keys: set[tuple[Any, ...]] = set()
+        self._of_kind: dict[type[Line], tuple[Callable[[Line], Any] | None, set[Any]]] = {}
 
     @property
     def types(self) -> dict[str, int]:
@@ -43,12 +44,18 @@ class Record:
 
     def add(self, line: Line) -> bool:
         """Take in one more line; False, and it does not count, where one with its key stands before it."""
-        if line.key:
-            key = (line.type, *(getattr(line, name) for name in line.key))
-            if key in self._keys:
+        kind = type(line)
+        of_kind = self._of_kind.get(kind)
+        if of_kind is None:
+            of_kind = self._of_kind[kind] = (attrgetter(*kind.key) if kind.key else None, set())
+            self._lines[kind] = []
+        key_of, keys = of_kind
+        if key_of is not None:
+            count = len(keys)
+            keys.add(key_of(line))
+            if len(keys) == count:
                 return False
-            self._keys.add(key)
-        self._lines.setdefault(type(line), []).append(line)
+        self._lines[kind].append(line)
         return True
 
     def of(self, kind: type[L]) -> list[L]:

@@ -19,6 +19,8 @@ from qwen3bench.reporting.wording.sentences import drift_words
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
+_MANY = 2_000  # points that an SVG still holds one by one; more are an image inside it
+
 
 def controls_plot(run: Run, condition: Condition) -> Plot | None:
     """A/A ratio of every block beside the mean latency of the blocks over time."""
@@ -42,7 +44,7 @@ def _draw_aa(axes: Axes, run: Run, condition: Condition) -> None:
         axes.axhline(row.ratio, color=color, linestyle="--")
         if is_number(row.lo):
             axes.axhspan(row.lo, row.hi, color=color, alpha=0.25, linewidth=0)
-    axes.scatter(pairs["block"], pairs["ratio"], s=18, color=BLUE, zorder=3)
+    axes.scatter(pairs["block"], pairs["ratio"], s=18, color=BLUE, zorder=3, rasterized=len(pairs) > _MANY)
     axes.set_xlabel(copies_axis(len(pairs), level(run)))
     axes.set_ylabel("second copy / first")
     axes.ticklabel_format(useOffset=False)
@@ -65,6 +67,7 @@ def _draw_drift(figure: Figure, axes: Axes, run: Run, condition: Condition) -> N
             markersize=4,
             markerfacecolor=color if place % 2 == 0 else PAPER,
             label=f"process {place + 1}",
+            rasterized=len(series) > _MANY,
         )
     axes.axhline(0, color=MUTED, linewidth=0.9)
     axes.set_xlabel(drift_axis(len(series)))
