@@ -72,13 +72,13 @@ def _nothing_measured(directory: Path) -> bool:
     return set(read_record(directory).types) <= {line.type for line in (RunLine, SessionLine, PromptLine, ProcessLine)}
 
 
-def begin(settings: Settings, writer: RecordWriter, identity: Identity) -> None:
-    """Write environment.json, config.yaml and the record's first line."""
+def begin(settings: Settings, writer: RecordWriter, identity: Identity, choice: PromptLine | None = None) -> None:
+    """Write environment.json, config.yaml and the record's first line, with it how the prompt was chosen."""
     directory = writer.directory
     config = replace(settings, dir=directory, resume=None).to_dict()
     write_atomic(directory / "environment.json", json.dumps(identity.environment, indent=2) + "\n")
     write_atomic(directory / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-    writer.append(first_line(settings, config, identity))
+    writer.append(first_line(settings, config, identity), *([choice] if choice is not None else []))
 
 
 def first_line(settings: Settings, config: dict[str, Any], identity: Identity) -> RunLine:

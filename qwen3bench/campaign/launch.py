@@ -308,9 +308,7 @@ def _campaign(
         named = {**identity.environment, "card": None, "cards": [card.uuid for card in cards]}
         identity = replace(identity, environment=named)
     if done is None:
-        continuation.begin(settings, writer, identity)
-        if choice is not None:
-            writer.append(choice)
+        continuation.begin(settings, writer, identity, choice)
     else:
         continuation.refuse_changed(done, settings, identity, directory)
     command = ("python", "-m", "qwen3bench", *sys.argv[1:])

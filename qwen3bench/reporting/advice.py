@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qwen3bench.record.lines import BlockLine, ProcessLine, SessionLine
+from qwen3bench.record.screen import WHOLE
 from qwen3bench.record.states import BlockState, Purpose
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.finding import Advice
@@ -59,7 +60,9 @@ def more_processes(run: Run, condition: Condition, processes: int, times: int = 
 
 
 def all_cells(run: Run, cells: int) -> Advice:
-    """To measure every combination where the run measured so many cells."""
+    """To measure every combination where the run measured so many cells; of many switches a screen of them."""
+    if len(run.factors) > WHOLE:
+        return Advice(("design=screen", "design.resolution=5"))
     part = 2 ** len(run.factors) / max(1, cells)
     each = [spent(run, condition) for condition in conditions(run)]
     seconds = sum(now.processes * (now.measured_s / max(1, now.processes) + now.setup_s) for now in each)

@@ -72,9 +72,7 @@ def recommended(run: Run, condition: Condition) -> Iterator[Finding]:
             return
     samples = condition.select(run.samples)
     confidence = analysis_setting(run.record, "confidence")
-    blocks = block_matrix(samples, cells["cell"].tolist())
-    others = [cell for cell in cells["cell"] if cell in blocks.log_s and cell != BASELINE]
-    freedom = blocks.log_ratios(BASELINE, others).df.min() if others and BASELINE in blocks.log_s else 0
+    freedom = cells["cell"].map(_freedom(run, condition, all_cells["cell"].tolist()))
     faster = cells[shown_faster(cells, freedom, band(run), confidence)]
     if faster.empty:
         yield _nothing(run, condition, Choice(NoAnswer.NOTHING_FASTER, limit_gib=limit_gib))
@@ -90,6 +88,20 @@ def recommended(run: Run, condition: Condition) -> Iterator[Finding]:
         Kind.ANSWER, pick.cell, str(condition), pick.speedup, pick.speedup_lo, pick.speedup_hi,
         Verdict.FASTER, choice, width=band(run),
     )  # fmt: skip
+
+
+def _freedom(run: Run, condition: Condition, cells: list[str]) -> dict[str, float]:
+    """The degrees of freedom of each cell's speed-up, in the blocks that it stands on."""
+    found: dict[str, float] = {}
+    for part in (run.samples, *run.rounds):
+        samples = condition.select(part)
+        if samples.empty:  # no round of it
+            continue
+        blocks = block_matrix(samples, cells)
+        others = [cell for cell in cells if cell in blocks.log_s and cell != BASELINE and cell not in found]
+        if others and BASELINE in blocks.log_s:
+            found |= zip(others, map(float, blocks.log_ratios(BASELINE, others).df), strict=True)
+    return found
 
 
 def _memory_limit(run: Run) -> float | None:
@@ -127,15 +139,16 @@ def _nothing_fits(measured: pd.DataFrame, limit_gib: float) -> Choice:
     return Choice(NoAnswer.NOTHING_FITS, limit_gib=limit_gib, smallest=least.cell, smallest_bytes=needed)
 
 
-def shown_faster(cells: pd.DataFrame, freedom: float, width: float, confidence: float = 0.95) -> pd.Series:
+def shown_faster(cells: pd.DataFrame, freedom: float | pd.Series, width: float, confidence: float = 0.95) -> pd.Series:
     """Which cells are faster than the baseline beyond doubt, though the best of many is looked at.
 
     Intervals of that confidence are widened as Bonferroni asks at 5 % for one comparison per cell, by quantiles of t
-    with their degrees of freedom; a cell inside the band does not count.
+    with their degrees of freedom (of all, or of each); a cell inside the band does not count.
     """
     gain, low = np.log(cells["speedup"]), np.log(cells["speedup_lo"])
     inside = (cells["speedup_lo"] >= 1 - width) & (cells["speedup_hi"] <= 1 + width)
-    return (gain - _widening(len(cells) - 1, freedom, confidence) * (gain - low) > 0) & ~inside
+    compared = int(low.notna().sum())  # the baseline has no interval
+    return (gain - _widening(compared, freedom, confidence) * (gain - low) > 0) & ~inside
 
 
 def _widening(comparisons: int, freedom: Any, confidence: float) -> Any:

@@ -129,7 +129,7 @@ def allowed_variance(run: Run, condition: Condition, effect: Judged, df: float) 
     terms of its order.
     """
     tested = condition.select(run.effects)
-    tested = tested[(tested["metric"] == LATENCY) & (tested["kind"] != "shapley") & tested["p"].notna()]
+    tested = tested[(tested["metric"] == LATENCY) & tested["kind"].isin(("main", "interaction")) & tested["p"].notna()]
     tested = tested[tested["term"].str.count(":") == effect.term.count(":")]
     level = (1 + analysis_setting(run.record, "confidence")) / 2
     usual, strict = special.stdtrit(df, [level, max(level, 1 - 0.025 / max(1, len(tested)))])

@@ -17,7 +17,7 @@ from qwen3bench.record.files import write_atomic
 from qwen3bench.reporting import figures
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.finding import Effect
-from qwen3bench.reporting.lookup import all_on, device, directory, rows
+from qwen3bench.reporting.lookup import all_on, band, device, directory, rows
 from qwen3bench.reporting.pages import about, moment, switches
 from qwen3bench.reporting.plot_machines import machines_plot
 from qwen3bench.reporting.tables import Entry, Table, drop_empty
@@ -25,6 +25,7 @@ from qwen3bench.reporting.templates import render
 from qwen3bench.reporting.units import SECONDS, count, is_number, ratio, unit_for
 from qwen3bench.reporting.wording import pool_words
 from qwen3bench.reporting.wording.page_words import PAGE
+from qwen3bench.reporting.wording.sentences import band_words
 
 _ROWS = 200  # of a table in report.md; the page holds all
 _FEW = 3  # machines: with fewer, Student's t is over twice as wide as with many
@@ -78,7 +79,8 @@ def pool_sentences(pool: Pool) -> Iterator[str]:
         mains = here[here["kind"] == Compared.MAIN]
         together = here[(here["kind"] == Compared.SPEEDUP) & (here["term"] == all_on(pool.runs[0]))]
         for row in rows(pd.concat([mains, together])):
-            yield pool_words.pooled_words(Effect(row.term, row.estimate, row.lo, row.hi, row.verdict), str(condition))
+            effect = Effect(row.term, row.estimate, row.lo, row.hi, row.verdict)
+            yield pool_words.pooled_words(effect, str(condition), band_words(band(pool.runs[0])))
         spread = mains[mains["sd_machines_hi"].notna()]
         spread = spread.sort_values(["sd_machines", "sd_machines_hi"], ascending=False, kind="stable")
         for row in rows(spread[:1]):

@@ -6,6 +6,8 @@ import pytest
 from qwen3bench.analysis.run import Run
 from qwen3bench.reporting.advice import all_cells, more_blocks, more_processes, spent
 from qwen3bench.reporting.conditions import conditions
+from qwen3bench.reporting.finding import Advice, Kind
+from qwen3bench.reporting.findings import findings
 
 Lines = list[dict[str, Any]]
 START, WORK = 1_000.0, 1_030.0
@@ -63,3 +65,14 @@ def test_all_cells_take_as_much_more_as_they_are_more(run: Run) -> None:
     advice = all_cells(run, 2)
     assert advice.settings == ("design=full",)
     assert advice.seconds == pytest.approx(2 * (30 + 12 + 2 * 10))
+
+
+def test_of_many_switches_a_screen_is_advised_and_no_design_that_is_refused(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run], nine: tuple[str, ...]
+) -> None:
+    lines = record_lines(nine, screen=True, memory=False, evidence=False, blocks=1)
+    ends = ("baseline", "+".join(nine))
+    pair = [line for line in lines if line.get("cell", "baseline") in ends]
+    run = run_of([{**pair[0], "cells": list(ends)}, *pair[1:]])
+    (untold,) = [finding for finding in findings(run) if finding.kind == Kind.UNTOLD]
+    assert untold.advice == Advice(("design=screen", "design.resolution=5"))

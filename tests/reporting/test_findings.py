@@ -540,17 +540,23 @@ def test_what_is_shown_does_not_hang_on_the_confidence_of_the_intervals(confiden
 def test_what_is_recommended_is_shown_with_the_degrees_of_freedom_of_its_interval(
     small_run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: list[float] = []
+    given: list[pd.Series] = []
 
-    def shown(cells: pd.DataFrame, freedom: float, *rest: float) -> pd.Series:
+    def shown(cells: pd.DataFrame, freedom: pd.Series, *rest: float) -> pd.Series:
         given.append(freedom)
         return shown_faster(cells, freedom, *rest)
 
     monkeypatch.setattr(findings_cells, "shown_faster", shown)
     assert only(small_run, Kind.ANSWER)
     others = [cell for cell in small_run.cells["cell"] if cell != "baseline"]
-    assert given == [block_matrix(small_run.samples).log_ratios("baseline", others).df.min()]
-    assert 2 < given[0] <= 3  # a prior is worth at most two beside the one of two processes
+    told = block_matrix(small_run.samples).log_ratios("baseline", others).df
+    np.testing.assert_array_equal(given[0].dropna(), told)
+    assert 2 < min(told) <= 3  # a prior is worth at most two beside the one of two processes
+    given.clear()
+    peaks = small_run.cells["peak_allocated_bytes"]
+    limit = int(peaks[small_run.cells["cell"] == "baseline"].iloc[0]) - 1
+    assert choice(only(limited(small_run, limit / 2**30), Kind.ANSWER)).limit_gib == limit / 2**30
+    assert set(given[0]) <= set(told)  # though the baseline, which is too large, is none of the cells
 
 
 def without_baseline(lines: Lines) -> Lines:

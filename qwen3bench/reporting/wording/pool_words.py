@@ -24,13 +24,13 @@ def pool_scope(machines: int, cards: int, device: str) -> str:
     return f"Intervals hold for {device}. They stand on {stand}: {count(machines - 1, 'degree')} of freedom."
 
 
-def pooled_words(effect: Effect, where: str) -> str:
-    """What a switch, or a cell, is worth on this kind of card, with its verdict."""
+def pooled_words(effect: Effect, where: str, band: str) -> str:
+    """What a switch, or a cell, is worth on this kind of card, with its verdict; `band` is that of `same`."""
     shown = f"{ratio(effect.estimate, effect.lo, effect.hi)} as fast ({where})"
     if not is_number(effect.lo):
         return f"{effect.term} is {shown} on this machine."
     if effect.verdict == Verdict.SAME:
-        return f"{effect.term} makes no difference: {shown}."
+        return f"{effect.term} changes latency by less than {band}: {shown}."
     return f"{effect.term} is {effect.verdict}: {shown}."
 
 
