@@ -138,7 +138,12 @@ class Blocks:
         if (BASELINE, 0) in visits:
             visits.append((BASELINE, 1))
         enter = Enter(workload=workload, runtime=runtime, cell=visits[0][0])
-        return enter, [Prepare(cell=cell, copy=copy) for cell, copy in visits]
+        pace = self._timings[where].pace
+        # Where a launch is so long that none is untimed, the first warms the process up, and nothing is a cell's own.
+        warm = pace is None or pace.untimed
+        return enter, [
+            Prepare(cell=cell, copy=copy, launch=warm or place == 0) for place, (cell, copy) in enumerate(visits)
+        ]
 
     def _prepare(self, where: Where) -> Steps[bool]:
         """Make every cell ready in the present worker; False where a cell failed and the worker is gone."""
@@ -224,7 +229,7 @@ class Blocks:
             share_s = self._settings.time_allowed_s / self._min_processes(where)
             # Kalibera & Jones, sec. 6: the dearer a process is to set up, the more is measured in each.
             enough = spent_s >= min(share_s, MEASURED_PER_SETUP * setup_s)
-            if enough and blocks >= measure.blocks_per_process:
+            if enough and blocks >= self._settings.blocks_per_process:
                 break
             if blocks >= measure.max_blocks / self._min_processes(where):
                 break
@@ -317,7 +322,8 @@ class Blocks:
                     repeats = timing.pace.repeats if timing.pace else self._settings.measure.repeats
                     inner = timing.pace.inner if timing.pace else None
                     takes = min(MAX_TAKES, 1 + spare)
-                    asked = Visit(cell=cell, copy=copy, repeats=repeats, inner=inner, takes=takes)
+                    untimed = timing.pace.untimed if timing.pace else None
+                    asked = Visit(cell=cell, copy=copy, repeats=repeats, inner=inner, untimed=untimed, takes=takes)
                     answer = yield asked
                     if len(answer.samples) < (repeats or 1):
                         text = f"the worker answered {len(answer.samples)} values, not {repeats}"

@@ -79,7 +79,7 @@ class Confirmation:
         measure = settings.measure
         enough = max(
             measure.min_blocks,
-            max(settings.min_processes(runtime) for runtime in settings.runtimes) * measure.blocks_per_process,
+            max(settings.min_processes(runtime) for runtime in settings.runtimes) * settings.blocks_per_process,
         )
         settings = replace(
             settings,

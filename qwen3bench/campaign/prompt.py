@@ -12,8 +12,9 @@ from qwen3bench.record.messages import CellFailure, TimeForward
 from qwen3bench.record.reader import Record
 
 LENGTHS = (16, 32, 64, 128)  # tokens; more would not change which switch pays, and multiplies what the gate takes
-FORWARDS = 30  # of a prompt, for each cell, in all passes of a run: the gate 8, getting ready 4, six blocks and more 18
-ALLOWED_S = 300.0  # for all of them: a full run of 32 cells then ends within some ten minutes, decoding too
+FORWARDS = 11  # of a prompt, for each cell, in all passes of a run: gate and evidence 2, getting ready 3, six blocks
+RUN_S = 360.0  # that a full run of 32 cells takes, decoding too
+ALLOWED_S = 150.0  # of these, for all forwards of the prompt
 
 
 def is_open(settings: Settings) -> bool:
@@ -54,7 +55,7 @@ def said(choice: PromptLine) -> str:
     longest = max(forward_s, key=int)
     why = f"a forward of {longest} takes {forward_s[longest]:.2g} s"
     if int(longest) > tokens or forward_s[longest] > choice.limit_s:
-        why += f", and {choice.limit_s:.2g} s are allowed for a run of about {duration(2 * ALLOWED_S)}"
+        why += f", and {choice.limit_s:.2g} s are allowed for a run of about {duration(RUN_S)}"
     return f"the prompt has {tokens} tokens here: {why}; prompt_tokens=N sets another length"
 
 

@@ -90,7 +90,7 @@ class Timing:
     def see_pace(self, visit: Surroundings) -> None:
         """Take note of the pace that a visit was taken at, so that it is found once."""
         if visit.repeats and visit.inner:
-            self.pace = Pace(inner=visit.inner, repeats=visit.repeats)
+            self.pace = Pace(inner=visit.inner, repeats=visit.repeats, untimed=visit.untimed is not False)
 
 
 class RunState:

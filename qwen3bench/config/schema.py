@@ -73,8 +73,9 @@ class Sizes:
 class Measure:
     """When to stop, and how the measuring is spread over processes, blocks and repeats.
 
-    `target` (relative 95 % half-width of a main effect), `max_seconds`, `min_processes` and `repeats` (timed values of
-    a visit) are None where what is measured decides. Raises `UserError` where `max_blocks` is below `min_blocks`.
+    `target` (relative 95 % half-width of a main effect), `max_seconds`, `min_processes`, `blocks_per_process` and
+    `repeats` (timed values of a visit) are None where what is measured decides. Raises `UserError` where
+    `max_blocks` is below `min_blocks`.
     """
 
     name: Text
@@ -83,7 +84,7 @@ class Measure:
     min_blocks: Count
     max_blocks: Count
     min_processes: Count | None
-    blocks_per_process: Count
+    blocks_per_process: Count | None
     repeats: Count | None
     max_attempts: Count
     step_timeout_s: Timeout

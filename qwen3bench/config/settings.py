@@ -196,6 +196,13 @@ class Settings:
             return self.measure.min_processes
         return 5 if self.peers or self.target(runtime) < 0.01 else 3
 
+    @property
+    def blocks_per_process(self) -> int:
+        """How many blocks a process times at least: on a CPU the least blocks of a run in its least processes."""
+        if self.measure.blocks_per_process is not None:
+            return self.measure.blocks_per_process
+        return 3 if self.device.startswith("cuda") else 2
+
     def limit_s(self, runtime: str, blocks: int, processes: int) -> float:
         """How many seconds are allowed for measuring, of which getting processes ready is no part.
 

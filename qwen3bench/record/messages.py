@@ -184,10 +184,14 @@ def _timed(value: Any) -> Timed:
 
 @typed
 class Pace:
-    """How much each visit takes in, the same for all cells and processes: values, and launches inside one."""
+    """How much each visit takes in, the same for all cells and processes: values, and launches inside one.
+
+    `untimed`: whether one that is not timed comes before them.
+    """
 
     inner: Count
     repeats: Count
+    untimed: bool = True
 
 
 @typed
@@ -195,13 +199,15 @@ class Surroundings:
     """What went on around a visit: seconds that other processes and the hypervisor took of our CPUs, and their clock.
 
     `takes`: how often it was taken, as other work disturbed it. `paused`: the process was stopped, or the machine
-    suspended, in it. `repeats` values were asked for, each of `inner` launches.
+    suspended, in it. `repeats` values were asked for, each of `inner` launches; where `untimed` is false without an
+    untimed one before them.
     """
 
     paused: bool | None = None
     takes: Count | None = None
     repeats: Count | None = None
     inner: Count | None = None
+    untimed: bool | None = None
     others_s: Number | None = None
     steal_s: Number | None = None
     clock_mhz: Count | None = None
@@ -391,18 +397,20 @@ class Enter(Request[Done]):
 
 @typed
 class Prepare(Request[Preparation]):
-    """Build a cell, warm it up, capture it."""
+    """Build a cell, warm it up, capture it; without a `launch` it is built alone, where nothing has to be warm."""
 
     op: ClassVar = "prepare"
     reply: ClassVar = Preparation
     cell: str
     copy: Count
+    launch: bool = True
 
 
 @typed
 class Visit(Request[TimedVisit]):
     """Time a cell that is ready: `repeats` values of `inner` launches, as many as the cells ask for where None.
 
+    Before them comes an untimed launch where `untimed`; where that is None too, as the cells ask for.
     Where other work disturbs it, it is taken again at once, up to `takes` times in all.
     """
 
@@ -412,6 +420,7 @@ class Visit(Request[TimedVisit]):
     copy: Count
     repeats: Count | None = None
     inner: Count | None = None
+    untimed: bool | None = None
     takes: Count = 1
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qwen3bench.record.messages import Ceilings
+from qwen3bench.record.messages import Ceilings, Pace
 from qwen3bench.worker.clock import time_device, time_host
 
 _REPEATS = 9  # of which the median counts
@@ -85,5 +85,6 @@ def _copy_bytes_per_s(device: torch.device) -> float:
 
 def _median_s(device: torch.device, launch: Any) -> float:
     launch()
-    time = time_device if device.type == "cuda" else time_host
-    return median(value.latency_s for value in time([launch], _REPEATS))
+    on_host = Pace(inner=1, repeats=_REPEATS)
+    values = time_device([launch], _REPEATS) if device.type == "cuda" else time_host([launch], on_host)
+    return median(value.latency_s for value in values)

@@ -1,11 +1,11 @@
 """The clock: timed values of one cell, in seconds.
 
 Rules and their sources. Warm up before timing and time steady state only (Georges et al., OOPSLA 2007; one untimed
-launch opens each visit). All cells of a process have as many values in a visit and launches in a value: a median of
-three leaves out a late value that a single one holds. A value must be far above the clock's resolution (Hoefler &
-Belli, SC 2015, rule 10: short work is repeated inside one value). Work on a CUDA device is asynchronous: its own
-events time it (NVIDIA, CUDA C++ Best Practices Guide, 9.1.2), or the host clock around a synchronize where the host's
-launches are part of what is measured.
+launch opens each visit, unless launches are long). All cells of a process have as many values in a visit and launches
+in a value: a median of three leaves out a late value that a single one holds. A value must be far above the clock's
+resolution (Hoefler & Belli, SC 2015, rule 10: short work is repeated inside one value). Work on a CUDA device is
+asynchronous: its own events time it (NVIDIA, CUDA C++ Best Practices Guide, 9.1.2), or the host clock around a
+synchronize where the host's launches are part of what is measured.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from itertools import pairwise
 
 import torch
 
+from qwen3bench.record.messages import Pace
+
 MIN_VALUE_S = 1e-3  # 1,000 × the resolution of a CUDA event (about 0.5 µs to 1 µs), 10,000 × the host clock's
 VISIT_S = 20e-3  # what one visit's timed values fill, about: then blocks tell more than further values do
+LONG_S = 0.1  # of a launch on a CPU: it has filled the caches within a few ms, so it needs none before it
 MAX_REPEATS = 30  # more than these tell less than another block does
 
 
@@ -43,34 +46,33 @@ def visit_repeats(value_s: float) -> int:
 
 def time_host(
     launches: Sequence[Callable[[], object]],
-    repeats: int,
-    inner: int = 1,
+    pace: Pace,
     synchronize: Callable[[], object] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[TimedValue]:
-    """`repeats` timed values by a monotonic host clock around a synchronize, behind an untimed launch.
+    """The timed values of one visit by a monotonic host clock around a synchronize, behind an untimed launch if asked.
 
-    The launch is made at once and each value when it is asked for, so that the caller may look around in between. With
+    That launch is made at once and each value when it is asked for, so that the caller may look around in between. With
     several launches each is synchronized, as a program that reads each token does.
     """
-    for launch in launches:
+    for launch in launches if pace.untimed else ():
         launch()
 
     def value() -> TimedValue:
         synchronize()
         marks = [clock()]
         if len(launches) == 1:
-            for _ in range(inner):
+            for _ in range(pace.inner):
                 launches[0]()
             synchronize()
-            return TimedValue((clock() - marks[0]) / inner)
+            return TimedValue((clock() - marks[0]) / pace.inner)
         for launch in launches:
             launch()
             synchronize()
             marks.append(clock())
         return TimedValue(marks[-1] - marks[0], _differences(marks))
 
-    return (value() for _ in range(repeats))
+    return (value() for _ in range(pace.repeats))
 
 
 def time_device(launches: Sequence[Callable[[], object]], repeats: int, inner: int = 1) -> list[TimedValue]:

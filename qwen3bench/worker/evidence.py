@@ -12,6 +12,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -202,39 +203,99 @@ def _kernels(launch: Callable[[], object]) -> Counter[str]:
 
 def operations_of(launch: Callable[[], object]) -> Counter[str]:
     """The ATen operations of one launch that compute: name → how often."""
-    return Counter(
-        name
-        for event in _profiled(launch, [ProfilerActivity.CPU])
-        if event.device_type == torch.autograd.DeviceType.CPU and event.cpu_parent is None
-        for name in _computing(event)
-    )
+    profiled = _profile(launch, [ProfilerActivity.CPU])
+    events = [  # as the profiler has them: its own tables of 28 layers take longer than their forward
+        Span(event.start_ns(), event.end_ns(), event.name(), event.start_thread_id())
+        for event in profiled.profiler.kineto_results.events()
+        if event.device_type() == torch.autograd.DeviceType.CPU
+    ]
+    return computing_operations(events)
+
+
+@dataclass(frozen=True)
+class Span:
+    """An operation of a profile: from when to when it ran, in ns, and in which thread."""
+
+    start: int
+    end: int
+    name: str
+    thread: int = 0
+
+
+def computing_operations(spans: Iterable[Span]) -> Counter[str]:
+    """Count the operations that compute and call none that does; `add_` counts as `add`.
+
+    One calls another where it runs while the other does, in the same thread. Attention counts as one operation,
+    whatever it calls.
+    """
+    counts = Counter[str]()
+    running: list[_Running] = []
+
+    def end_until(span: Span | None) -> None:
+        while running and (span is None or running[-1].ends_before(span)):
+            ended = running.pop()
+            ended.computes |= not ended.inside_attention and _count(ended, counts)
+            if running:
+                running[-1].computes |= ended.computes
+
+    for span in sorted(spans, key=lambda each: (each.thread, each.start, -each.end)):
+        end_until(span)
+        running.append(_Running(span, bool(running) and running[-1].is_attention))
+    end_until(None)
+    return counts
+
+
+@dataclass
+class _Running:
+    """An operation that others may be called by; `computes`: whether one of them, or it, does."""
+
+    span: Span
+    inside_attention: bool
+    computes: bool = False
+
+    @property
+    def is_attention(self) -> bool:
+        return self.inside_attention or self.operation.startswith("_scaled_dot_product_")
+
+    @property
+    def operation(self) -> str:
+        return self.span.name.partition("::")[2]
+
+    def ends_before(self, span: Span) -> bool:
+        return self.span.thread != span.thread or self.span.end <= span.start
+
+
+def _count(ended: _Running, counts: Counter[str]) -> bool:
+    """Count an operation where it computes and none that it called does; whether it does."""
+    name = ended.operation
+    if ended.is_attention:
+        counts[name] += 1
+        return True
+    if ended.computes or not ended.span.name.startswith("aten::") or not _computes(name):
+        return False
+    counts[name.rstrip("_")] += 1
+    return True
 
 
 def _profiled(launch: Callable[[], object], activities: Sequence[ProfilerActivity]) -> list[Any]:
     """The events of one launch."""
+    return list(_profile(launch, activities).events())
+
+
+def _profile(launch: Callable[[], object], activities: Sequence[ProfilerActivity]) -> Any:
+    """The profile of one launch."""
     synchronize = torch.cuda.synchronize if ProfilerActivity.CUDA in activities else lambda: None
     synchronize()
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above USDT: else stderr tells of every start and stop
     with torch.no_grad(), profile(activities=activities) as profiled:  # as timed: another mode would recompile
         launch()
         synchronize()
-    return list(profiled.events())
+    return profiled
 
 
 def _short(name: str) -> str:
     """A kernel's name, cut where C++ templates make it long, with a checksum that keeps it unlike others."""
     return name if len(name) <= 120 else f"{name[:111]}…{zlib.crc32(name.encode()):08x}"
-
-
-def _computing(event: Any) -> list[str]:
-    """The operations under `event` that compute and call none that does; `add_` counts as `add`."""
-    found = [name for child in event.cpu_children for name in _computing(child)]
-    namespace, _, name = event.name.partition("::")
-    if name.startswith("_scaled_dot_product_"):
-        return [name]  # one operation, whatever it calls
-    if not found and namespace == "aten" and _computes(name):
-        found = [name.rstrip("_")]
-    return found
 
 
 @cache

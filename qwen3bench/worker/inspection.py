@@ -17,6 +17,7 @@ from qwen3bench.record.messages import (
     Evidence,
     ForwardTime,
     Judgment,
+    Pace,
     ParameterCounts,
     PeakMemory,
 )
@@ -155,7 +156,7 @@ class Inspection:
         model = self.session.on_bank(cell)
         steps = self.session.inputs(workload, model).steps(model)
         passes = _EAGER_PASSES if len(steps) == 1 else 1
-        values = time_host(steps, passes, 1, self.session.synchronize)
+        values = time_host(steps, Pace(inner=1, repeats=passes), self.session.synchronize)
         return EagerTime(eager_s=statistics.median(value.latency_s for value in values))
 
     def forward(self, prompt_tokens: int) -> ForwardTime:
@@ -164,7 +165,7 @@ class Inspection:
         config, device = model.config, self.session.device
         batch = max(sizes.batch_size for sizes in self.session.settings.workloads.values())
         prompt = torch.zeros(batch, min(prompt_tokens, config.context_length), dtype=torch.long, device=device)
-        times = time_host([lambda: model(prompt)], _FORWARDS, 1, self.session.synchronize)
+        times = time_host([lambda: model(prompt)], Pace(inner=1, repeats=_FORWARDS), self.session.synchronize)
         return ForwardTime(seconds=min(value.latency_s for value in times))
 
     def ceilings(self) -> Ceilings:

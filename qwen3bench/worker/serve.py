@@ -84,7 +84,7 @@ class Worker:
             TimeEager: lambda asked: self.looking.eager(asked.cell, asked.workload),
             MeasureCeilings: lambda asked: self.looking.ceilings(),
             Enter: self.enter,
-            Prepare: lambda asked: self.timing.prepare(asked.cell, asked.copy),
+            Prepare: lambda asked: self.timing.prepare(asked),
             Visit: lambda asked: self.timing.visit(asked),
         }
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from qwen3bench.model.decoder import Decoder
-from qwen3bench.record.messages import Pace, Preparation, Timed, TimedVisit, Visit
-from qwen3bench.worker.clock import TimedValue, inner_repeats, time_device, time_host, visit_repeats
+from qwen3bench.record.messages import Pace, Preparation, Prepare, Timed, TimedVisit, Visit
+from qwen3bench.worker.clock import LONG_S, TimedValue, inner_repeats, time_device, time_host, visit_repeats
 from qwen3bench.worker.disturbance import CoreTimes, Waits, Watch
 from qwen3bench.worker.pauses import unpaused
 from qwen3bench.worker.runtimes import InvalidCell, Launch
@@ -51,11 +51,15 @@ class TimedPass:
         self.pace: Pace | None = None  # found at the first visit of a run, as others may get ready before
         self.watch = None if self.runtime.on_device_clock else Watch()
 
-    def prepare(self, cell: str, copy: int) -> Preparation:
+    def prepare(self, asked: Prepare) -> Preparation:
         """Build a cell on the bank, warm it up, capture it. Raises `InvalidCell` where its logits are not finite."""
+        cell, copy = asked.cell, asked.copy
         model = self.session.on_bank(cell, self.workload.size.name)
         outputs: list[torch.Tensor] = []
         on_device_clock = self.runtime.on_device_clock
+        if not asked.launch and self.runtime.name == "eager":
+            self.ready[cell, copy] = PreparedCell(model, self.workload.steps(model))
+            return Preparation()
         if not on_device_clock:
             started = time.perf_counter()
             for step in self.workload.steps(model):
@@ -84,9 +88,10 @@ class TimedPass:
         )
 
     def visit(self, asked: Visit) -> TimedVisit:
-        """An untimed launch, then as many timed values as are asked for; disturbed ones are taken again at once.
+        """As many timed values as are asked for, behind an untimed launch; disturbed ones are taken again at once.
 
-        Before, and not timed, what the workload's steps change is put back as it was.
+        Where launches on a CPU are long (`LONG_S`), none is untimed. Before, and not timed, what the workload's steps
+        change is put back as it was.
 
         Where a pause of the process or the machine struck, it is made again once. Raises `InvalidCell` where something
         was compiled meanwhile.
@@ -94,10 +99,11 @@ class TimedPass:
         launches = self.ready[asked.cell, asked.copy].launches
         compilations = self.runtime.compilations()
         if asked.repeats and asked.inner:  # as it was found before
-            self.pace = Pace(inner=asked.inner, repeats=asked.repeats)
+            self.pace = Pace(inner=asked.inner, repeats=asked.repeats, untimed=asked.untimed is not False)
         found, paces_paused = unpaused(lambda: self.pace or self._pace())
         self.pace = None if paces_paused else found
-        pace = Pace(inner=asked.inner or found.inner, repeats=asked.repeats or found.repeats)
+        untimed = found.untimed if asked.untimed is None else asked.untimed
+        pace = Pace(inner=asked.inner or found.inner, repeats=asked.repeats or found.repeats, untimed=untimed)
         takes: list[Take] = []
         left, paused = pace.repeats, False
         while not takes or (left and len(takes) < asked.takes):
@@ -114,6 +120,7 @@ class TimedPass:
             takes=len(takes),
             repeats=pace.repeats,
             inner=None if paces_paused else pace.inner,
+            untimed=None if pace.untimed else False,
             others_s=_total(take.cores.others_s for take in takes),
             steal_s=_total(take.cores.steal_s for take in takes),
             clock_mhz=None if self.watch is None else self.watch.clock_mhz(),
@@ -126,7 +133,9 @@ class TimedPass:
             self.launch_s.get(cell) or seconds_of(each.launches, self.session.synchronize)
             for cell, each in self.ready.items()
         ]
-        return pace_of(launch_s, all(len(each.launches) == 1 for each in self.ready.values()))
+        pace = pace_of(launch_s, all(len(each.launches) == 1 for each in self.ready.values()))
+        trains = self.workload.size.precision is not None  # where the first step of a visit finds other moments
+        return replace(pace, untimed=trains or self.session.device.type != "cpu" or min(launch_s) < LONG_S)
 
     def _take(self, launches: Sequence[Launch], pace: Pace) -> Take:
         self.workload.restore()
@@ -137,7 +146,7 @@ class TimedPass:
         self.watch.find_threads()
         cores, started = self.watch.core_times(), time.perf_counter()
         found = []
-        timed = time_host(launches, pace.repeats, pace.inner, self.session.synchronize)
+        timed = time_host(launches, pace, self.session.synchronize)
         before, since_s = self.watch.waits(), time.perf_counter()
         for value in timed:
             now_s, after = time.perf_counter(), self.watch.waits()

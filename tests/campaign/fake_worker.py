@@ -82,10 +82,10 @@ class FakeWorker:
         self.workload = workload
         return {}
 
-    def prepare(self, cell, copy):
+    def prepare(self, cell, copy, launch=True):
         return {"compile_s": None}
 
-    def visit(self, cell, copy, repeats=None, inner=None, takes=1):
+    def visit(self, cell, copy, repeats=None, inner=None, untimed=None, takes=1):
         true_s = 0.01
         for name in cell.split("+"):
             true_s *= EFFECT.get(name, 1.0)
@@ -95,7 +95,8 @@ class FakeWorker:
             if self.workload == "generate":
                 sample |= {"ttft_s": 0.004, "tpot_s": 0.001, "itl_s": [0.001, 0.001]}
             samples.append(sample)
-        return {"time": time.time(), "samples": samples, "takes": 1, "repeats": repeats or 1, "inner": inner or 1}
+        found = {"takes": 1, "repeats": repeats or 1, "inner": inner or 1, "untimed": None if untimed else untimed}
+        return {"time": time.time(), "samples": samples, **found}
 
 
 def strikes(fault, request):

@@ -36,6 +36,7 @@ from qwen3bench.record.design import block_order
 from qwen3bench.record.lines import (
     LINES,
     BlockLine,
+    CompileLine,
     EvidenceLine,
     PassLine,
     ProcessLine,
@@ -439,14 +440,26 @@ def test_a_directory_with_other_files_is_refused(measure: Measure, tmp_path: Pat
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
+def test_where_launches_are_long_later_processes_get_ready_with_one(measure: Measure) -> None:
+    long = {"does": "answer", "op": "visit", "inner": None, "fields": {"inner": 1, "untimed": False}}
+    built = {"does": "answer", "op": "prepare", "launch": False, "fields": {"compile_s": 7.0}}  # so that it shows
+    done = measure(*FULL, faults=[long, built])
+    assert done.status == 0, done.err
+    _, second = sorted({line.process for line in done.record.of(VisitLine)})
+    assert [(line.process, line.cell) for line in done.record.of(CompileLine)] == [
+        (second, cell) for cell in ("flash", "tie", "flash+tie", "baseline")
+    ]
+
+
 def test_the_pace_is_found_once_and_kept(measure: Measure, tmp_path: Path) -> None:
     """By all processes, and where the run goes on."""
-    found = {"does": "answer", "op": "visit", "inner": None, "fields": {"inner": 7}, "once": str(tmp_path / "found")}
+    fields = {"inner": 7, "untimed": False}
+    found = {"does": "answer", "op": "visit", "inner": None, "fields": fields, "once": str(tmp_path / "found")}
     done = measure(faults=[found])
-    assert [visit.inner for visit in done.record.of(VisitLine)] == [7] * 6
+    assert [(visit.inner, visit.untimed) for visit in done.record.of(VisitLine)] == [(7, False)] * 6
     assert len({visit.process for visit in done.record.of(VisitLine)}) == 2
     settings = settings_from(done.run.config)
-    assert RunState(settings, done.record).timings["prefill", "eager"].pace == Pace(repeats=1, inner=7)
+    assert RunState(settings, done.record).timings["prefill", "eager"].pace == Pace(repeats=1, inner=7, untimed=False)
     assert RunState(settings).timings["prefill", "eager"].pace is None
 
 

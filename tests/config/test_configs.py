@@ -352,6 +352,14 @@ def test_narrow_intervals_and_ratios_to_others_take_more_processes(
 
 
 @pytest.mark.parametrize(
+    ("overrides", "device", "blocks"),
+    [([], "cpu", 2), ([], "cuda:0", 3), (["measure=thorough"], "cpu", 2), (["measure.blocks_per_process=4"], "cpu", 4)],
+)
+def test_a_process_times_fewer_blocks_on_a_cpu(overrides: list[str], device: str, blocks: int) -> None:
+    assert replace(compose(overrides), device=device).blocks_per_process == blocks
+
+
+@pytest.mark.parametrize(
     ("override", "devices"),
     [
         ("devices=all", ("all",)),

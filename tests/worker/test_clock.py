@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 
+from qwen3bench.record.messages import Pace
 from qwen3bench.worker.clock import MIN_VALUE_S, inner_repeats, time_device, time_host
 
 
@@ -31,24 +32,35 @@ class FakeClock:
         return launch
 
 
+def pace(repeats: int, inner: int = 1) -> Pace:
+    return Pace(inner=inner, repeats=repeats)
+
+
 def test_a_value_is_the_time_of_its_launch() -> None:
     clock = FakeClock()
-    values = list(time_host([clock.work(0.25)], repeats=3, clock=clock))
+    values = list(time_host([clock.work(0.25)], pace(3), clock=clock))
     assert [value.latency_s for value in values] == pytest.approx([0.25] * 3)
     assert all(value.steps_s == () for value in values)
     assert len(clock.log) == 1 + 3  # one untimed
 
 
+def test_long_work_is_timed_at_once() -> None:
+    clock = FakeClock()
+    values = list(time_host([clock.work(0.25)], Pace(inner=1, repeats=2, untimed=False), clock=clock))
+    assert [value.latency_s for value in values] == pytest.approx([0.25] * 2)
+    assert len(clock.log) == 2
+
+
 def test_short_work_is_repeated_inside_a_value_and_divided() -> None:
     clock = FakeClock()
-    (value,) = time_host([clock.work(1e-5)], repeats=1, inner=100, clock=clock)
+    (value,) = time_host([clock.work(1e-5)], pace(1, 100), clock=clock)
     assert value.latency_s == pytest.approx(1e-5)
     assert len(clock.log) == 1 + 100
 
 
 def test_waiting_for_the_device_counts_and_the_wait_before_does_not() -> None:
     clock = FakeClock()
-    (value,) = time_host([clock.work(0.1)], 1, inner=2, synchronize=clock.work(0.5, "wait"), clock=clock)
+    (value,) = time_host([clock.work(0.1)], pace(1, 2), synchronize=clock.work(0.5, "wait"), clock=clock)
     assert clock.log == ["work", "wait", "work", "work", "wait"]
     assert value.latency_s == pytest.approx((0.1 + 0.1 + 0.5) / 2)
 
@@ -56,7 +68,7 @@ def test_waiting_for_the_device_counts_and_the_wait_before_does_not() -> None:
 def test_each_of_several_steps_has_its_own_time_and_they_sum_up() -> None:
     clock = FakeClock()
     steps = [clock.work(seconds) for seconds in (0.4, 0.1, 0.2)]
-    first, second = time_host(steps, repeats=2, synchronize=clock.work(0.01, "wait"), clock=clock)
+    first, second = time_host(steps, pace(2), synchronize=clock.work(0.01, "wait"), clock=clock)
     assert first.steps_s == pytest.approx((0.41, 0.11, 0.21))
     assert first.latency_s == pytest.approx(0.73)
     assert second.steps_s == pytest.approx(first.steps_s)
@@ -74,7 +86,7 @@ def test_the_clock_is_monotonic_whatever_the_wall_clock_does(monkeypatch: pytest
     assert time.get_clock_info("perf_counter").monotonic
     jumps = iter(range(10**6))
     monkeypatch.setattr(time, "time", lambda: 1e9 - 1e6 * next(jumps))
-    values = time_host([lambda: time.time()], repeats=5)
+    values = time_host([lambda: time.time()], pace(5))
     assert all(0 <= value.latency_s < 1 for value in values)
 
 

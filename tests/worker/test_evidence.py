@@ -26,9 +26,11 @@ from qwen3bench.worker.evidence import (
     OWN,
     SEPARATE,
     UNKNOWN,
+    Span,
     asked_note,
     attention_backend,
     collect,
+    computing_operations,
     operations_of,
     operations_of_a_forward,
     output_hash,
@@ -95,6 +97,27 @@ def test_a_cpus_kernels_are_the_operations_that_compute() -> None:
 )
 def test_it_says_whether_fused_attention_is_given_a_mask(opts: tuple[str, ...], note: list[str]) -> None:
     assert evidence(opts).notes == tuple(note)
+
+
+def test_operations_count_where_they_compute_and_call_none_that_does() -> None:
+    spans = [
+        Span(0, 100, "aten::linear"),
+        Span(1, 2, "aten::t"),  # a view
+        Span(3, 99, "aten::matmul"),
+        Span(4, 98, "aten::mm"),
+        Span(110, 120, "aten::add_"),
+        Span(120, 130, "aten::add"),  # after it, not in it
+        Span(121, 122, "aten::empty"),
+        Span(200, 300, "aten::_scaled_dot_product_flash_attention_for_cpu"),
+        Span(210, 220, "aten::mul"),
+        Span(300, 310, "mine::product"),
+        Span(301, 309, "aten::mul"),
+        Span(310, 320, "mine::nothing"),
+        Span(0, 400, "aten::silu", thread=2),  # while the others run
+    ]
+    found = computing_operations(reversed(spans))
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    assert found == {"mm": 1, "add": 2, attention: 1, "mul": 1, "silu": 1}
 
 
 def test_each_layer_adds_the_same_operations() -> None:

@@ -100,6 +100,37 @@ def test_cells_have_as_many_values_however_fast_they_are(opened: Ask, worker: Wo
         assert launched[cell] - before[cell] == 1 + timed.pace.inner
 
 
+@pytest.mark.parametrize(("slowest_s", "fastest_s", "untimed"), [(0.5, 0.1, False), (0.5, 0.09, True)])
+def test_where_every_launch_is_long_none_is_untimed(
+    opened: Ask, worker: Worker, slowest_s: float, fastest_s: float, untimed: bool
+) -> None:
+    opened("enter", workload="prefill", runtime="eager", cell="baseline")
+    timed, launched = worker.timed_pass, dict.fromkeys(("baseline", "flash"), 0)
+
+    def launch(cell: str) -> None:
+        launched[cell] += 1
+
+    for cell in launched:
+        opened("prepare", cell=cell, copy=0)
+        timed.ready[cell, 0] = replace(timed.ready[cell, 0], launches=[partial(launch, cell)])
+    timed.launch_s = {("baseline", 0): slowest_s, ("flash", 0): fastest_s}
+    found = opened("visit", cell="flash", copy=0, repeats=2)
+    assert found.untimed is (None if untimed else False)
+    assert launched["flash"] == 2 + untimed
+    opened("visit", cell="flash", copy=0, repeats=2, inner=1, untimed=not untimed)  # as it was found elsewhere
+    assert launched["flash"] == 4 + 1
+
+
+def test_a_cell_gets_ready_without_a_launch_where_none_is_asked_for(opened: Ask, worker: Worker) -> None:
+    opened("enter", workload="prefill", runtime="eager", cell="baseline")
+    with torch.profiler.profile() as profile:
+        opened("prepare", cell="flash", copy=0, launch=False)
+    assert not [event for event in profile.events() if event.name == "aten::mm"]
+    assert not worker.timed_pass.launch_s
+    (sample,) = opened("visit", cell="flash", copy=0, repeats=1, inner=1, untimed=False).samples
+    assert sample.latency_s > 0
+
+
 def test_one_generated_token_has_no_time_between_tokens(ask: Ask, small_settings: Callable[..., Settings]) -> None:
     settings = small_settings("workload=generate", "new_tokens=1", "prompt_tokens=4").resolved("cpu")
     ask("open", config=settings.to_dict())
