@@ -57,6 +57,7 @@ class WorkerProcess:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._replies, selectors.EVENT_READ)
         self._buffer = b""
+        self._sent_s = 0.0  # when the last request was, by the monotonic clock
         self._ended = False
 
     def __enter__(self) -> WorkerProcess:
@@ -93,6 +94,7 @@ class WorkerProcess:
         try:
             self._requests.write(encode_request(request))
             self._requests.flush()
+            self._sent_s = time.monotonic()
         except BrokenPipeError:
             raise self._died() from None
 
@@ -130,7 +132,8 @@ class WorkerProcess:
         while b"\n" not in self._buffer:
             left = deadline - time.monotonic()
             if left <= 0 or not self._selector.select(left):
-                raise CellFailure(CellStatus.TIMEOUT, f"the worker said nothing for {timeout_s:g} s during {op}")
+                waited_s = timeout_s or round(time.monotonic() - self._sent_s, 1)  # 0: it was waited for elsewhere
+                raise CellFailure(CellStatus.TIMEOUT, f"the worker said nothing for {waited_s:g} s during {op}")
             chunk = os.read(self._replies, 1 << 16)
             if not chunk:
                 raise self._died()

@@ -112,6 +112,14 @@ def test_whatever_goes_wrong_is_one_reason(talk: Talk, code: str, status: str, r
     assert caught.value.status == status
 
 
+def test_an_answer_that_was_waited_for_elsewhere_is_late_by_the_time_since_it_was_asked_for(talk: Talk) -> None:
+    worker = talk("r(); time.sleep(60)")
+    worker.send(Touch())
+    time.sleep(0.3)
+    with pytest.raises(CellFailure, match=r"said nothing for (0\.[3-9]|[1-9]\S*) s during touch"):
+        worker.receive(Touch(), 0.0)
+
+
 def test_a_worker_that_closes_its_output_and_lives_on_is_not_waited_for(
     talk: Talk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
