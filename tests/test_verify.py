@@ -157,7 +157,7 @@ def test_a_card_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert verify.main(["model=tiny", "device=cuda:2"]) == 1
-    assert "device=cuda:2: PyTorch sees 2 CUDA device(s)" in capsys.readouterr().err
+    assert "device=cuda:2: PyTorch sees 2 CUDA devices;" in capsys.readouterr().err
 
 
 @pytest.mark.cuda

@@ -40,7 +40,7 @@ class Blocks:
         self._workers = context.workers
         self._progress = context.progress
         self._timings = context.state.timings
-        self._effects = LiveEffects(context.settings, context.state.timings)
+        self._effects = LiveEffects(context.settings, context.state)
 
     @property
     def processes_needed(self) -> list[Where]:

@@ -60,7 +60,7 @@ def about_design(settings: Settings) -> list[str]:
     if settings.design == "screen":
         lines += about_screen(settings)
     minutes = [cells * len(settings.workloads) * each_s / 60 for each_s in (_CELL_ON_CARD_S, _CELL_ON_CPU_S)]
-    on_card, on_cpu = (f"{max(1, round(each))} minutes" for each in minutes)
+    on_card, on_cpu = (count(max(1, round(each)), "minute") for each in minutes)
     return [*lines, f"expected time, of Qwen3-0.6B in one runtime: {on_card} on an H100, {on_cpu} on two CPU cores"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -14,7 +14,7 @@ from scipy import special
 from qwen3bench.analysis.contrasts import contrasts
 from qwen3bench.analysis.effects import effects
 from qwen3bench.analysis.frames import block_matrix, factor_columns
-from qwen3bench.campaign.state import Timing, Where
+from qwen3bench.campaign.state import Place, RunState, Where
 from qwen3bench.config.settings import Settings
 from qwen3bench.record.design import BASELINE, is_peer, label
 from qwen3bench.record.lines import SampleLine
@@ -26,12 +26,15 @@ _Told = dict[str, Estimate | None]
 
 
 class LiveEffects:
-    """A table of main effects, or of speed-ups where the cells tell no main effect; one column for each condition."""
+    """A table of main effects, or of speed-ups where the cells tell no main effect; one column for each condition.
 
-    def __init__(self, settings: Settings, timings: Mapping[Where, Timing]) -> None:
+    A cell that failed, be it the gate alone, has no part in it.
+    """
+
+    def __init__(self, settings: Settings, state: RunState) -> None:
         self._settings = settings
-        self._timings = timings
-        self._known = {where: _Known() for where in timings}
+        self._state = state
+        self._known = {where: _Known() for where in state.timings}
 
     def decided(self, where: Where) -> bool:
         """Whether the interval of each effect there leaves out 1, or lies within the band of `same`."""
@@ -51,17 +54,19 @@ class LiveEffects:
         return effect_lines(table, list(told), width, unknown="not known yet") if table else []
 
     def line(self, where: Where) -> str:
-        """The effects in one workload and runtime, as they stand."""
+        """The effects in one workload and runtime, as they stand; empty where there is none to tell."""
         self._take_in()
-        return effects_line(" ".join(where), self._known[where].told)
+        told = self._known[where].told
+        return effects_line(" ".join(where), told) if told else ""
 
     def _take_in(self) -> None:
-        for where, timing in self._timings.items():
+        for where, timing in self._state.timings.items():
             known = self._known[where]
             if known.taken < len(timing.samples):
                 known.visits += _visits(timing.samples[known.taken :])
                 known.taken = len(timing.samples)
-                known.told = estimates(pd.DataFrame(known.visits, columns=_COLUMNS), self._settings)
+                sound = [each for each in known.visits if self._state.is_sound(Place(each[0], *where))]
+                known.told = estimates(pd.DataFrame(sound, columns=_COLUMNS), self._settings) if sound else {}
 
 
 @dataclass

@@ -100,9 +100,9 @@ class Reporter:
         self._table_due = 0.0 if took_s <= _FREE_S else started + took_s / _TABLE_SHARE
 
     def first_answer(self, line: str) -> None:
-        """There are first effects; elsewhere than on a terminal the `line` that tells them, when one is due."""
+        """There is a first answer; elsewhere than on a terminal the `line` that tells it, if any, when one is due."""
         self._has_answer = True
-        if self._live is None:
+        if line and self._live is None:
             self._untold.append(f"{line} ({_STOP})")
 
     def _say(self, line: str) -> None:

@@ -116,6 +116,10 @@ class RunState:
         failed = {self.failures.get(scope, CellStatus.OK) for scope in (Place(place.cell), place)}
         return failed <= {CellStatus.OK, CellStatus.NOT_EQUIVALENT}
 
+    def is_sound(self, place: Place) -> bool:
+        """Whether nothing failed of a cell there, so that it may have a speed-up."""
+        return not self.failures.keys() & {Place(place.cell), place}
+
     def is_left(self, step: Request[Any]) -> bool:
         """Whether a step is still to be taken."""
         return step not in self.steps and self.runs(Place.of(step))

@@ -72,6 +72,8 @@ def check(arguments: Sequence[str]) -> None:
         if override.is_sweep_override():
             if not multirun:
                 advice = f"; one value with a comma: {hint}" if key in _PATHS and (hint := _with_quotes(typed)) else ""
+                if key == "devices":
+                    advice = f"; several cards in one run: devices=[{typed.partition('=')[2]}]"
                 raise UserError(f"{key} takes one value; for one run per value add -m (multirun){advice}")
         elif key in _PATHS and not override.is_delete() and not isinstance(override.value(), str | None):
             raise UserError(f"{typed!r}: without quotes the value is no text; type {_with_quotes(typed)}")

@@ -61,7 +61,7 @@ PositiveAsIs = Annotated[StrictInt | StrictFloat, Field(gt=0, lt=math.inf), must
 Share = Annotated[StrictFloat, Field(gt=0, lt=1), must_be("a number above 0 and below 1")]
 Flag = Annotated[StrictBool, must_be("true or false")]
 AnyText = Annotated[StrictStr, must_be("a text")]
-Text = Annotated[StrictStr, Field(pattern=_NOT_BLANK), must_be("a text")]
+Text = Annotated[StrictStr, Field(pattern=_NOT_BLANK), must_be("a text that is not empty")]
 Distinct = AfterValidator(lambda values: list(dict.fromkeys(values)))
 
 

@@ -57,8 +57,9 @@ def chosen_cards(asked: Sequence[str]) -> list[PresentCard]:
     for name in asked:
         named = [card for card in present if name in (ALL, card.uuid, str(card.number))]
         if not named:
-            there = f"there are {known}" if known else "NVML finds none; leave devices out to use the one that there is"
-            raise Refused(f"devices={name}: there is no such card; {there}")
+            if not known:
+                raise Refused(f"devices={name}: NVML finds no card here; leave devices out to run where PyTorch can")
+            raise Refused(f"devices={name}: there is no such card; there are {known}")
         chosen |= dict.fromkeys(named)
     return [*chosen]
 

@@ -45,6 +45,7 @@ from qwen3bench.reporting.wording.terminal_words import (
     gain_words,
     marks_of,
     noisy_answer,
+    noisy_baseline,
     nothing_measured,
     only_helps_with,
     prediction_words,
@@ -128,8 +129,10 @@ def _answers(run: Run, width: int, room: int) -> list[str]:
 
 def _answer(run: Run, condition: Condition, width: int, brief: bool = False) -> list[str]:
     cells = usable(condition.select(run.cells))
-    if noise := control_findings.noise(run, condition):
-        return wrapped(noisy_answer(str(condition), math.expm1(noise)), width)
+    apart = math.expm1(control_findings.noise(run, condition))
+    alone = set(run.cells["cell"]) == {BASELINE}
+    if apart and not alone:
+        return wrapped(noisy_answer(str(condition), apart), width)
     by_label = {row.cell: row for row in rows(cells)}
     if not by_label:
         return wrapped(nothing_measured(str(condition)), width)
@@ -147,7 +150,8 @@ def _answer(run: Run, condition: Condition, width: int, brief: bool = False) -> 
     if finding is not None:
         return wrapped(f"{condition}: {sentence(finding).replace(f' ({condition})', '')}", width)
     row = by_label.get(BASELINE, next(iter(by_label.values())))
-    return packed(f"{condition}:", [row.cell, *_facts(row, brief)], width)
+    doubt = [noisy_baseline(apart)] if apart else []
+    return packed(f"{condition}:", [row.cell, *_facts(row, brief), *doubt], width)
 
 
 def _prediction(run: Run, condition: Condition) -> list[str]:

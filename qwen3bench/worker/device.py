@@ -14,7 +14,8 @@ def device_here(device: str) -> str:
         device = "cuda" if count else "cpu"
     kind, _, index = device.partition(":")
     if kind == "cuda" and int(index or 0) >= count:
-        raise UserError(f"device={device}: PyTorch sees {count or 'no'} CUDA device(s); use device=cpu or device=auto")
+        seen = f"{count or 'no'} CUDA device{'s' * (count > 1)}"
+        raise UserError(f"device={device}: PyTorch sees {seen}; use device=cpu or device=auto")
     return device
 
 

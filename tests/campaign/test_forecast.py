@@ -24,3 +24,8 @@ def test_a_smaller_fraction_says_what_is_told_only_together() -> None:
     assert "16 cells of 128" in text
     assert "told only together: flash:tie = mlp:norm = mask:qkv; " in text
     assert "D-efficiency" not in text
+
+
+def test_a_minute_is_one() -> None:
+    text = about_design(compose(["model=tiny"]))[-1]
+    assert text.endswith("in one runtime: 1 minute on an H100, 1 minute on two CPU cores")

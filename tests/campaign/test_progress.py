@@ -20,9 +20,10 @@ from qwen3bench.campaign import progress
 from qwen3bench.campaign.forecast import announcement, seconds_ahead, told
 from qwen3bench.campaign.live_effects import LiveEffects, estimates
 from qwen3bench.campaign.progress import Reporter
-from qwen3bench.campaign.state import Timing
+from qwen3bench.campaign.state import Place, RunState
 from qwen3bench.config.cli import compose
 from qwen3bench.record.lines import SampleLine
+from qwen3bench.record.states import CellStatus
 
 ROOT = Path(__file__).parents[2]
 
@@ -225,8 +226,9 @@ def _samples(cells: list[str], blocks: int, gain: float) -> list[SampleLine]:
 
 def test_the_table_shows_effects_with_intervals_as_they_come() -> None:
     settings = compose(["model=tiny", "design=full", "opt=flash,tie", "workload=prefill,decode"]).resolved("cpu")
-    timings = {("prefill", "eager"): Timing(), ("decode", "eager"): Timing()}
-    table = LiveEffects(settings, timings)
+    state = RunState(settings)
+    timings = state.timings
+    table = LiveEffects(settings, state)
     assert table.lines(100) == []
     timings["prefill", "eager"].samples += _samples(settings.labels, 1, 1.25)
     assert [line.count("not known yet") for line in table.lines(100)] == [0, 2, 2]
@@ -239,11 +241,24 @@ def test_the_table_shows_effects_with_intervals_as_they_come() -> None:
 
 def test_a_pair_of_cells_shows_its_speed_up() -> None:
     settings = compose(["model=tiny", "opt=flash,tie", "workload=prefill"]).resolved("cpu")
-    timings = {("prefill", "eager"): Timing(samples=_samples(["baseline", "flash+tie"], 6, 1.25))}
-    live = LiveEffects(settings, timings)
+    state = RunState(settings)
+    state.timings["prefill", "eager"].samples += _samples(["baseline", "flash+tie"], 6, 1.25)
+    live = LiveEffects(settings, state)
     _, row = live.lines(100)
     assert live.line(("prefill", "eager")) == f"prefill eager, first effects: {' '.join(row.split())}"
     assert re.fullmatch(r"flash\+tie  1\.2\d+× \[1\.2\d+, 1\.2\d+\]", row)
+
+
+@pytest.mark.parametrize("blocks", [1, 6])
+def test_a_cell_that_the_gate_refused_shows_no_speed_up(blocks: int) -> None:
+    settings = compose(["model=tiny", "opt=flash", "workload=prefill"]).resolved("cpu")
+    state = RunState(settings)
+    state.timings["prefill", "eager"].samples += _samples(settings.labels, blocks, 1.25)
+    assert "flash" in LiveEffects(settings, state).line(("prefill", "eager"))
+    state.failures[Place("flash")] = CellStatus.NOT_EQUIVALENT
+    live = LiveEffects(settings, state)
+    assert live.lines(100) == []
+    assert live.line(("prefill", "eager")) == ""
 
 
 @pytest.mark.slow
@@ -275,6 +290,17 @@ def test_the_first_effects_take_the_place_of_a_step(clock: Clock) -> None:
         "decode eager, first effects: flash 1.1× (Ctrl-C: stop and report)",
         "  timing, 9 of 4 (a block)",
     ]
+
+
+def test_where_there_is_no_effect_to_tell_no_line_is_written(clock: Clock) -> None:
+    out = io.StringIO()
+    reporter = Reporter(Console(file=out))
+    with reporter.stage("timing", 4) as stage:
+        reporter.first_answer("")
+        for clock.now in range(0, 70, 10):
+            stage.step("a block")
+    assert "Ctrl-C" not in out.getvalue()
+    assert "timing, 3 of 4 (a block)" in out.getvalue()
 
 
 def test_on_a_terminal_the_first_effects_are_under_the_bar_which_says_how_to_end(terminal: Console) -> None:

@@ -200,6 +200,7 @@ def test_no_argument_gives_a_traceback(
         (["+opt=flash", "+opt=tie"], ["opt is given more than once", "opt=flash,tie"]),
         (["opt=[flash]", "+opt=tie"], ["opt is given more than once"]),
         (["seed=1,2"], ["seed takes one value", "-m"]),
+        (["devices=0,1"], ["devices takes one value", "-m", "several cards in one run: devices=[0,1]"]),
         (["seed"], ["'seed' is no override"]),
         (["seed=[1"], ["'seed=[1' is no override"]),
         (["weights=/a=b/c"], ["weights=/a=b/c", "needs quotes; type \"weights='/a=b/c'\""]),

@@ -276,7 +276,7 @@ def test_the_resolved_config_gives_the_settings_back(device: str | None) -> None
         ("devices=1.5", "devices must be all, or a list of cards .*1.5"),
         ("dtype=bf16", "dtype='bf16' is unknown: use auto | bfloat16.*did you mean bfloat16"),
         ("weights=null", "weights must be a text"),
-        ("weights=''", "weights must be a text"),
+        ("weights=''", "weights must be a text that is not empty"),
         ("analysis.band=0", "analysis.band must be a number above 0 and below 1"),
         ("analysis.confidence=95", "analysis.confidence must be"),
         ("analysis.band=.nan", "analysis.band must be"),

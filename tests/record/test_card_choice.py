@@ -94,7 +94,7 @@ def test_one_that_is_not_there_is_refused_with_those_that_are(monkeypatch: pytes
     with pytest.raises(Refused, match=r"devices=7: there is no such card; there are 0 \(GPU-a\), 1 \(GPU-b\)"):
         chosen_cards(("0", "7"))
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    with pytest.raises(Refused, match="devices=all: there is no such card; NVML finds none"):
+    with pytest.raises(Refused, match="devices=all: NVML finds no card here; leave devices out"):
         chosen_cards(("all",))
 
 

@@ -164,3 +164,13 @@ def test_the_baseline_alone_has_its_latency(record_lines: Callable[..., Lines], 
     lines = printed(run_of(record_lines(factors=())))
     assert re.match(r"prefill 1×512 graph: baseline, 7\.\d+ ms, 7\d,\d+ tokens/s", lines[0])
     assert len(lines) == 2
+
+
+def test_the_baseline_alone_has_its_latency_though_its_copies_differ(
+    record_lines: Callable[..., Lines], run_of: RunOf
+) -> None:
+    text = " ".join(printed(run_of(record_lines(factors=(), copy_shift=0.02)))).replace("\N{NO-BREAK SPACE}", " ")
+    assert re.match(
+        r"prefill 1×512 graph: baseline, 7\.\d+ ms, .* noisy: two copies of the baseline differ by 2\.0 %", text
+    )
+    assert "recommended" not in text

@@ -16,8 +16,16 @@ def more_columns(number: int) -> str:
 
 def noisy_answer(condition: str, apart: float) -> str:
     """Why nothing is recommended where two copies of the baseline are a fraction `apart`."""
-    said = percent(apart).replace(" ", FIXED)
-    return f"{condition}: noisy: two copies of the baseline differ by {said}, so no switch is recommended."
+    return f"{condition}: noisy: {_copies_differ(apart)}, so no switch is recommended."
+
+
+def noisy_baseline(apart: float) -> str:
+    """What is said beside the latency of a baseline that is measured alone, whose copies are a fraction `apart`."""
+    return f"noisy: {_copies_differ(apart)}"
+
+
+def _copies_differ(apart: float) -> str:
+    return f"two copies of the baseline differ by {percent(apart).replace(' ', FIXED)}"
 
 
 def nothing_measured(condition: str) -> str:
