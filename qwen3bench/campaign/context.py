@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from qwen3bench.campaign.progress import Reporter
-from qwen3bench.campaign.scheduler import CardLostError
+from qwen3bench.campaign.scheduler import CardGoneError, CardLostError
 from qwen3bench.campaign.state import Place, RunState, Where
 from qwen3bench.campaign.worker_pool import WorkerPool
 from qwen3bench.config.settings import Settings
@@ -47,7 +47,7 @@ class RunContext:
 
         While other processes stand by on the same device the failure may be of their making. Then they are ended too,
         and nothing is recorded: only asking again, alone, tells. Raises `CardLostError` where the card is to blame,
-        and there is another.
+        and there is another, and `NoWorkerError` where what hosts the last one is gone.
         """
         outcome = Outcome()
         try:
@@ -59,8 +59,24 @@ class RunContext:
                 self.progress.note(f"{place.cell}: {failure.status} beside other processes, to be run again alone")
             elif self.cards() > 1 and self.workers.is_lost():
                 raise CardLostError(f"no kernel runs on it any more, since {place.cell}: {failure.reason}") from failure
+            elif isinstance(failure, CardGoneError):
+                raise self.workers.no_worker(failure) from failure
             else:
                 self.fail(pass_, place, failure)
+
+    @contextmanager
+    def spared(self, what: str) -> Iterator[None]:
+        """A step that no cell needs: where it fails, no cell is to blame, and `what` it would tell is not known.
+
+        Raises `CardLostError` where what hosts the card is gone, and there is another.
+        """
+        try:
+            yield
+        except CellFailure as failure:
+            self.workers.end()
+            if isinstance(failure, CardGoneError) and self.cards() > 1:
+                raise CardLostError(failure.reason) from failure
+            self.progress.note(f"{what} is not known: {failure.reason}")
 
     def fail(self, pass_: str, place: Place, failure: CellFailure, *answer: Line) -> None:
         """Record a failure, and the answer that told of it: both or none, and never the answer without its failure."""

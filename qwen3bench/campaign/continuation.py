@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from qwen3bench.campaign.worker_pool import QUIET_S, opening
-from qwen3bench.campaign.worker_process import WorkerProcess
+from qwen3bench.campaign.worker_process import WorkerHandle
 from qwen3bench.config.catalogue import described
 from qwen3bench.config.choices import choices, content_of, own_config_dir, own_file
 from qwen3bench.config.settings import Settings, settings_from
@@ -34,7 +34,7 @@ _BEGUN = (RECORD, ".lock", "worker.log", "environment.json", "config.yaml")  # w
 _MAX_KEYS = 6  # named where a config changed
 
 
-def identified(settings: Settings, worker: WorkerProcess, directory: Path) -> tuple[Settings, Identity]:
+def identified(settings: Settings, worker: WorkerHandle, directory: Path) -> tuple[Settings, Identity]:
     """The settings on the device that is there, which the worker has taken, and what machine and code that is.
 
     Raises `UserError` where the worker cannot tell.

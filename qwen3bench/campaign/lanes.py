@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from qwen3bench.campaign.blocks import Blocks
 from qwen3bench.campaign.context import RunContext
-from qwen3bench.campaign.scheduler import Orders, Scheduler, Steps
+from qwen3bench.campaign.scheduler import CardLostError, Orders, Scheduler, Steps
 from qwen3bench.campaign.state import Where
-from qwen3bench.campaign.worker_pool import WorkerPool, prepare_on, side_by_side
+from qwen3bench.campaign.worker_pool import NoWorkerError, WorkerPool, prepare_on, side_by_side
 from qwen3bench.record.card import Card
 from qwen3bench.record.messages import Prepare, Request
 from qwen3bench.record.states import Purpose
@@ -44,8 +44,13 @@ class Lane:
         return self.context.workers
 
     def send(self, request: Request[Any]) -> None:
-        """Hand over one request to the worker at work."""
-        self.workers.send(request)
+        """Hand over one request to the worker at work. Raises `CardLostError` where none starts, and others may."""
+        try:
+            self.workers.send(request)
+        except NoWorkerError as error:
+            if self.context.cards() > 1:
+                raise CardLostError(str(error).splitlines()[0]) from error
+            raise
 
     def receive(self, request: Request[R], timeout_s: float) -> R:
         """The answer to the request sent before."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from qwen3bench.analysis.cells import columns
 from qwen3bench.analysis.frames import SAMPLE_COLUMNS
 from qwen3bench.analysis.run import Run, load_run, write_derived
 from qwen3bench.campaign import continuation
+from qwen3bench.campaign.cluster import HostedCard, cluster_cards, refuse_unlike_workers
 from qwen3bench.campaign.context import RunContext
 from qwen3bench.campaign.lanes import Lane, Lanes
 from qwen3bench.campaign.passes import Campaign
@@ -27,7 +29,7 @@ from qwen3bench.campaign.progress import Reporter, duration
 from qwen3bench.campaign.prompt import as_recorded, choose_prompt, is_open, said
 from qwen3bench.campaign.state import RunState
 from qwen3bench.campaign.worker_pool import ProcessNumbers, Seat, StartWorker, WorkerPool
-from qwen3bench.campaign.worker_process import WorkerProcess
+from qwen3bench.campaign.worker_process import WorkerHandle, WorkerProcess
 from qwen3bench.config.choices import OWN_FOLDER
 from qwen3bench.config.settings import Settings
 from qwen3bench.errors import Refused, UserError
@@ -77,13 +79,22 @@ class Signals:
 
 @dataclass(frozen=True)
 class UsedCard:
-    """A card that a run uses: how a worker is started on it, its state, UUID, kind and the processor beside it."""
+    """A card that a run uses: how a worker is started on it, its state, UUID, kind and the processor beside it.
+
+    `host` is the name of its machine, where that may be another one.
+    """
 
     start: StartWorker
     monitor: Card
     uuid: str | None = None
     kind: str = ""
     socket: int = 0
+    host: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What a person calls it."""
+        return " of ".join([f"card {self.uuid}" if self.uuid else "the CPU", *([self.host] if self.host else [])])
 
 
 @dataclass(frozen=True)
@@ -114,6 +125,16 @@ class Machine:
 def _starts_on(uuid: str) -> StartWorker:
     """Starts workers that see one card alone: CUDA and NVML number cards unlike, and know them by UUID both."""
     return lambda log: WorkerProcess(log, variables={"CUDA_VISIBLE_DEVICES": uuid})
+
+
+def _of_cluster(cards: Sequence[HostedCard]) -> tuple[UsedCard, ...]:
+    """The cards of a cluster, the processors beside them numbered over all machines; on a CPU each is its own."""
+    beside = [(each.seen.host, each.seen.socket if each.seen.uuid else place) for place, each in enumerate(cards)]
+    numbers = {processor: number for number, processor in enumerate(dict.fromkeys(beside))}
+    return tuple(
+        UsedCard(each.start, each, each.seen.uuid, socket=numbers[processor], host=each.seen.host)
+        for each, processor in zip(cards, beside, strict=True)
+    )
 
 
 def run(settings: Settings, machine: Machine | None = None) -> int:
@@ -292,6 +313,9 @@ def _campaign(
     elif settings.resume:
         raise UserError(f"resume={directory}: nothing is recorded there yet; begin again with run.dir={directory}")
     cards = machine.used(settings)
+    if settings.cluster and not machine.cards:
+        with reporter.stage("starting or joining Ray", 1):
+            cards = _of_cluster(workers.enter_context(cluster_cards(settings)))
     with reporter.stage("starting a worker", 1):
         worker = workers.enter_context(cards[0].start(directory / "worker.log"))
         resolved, identity = continuation.identified(settings, worker, directory)
@@ -304,8 +328,15 @@ def _campaign(
             settings = replace(settings, prompt_tokens=choice.prompt_tokens)
             resolved, identity = continuation.identified(settings, worker, directory)
     settings = resolved
+    ready: list[WorkerHandle] = [worker]
     if len(cards) > 1:
-        named = {**identity.environment, "card": None, "cards": [card.uuid for card in cards]}
+        named = {**identity.environment, "card": None, "cards": [card.uuid for card in cards if card.uuid]}
+        if settings.cluster:
+            named["hosts"] = [card.host for card in cards]
+            named["host"] = named["host"] if len({*named["hosts"]}) == 1 else None
+            with reporter.stage("starting a worker beside each card", 1):
+                ready += [workers.enter_context(card.start(directory / "worker.log")) for card in cards[1:]]
+                refuse_unlike_workers(settings, identity, dict(zip(ready, named["hosts"], strict=True)))
         identity = replace(identity, environment=named)
     if done is None:
         continuation.begin(settings, writer, identity, choice)
@@ -316,10 +347,10 @@ def _campaign(
     state = RunState(settings, done)
     found = identity.environment
     lanes, numbers = Lanes(()), ProcessNumbers(state.process)
-    for card in cards:
-        seat = Seat(card.start, found.get("host"), card.uuid or found.get("card"))
-        pool = workers.enter_context(WorkerPool(settings, writer, seat, None if len(lanes) else worker, numbers))
+    for card, first in zip_longest(cards, ready):
+        seat = Seat(card.start, card.host or found.get("host"), card.uuid or found.get("card"))
+        pool = workers.enter_context(WorkerPool(settings, writer, seat, first, numbers))
         context = RunContext(settings, writer, reporter, state, pool, cards=lanes.__len__)
-        lanes.add(Lane(context, card.monitor, f"card {card.uuid}", card.socket))
+        lanes.add(Lane(context, card.monitor, card.title, card.socket))
     card_bytes = None if found.get("mig") else found.get("device_memory_bytes")  # of a part nothing is known
     return Campaign(lanes, card_bytes)

@@ -24,7 +24,6 @@ from qwen3bench.campaign.progress import Stage
 from qwen3bench.campaign.room import needs, room_of, too_many
 from qwen3bench.campaign.scheduler import Steps
 from qwen3bench.campaign.state import Place
-from qwen3bench.campaign.worker_pool import WorkerPool
 from qwen3bench.record.design import BASELINE, Cell, design_cells, label, neighbours
 from qwen3bench.record.host import usable_cpus
 from qwen3bench.record.lines import (
@@ -102,11 +101,6 @@ class Campaign:
     def _context(self) -> RunContext:
         """That of the first card."""
         return self._lanes.first.context
-
-    @property
-    def _workers(self) -> WorkerPool:
-        """The workers of the first card."""
-        return self._lanes.first.workers
 
     def check(self) -> None:
         """Build every cell once: what the user can mend is refused before anything is measured.
@@ -303,12 +297,11 @@ class Campaign:
         steps = [TimeEager(cell=cell, workload=workload) for workload in graphs for cell in ends]
         left = [step for step in steps if self._state.is_left(step)]
         with self._progress.stage("timing a few passes in eager", len(left)):
-            for step in left:
-                try:
-                    self._record(step, self._workers.ask(step))
-                except CellFailure as failure:  # as of the ceilings, no cell is to blame
-                    self._workers.end()
-                    self._progress.note(f"how long {step.cell} takes in eager is not known: {failure.reason}")
+            self._lanes.on_first(left, self._timed_in_eager)
+
+    def _timed_in_eager(self, lane: Lane, step: TimeEager) -> Steps[None]:
+        with lane.context.spared(f"how long {step.cell} takes in eager"):
+            self._record(step, (yield step))
 
     def _compared(self) -> list[Cell]:
         """Cells that are looked at though they are not measured: what a switch changed is told by the cell without it.
@@ -371,21 +364,14 @@ class Campaign:
         """What the device can reach, and the least that each cell asks of it."""
         if self._state.ceilings_known:
             return
+        asked = [
+            ComputeCost(cell=cell, workload=workload)
+            for workload in self._settings.workloads
+            for cell in self._settings.labels
+            if self._state.runs(Place(cell))
+        ]
         with self._progress.stage("measuring what the device can reach", 1):
-            try:
-                asked = [
-                    ComputeCost(cell=cell, workload=workload)
-                    for workload in self._settings.workloads
-                    for cell in self._settings.labels
-                    if self._state.runs(Place(cell))
-                ]
-                costs = [CostLine(**fields_of(cost), **fields_of(self._workers.ask(cost))) for cost in asked]
-                ceilings = CeilingLine(**fields_of(self._workers.ask(MeasureCeilings())))
-            except CellFailure as failure:  # no cell is to blame, and none needs it
-                self._workers.end()
-                self._progress.note(f"what the device can reach is not known: {failure.reason}")
-            else:
-                self._context.writer.append(ceilings, *costs)
+            self._lanes.on_first([asked], _reached)
 
 
 def _loaded(stage: Stage, lane: Lane, cell: str) -> Steps[None]:
@@ -393,6 +379,16 @@ def _loaded(stage: Stage, lane: Lane, cell: str) -> Steps[None]:
     stage.step(cell)
     with lane.context.failing(Load.op, Place(cell)):
         yield Load(cells=(cell,))
+
+
+def _reached(lane: Lane, asked: Sequence[ComputeCost]) -> Steps[None]:
+    """What the cells cost, and what the device reaches."""
+    with lane.context.spared("what the device can reach"):
+        costs = []
+        for step in asked:
+            costs.append(CostLine(**fields_of(step), **fields_of((yield step))))
+        ceilings = CeilingLine(**fields_of((yield MeasureCeilings())))
+        lane.context.writer.append(ceilings, *costs)
 
 
 def usable_cores() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qwen3bench.campaign.progress import duration
-from qwen3bench.campaign.worker_process import WorkerProcess
+from qwen3bench.campaign.worker_process import WorkerHandle
 from qwen3bench.config.settings import Settings
 from qwen3bench.record.lines import PromptLine
 from qwen3bench.record.messages import CellFailure, TimeForward
@@ -27,7 +27,7 @@ def limit_s(settings: Settings) -> float:
     return ALLOWED_S / (FORWARDS * (len(settings.labels) + 1))
 
 
-def choose_prompt(settings: Settings, worker: WorkerProcess) -> PromptLine | None:
+def choose_prompt(settings: Settings, worker: WorkerHandle) -> PromptLine | None:
     """The longest prompt whose forward takes no longer than `limit_s`, and what was measured; None where nothing was.
 
     `settings` are resolved, and the worker has taken them.

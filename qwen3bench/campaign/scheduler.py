@@ -20,6 +20,10 @@ class CardLostError(Exception):
     """A card fails, or somebody else uses it; the argument says why."""
 
 
+class CardGoneError(CellFailure):
+    """What hosts a card's workers is gone: no cell is to blame."""
+
+
 class WorkLine(Protocol):
     """A card's line of work: its worker is asked one request at a time. Hashable."""
 

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from qwen3bench.campaign.scheduler import Steps
-from qwen3bench.campaign.worker_process import WorkerProcess, answers
+from qwen3bench.campaign.worker_process import WorkerHandle, answers
 from qwen3bench.config.choices import own_config_dir
 from qwen3bench.config.settings import Settings
 from qwen3bench.config.sources import own_code
@@ -24,11 +24,15 @@ from qwen3bench.record.states import Purpose
 from qwen3bench.record.writer import RecordWriter
 
 QUIET_S = 120.0  # limit of a request that runs no model
-StartWorker = Callable[[Path], WorkerProcess]
+StartWorker = Callable[[Path], WorkerHandle]
 R = TypeVar("R")
 
 
 T = TypeVar("T")
+
+
+class NoWorkerError(UserError):
+    """No worker can be started on a card."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class WorkerPool:
         settings: Settings,
         writer: RecordWriter,
         seat: Seat,
-        ready: WorkerProcess | None = None,
+        ready: WorkerHandle | None = None,
         numbers: ProcessNumbers | None = None,
     ) -> None:
         self.purpose = Purpose.CHECK
@@ -86,8 +90,8 @@ class WorkerPool:
         self._writer = writer
         self._seat = seat
         self.ahead = [] if ready is None else [ready]  # started and not needed yet
-        self._worker: WorkerProcess | None = None
-        self._standing_by: dict[int, WorkerProcess] = {}  # by their places in `prepare`
+        self._worker: WorkerHandle | None = None
+        self._standing_by: dict[int, WorkerHandle] = {}  # by their places in `prepare`
         self._stack = ExitStack()
 
     def __enter__(self) -> WorkerPool:
@@ -108,7 +112,7 @@ class WorkerPool:
     def ask(self, request: Request[R]) -> R:
         """The answer of the worker at work.
 
-        Raises as `WorkerProcess.ask` does, and `UserError` where no worker can be started.
+        Raises as `WorkerProcess.ask` does, and `NoWorkerError` where no worker can be started.
         """
         return self._at_work().ask(request, self.timeout_s)
 
@@ -207,18 +211,18 @@ class WorkerPool:
         """
         yield from side_by_side([self], shares)
 
-    def share_out(self, shares: Sequence[Sequence[Request[Any]]]) -> dict[WorkerProcess, Sequence[Request[Any]]]:
+    def share_out(self, shares: Sequence[Sequence[Request[Any]]]) -> dict[WorkerHandle, Sequence[Request[Any]]]:
         """Each share with its worker: that at work for the first, and one beside it for each other."""
         if not shares:
             return {}
         first = {self._at_work(): shares[0]}
         return first | {self._next(): [self._opening, *share] for share in shares[1:]}
 
-    def end_one(self, worker: WorkerProcess) -> None:
+    def end_one(self, worker: WorkerHandle) -> None:
         """End this worker, at work or beside it."""
         self.end() if worker is self._worker else worker.end()
 
-    def end_beside(self, workers: Iterable[WorkerProcess]) -> None:
+    def end_beside(self, workers: Iterable[WorkerHandle]) -> None:
         """End those of the workers that are not at work."""
         for worker in workers:
             if worker is not self._worker:
@@ -231,13 +235,13 @@ class WorkerPool:
         """
         yield from prepare_on([self], [shares])
 
-    def stand_by(self, shares: Sequence[Sequence[Request[Any]]]) -> dict[WorkerProcess, Sequence[Request[Any]]]:
+    def stand_by(self, shares: Sequence[Sequence[Request[Any]]]) -> dict[WorkerHandle, Sequence[Request[Any]]]:
         """Each share with a fresh worker, which stands by in its place."""
         workers = [self._next() for _ in shares]
         self._standing_by = dict(enumerate(workers))
         return {worker: [self._opening, *share] for worker, share in zip(workers, shares, strict=True)}
 
-    def give_up(self, worker: WorkerProcess) -> None:
+    def give_up(self, worker: WorkerHandle) -> None:
         """End a worker that stands by."""
         self._standing_by = {place: each for place, each in self._standing_by.items() if each is not worker}
         worker.end()
@@ -259,19 +263,19 @@ class WorkerPool:
 
     # Helpers
 
-    def _at_work(self) -> WorkerProcess:
+    def _at_work(self) -> WorkerHandle:
         if self._worker is None:
             self._put_to_work(self._opened())
         assert self._worker is not None
         return self._worker
 
-    def _put_to_work(self, worker: WorkerProcess) -> None:
+    def _put_to_work(self, worker: WorkerHandle) -> None:
         self.process = self._numbers.take()
         self._worker = worker
         line = ProcessLine(process=self.process, pid=worker.pid, purpose=self.purpose, time=time.time())
         self._writer.append(replace(line, host=self._seat.host, card=self._seat.card))
 
-    def _opened(self) -> WorkerProcess:
+    def _opened(self) -> WorkerHandle:
         """A worker that has taken the settings: one started ahead, or where that has died meanwhile a new one."""
         if self.ahead:
             ahead = self._next()
@@ -285,17 +289,21 @@ class WorkerPool:
             worker.ask(self._opening, QUIET_S)
         except CellFailure as failure:  # no cell has run in it
             worker.end()
-            raise UserError(
-                f"no worker could be started: {failure.reason}\n"
-                f"what was measured is safe: continue with resume={self._writer.directory}"
-            ) from None
+            raise self.no_worker(failure) from None
         return worker
 
-    def _next(self) -> WorkerProcess:
+    def no_worker(self, failure: CellFailure) -> NoWorkerError:
+        """The error where no worker can be started."""
+        return NoWorkerError(
+            f"no worker could be started: {failure.reason}\n"
+            f"what was measured is safe: continue with resume={self._writer.directory}"
+        )
+
+    def _next(self) -> WorkerHandle:
         """A worker started ahead, or a new one."""
         return self.ahead.pop(0) if self.ahead else self._launched()
 
-    def _launched(self) -> WorkerProcess:
+    def _launched(self) -> WorkerHandle:
         self._writer.refuse_removed()  # or it would be the worker's log that is missed
         return self._stack.enter_context(self._seat.start(self._writer.directory / "worker.log"))
 
@@ -304,10 +312,13 @@ def side_by_side(
     pools: Sequence[WorkerPool], shares: Sequence[Sequence[Request[Any]]]
 ) -> Iterator[tuple[Request[Any], Any]]:
     """`WorkerPool.side_by_side` over several cards, the shares dealt out in turn."""
-    homes: dict[WorkerProcess, WorkerPool] = {}
-    queues: dict[WorkerProcess, Sequence[Request[Any]]] = {}
+    homes: dict[WorkerHandle, WorkerPool] = {}
+    queues: dict[WorkerHandle, Sequence[Request[Any]]] = {}
     for place, pool in enumerate(pools):
-        mine = pool.share_out(shares[place :: len(pools)])
+        try:
+            mine = pool.share_out(shares[place :: len(pools)])
+        except NoWorkerError:  # what its share asks is asked again alone, and elsewhere
+            continue
         queues |= mine
         homes |= dict.fromkeys(mine, pool)
     try:
@@ -325,8 +336,8 @@ def prepare_on(
     pools: Sequence[WorkerPool], shares: Sequence[Sequence[Sequence[Request[Any]]]]
 ) -> Iterator[Request[Any]]:
     """`WorkerPool.prepare` on several cards, each with shares of its own."""
-    homes: dict[WorkerProcess, WorkerPool] = {}
-    queues: dict[WorkerProcess, Sequence[Request[Any]]] = {}
+    homes: dict[WorkerHandle, WorkerPool] = {}
+    queues: dict[WorkerHandle, Sequence[Request[Any]]] = {}
     for pool, mine in zip(pools, shares, strict=True):
         standing = pool.stand_by(mine)
         queues |= standing

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from qwen3bench.errors import UserError
 from qwen3bench.record.environment import PACKAGE, refuse_other_code, running_code
@@ -30,13 +30,43 @@ MAX_BYTES = 1 << 26  # of one answer; the longest real one, a profile's kernels,
 END_S = 3.0  # for a process to be gone that has closed its output, or that was killed
 
 
+class WorkerHandle(Protocol):
+    """A worker that is asked one request at a time, wherever it runs: see `WorkerProcess`. Hashable."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id, on its machine."""
+
+    def ask(self, request: Request[R], timeout_s: float) -> R:
+        """The worker's answer to one request."""
+
+    def send(self, request: Request[Any]) -> None:
+        """Hand over one request."""
+
+    def receive(self, request: Request[R], timeout_s: float) -> R:
+        """The answer to it."""
+
+    def fileno(self) -> int:
+        """What to wait on for that answer."""
+
+    def end(self) -> None:
+        """End it."""
+
+    def __enter__(self) -> WorkerHandle: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
 class WorkerProcess:
     """A fresh worker in a process group of its own. Use as a context manager: leaving it ends the group."""
 
     def __init__(
-        self, log: Path, command: tuple[str, ...] = WORKER, variables: Mapping[str, str] | None = None
+        self, log: Path, command: tuple[str, ...] = WORKER, variables: Mapping[str, str | None] | None = None
     ) -> None:
-        """Start `command` with `variables` added to its environment; its standard error goes to the end of `log`."""
+        """Start `command` with `variables` in its environment, without those that are None.
+
+        Its standard error goes to the end of `log`.
+        """
         running_code()  # as it is now; a worker that comes later must run the same
         self._log = log
         with log.open("ab") as errors:
@@ -47,7 +77,7 @@ class WorkerProcess:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 start_new_session=True,
-                env={**os.environ, **(variables or {})},
+                env={name: value for name, value in {**os.environ, **(variables or {})}.items() if value is not None},
             )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -162,14 +192,14 @@ class WorkerProcess:
 
 
 def answers(
-    queues: Mapping[WorkerProcess, Sequence[Request[Any]]], timeout_s: float
-) -> Iterator[tuple[WorkerProcess, Request[Any], Any]]:
+    queues: Mapping[WorkerHandle, Sequence[Request[Any]]], timeout_s: float
+) -> Iterator[tuple[WorkerHandle, Request[Any], Any]]:
     """The answers of several workers, each to its own requests one after another, as they come.
 
     Where `WorkerProcess.ask` would raise, the answer is None and the worker's last.
     """
     left = {worker: deque(requests) for worker, requests in queues.items()}
-    deadlines: dict[WorkerProcess, float] = {}
+    deadlines: dict[WorkerHandle, float] = {}
     with selectors.DefaultSelector() as selector:
         begun = [worker for worker, requests in left.items() if requests]
         while begun or deadlines:

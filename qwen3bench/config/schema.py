@@ -42,6 +42,9 @@ Devices = Annotated[
     CountOrZero | Text | list[CountOrZero | Text] | None,
     must_be("all, or a list of cards by their numbers or UUIDs: [0,1]"),
 ]
+Address = Annotated[
+    str, Field(pattern=r"^(local|auto|[^\s:]+:\d{1,5})$"), must_be("local, auto, or HOST:PORT of a Ray cluster")
+]
 Dtype = Annotated[str, one_of(*_DTYPES)]
 Precision = Annotated[str, one_of(*PRECISIONS)]
 Timeout = Annotated[Positive, Field(lt=_MAX_TIMEOUT_S), must_be(f"a number above 0 and below {_MAX_TIMEOUT_S:g}")]
@@ -136,6 +139,14 @@ class RunGroup:
 
 @_closed
 @dataclass(frozen=True)
+class ClusterGroup:
+    """The group `cluster`: where a Ray cluster is."""
+
+    address: Address
+
+
+@_closed
+@dataclass(frozen=True)
 class Config:
     """The whole config, as `--cfg job --resolve` prints it."""
 
@@ -158,6 +169,7 @@ class Config:
     run: RunGroup
     resume: Text | None
     devices: Devices = None  # which a record from before there were several lacks
+    cluster: ClusterGroup | None = None  # likewise
 
 
 def read_config(config: DictConfig | Mapping[str, Any]) -> Config:

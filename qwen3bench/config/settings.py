@@ -35,9 +35,9 @@ class Settings:
 
     `opts`, `workloads`, `runtimes` and `peers` map a name to its options, in the order of labels and tables;
     the options of an optimization hold its `_target_`. Before `resolved`, `device`, `dtype` and a runtime may
-    be `auto`. `devices` names the cards where there are several. `wish` is asked of a screen; `measured` are its cells
-    where a record knows them. Raises `UserError` where nothing would be measured, on a runtime or an optimization
-    without code, and on a design with too many cells or with one that cannot be built.
+    be `auto`. `devices` names the cards where there are several, `cluster` is a Ray cluster's address. `wish` is asked
+    of a screen; `measured` are its cells where a record knows them. Raises `UserError` where nothing would be measured,
+    on a runtime or an optimization without code, and on a design with too many cells or with one that cannot be built.
     """
 
     model: ModelConfig
@@ -55,6 +55,7 @@ class Settings:
     new_tokens: int
     device: str
     devices: tuple[str, ...]
+    cluster: str | None
     dtype: str
     seed: int
     weights: str
@@ -228,6 +229,7 @@ class Settings:
             "new_tokens": self.new_tokens,
             "device": self.device,
             "devices": [*self.devices] or None,
+            "cluster": self.cluster and {"address": self.cluster},
             "dtype": self.dtype,
             "seed": self.seed,
             "weights": self.weights,
@@ -300,6 +302,7 @@ def settings_from(config: DictConfig | Mapping[str, Any]) -> Settings:
         measure=read.measure,
         device=read.device,
         devices=_names(read.devices),
+        cluster=None if read.cluster is None else read.cluster.address,
         dtype=read.dtype,
         seed=read.seed,
         weights=read.weights,

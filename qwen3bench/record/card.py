@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Self
 from uuid import UUID
 
 import psutil
@@ -56,7 +56,7 @@ class Card:
         """The card that a device's name means (`cuda`, `cuda:1`); the first where it means none."""
         return cls(int(device.partition(":")[2] or 0))
 
-    def __enter__(self) -> Card:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -24,7 +24,7 @@ from qwen3bench.record.host import Host, ranges
 from qwen3bench.record.messages import RunningCode
 
 PACKAGE = Path(qwen3bench.__file__).resolve().parent
-CHANGES_NO_NUMBER = ("run", "resume", "report", "hydra", "devices")
+CHANGES_NO_NUMBER = ("run", "resume", "report", "hydra", "devices", "cluster")
 HOST_KEYS = (
     "usable CPUs",
     "CPU quota",

@@ -458,6 +458,10 @@ class CellFailure(Exception):
         self.reason = reason
         self.peak_allocated_bytes = peak_allocated_bytes
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How it is told to another process (pickle): as it was made."""
+        return type(self), (self.status, self.reason, self.peak_allocated_bytes)
+
 
 def encode_request(request: Request[Any]) -> bytes:
     """A request as one line."""

@@ -168,6 +168,7 @@ def about(run: Run) -> list[tuple[str, str]]:
         ("weights", run.config.get("weights")),
         ("device", first.device),
         ("machine", run.environment.get("host")),
+        ("machines", ", ".join(dict.fromkeys(run.environment.get("hosts") or ()))),
         ("cards", ", ".join(map(str, run.environment.get("cards") or ()))),
         ("dtype", first.dtype),
         ("switches", ", ".join(factors(run)) or "none"),

@@ -42,7 +42,7 @@ def own_switches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ow
     forget()
 
 
-GROUPS = ("model", "opt", "workload", "runtime", "peer", "design", "measure")
+GROUPS = ("model", "opt", "workload", "runtime", "peer", "design", "measure", "cluster")
 FIVE = ("flash", "tie", "mlp", "mask", "norm")
 PUBLISHED = {  # layers, width, heads, key/value heads, feed-forward width, tied (Qwen3's report, table 1)
     "qwen3-0.6b": (28, 1024, 16, 8, 3072, True),
@@ -65,6 +65,7 @@ def test_every_yaml_composes(group: str, name: str) -> None:
         "peer": settings.peers,
         "design": [settings.design],
         "measure": [settings.measure.name],
+        "cluster": ["ray"] if settings.cluster == "local" else [],
     }
     assert list(chosen[group]) == [name]
 
@@ -349,6 +350,17 @@ def test_narrow_intervals_and_ratios_to_others_take_more_processes(
     overrides: list[str], device: str, runtime: str, processes: int
 ) -> None:
     assert replace(compose(overrides), device=device).min_processes(runtime) == processes
+
+
+def test_a_cluster_is_named_by_its_address() -> None:
+    assert compose([]).cluster is None
+    assert compose(["cluster=ray"]).cluster == "local"
+    for address in ("auto", "10.0.0.1:6379", "node-1.local:6379"):
+        settings = compose(["cluster=ray", f"cluster.address={address}"])
+        assert settings.cluster == settings_from(settings.to_dict()).cluster == address
+    for address in ("nowhere", "10.0.0.1", "ray://a:1", ":6379"):
+        with pytest.raises(UserError, match=r"cluster\.address must be local, auto, or HOST:PORT"):
+            compose(["cluster=ray", f"cluster.address='{address}'"])
 
 
 @pytest.mark.parametrize(
