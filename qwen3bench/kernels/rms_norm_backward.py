@@ -104,7 +104,7 @@ def norm_backward(
     rows = x.numel() // width
     of_x = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     block = triton.next_power_of_2(width)
-    programs, rows_each = _programs(rows, block, x.device)
+    programs, rows_each = programs_of(rows, block, multiprocessors(x.device))
     sums = torch.empty(programs, width, device=x.device, dtype=torch.float32)
     x, x_strides = _rows(x)
     gradient, gradient_strides = _rows(gradient)
@@ -128,7 +128,7 @@ def norm_rope_backward(
     rows = batch * length * heads
     of_x = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     block = triton.next_power_of_2(dim // 2)
-    programs, rows_each = _programs(rows, 2 * block, x.device)
+    programs, rows_each = programs_of(rows, 2 * block, multiprocessors(x.device))
     sums = torch.empty(programs, dim, device=x.device, dtype=torch.float32)
     x, x_strides = _rows(x)
     gradient, gradient_strides = _rows(gradient)
@@ -140,10 +140,10 @@ def norm_rope_backward(
     return of_x, sums.sum(0).to(gain.dtype)
 
 
-def _programs(rows: int, block: int, device: torch.device) -> tuple[int, int]:
-    """How many programs, and how many rows each takes at once."""
+def programs_of(rows: int, block: int, multiprocessors: int) -> tuple[int, int]:
+    """How many programs, and how many rows of `block` numbers each takes at once."""
     rows_each = max(1, _NUMBERS // block)
-    return min(triton.cdiv(rows, rows_each), _PROGRAMS * multiprocessors(device)), rows_each
+    return min(-(-rows // rows_each), _PROGRAMS * multiprocessors), rows_each
 
 
 def _rows(x: Tensor) -> tuple[Tensor, list[int]]:

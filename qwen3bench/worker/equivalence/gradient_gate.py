@@ -15,7 +15,8 @@ Each of these over the whole batch, over two parts whose gradients add up, and w
 allowed is the error that the baseline's gradients have in the mean: a small gradient's own may be small by luck. Then 1
 and 20 steps of AdamW in float64 must end where the baseline's do.
 
-A loss that takes so many tokens at once is judged by itself as well, over more tokens than that.
+A loss that takes so many tokens at once is judged by itself as well: over more tokens than that, and in float32 over
+the whole vocabulary, of which the model judged has a part.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3bench.config.model_config import ModelConfig
@@ -35,7 +35,7 @@ from qwen3bench.errors import UserError
 from qwen3bench.model.build import build_model
 from qwen3bench.model.checkpoint import EMBEDDING, HEAD
 from qwen3bench.model.decoder import Decoder
-from qwen3bench.model.loss import IGNORED
+from qwen3bench.model.loss import IGNORED, CrossEntropy, Loss
 from qwen3bench.model.qwen3 import Qwen3Model
 from qwen3bench.record.messages import Judgment
 from qwen3bench.worker.equivalence.anchor import Anchor, logits_of_states
@@ -62,12 +62,15 @@ from qwen3bench.worker.error_text import both_ends, error_text
 
 FLOAT64_LIMIT = 1e-9  # relative; right cells reach 1e-13
 INEXACT_LIMIT = 1e-3  # relative, in float32
+LOSS_LIMIT = 1e-4  # relative, in float32; right ones reach 1e-6
 STEPS_LIMIT = 1e-6  # relative, of the way after some steps: AdamW divides gradients by their own size
 # Times the baseline's; over 20 seeds right cells of a tiny model reach 1.4, 1.5 and, as rounding has no direction, 4.9.
 LIMITS = (2.0, 3.0, 10.0)  # of root mean square, maximum and slope
 DIFFERENCE_LIMIT = 1e-5  # relative, of the baseline's gradients and differences of the anchor's loss
 # Of a parameter's size: where differences are taken. A shorter step has a hundredth of the error of the other's curve.
 _DIFFERENCES = (1e-6, 1e-7)
+_NARROW = 64  # numbers of a state: a loss over the whole vocabulary is then judged in little memory
+_FEW = 37  # tokens of it
 _EPS = torch.finfo(torch.float32).eps
 
 Build = Callable[[dict[str, Tensor]], Decoder]  # a model on weights with Hugging Face's names
@@ -104,6 +107,7 @@ class GradientGate:
         self, config: ModelConfig, device: torch.device, precision: str, seed: int = 0, opts: Options | None = None
     ) -> None:
         self.config = judged_config(config, device)
+        self._vocabulary = config.vocab_size
         self.device = device
         self.opts: Options = opts or {}
         self.precisions = [PRECISIONS[name] for name in dict.fromkeys(("fp32", precision))]
@@ -248,31 +252,31 @@ class GradientGate:
         return model
 
     def _reasons_of_loss(self, candidate: GradientCandidate, checks: dict[str, float]) -> Iterator[str]:
-        """The loss by itself in float64, over more tokens than it takes at once."""
+        """The loss by itself: in float64 over more tokens than it takes at once, in float32 over all the vocabulary."""
         model = candidate.build(weights_in(self._weights, torch.float64, candidate.tied))
-        if not isinstance(model, Qwen3Model) or not model.parts.loss.at_once:
+        if not isinstance(model, Qwen3Model) or not (at_once := model.parts.loss.at_once):
             return
-        tokens = 2 * model.parts.loss.at_once + 1
-        generator = torch.Generator().manual_seed(tokens)
-        states = torch.randn(1, tokens, self.config.emb_dim, generator=generator, dtype=torch.float64)
-        targets = torch.randint(self.config.vocab_size, (1, tokens), generator=generator)
-        targets[0, ::7] = IGNORED
-        states, targets = states.to(self.device), targets.to(self.device)
-        found, expected = (
-            _of_loss(loss, model.out_head.weight, states, targets)
-            for loss in (
-                lambda head, x: model.parts.loss(head, x, targets),
-                lambda head, x: F.cross_entropy(head(x).flatten(0, 1), targets.flatten(), ignore_index=IGNORED),
-            )
-        )
-        for what, here, right in zip(_OF_LOSS, found, expected, strict=True):
-            error = float((here - right).norm() / right.norm())
-            checks["loss_relative"] = max(checks.get("loss_relative", 0.0), error)
-            if not error <= FLOAT64_LIMIT:
-                yield (
-                    f"float64: the loss's {what} is off by {error:.2g} of its size (limit {FLOAT64_LIMIT:g}), "
-                    f"over {tokens} tokens"
-                )
+        loss, generator = model.parts.loss, torch.Generator().manual_seed(at_once)
+        narrow = torch.randn(self._vocabulary, _NARROW, generator=generator) / math.sqrt(_NARROW)
+        for head, tokens, limit in (
+            (model.out_head.weight, 2 * at_once + 1, FLOAT64_LIMIT),
+            (narrow.to(self.device), _FEW, LOSS_LIMIT),
+        ):
+            states = torch.randn(1, tokens, head.shape[1], generator=generator, dtype=torch.float64)
+            targets = torch.randint(head.shape[0], (1, tokens), generator=generator)
+            targets[0, ::7] = IGNORED
+            states, targets = states.to(self.device, head.dtype), targets.to(self.device)
+            found = _of_loss(loss, head, states, targets)
+            expected = _of_loss(CrossEntropy(), head.double(), states.double(), targets)
+            key = f"loss_{str(head.dtype).removeprefix('torch.')}"
+            for what, here, right in zip(_OF_LOSS, found, expected, strict=True):
+                error = float((here.double() - right).norm() / right.norm())
+                checks[key] = max(checks.get(key, 0.0), error)
+                if not error <= limit:
+                    yield (
+                        f"{key.removeprefix('loss_')}: the loss's {what} is off by {error:.2g} of its size "
+                        f"(limit {limit:g}), over {tokens} tokens and a vocabulary of {head.shape[0]}"
+                    )
 
 
 def differing(config: ModelConfig, weights: Mapping[str, Tensor], batch: Batch, gradients: Gradients) -> str | None:
@@ -304,15 +308,13 @@ def differing(config: ModelConfig, weights: Mapping[str, Tensor], batch: Batch, 
     return None
 
 
-def _of_loss(
-    loss: Callable[[nn.Linear, Tensor], Tensor], weight: Tensor, states: Tensor, targets: Tensor
-) -> tuple[Tensor, ...]:
+def _of_loss(loss: Loss, weight: Tensor, states: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     """The value of a loss, and its gradients by states and head."""
     head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     head.weight = nn.Parameter(weight.detach().clone())
     states = states.clone().requires_grad_(True)
     with torch.enable_grad():
-        value = loss(head, states)
+        value = loss(head, states, targets)
         (value * UPSTREAM).backward()
     assert states.grad is not None
     assert head.weight.grad is not None

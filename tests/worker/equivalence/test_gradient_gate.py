@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qwen3bench import ModelConfig
 from qwen3bench.config import choices
 from qwen3bench.config.choices import options_of
+from qwen3bench.kernels.rms_norm_backward import programs_of
 from qwen3bench.model.attention import EagerAttention
 from qwen3bench.model.baseline import BASELINE_PARTS
 from qwen3bench.model.build import build_model, filled
@@ -24,7 +25,7 @@ from qwen3bench.model.layers import FeedForward, GroupedQueryAttention, RMSNorm
 from qwen3bench.model.loss import IGNORED, CrossEntropy
 from qwen3bench.model.parts import Parts
 from qwen3bench.model.qwen3 import Qwen3Model
-from qwen3bench.worker.equivalence.gradient_cases import weights_in, whole
+from qwen3bench.worker.equivalence.gradient_cases import SEQUENCES, judged_config, weights_in, whole
 from qwen3bench.worker.equivalence.gradient_gate import GradientCandidate, GradientGate, differing
 from qwen3bench.worker.equivalence.judged_weights import sensitized
 
@@ -239,6 +240,13 @@ def dropping(head: nn.Linear, states: Tensor, targets: Tensor) -> Tensor:
     return sum(parts) / (targets != IGNORED).sum()  # type: ignore[return-value]
 
 
+def of_the_first(head: nn.Linear, states: Tensor, targets: Tensor) -> Tensor:
+    """Sums over no more of the vocabulary than a program of a kernel takes at once."""
+    logits, counts = head(states).flatten(0, 1), (targets != IGNORED).flatten()
+    own = logits.gather(1, targets.flatten().clamp(min=0)[:, None])[:, 0]
+    return (logits[:, :8192].logsumexp(-1) - own)[counts].mean()
+
+
 class _IgnoresUpstream(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor) -> Tensor:
@@ -294,6 +302,28 @@ def test_a_seeded_mistake_is_rejected(gate: GradientGate, mistake: str) -> None:
     assert not judged.equivalent
     assert judged.reason is not None
     assert any(word in judged.reason for word in told.split("|")), judged.reason
+
+
+@pytest.mark.parametrize(("vocabulary", "right"), [(8192, True), (9000, False)])
+def test_the_loss_is_judged_over_the_whole_vocabulary(vocabulary: int, right: bool) -> None:
+    config = replace(ModelConfig(**options_of("model", "tiny")), num_layers=1, vocab_size=vocabulary, emb_dim=32)
+    gate = GradientGate(replace(config, context_length=16), CPU, "fp32")
+    judged = gate.judge(with_parts(gate, loss=LossOf(of_the_first, at_once=16)))
+    assert judged.equivalent is right, judged.reason
+    if right:
+        assert judged.checks["loss_float32"] < 1e-5
+    else:
+        assert "float32: the loss's value" in (judged.reason or "")
+
+
+@pytest.mark.parametrize("multiprocessors", [132, 148])  # of an H100 and a B200
+@pytest.mark.parametrize("model", [name for name in choices.choices("model") if name != "tiny"])
+def test_on_a_card_each_program_of_a_norms_gradient_comes_to_a_second_turn(model: str, multiprocessors: int) -> None:
+    config = ModelConfig(**options_of("model", model))
+    tokens = SEQUENCES * judged_config(config, torch.device("cuda")).context_length
+    for rows, width in ((tokens, config.emb_dim), (tokens * config.num_kv_heads, config.head_dim)):
+        programs, rows_each = programs_of(rows, 1 << (width - 1).bit_length(), multiprocessors)
+        assert rows > programs * rows_each
 
 
 def test_sixteen_mistakes_are_seeded() -> None:
