@@ -9,13 +9,18 @@ import numpy as np
 
 from qwen3bench.analysis.contrasts import contrasts, others_of
 from qwen3bench.campaign.progress import duration
+from qwen3bench.campaign.prompt import FORWARDS
 from qwen3bench.config.settings import Settings
 from qwen3bench.record.design import BASELINE, is_peer
+from qwen3bench.record.lines import PromptLine
 from qwen3bench.reporting.units import count, listing
 
 # Times what building every cell took, on an H100 and on two CPU cores, to a factor of two.
 _VERIFY, _LOOK, _GET_READY = 2.5, 1.0, 0.6
 _COMPILE = 3.0  # more for each process that compiles
+# In forwards of a short prompt on a CPU: the gate before its first verdict, of each cell, and a single token.
+_GATE, _GATE_CELL, _TOKEN = 60, 3, 0.4
+_TRAIN = 3  # forwards that a training step takes as long as
 _START_S = 1.0  # a process that was started ahead
 # Of a cell and workload in a run of 32 cells, all passes: 185 s on an H100 in a graph, 7 minutes on two cores.
 _CELL_ON_CARD_S, _CELL_ON_CPU_S = 2.9, 6.6
@@ -81,15 +86,29 @@ def about_screen(settings: Settings) -> list[str]:
     return lines
 
 
-def seconds_ahead(settings: Settings, build_s: float) -> float:
-    """About how long a run takes from here, once building every cell has taken `build_s`."""
+def seconds_ahead(settings: Settings, build_s: float, prompt: PromptLine | None = None) -> float:
+    """About how long a run takes from here, once building every cell has taken `build_s`.
+
+    `prompt`: how long forwards take on a CPU, where that was measured to choose the prompt's length.
+    """
     total_s = _VERIFY * build_s + REPORT_S
     for runtime in settings.runtimes:
         limit_s = settings.limit_s(runtime, settings.measure.min_blocks, settings.min_processes(runtime))
         ready_s = _START_S + build_s * (_GET_READY + (_COMPILE if runtime == "compile" else 0.0))
         once_s = _LOOK * build_s + settings.min_processes(runtime) * ready_s + limit_s / 2
         total_s += once_s * len(settings.workloads)
-    return total_s
+    return total_s + (0.0 if prompt is None else _of_forwards_s(settings, prompt))
+
+
+def _of_forwards_s(settings: Settings, prompt: PromptLine) -> float:
+    """What the forwards of all cells take on a CPU: what building a cell tells nothing of."""
+    short_s, prefill_s = (prompt.forward_s[key] for key in (min(prompt.forward_s, key=int), str(prompt.prompt_tokens)))
+    token_s = _TOKEN * short_s
+    each_s = {"prefill": prefill_s, "decode": token_s, "train": _TRAIN * prefill_s}
+    once_s = sum(each_s.get(name, prefill_s + sizes.new_tokens * token_s) for name, sizes in settings.workloads.items())
+    cells = len(settings.labels) + 1
+    gate_s = (_GATE + _GATE_CELL * cells) * short_s
+    return gate_s + FORWARDS * cells * len(settings.runtimes) * once_s
 
 
 @dataclass(frozen=True)

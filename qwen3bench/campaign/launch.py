@@ -345,6 +345,7 @@ def _campaign(
     command = ("python", "-m", "qwen3bench", *sys.argv[1:])
     writer.append(SessionLine(command=command, time=time.time(), started=psutil.Process().create_time()))
     state = RunState(settings, done)
+    state.prompt = choice or state.prompt
     found = identity.environment
     lanes, numbers = Lanes(()), ProcessNumbers(state.process)
     for card, first in zip_longest(cards, ready):

@@ -113,7 +113,7 @@ class Campaign:
         left = [cell for cell in self._settings.labels if self._state.is_left(CountParameters(cell=cell))]
         with self._progress.stage("loading the weights, building every cell", len(left)) as stage:
             self._lanes.on_first(left, partial(_loaded, stage))
-        ahead_s = seconds_ahead(self._settings, time.monotonic() - started)
+        ahead_s = seconds_ahead(self._settings, time.monotonic() - started, self._state.prompt)
         self._progress.expect(ahead_s)
         self._progress.note(announcement(self._settings, ahead_s))
         timed_by_host = not self._cuda or "eager" in self._settings.runtimes

@@ -18,6 +18,7 @@ from qwen3bench.record.lines import (
     MemoryLine,
     ParametersLine,
     ProcessLine,
+    PromptLine,
     SampleLine,
     StopLine,
     VerifyLine,
@@ -104,6 +105,7 @@ class RunState:
         self.evidence: dict[Where, dict[str, Evidence]] = {}  # by cell
         self.memory: dict[Where, dict[str, PeakMemory]] = {}  # of each cell alone
         self.parameter_bytes = 0  # of the largest cell so far
+        self.prompt: PromptLine | None = None  # where its length was chosen, by what forwards take
         self.timings: dict[Where, Timing] = {
             (workload, runtime): Timing() for workload in settings.workloads for runtime in settings.runtimes
         }
@@ -142,6 +144,7 @@ class RunState:
         self.parameter_bytes = max(self.parameter_bytes, counts.parameter_bytes or 0)
 
     def _take_up_steps(self, record: Record) -> None:
+        self.prompt = next(iter(record.of(PromptLine)), None)
         for line in record.of(FailureLine):
             self.failures[Place(line.cell, line.workload, line.runtime)] = line.status
         for counts in record.of(ParametersLine):

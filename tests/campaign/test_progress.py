@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from qwen3bench.campaign.live_effects import LiveEffects, estimates
 from qwen3bench.campaign.progress import Reporter
 from qwen3bench.campaign.state import Place, RunState
 from qwen3bench.config.cli import compose
-from qwen3bench.record.lines import SampleLine
+from qwen3bench.record.lines import PromptLine, SampleLine
 from qwen3bench.record.states import CellStatus
 
 ROOT = Path(__file__).parents[2]
@@ -209,6 +210,19 @@ def test_more_is_expected_to_take_longer() -> None:
     small = compose(["model=tiny"]).resolved("cpu")
     more = compose(["model=tiny", "workload=prefill,decode,generate", "measure.min_processes=5"]).resolved("cpu")
     assert seconds_ahead(small, 1.0) < seconds_ahead(small, 3.0) < seconds_ahead(more, 3.0)
+
+
+def test_a_forecast_on_a_cpu_knows_how_long_forwards_take() -> None:
+    settings = compose(["design=full", "workload=prefill,decode", "device=cpu"]).resolved("cpu")
+    short, fast = (
+        PromptLine(prompt_tokens=16, limit_s=0.4, forward_s={"16": forward_s, "32": 2 * forward_s})
+        for forward_s in (0.38, 0.001)
+    )
+    long = replace(short, prompt_tokens=32)
+    assert seconds_ahead(settings, 1.4) < 60  # as if a model of 28 layers ran as fast as it is built
+    assert 300 < seconds_ahead(settings, 1.4, short) < 360  # as it took on two cores
+    assert seconds_ahead(settings, 1.4, fast) < 60
+    assert 130 < seconds_ahead(settings, 1.4, long) - seconds_ahead(settings, 1.4, short) < 140  # 11 × 33 × 0.38
 
 
 def _samples(cells: list[str], blocks: int, gain: float) -> list[SampleLine]:
