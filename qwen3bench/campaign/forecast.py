@@ -64,6 +64,8 @@ def about_design(settings: Settings) -> list[str]:
     lines = [f"design={settings.design}: {count(cells, 'cell')} of {every:,}, to tell {listing(told(settings))}"]
     if settings.design == "screen":
         lines += about_screen(settings)
+    if any(sizes.precision is not None for sizes in settings.workloads.values()):  # nobody measured how long that takes
+        return [*lines, "expected time: not known of training; the run says one once its cells are built"]
     minutes = [cells * len(settings.workloads) * each_s / 60 for each_s in (_CELL_ON_CARD_S, _CELL_ON_CPU_S)]
     on_card, on_cpu = (count(max(1, round(each)), "minute") for each in minutes)
     return [*lines, f"expected time, of Qwen3-0.6B in one runtime: {on_card} on an H100, {on_cpu} on two CPU cores"]

@@ -29,3 +29,8 @@ def test_a_smaller_fraction_says_what_is_told_only_together() -> None:
 def test_a_minute_is_one() -> None:
     text = about_design(compose(["model=tiny"]))[-1]
     assert text.endswith("in one runtime: 1 minute on an H100, 1 minute on two CPU cores")
+
+
+def test_nothing_is_foretold_of_training() -> None:
+    said = about_design(compose(["design=full", "workload=train"]))[-1]
+    assert said.startswith("expected time: not known of training")

@@ -68,7 +68,7 @@ def test_with_one_machine_it_says_that_it_cannot_tell(
     assert main([*runs, "--out", str(tmp_path / "pool")]) == 0
     said = capsys.readouterr().out
     assert "All is of one machine (2 cards). What another would show, these runs cannot tell." in said
-    assert re.search(r"flash is 1\.\d+× as fast \(.*\) on this machine\.", said)
+    assert re.search(r"flash reads 1\.\d+× as fast \(.*\) on this machine, without an interval", said)
     assert "[" not in said
     assert "faster" not in said
     assert not (tmp_path / "pool" / "plots").exists()

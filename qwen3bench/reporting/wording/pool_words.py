@@ -28,7 +28,7 @@ def pooled_words(effect: Effect, where: str, band: str) -> str:
     """What a switch, or a cell, is worth on this kind of card, with its verdict; `band` is that of `same`."""
     shown = f"{ratio(effect.estimate, effect.lo, effect.hi)} as fast ({where})"
     if not is_number(effect.lo):
-        return f"{effect.term} is {shown} on this machine."
+        return f"{effect.term} reads {shown} on this machine, without an interval for others."
     if effect.verdict == Verdict.SAME:
         return f"{effect.term} changes latency by less than {band}: {shown}."
     return f"{effect.term} is {effect.verdict}: {shown}."
