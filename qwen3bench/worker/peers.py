@@ -22,7 +22,7 @@ from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.errors import UserError
 from qwen3bench.model.cache import KVCache
 from qwen3bench.model.checkpoint import EMBEDDING, HEAD
-from qwen3bench.model.compiled import CompiledModel, shared_forward
+from qwen3bench.model.compiled import CompiledModel, Training, shared_forward
 from qwen3bench.model.decoder import Compile, Decoder, Forward
 from qwen3bench.model.weights import head_is_tied
 from qwen3bench.record.messages import Judgment
@@ -131,17 +131,22 @@ class TransformersModel(Decoder):
         return self._through(self.language_model, tokens, cache, start, logits_to_keep)
 
     def states(self, tokens: Tensor) -> Tensor:
-        mask = NO_MASK if self.attention == "sdpa" else None
-        states: Tensor = self.language_model.model(
-            input_ids=tokens, attention_mask=mask, use_cache=False
-        ).last_hidden_state
-        return states
+        return self._states(self.language_model.model, tokens)
 
     def compiled(self, compile_: Compile) -> CompiledModel:
-        """The whole model compiled, as transformers does."""
-        run = compile_(shared_forward([self.language_model]))
-        call = partial(self._through, partial(run, self.language_model))
-        return CompiledModel(self, call, call)
+        """The whole model compiled, as transformers does; in training all before the loss, and the loss."""
+        run, run_states = (
+            partial(compile_(shared_forward([each])), each) for each in (self.language_model, self.language_model.model)
+        )
+        call, loss_of = partial(self._through, run), partial(compile_(Decoder.loss_of), self)
+        return CompiledModel(self, call, call, Training(partial(self._states, run_states), loss_of))
+
+    def _states(self, before_head: Forward, tokens: Tensor) -> Tensor:
+        mask: Mapping[str, Tensor | None] | None = NO_MASK if self.attention == "sdpa" else None
+        if before_head is self.language_model.model and self.attention != "sdpa" and _is_captured(tokens):
+            mask = {"full_attention": self._additive_mask(tokens, None, 0)}
+        states: Tensor = before_head(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+        return states
 
     def _through(
         self,
@@ -158,7 +163,7 @@ class TransformersModel(Decoder):
             torch._foreach_add_(lengths, start)
         whole = past is None or (start == 0 and tokens.shape[1] > 1)  # no token before these
         compiled = language_model is not self.language_model
-        captured = not compiled and tokens.is_cuda and torch.cuda.is_current_stream_capturing()
+        captured = not compiled and _is_captured(tokens)
         mask: Mapping[str, Tensor | None] | None = None
         if whole and self.attention == "sdpa" and (compiled or captured):
             mask = NO_MASK
@@ -193,6 +198,11 @@ class TransformersModel(Decoder):
                     layer.keys, layer.values = keys, values
             self._static_caches[cache] = past
         return self._static_caches[cache]
+
+
+def _is_captured(tokens: Tensor) -> bool:
+    """Whether what is launched on these goes into a CUDA graph."""
+    return tokens.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _on_meta(peer: str, config: Any) -> Any:

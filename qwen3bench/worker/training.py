@@ -65,11 +65,6 @@ class TrainingState:
         """What AdamW's state occupies, in bytes."""
         return sum(tensor.nbytes for state in self._states.values() for tensor in state.moments.values())
 
-    def remember(self) -> None:
-        """Hold the weights as they are as those to restore."""
-        for state in self._states.values():
-            state.initial = state.values.clone()
-
     def restore(self) -> None:
         """The weights as they were, and moments of zero."""
         pairs = [(state.values, state.initial) for state in self._states.values() if state.initial is not None]

@@ -21,9 +21,10 @@ from qwen3bench.worker.costs import cell_cost
 from qwen3bench.worker.equivalence.gradient_gate import GradientGate
 from qwen3bench.worker.evidence import SEPARATE
 from qwen3bench.worker.peers import build_peer, gradients_of_peer
+from qwen3bench.worker.runtimes import make_runtime
 from qwen3bench.worker.serve import Worker
 from qwen3bench.worker.training import LEARNING_RATE, PARTS, TrainingState, TrainingWorkload
-from qwen3bench.worker.workloads import WorkloadSize
+from qwen3bench.worker.workloads import WorkloadSize, keeping_output
 
 Ask = Callable[..., Any]
 SIZE = WorkloadSize("train", batch_size=2, prompt_tokens=9, new_tokens=0, precision="fp32")
@@ -205,6 +206,44 @@ def test_a_peer_trains_as_the_baseline_does(tiny: ModelConfig, tiny_weights: dic
         (step,) = TrainingWorkload(SIZE, model).steps(model)
         losses.append([step().item() for _ in range(3)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_peers_step_is_compiled_and_has_the_gradients_of_eager(
+    tiny: ModelConfig, tiny_weights: dict[str, Tensor]
+) -> None:
+    weights = {name: tensor.clone() for name, tensor in tiny_weights.items()}
+    peer, state = build_peer("transformers:sdpa", tiny, weights), TrainingState()
+    workload = TrainingWorkload(SIZE, peer, state=state)
+    (eager,) = workload.steps(peer)
+    loss = eager()
+    expected = state.first_moments()
+    workload.restore()
+    runtime = make_runtime("compile", torch.device("cpu"))
+    (step,) = workload.steps(runtime.prepare_model(peer).model)
+    launch = runtime.prepare(step).launch
+    workload.restore()
+    torch.testing.assert_close(launch(), loss)
+    for found, right in zip(state.first_moments(), expected, strict=True):
+        assert (found - right).norm() <= 1e-5 * right.norm()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "sdpa_mask"])
+@pytest.mark.parametrize("runtime_name", ["graph", "compile"])
+def test_a_peers_step_is_captured(tiny: ModelConfig, attention: str, runtime_name: str) -> None:
+    bank = Bank(tiny, "random", torch.device("cuda", 0), torch.float32, 0, {})
+    peer = build_peer(f"transformers:{attention}", tiny, bank.weights)
+    workload = TrainingWorkload(SIZE, peer, state=bank.training)
+    (eager,) = workload.steps(peer)
+    loss = eager().clone()
+    runtime = make_runtime(runtime_name, torch.device("cuda", 0))
+    (step,) = workload.steps(runtime.prepare_model(peer).model)
+    outputs: list[Tensor] = []
+    launch = runtime.prepare(keeping_output(step, outputs)).launch
+    workload.restore()
+    launch()
+    torch.testing.assert_close(outputs[0], loss, rtol=1e-4, atol=0)
 
 
 @pytest.mark.cuda
