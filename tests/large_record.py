@@ -54,34 +54,37 @@ def write_large(
     """
     cells = cells_of(factors)
     config = {"model": _MODEL, "batch_size": 2, "prompt_tokens": 128, "new_tokens": 16}
+    run = RunLine(
+        created="2026-01-01T00:00:00Z",
+        config=config,
+        factors=FACTORS[:factors],
+        cells=tuple(cells),
+        workloads=workloads,
+        runtimes=("graph",),
+        model="small",
+        device="Simulated",
+        dtype="bfloat16",
+        fingerprint={"code": "0"},
+    )
     with RecordWriter(directory) as writer:
-        writer.append(
-            RunLine(
-                created="2026-01-01T00:00:00Z",
-                config=config,
-                factors=FACTORS[:factors],
-                cells=tuple(cells),
-                workloads=workloads,
-                runtimes=("graph",),
-                model="small",
-                device="Simulated",
-                dtype="bfloat16",
-                fingerprint={"code": "0"},
-            ),
-            *_of_cells(cells, workloads),
-        )
+        writer.append(run, *_of_cells(cells, workloads))
         processes = -(-blocks // _BLOCKS_A_PROCESS)
         numbers = range(len(workloads) * processes)
         writer.append(*(_process(number, number % cards) for number in numbers))
-        rng = np.random.default_rng(0)
         for place, workload in enumerate(workloads):
-            for block in range(blocks):
-                process = place * processes + block // _BLOCKS_A_PROCESS
-                writer.append(*_block(rng, cells, workload, process, block))
+            for lines in blocks_of(cells, workload, blocks, place * processes):
+                writer.append(*lines)
             stop = StopLine(workload=workload, runtime="graph", reason=StopReason.MAX_BLOCKS, blocks=blocks)
             writer.append(stop)
         writer.append(EndLine(status=EndStatus.FINISHED, time=1e9 + blocks))
     return directory
+
+
+def blocks_of(cells: list[str], workload: str, blocks: int, first_process: int = 0) -> Iterator[list[Line]]:
+    """The lines of each block, with those of the attempt that failed before it."""
+    rng = np.random.default_rng(first_process)
+    for block in range(blocks):
+        yield [*_block(rng, cells, workload, first_process + block // _BLOCKS_A_PROCESS, block)]
 
 
 def _process(number: int, card: int) -> ProcessLine:

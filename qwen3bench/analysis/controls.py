@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,12 @@ class Controls:
         """Whether two copies of the baseline differ by more than the limit anywhere."""
         return bool(self.aa["noisy"].any())
 
+    @cached_property
+    def noise(self) -> dict[tuple[str, str], float]:
+        """`noise_of` each workload and runtime that has an A/A control."""
+        of_each = self.aa.groupby(["workload", "runtime"], sort=False)
+        return {(str(workload), str(runtime)): noise_of(aa) for (workload, runtime), aa in of_each}
+
 
 def noise_of(aa: pd.DataFrame) -> float:
     """By how much two copies of the baseline differ, in log latency, where the A/A control fails; else 0.
@@ -58,12 +65,11 @@ def noise_of(aa: pd.DataFrame) -> float:
     return max((abs(math.log(ratio)) for ratio in aa.loc[aa["noisy"].astype(bool), "ratio"]), default=0.0)
 
 
-def beyond_noise(estimate: float, aa: pd.DataFrame) -> bool:
+def beyond_noise(estimate: float, noise: float) -> bool:
     """Whether a ratio is farther from 1 than two copies of the baseline are, where their control fails.
 
-    The one rule for what a noisy condition lets be said. `aa`: the condition's rows of `Controls.aa`.
+    The one rule for what a noisy condition lets be said. `noise`: the condition's, see `noise_of`.
     """
-    noise = noise_of(aa)
     return not noise or abs(math.log(estimate)) > noise
 
 

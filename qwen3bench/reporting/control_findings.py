@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from qwen3bench.analysis.controls import beyond_noise, noise_of
+from qwen3bench.analysis.controls import beyond_noise
 from qwen3bench.record.lines import BlockLine, GradientsLine
 from qwen3bench.record.states import BlockState, CellStatus
 from qwen3bench.reporting.advice import more_processes
@@ -60,12 +60,12 @@ def _found(check: Check, outcome: ControlOutcome, *, condition: Condition | None
 
 def noise(run: Run, condition: Condition) -> float:
     """By how much two copies of the baseline differ, in log latency, where the A/A control fails; else 0."""
-    return noise_of(condition.select(run.controls.aa))
+    return run.controls.noise.get((condition.workload, condition.runtime), 0.0)
 
 
 def heard(run: Run, condition: Condition, verdict: str, estimate: float) -> str:
     """The verdict, or `noise` where two copies of the baseline are as far apart as the estimate is from 1."""
-    told = not is_number(estimate) or beyond_noise(estimate, condition.select(run.controls.aa))
+    told = not is_number(estimate) or beyond_noise(estimate, noise(run, condition))
     return verdict if told else NoVerdict.NOISE
 
 

@@ -34,7 +34,7 @@ def test_a_noisy_condition_tells_of_effects_larger_than_its_noise(
 ) -> None:
     aa = load_run(write_run(factors=("flash",), copy_ratio=copy_ratio)).controls.aa
     assert noise_of(aa) == pytest.approx(abs(math.log(copy_ratio)), abs=0.002)
-    assert beyond_noise(estimate, aa) is beyond
+    assert beyond_noise(estimate, noise_of(aa)) is beyond
 
 
 def test_tie_is_the_negative_control_of_latency(write_run: Write) -> None:

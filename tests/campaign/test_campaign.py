@@ -452,12 +452,17 @@ def test_where_launches_are_long_later_processes_get_ready_with_one(measure: Mea
 
 
 def test_the_pace_is_found_once_and_kept(measure: Measure, tmp_path: Path) -> None:
-    """By all processes, and where the run goes on."""
-    fields = {"inner": 7, "untimed": False}
-    found = {"does": "answer", "op": "visit", "inner": None, "fields": fields, "once": str(tmp_path / "found")}
-    done = measure(faults=[found])
-    assert [(visit.inner, visit.untimed) for visit in done.record.of(VisitLine)] == [(7, False)] * 6
-    assert len({visit.process for visit in done.record.of(VisitLine)}) == 2
+    """By all processes of a workload, and where the run goes on."""
+    first = {"does": "answer", "op": "visit", "inner": None}
+    found = [
+        {**first, "fields": {"inner": inner, "untimed": False}, "once": str(tmp_path / str(inner))} for inner in (7, 3)
+    ]
+    done = measure("workload=prefill,decode", faults=found)
+    visits = done.record.of(VisitLine)
+    for workload, inner in (("prefill", 7), ("decode", 3)):
+        there = [visit for visit in visits if visit.workload == workload]
+        assert [(visit.inner, visit.untimed) for visit in there] == [(inner, False)] * 6
+        assert len({visit.process for visit in there}) == 2
     settings = settings_from(done.run.config)
     assert RunState(settings, done.record).timings["prefill", "eager"].pace == Pace(repeats=1, inner=7, untimed=False)
     assert RunState(settings).timings["prefill", "eager"].pace is None

@@ -8,9 +8,18 @@ from typing import Any
 import pytest
 
 from qwen3bench.analysis.run import load_run, of_each_card
+from qwen3bench.analysis.stopping import half_widths
 from qwen3bench.campaign.launch import UsedCard
 from qwen3bench.campaign.worker_process import WorkerProcess
-from qwen3bench.record.lines import BlockLine, ParametersLine, ProcessLine, SampleLine, Telemetry, VerifyLine
+from qwen3bench.record.lines import (
+    BlockLine,
+    ParametersLine,
+    ProcessLine,
+    SampleLine,
+    StopLine,
+    Telemetry,
+    VerifyLine,
+)
 from qwen3bench.record.states import Purpose
 
 pytestmark = pytest.mark.slow
@@ -108,6 +117,9 @@ def test_a_card_that_somebody_else_uses_is_left_out_and_its_finished_blocks_stay
     assert "card GPU-1 is left out: process 4321 uses it too" in done.err
     kept = done.run.samples.drop_duplicates(["workload", "block"])["card"].value_counts()
     assert kept["GPU-1"] == 3
+    for stop in done.record.of(StopLine):  # what ended the measuring knew of them too
+        there = done.run.samples[done.run.samples["workload"] == stop.workload]
+        assert stop.half_width == pytest.approx(half_widths(there, done.run.factors))
     for numbers in blocks_of(done).values():
         assert sorted(numbers) == list(range(len(numbers)))
 
