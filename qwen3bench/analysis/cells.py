@@ -31,6 +31,7 @@ from qwen3bench.record.lines import (
     VerifyLine,
 )
 from qwen3bench.record.reader import Record
+from qwen3bench.record.rounds import CONFIRM
 from qwen3bench.record.states import CellStatus
 
 _KEYS = ["cell", "workload", "runtime"]
@@ -144,7 +145,8 @@ def _weights_as_trained(table: pd.DataFrame) -> None:
 
 
 def _status(record: Record, table: pd.DataFrame, samples: pd.DataFrame) -> tuple[list[str | None], list[str | None]]:
-    failures = {(line.cell, line.workload, line.runtime): line for line in record.of(FailureLine)}
+    of_screen = (line for line in record.of(FailureLine) if line.pass_ != CONFIRM)
+    failures = {(line.cell, line.workload, line.runtime): line for line in of_screen}
     verified = {line.cell: line for line in record.of(VerifyLine)}
     timed = samples.loc[samples["copy"] == 0, _KEYS].drop_duplicates()
     measured = set(timed.itertuples(index=False, name=None))

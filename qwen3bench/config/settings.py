@@ -25,7 +25,6 @@ _NO_SHAPE = ("name", "context_length", "tie_word_embeddings")  # of a model, wha
 _SHAPE = [field.name for field in fields(ModelConfig) if field.name not in _NO_SHAPE]
 _MOST_CELLS = 2**9  # of a design: an hour on an H100; of more switches nobody waits for every combination
 _PRECISION = {"cuda": "amp", "cpu": "fp32"}  # of training
-TRAIN = "train"
 _DTYPE = {"cuda": "bfloat16", "cpu": "float32"}  # bfloat16 is slow on a CPU without native support
 
 

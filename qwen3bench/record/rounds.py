@@ -32,6 +32,7 @@ from qwen3bench.record.typed import fields_of
 from qwen3bench.record.writer import RecordWriter
 
 ROUNDS = (1, 2)
+_TIME, CONFIRM = "time", "confirm"  # the pass that a failure while timing is of: in the screen, and in a round
 _OF_ROUND: dict[type[Line], Any] = {
     SampleLine: ConfirmSampleLine,
     VisitLine: ConfirmVisitLine,
@@ -61,6 +62,8 @@ class RoundWriter:
         self._writer.append(*(self._of_round(line) for line in lines))
 
     def _of_round(self, line: Line) -> Line:
+        if isinstance(line, FailureLine) and line.pass_ == _TIME:
+            return replace(line, pass_=CONFIRM)
         kind = _OF_ROUND.get(type(line))
         found: Line = line if kind is None else kind(**fields_of(line), round=self._round)
         return found
@@ -72,12 +75,16 @@ def chosen_in(record: Record, round_: int) -> list[ConfirmLine]:
 
 
 def round_of(record: Record, round_: int) -> Record:
-    """A round as a record of its own, of the cells that it measured; what is known of cells is in it too."""
+    """A round as a record of its own, of the cells that it measured; what is known of cells is in it too.
+
+    A failure while timing is of the round alone: what the screen measured of that cell before stands.
+    """
     cells = dict.fromkeys(cell for line in chosen_in(record, round_) for cell in line.cells)
     view = Record(record.path, replace(record.run, cells=tuple(cells)))
     for kind in _OF_CELLS:
         for line in record.of(kind):
-            view.add(line)
+            of_round = isinstance(line, FailureLine) and line.pass_ == CONFIRM
+            view.add(FailureLine(**{**fields_of(line), "pass_": _TIME}) if of_round else line)
     for plain, of_round in _OF_ROUND.items():
         for line in record.of(of_round):
             fields = fields_of(line)

@@ -15,6 +15,7 @@ from qwen3bench.record.lines import (
     ConfirmLine,
     ConfirmSampleLine,
     EvidenceLine,
+    FailureLine,
     SampleLine,
     VerifyLine,
 )
@@ -109,6 +110,24 @@ def test_a_best_cell_that_computes_something_else_has_no_speed_up(measure: Measu
     cells = done.run.cells.set_index("cell")
     assert cells.loc[wrong, "status"] == "not_equivalent"
     assert cells["speedup"].isna()[wrong]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fails", ["baseline", "unmeasured"])
+def test_what_fails_while_it_confirms_leaves_the_screen_as_it_was(measure: Measure, fails: str) -> None:
+    first = measure(*SMALL, to=Path("first"))
+    (chosen,) = first.record.of(ConfirmLine)
+    unmeasured = next(cell for cell in chosen.cells if cell not in first.record.run.cells)
+    cell = unmeasured if fails == "unmeasured" else fails
+    fault = {"does": "error", "op": "visit", "cell": cell, "status": "crashed"}
+    timed = {line.process for line in first.record.of(SampleLine)}
+    done = measure(*SMALL, to=Path("again"), faults=[fault], since=max(timed) + 1)
+    cells = done.run.cells.set_index("cell")
+    assert set(cells.loc[list(first.record.run.cells), "status"]) == {"ok"}
+    assert cells.loc[list(first.record.run.cells), "speedup"].notna().all()
+    assert cells.loc[unmeasured, "status"] == ("crashed" if fails == "unmeasured" else "ok")
+    assert cells["speedup"].isna()[unmeasured]
+    assert [(line.cell, line.pass_) for line in done.record.of(FailureLine)] == [(cell, "confirm")]
 
 
 def test_a_screen_of_no_switch_measures_the_baseline(measure: Measure) -> None:
