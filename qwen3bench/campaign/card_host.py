@@ -78,6 +78,7 @@ class CardHost:
         sockets = {card.uuid: card.socket for card in present_cards()}
         agree = {
             "torch": version_of("torch"),
+            "niceness": str(self._be_as_nice()),
             "driver": self._card.describe()["driver"] if self._uuid else None,
             "kind of card": system_device_name("cuda" if self._uuid else "cpu"),
         }
@@ -86,17 +87,10 @@ class CardHost:
 
     async def start(self) -> int:
         """Start a worker; its process id, by which it is asked. Raises OSError where that is not possible."""
-        with contextlib.suppress(PermissionError):  # `niceness_here` tells
-            os.setpriority(os.PRIO_PROCESS, 0, self._niceness)
+        self._be_as_nice()
         worker = WorkerProcess(self._log, variables=self._variables)
         self._workers[worker.pid] = _Hosted(worker)
         return worker.pid
-
-    async def niceness_here(self) -> int:
-        """The niceness that workers get here."""
-        with contextlib.suppress(PermissionError):
-            os.setpriority(os.PRIO_PROCESS, 0, self._niceness)
-        return os.getpriority(os.PRIO_PROCESS, 0)
 
     async def ask(self, pid: int, request: Request[Any]) -> WorkerSaid:
         """A worker's answer, however long it takes, or what `WorkerProcess.ask` raises."""
@@ -128,6 +122,12 @@ class CardHost:
             await self.end(pid)
         self._log.unlink(missing_ok=True)
         self._log.parent.rmdir()
+
+    def _be_as_nice(self) -> int:
+        """The niceness of this thread, and of workers that it starts: the driver's, where that is allowed."""
+        with contextlib.suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, 0, self._niceness)
+        return os.getpriority(os.PRIO_PROCESS, 0)
 
     def _said(self) -> bytes:
         with contextlib.suppress(OSError), self._log.open("rb") as log:

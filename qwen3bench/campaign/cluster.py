@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -97,6 +98,7 @@ class HostedWorker:
         self._card = card
         self._log = log
         self._answer: Future[Any] | None = None
+        self._sent_s = 0.0  # when the last request was, by the monotonic clock
         self._hears, self._rings = socket.socketpair()
         self._lock = threading.Lock()
         self._ended = False
@@ -118,6 +120,7 @@ class HostedWorker:
     def send(self, request: Request[Any]) -> None:
         """Hand over one request, whose answer is waited for later."""
         self._answer = self._card.begin("ask", self.pid, request)
+        self._sent_s = time.monotonic()
         self._answer.add_done_callback(self._ring)
 
     def receive(self, request: Request[R], timeout_s: float) -> R:
@@ -126,7 +129,8 @@ class HostedWorker:
         try:
             self._hears.recv(1)
         except TimeoutError:
-            why = f"the worker said nothing for {timeout_s:g} s during {request.op}"
+            waited_s = timeout_s or round(time.monotonic() - self._sent_s, 1)  # 0: it was waited for elsewhere
+            why = f"the worker said nothing for {waited_s:g} s during {request.op}"
             raise CellFailure(CellStatus.TIMEOUT, why) from None
         assert self._answer is not None
         said: WorkerSaid = self._card.outcome(self._answer)
@@ -202,9 +206,8 @@ def refuse_difference(ours: tuple[str, Mapping[str, str | None]], theirs: tuple[
     unlike = [key for key in keys if mine.get(key) != other.get(key)]
     if unlike:
         told = [f"{key}{_both(mine.get(key), other.get(key))}" for key in unlike]
-        raise Refused(
-            f"cluster: {there} differs from {here}: {'; '.join(told)}\nrun each kind by itself, or make them alike"
-        )
+        advice = "run each kind by itself, or make them alike; docs/clusters.md says how Ray is started"
+        raise Refused(f"cluster: {there} differs from {here}: {'; '.join(told)}\n{advice}")
 
 
 def _both(mine: str | None, other: str | None) -> str:
@@ -227,14 +230,15 @@ def _joined(address: str) -> Iterator[Any]:
     own: dict[str, Any] = (
         {"include_dashboard": False, "num_cpus": 1, "object_store_memory": _STORE_BYTES} if local else {}
     )
-    with _signals_kept():
-        try:
+    try:
+        with _signals_kept():
             ray.init(address=address, log_to_driver=False, configure_logging=False, **own)
-        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-            raise Refused(
-                f"cluster.address={address}: no Ray cluster answers ({_first_line(error)})\n"
-                "start one with `ray start`, docs/clusters.md says how, or take cluster.address=local"
-            ) from None
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        ray.shutdown()
+        raise Refused(
+            f"cluster.address={address}: no Ray cluster answers ({_one_line(error)})\n"
+            "start one with `ray start`, docs/clusters.md says how, or take cluster.address=local"
+        ) from None
     try:
         yield ray
     finally:
@@ -280,30 +284,26 @@ def _hosted(ray: Any, on_cpu: bool) -> list[HostedCard]:
     try:
         found = [HostedCard(asked[each], ray.get(each)) for each in up]
     except ray.exceptions.RayError as error:
-        raise Refused(f"cluster: an actor could not be started: {_last_line(error)}") from None
+        raise Refused(f"cluster: an actor could not be started: {_one_line(error, -1)}") from None
     found.sort(key=lambda card: (card.seen.host, card.seen.uuid or ""))
     _refuse_what_differs(found, niceness)
     return found
 
 
 def _refuse_what_differs(found: Sequence[HostedCard], niceness: int) -> None:
-    first, code = found[0].seen, {"the code of qwen3bench": running_code().code}
+    """Raise `Refused` where cards, or their hosts, differ from each other, or from this process."""
+    first = found[0].seen
+    ours = {"the code of qwen3bench": running_code().code, "niceness": str(niceness)}
     for card in found:
-        refuse_difference(("this process", code), (card.seen.host, {"the code of qwen3bench": card.seen.code}))
+        theirs = {"the code of qwen3bench": card.seen.code, "niceness": card.seen.must_agree["niceness"]}
+        refuse_difference(("this process", ours), (card.seen.host, theirs))
         refuse_difference((first.host, first.must_agree), (card.seen.host, card.seen.must_agree))
-        if (there := card.call("niceness_here")) != niceness:
-            raise Refused(
-                f"cluster: {card.seen.host} runs workers at niceness {there}, not {niceness}, which slows them down\n"
-                "start Ray there with RAY_worker_niceness=0 in its environment"
-            )
     uuids = [card.seen.uuid for card in found if card.seen.uuid]
     if twice := {uuid for uuid in uuids if uuids.count(uuid) > 1}:
         raise Refused(f"cluster: Ray gave out card {min(twice)} twice; start one Ray node on each machine")
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-
-
-def _last_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()[::-1]), type(error).__name__)[:300]
+def _one_line(error: Exception, which: int = 0) -> str:
+    """A line of an error's text, the first unless another is asked for."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[which].strip()[:300]

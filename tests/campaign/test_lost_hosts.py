@@ -85,8 +85,7 @@ def asked_of(host: Host) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", [(), ON_CUDA], ids=["alone", "side by side"])
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize(("lost", "where"), [(1, ()), (0, ON_CUDA)], ids=["alone", "side by side"])
 def test_a_run_survives_the_loss_of_a_host_at_any_moment(
     measure: Callable[..., Any],
     start_fake: Callable[..., Any],
