@@ -108,3 +108,18 @@ def test_a_run_survives_the_loss_of_a_host_at_any_moment(
         closed = Counter((line.workload, line.runtime, line.block) for line in done.record.of(BlockLine))
         assert set(closed.values()) == {1}, moment
         assert len(closed) >= 6
+
+
+@pytest.mark.slow
+def test_where_the_last_host_is_lost_no_cell_is_to_blame_and_the_run_can_be_continued(
+    measure: Callable[..., Any], start_fake: Callable[..., Any], fake_card: Any
+) -> None:
+    hosts = [Host(start_fake(), 30), Host(start_fake(), 45)]
+    stopped = measure(*FULL, "measure.min_blocks=12", "measure.max_blocks=12", cards=hosted(hosts, fake_card))
+    assert "no worker could be started: the host is gone" in stopped.error
+    assert f"continue with resume={stopped.directory}" in stopped.error
+    assert stopped.record.of(BlockLine)
+    assert not stopped.record.of(FailureLine)
+    done = measure(cards=hosted([Host(start_fake()) for _ in range(2)], fake_card), resume=stopped.directory)
+    assert done.status == 0
+    assert set(done.run.cells["status"]) == {"ok"}
