@@ -77,9 +77,10 @@ class TrainingState:
         if moments := [tensor for state in self._states.values() for tensor in state.moments.values()]:
             torch._foreach_zero_(moments)
 
+    @property
     def first_moments(self) -> list[Tensor]:
-        """Copies of all first moments, in an order of their own."""
-        return [state.moments["exp_avg"].clone() for state in self._states.values()]
+        """All first moments, in an order of their own; a step changes them."""
+        return [state.moments["exp_avg"] for state in self._states.values()]
 
 
 def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
