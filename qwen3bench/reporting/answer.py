@@ -21,6 +21,7 @@ from qwen3bench.reporting.wording.answer_words import (
     how_sure,
     interval_words,
     limits_of_answers,
+    measured_of,
 )
 from qwen3bench.reporting.wording.sentences import choice_notes, sentence
 
@@ -43,6 +44,7 @@ class AnswerCard:
     said: str = ""
     command: str = ""
     python: str = ""
+    of: str = ""  # what the facts are of, where no switches are named above them
     facts: tuple[tuple[str, str, str], ...] = ()  # what, in this cell, in the baseline
     notes: tuple[str, ...] = ()
     peers: tuple[str, ...] = ()
@@ -80,7 +82,8 @@ def _card(run: Run, condition: Condition, found: Sequence[Finding], outcome: Seq
             return replace(card, notes=(*choice_notes(answer, choice), *notes))
         card = replace(card, said=sentence(replace(answer, advice=None)), advice=_asked(run, answer.advice))
     if whole and isinstance(taken := whole[0].detail, Times):
-        return replace(card, said=card.said or _plain(whole[0]), facts=_facts(taken))
+        of = measured_of(cell_of(whole[0].subject))
+        return replace(card, said=card.said or _plain(whole[0]), of=of, facts=_facts(taken))
     return card if card.said else replace(card, said=NOTHING_HERE, sure="")
 
 
@@ -137,6 +140,7 @@ def _sure(run: Run, condition: Condition, about: Sequence[Finding]) -> str:
 def not_told(run: Run) -> list[str]:
     """What the run's answers do not tell, in sentences."""
     return limits_of_answers(
+        cpu=run.config.get("device") == "cpu",
         random=run.config.get("weights") == "random",
         graph="graph" in set(run.cells["runtime"]),
         memory=bool(run.cells["peak_allocated_bytes"].notna().any()),

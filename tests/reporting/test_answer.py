@@ -39,6 +39,7 @@ def test_a_card_shows_the_numbers_of_its_cell(small: Callable[..., Run]) -> None
     run = small()
     card, cells = card_of(run), run.cells.set_index("cell")
     facts = {name: (here, beside) for name, here, beside in card.facts}
+    assert card.of == ""  # the switches stand above
     chosen = cells.loc["+".join(card.switches)]
     assert facts["latency"] == (seconds(chosen["latency_s"]), f"baseline {seconds(cells.loc['baseline', 'latency_s'])}")
     assert facts["peak memory"][0] == size(chosen["peak_allocated_bytes"])
@@ -144,6 +145,15 @@ def test_what_the_answers_do_not_tell_follows_the_run(small: Callable[..., Run])
     assert "device time" in said
     checkpoint = replace(run, config=run.config | {"weights": "models/qwen"})
     assert "random" not in " ".join(not_told(checkpoint))
+    assert said.startswith("They hold for this card,")
+    on_cpu = replace(run, config=run.config | {"device": "cpu"})
+    assert not_told(on_cpu)[0].startswith("They hold for this processor,")
+
+
+def test_numbers_without_a_recommendation_say_of_which_cell_they_are(small: Callable[..., Run]) -> None:
+    card = card_of(small(copy_shift=0.02))
+    assert card.said.startswith("No recommendation")
+    assert (card.of, bool(card.facts)) == ("With flash and tie on:", True)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from qwen3bench.reporting.finding import Passed
-from qwen3bench.reporting.units import count, ratio
+from qwen3bench.reporting.units import count, listing, ratio
 
 NOTHING_HERE = "Nothing was measured here."
-_SCOPE = "They hold for this card, these versions and these sizes. Another prompt length is another experiment."
+_SCOPE = "They hold for this {device}, these versions and these sizes. Another prompt length is another experiment."
 _RANDOM = "The weights are random, so nothing is said about the quality of the output."
 _GRAPH = "Graph replays are device time: what the host adds is not in them."
 _ALONE = "Peak memory is of one cell alone in its process, with no other request beside it."
@@ -34,7 +36,12 @@ def cut_short(blocks: int, least: int) -> str:
     return f"The time limit ended measuring after {count(blocks, 'block')}, before the least number of {least}."
 
 
-def limits_of_answers(*, random: bool, graph: bool, memory: bool, peers: bool) -> list[str]:
+def measured_of(switches: Sequence[str]) -> str:
+    """Of which cell numbers are that stand under no recommendation; empty for the baseline, which a sentence names."""
+    return f"With {listing(switches)} on:" if switches else ""
+
+
+def limits_of_answers(*, cpu: bool, random: bool, graph: bool, memory: bool, peers: bool) -> list[str]:
     """What a run's answers do not tell, by what it measured."""
-    said = [_SCOPE, *[_RANDOM] * random, *[_GRAPH] * graph, *[_ALONE] * memory]
+    said = [_SCOPE.format(device="processor" if cpu else "card"), *[_RANDOM] * random, *[_GRAPH] * graph, *[_ALONE] * memory]
     return [*said, _BASELINE if peers else f"{_BASELINE} {_PEERS}"]
