@@ -21,14 +21,15 @@ def _main(argv: Sequence[str] | None) -> int:
     from qwen3bench.analysis.pooling import pool
     from qwen3bench.analysis.run import load_run
     from qwen3bench.record.files import find_runs
-    from qwen3bench.reporting.pool_page import pool_sentences, write_pool
+    from qwen3bench.reporting.pool_page import pool_sentences, pool_warnings, write_pool
 
     options = _parser().parse_args(argv)
     runs = [load_run(directory) for directory in find_runs([Path(name) for name in options.runs])]
     pooled = pool(runs, options.machines)
     page = write_pool(pooled, options.out)
     console = Console()
-    for text in (*pool_sentences(pooled), f"Report: {page}"):
+    warnings = [f"Warning: {text}" for text in pool_warnings(pooled)]
+    for text in (*warnings, *pool_sentences(pooled), f"Report: {page}"):
         console.print(text, soft_wrap=True, markup=False, highlight=False)
     return 0
 

@@ -160,7 +160,8 @@ def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 
 def _parts(runs: Sequence[Run], machines: Sequence[str] | None) -> list[CardRun]:
     if machines is not None and len(machines) != len(runs):
-        raise UserError(f"--machines names {len(machines)} machines for {len(runs)} runs; name one for each run")
+        names, many = (f"{n} {one}{'s' * (n != 1)}" for n, one in ((len(machines), "machine"), (len(runs), "run")))
+        raise UserError(f"--machines names {names} for {many}; name one for each run")
     parts = []
     home: dict[str, str] = {}  # a card's machine: the name that it was seen under first
     for number, run in enumerate(runs, start=1):

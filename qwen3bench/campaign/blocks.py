@@ -41,6 +41,7 @@ class Blocks:
         self._progress = context.progress
         self._timings = context.state.timings
         self._effects = LiveEffects(context.settings, context.state)
+        self._told: set[Where] = set()  # of which the first effects are
 
     @property
     def processes_needed(self) -> list[Where]:
@@ -257,8 +258,9 @@ class Blocks:
             timing.leave_block(number)
             raise
         self._progress.expect(sum(map(self._left_s, self._timings)) / self._context.cards() + REPORT_S)
-        if timing.blocks == 1:
-            self._progress.first_answer(self._effects.line(where))
+        line = "" if where in self._told else self._effects.line(where)
+        self._told |= {where} if line else set()
+        self._progress.first_answer(line)
         self._progress.table(self._effects.lines)
         return True
 

@@ -57,16 +57,20 @@ class LiveEffects:
         """The effects in one workload and runtime, as they stand; empty where there is none to tell."""
         self._take_in()
         told = self._known[where].told
-        return effects_line(" ".join(where), told) if told else ""
+        return effects_line(" ".join(where), told) if any(told.values()) else ""
 
     def _take_in(self) -> None:
         for where, timing in self._state.timings.items():
             known = self._known[where]
             if known.taken < len(timing.samples):
-                known.visits += _visits(timing.samples[known.taken :])
+                visits, disturbed = _visits(timing.samples[known.taken :])
+                known.visits += visits
+                known.disturbed |= disturbed
                 known.taken = len(timing.samples)
                 sound = [each for each in known.visits if self._state.is_sound(Place(each[0], *where))]
                 known.told = estimates(pd.DataFrame(sound, columns=_COLUMNS), self._settings) if sound else {}
+                if known.disturbed and len({block for _, _, block, *_ in sound}) == 1:  # the copies' noise is not its
+                    known.told = dict.fromkeys(known.told)
 
 
 @dataclass
@@ -75,16 +79,18 @@ class _Known:
 
     taken: int = 0
     visits: list[tuple[str, int, int, int, float]] = field(default_factory=list)
+    disturbed: bool = False  # all values of some visit were
     told: _Told = field(default_factory=dict)
 
 
-def _visits(samples: Sequence[SampleLine]) -> list[tuple[str, int, int, int, float]]:
-    """One median for each visit, of what was not disturbed where there is some."""
+def _visits(samples: Sequence[SampleLine]) -> tuple[list[tuple[str, int, int, int, float]], bool]:
+    """One median for each visit, of what was not disturbed where there is some; whether in a visit there was none."""
     values: dict[tuple[str, int, int, int], dict[bool, list[float]]] = {}
     for each in samples:
         of_visit = values.setdefault((each.cell, each.copy, each.block, each.process), {})
         of_visit.setdefault(bool(each.disturbed), []).append(each.latency_s)
-    return [(*key, median(latencies.get(False) or latencies[True])) for key, latencies in values.items()]
+    medians = [(*key, median(latencies.get(False) or latencies[True])) for key, latencies in values.items()]
+    return medians, any(False not in latencies for latencies in values.values())
 
 
 def estimates(visits: pd.DataFrame, settings: Settings) -> _Told:

@@ -51,7 +51,7 @@ def write_pool(pool: Pool, home: Path) -> Path:
         "about": [fact for fact in about(pool.runs[0]) if all(fact in about(run) for run in pool.runs)],
         "switches": switches(pool.runs[:1]),
         "said": list(pool_sentences(pool)),
-        "warnings": list(_warnings(pool)),
+        "warnings": list(pool_warnings(pool)),
         "plots": saved,
         "effects": _effects(pool, _EFFECTS),
         "ratios": _effects(pool, (Compared.SPEEDUP, Compared.PEER)),
@@ -72,12 +72,14 @@ def write_pool(pool: Pool, home: Path) -> Path:
 def pool_sentences(pool: Pool) -> Iterator[str]:
     """What the pool says: on what it stands, each switch, all of them, and how far machines differ."""
     machines = len(pool.machine_names)
-    yield pool_words.pool_scope(machines, len(pool.cards), device(pool.runs[0]))
+    on_cpu = pool.runs[0].config.get("device") == "cpu"
+    yield pool_words.pool_scope(machines, 0 if on_cpu else len(pool.cards), device(pool.runs[0]))
     for condition in conditions(pool.runs[0]):
         here = condition.select(pool.effects)
         here = here[here["estimate"].notna()]
         mains = here[here["kind"] == Compared.MAIN]
         together = here[(here["kind"] == Compared.SPEEDUP) & (here["term"] == all_on(pool.runs[0]))]
+        together = together[~together["term"].isin(mains["term"])]
         for row in rows(pd.concat([mains, together])):
             effect = Effect(row.term, row.estimate, row.lo, row.hi, row.verdict)
             yield pool_words.pooled_words(effect, str(condition), band_words(band(pool.runs[0])))
@@ -90,7 +92,8 @@ def pool_sentences(pool: Pool) -> Iterator[str]:
         yield pool_words.few_machines(machines)
 
 
-def _warnings(pool: Pool) -> Iterator[str]:
+def pool_warnings(pool: Pool) -> Iterator[str]:
+    """What makes the pool worth less than it looks: runs that are noisy or not finished, unlike machines."""
     for number, run in enumerate(pool.runs, start=1):
         if not run.finished:
             yield pool_words.weak_run(number, pool_words.UNFINISHED)

@@ -100,7 +100,7 @@ def test_machines_can_be_named_where_the_record_does_not(make: Callable[..., Run
     with pytest.raises(UserError, match=r"a: does not say on which machine.*\n.*--machines"):
         pool(runs)
     assert pool(runs, ["x", "y"]).machine_names == ["x", "y"]
-    with pytest.raises(UserError, match="names 1 machines for 2 runs"):
+    with pytest.raises(UserError, match="names 1 machine for 2 runs"):
         pool(runs, ["x"])
 
 

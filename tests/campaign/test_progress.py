@@ -263,7 +263,24 @@ def test_a_pair_of_cells_shows_its_speed_up() -> None:
     assert re.fullmatch(r"flash\+tie  1\.2\d+× \[1\.2\d+, 1\.2\d+\]", row)
 
 
-@pytest.mark.parametrize("blocks", [1, 6])
+@pytest.mark.parametrize("disturbed", [True, False])
+def test_of_one_block_with_a_disturbed_visit_nothing_is_told(disturbed: bool) -> None:
+    """Two quiet copies of the baseline know nothing of what disturbed another cell."""
+    settings = compose(["model=tiny", "opt=flash", "workload=prefill"]).resolved("cpu")
+    where, state = ("prefill", "eager"), RunState(settings)
+    samples = _samples(settings.labels, 6, 1.25)
+    ours = [each for each in samples if each.block == 0]
+    copies = [replace(each, copy=1, latency_s=1.001) for each in ours if each.cell == "baseline"]
+    state.timings[where].samples += copies
+    state.timings[where].samples += [replace(each, disturbed=disturbed and each.cell == "flash") for each in ours]
+    live = LiveEffects(settings, state)
+    assert (live.line(where) == "") is disturbed
+    assert ("not known yet" in live.lines(100)[1]) is disturbed
+    state.timings[where].samples += [each for each in samples if each.block > 0]
+    assert "first effects: flash 1." in live.line(where)
+
+
+@pytest.mark.parametrize("blocks", [2, 6])
 def test_a_cell_that_the_gate_refused_shows_no_speed_up(blocks: int) -> None:
     settings = compose(["model=tiny", "opt=flash", "workload=prefill"]).resolved("cpu")
     state = RunState(settings)

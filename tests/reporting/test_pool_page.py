@@ -10,6 +10,7 @@ import pytest
 from records import write_record
 
 from qwen3bench.pool import main
+from qwen3bench.reporting.wording.pool_words import pool_scope, spread_words
 
 Lines = Callable[..., list[dict[str, Any]]]
 
@@ -18,8 +19,9 @@ Lines = Callable[..., list[dict[str, Any]]]
 def run_on(tmp_path: Path, record_lines: Lines) -> Callable[..., str]:
     """Writes a run of three switches that one card of a machine measured; gives its directory."""
 
-    def write(name: str, host: str, card: str, seed: int, finished: bool = True, noisy: bool = False) -> str:
-        lines = record_lines(factors=("flash", "tie", "norm"), seed=seed, copy_shift=0.05 * noisy)
+    def write(name: str, host: str, card: str, seed: int, **options: Any) -> str:
+        finished = options.pop("finished", True)
+        lines = record_lines(**{"factors": ("flash", "tie", "norm"), "seed": seed, **options})
         for line in lines:
             if line["type"] == "process":
                 line |= {"host": host, "card": card}
@@ -77,12 +79,30 @@ def test_with_one_machine_it_says_that_it_cannot_tell(
 def test_two_machines_are_said_to_be_few_and_weak_runs_are_named(
     run_on: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = [run_on("a", "left", "GPU-1", 0, finished=False), run_on("b", "right", "GPU-2", 1, noisy=True)]
+    runs = [run_on("a", "left", "GPU-1", 0, finished=False), run_on("b", "right", "GPU-2", 1, copy_shift=0.05)]
     assert main([*runs, "--out", str(tmp_path / "pool")]) == 0
-    assert "2 machines are few" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 machines are few" in said
+    assert said.startswith("Warning: Run 1 has not finished.\nWarning: Run 2 is noisy")
     text = text_of(tmp_path / "pool" / "report.md")
     assert "Run 1 has not finished." in text
     assert "Run 2 is noisy: two copies of its baseline differ." in text
+
+
+def test_of_a_single_switch_its_effect_is_told_once(
+    run_on: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [run_on(f"run{n}", f"left-{n}", f"GPU-{n}", n, factors=("flash",)) for n in range(2)]
+    assert main([*runs, "--out", str(tmp_path / "pool")]) == 0
+    assert len(re.findall("^flash is ", capsys.readouterr().out, re.MULTILINE)) == 1
+
+
+def test_processors_are_no_cards() -> None:
+    assert pool_scope(2, 0, "AMD EPYC") == "Intervals hold for AMD EPYC. They stand on 2 machines: 1 degree of freedom."
+
+
+def test_a_large_spread_is_a_plain_number() -> None:
+    assert spread_words(0.25, 0.0, 9.64) == "25 % [0 %, 964 %]"
 
 
 def test_it_refuses_what_it_cannot_pool_and_where_it_cannot_write(
@@ -96,4 +116,4 @@ def test_it_refuses_what_it_cannot_pool_and_where_it_cannot_write(
     assert main([a, a, "--out", str(tmp_path / "pool")]) == 0, "a directory named twice is one run"
     assert "one machine" in capsys.readouterr().out
     assert main([a, b, "--out", str(tmp_path / "pool"), "--machines", "left"]) == 1
-    assert "--machines names 1 machines for 2 runs" in capsys.readouterr().err
+    assert "--machines names 1 machine for 2 runs" in capsys.readouterr().err

@@ -38,10 +38,15 @@ def cut_short(blocks: int, least: int) -> str:
 
 def measured_of(switches: Sequence[str]) -> str:
     """Of which cell numbers are that stand under no recommendation; empty for the baseline, which a sentence names."""
-    return f"With {listing(switches)} on:" if switches else ""
+    return f"With {listing([*switches])} on:" if switches else ""
 
 
 def limits_of_answers(*, cpu: bool, random: bool, graph: bool, memory: bool, peers: bool) -> list[str]:
     """What a run's answers do not tell, by what it measured."""
-    said = [_SCOPE.format(device="processor" if cpu else "card"), *[_RANDOM] * random, *[_GRAPH] * graph, *[_ALONE] * memory]
+    said = [
+        _SCOPE.format(device="processor" if cpu else "card"),
+        *[_RANDOM] * random,
+        *[_GRAPH] * graph,
+        *[_ALONE] * memory,
+    ]
     return [*said, _BASELINE if peers else f"{_BASELINE} {_PEERS}"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qwen3bench.record.states import Verdict
 from qwen3bench.reporting.finding import Effect
-from qwen3bench.reporting.units import count, is_number, listing, ratio
+from qwen3bench.reporting.units import count, is_number, listing, percent, ratio
 
 POOL_METHOD = (
     "Each run is analyzed by itself, as its own report says. A card's effect is the mean of its runs', a machine's "
@@ -17,10 +17,11 @@ POOL_METHOD = (
 
 
 def pool_scope(machines: int, cards: int, device: str) -> str:
-    """On what pooled intervals stand, and for what they hold."""
-    stand = f"{count(cards, 'card')} in {count(machines, 'machine')}"
+    """On what pooled intervals stand, and for what they hold; `cards` is 0 on CPUs."""
     if machines == 1:
-        return f"All is of one machine ({count(cards, 'card')}). What another would show, these runs cannot tell."
+        of_cards = f" ({count(cards, 'card')})" if cards else ""
+        return f"All is of one machine{of_cards}. What another would show, these runs cannot tell."
+    stand = f"{count(cards, 'card')} in {count(machines, 'machine')}" if cards else count(machines, "machine")
     return f"Intervals hold for {device}. They stand on {stand}: {count(machines - 1, 'degree')} of freedom."
 
 
@@ -38,7 +39,7 @@ def spread_words(sd: float, lo: float, hi: float) -> str:
     """A standard deviation with its interval; empty where nothing tells it."""
     if hi == 0:
         return "none seen"
-    return f"{_share(sd)} [{_share(lo)}, {_share(hi)}]" if is_number(sd) and is_number(lo) else ""
+    return f"{percent(sd)} [{percent(lo)}, {percent(hi)}]" if is_number(sd) and is_number(lo) else ""
 
 
 def widest_words(term: str, where: str, spread: tuple[float, float, float]) -> str:
@@ -73,10 +74,6 @@ POOL = {
     "unlike": "What is not the same on all machines",
 }
 UNFINISHED, NOISY = "has not finished", "is noisy: two copies of its baseline differ"
-
-
-def _share(fraction: float) -> str:
-    return f"{100 * fraction:.2g} %"
 
 
 def machines_title(machines: int) -> str:
