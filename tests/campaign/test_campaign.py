@@ -128,6 +128,8 @@ def test_a_process_measures_as_long_as_it_took_to_be_ready(measure: Measure, mon
     assert (measured_s.iloc[:-1] >= 0.4).all()  # the last one ends with the time
     assert 2 <= stop.processes <= 5
     assert stop.more_s >= 0.4 * (stop.processes - 2)
+    more_s = done.record.frame(BlockLine).groupby("process")["more_s"].sum()
+    assert (more_s.iloc[:2] == 0).all()  # a run takes these two at least
     settings = settings_from(done.record.run.config)
     begun = RunState(settings, done.record).timings["prefill", "eager"]  # as a continued run would begin
     assert begun.more_s == pytest.approx(stop.more_s)

@@ -13,6 +13,9 @@ from qwen3bench.campaign.launch import UsedCard
 from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.record.lines import (
     BlockLine,
+    EvidenceLine,
+    Line,
+    MemoryLine,
     ParametersLine,
     ProcessLine,
     SampleLine,
@@ -83,10 +86,24 @@ def test_both_cards_time_whole_blocks_and_none_is_lost_or_doubled(
     assert done.run.environment["cards"] == ["GPU-0", "GPU-1"]
 
 
-def test_single_cells_are_shared_out_over_the_cards(measure: Callable[..., Any], two: Callable[..., Any]) -> None:
-    done = measure(*FULL, cards=two())
+@pytest.mark.parametrize("where", [(), ON_CUDA], ids=["alone", "side by side"])
+def test_single_cells_are_shared_out_over_the_cards(
+    measure: Callable[..., Any], two: Callable[..., Any], where: tuple[str, ...]
+) -> None:
+    told: list[tuple[type[Line], str, float]] = [  # by the second card, and otherwise by the first
+        (ParametersLine, "num_parameters", 111),
+        (VerifyLine, "kl_mean", 0.5),
+        (MemoryLine, "peak_reserved_bytes", 3000),
+        (EvidenceLine, "kernel_launches", 8),
+    ]
+    second = [{"op": kind.type, "does": "answer", "fields": {name: value}} for kind, name, value in told]
+    done = measure(*FULL, *where, cards=two((), second))
     checks = {line.card for line in done.record.of(ProcessLine) if line.purpose != Purpose.TIME}
     assert checks == {"GPU-0", "GPU-1"}
+    for kind, name, value in told:
+        found = [getattr(line, name) == value for line in done.record.of(kind)]
+        if where or kind is not MemoryLine:  # on a CPU no memory is measured
+            assert 0 < sum(found) < len(found), kind.type
 
 
 @pytest.mark.parametrize("where", [(), ON_CUDA], ids=["alone", "side by side"])
