@@ -21,11 +21,15 @@ _METRIC = "peak_allocated_bytes"
 
 @dataclass(frozen=True)
 class MeasuredSpeedup:
-    """A cell's speed-up as measured in the blocks of a round, and the ends of its interval; NaN where it has none."""
+    """A cell's speed-up as measured in the blocks of a round, and the ends of its interval; NaN where it has none.
+
+    `noise`: by how much two copies of the baseline differ there, in log latency, where that control fails; else 0.
+    """
 
     speedup: float
     lo: float
     hi: float
+    noise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,10 @@ class Prediction:
         return self._reach(measured) <= np.log(TELLING)
 
     def _reach(self, measured: MeasuredSpeedup) -> float:
-        """How far both may be apart in log, by their intervals; anywhere where one has none."""
+        """How far both may be apart in log, by their intervals and the noise; anywhere where one has none."""
         with np.errstate(divide="ignore"):
             halves = [np.log(each.hi) / 2 - np.log(each.lo) / 2 for each in (self, measured)]
-        return float(np.hypot(*np.nan_to_num(halves, nan=np.inf)))
+        return float(np.hypot(*np.nan_to_num(halves, nan=np.inf))) + measured.noise
 
 
 def candidates(

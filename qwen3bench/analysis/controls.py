@@ -78,7 +78,7 @@ def controls(record: Record, samples: pd.DataFrame, cells: pd.DataFrame, effects
     confidence = analysis_setting(record, "confidence")
     drift, series = _drift(samples, confidence)
     return Controls(
-        aa=_aa(samples, cells, confidence),
+        aa=aa_control(samples, cells, confidence),
         tie_latency=_tie_latency(effects),
         tie_memory=_tie_memory(record),
         drift=drift,
@@ -87,7 +87,8 @@ def controls(record: Record, samples: pd.DataFrame, cells: pd.DataFrame, effects
     )
 
 
-def _aa(samples: pd.DataFrame, cells: pd.DataFrame, confidence: float) -> pd.DataFrame:
+def aa_control(samples: pd.DataFrame, cells: pd.DataFrame, confidence: float) -> pd.DataFrame:
+    """`Controls.aa` of these samples, beside the cells that are ok."""
     rows: list[dict[str, Any]] = []
     ok = cells[cells["status"] == CellStatus.OK]
     for (workload, runtime), here in samples.groupby(["workload", "runtime"], sort=False):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
 from qwen3bench.analysis.cells import cells_table
 from qwen3bench.analysis.confirm import MeasuredSpeedup, Prediction, measured_speedups
+from qwen3bench.analysis.controls import aa_control, noise_of
 from qwen3bench.analysis.effects import left_over, predictions
 from qwen3bench.analysis.frames import analysis_setting, used_samples
 from qwen3bench.analysis.least_squares import LackOfFit
@@ -38,6 +39,11 @@ class Confirmed:
     def tested(self) -> bool:
         """Whether it was measured, and intervals are narrow enough for agreement to mean something."""
         return self.measured is not None and self.prediction.is_tested_by(self.measured)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether two copies of the baseline differed too much where it was measured."""
+        return self.measured is not None and self.measured.noise > 0
 
     @property
     def agrees(self) -> bool | None:
@@ -113,7 +119,7 @@ def screen_results(record: Record, cells: pd.DataFrame, samples: pd.DataFrame) -
                 every=2 ** len(factors),
                 lack=lack,
                 predicted=predictions(here, factors, confidence),
-                confirmed=tuple(_confirmed(record, rows, here)),
+                confirmed=tuple(_confirmed(record, rows, samples)),
             )
         )
     return found
@@ -124,23 +130,29 @@ def _confirmed(record: Record, ok: pd.DataFrame, screened: pd.DataFrame) -> list
 
     A cell is measured in its round, or before it: the second round may name again what the first one measured.
     """
-    confidence = analysis_setting(record, "confidence")
     place = ok["workload"].iloc[0], ok["runtime"].iloc[0]
-    measured = {cell: (each, 0) for cell, each in measured_speedups(screened, confidence).items()}
+    measured = {cell: (each, 0) for cell, each in _speedups(record, ok, screened).items()}
     found: list[Confirmed] = []
     for round_ in ROUNDS:
         for line in chosen_in(record, round_):
             if (line.workload, line.runtime) != place:
                 continue
-            samples = used_samples(round_of(record, round_))
-            here = samples[(samples["workload"] == place[0]) & (samples["runtime"] == place[1])]
-            of_round = measured_speedups(here[here["cell"].isin(ok["cell"])], confidence)
+            of_round = _speedups(record, ok, used_samples(round_of(record, round_)))
             measured |= {cell: (each, round_) for cell, each in of_round.items()}
             for values in zip(line.predicted, line.speedup, line.lo, line.hi, strict=True):
                 prediction = Prediction(*values)
                 known, since = measured.get(prediction.cell, (None, round_))
                 found.append(Confirmed(prediction, known, since, prediction.cell == line.best))
     return found
+
+
+def _speedups(record: Record, ok: pd.DataFrame, samples: pd.DataFrame) -> dict[str, MeasuredSpeedup]:
+    """`measured_speedups` of the cells `ok`, which are of one workload and runtime, with their noise."""
+    confidence = analysis_setting(record, "confidence")
+    where = (samples["workload"] == ok["workload"].iloc[0]) & (samples["runtime"] == ok["runtime"].iloc[0])
+    here = samples[where & samples["cell"].isin(ok["cell"])]
+    noise = noise_of(aa_control(here, ok, confidence))
+    return {cell: replace(each, noise=noise) for cell, each in measured_speedups(here, confidence).items()}
 
 
 def _baseline_s(cells: pd.DataFrame, place: Sequence[object]) -> float:

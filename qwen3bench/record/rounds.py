@@ -83,8 +83,8 @@ def round_of(record: Record, round_: int) -> Record:
     view = Record(record.path, replace(record.run, cells=tuple(cells)))
     for kind in _OF_CELLS:
         for line in record.of(kind):
-            of_round = isinstance(line, FailureLine) and line.pass_ == CONFIRM
-            view.add(FailureLine(**{**fields_of(line), "pass_": _TIME}) if of_round else line)
+            confirms = isinstance(line, FailureLine) and line.pass_ == CONFIRM
+            view.add(FailureLine(**{**fields_of(line), "pass_": _TIME}) if confirms else line)
     for plain, of_round in _OF_ROUND.items():
         for line in record.of(of_round):
             fields = fields_of(line)

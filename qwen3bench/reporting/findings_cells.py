@@ -32,6 +32,7 @@ from qwen3bench.reporting.finding import (
     Times,
     verdict_of,
 )
+from qwen3bench.reporting.findings_screen import noisy_cells
 from qwen3bench.reporting.lookup import (
     BASELINE,
     LATENCY,
@@ -63,6 +64,7 @@ def recommended(run: Run, condition: Condition) -> Iterator[Finding]:
     if control_findings.noise(run, condition):
         yield _nothing(run, condition, Choice(NoAnswer.NOISY), more_processes(run, condition, 2, times=2))
         return
+    cells = cells[~cells["cell"].isin(noisy_cells(run, condition) - set(run.record.run.cells))]
     all_cells = cells
     if limit_gib is not None:
         measured = cells.dropna(subset=[MEMORY])

@@ -52,7 +52,14 @@ def _confirmation(run: Run, condition: Condition, result: ScreenResult) -> Findi
         still_missed=any(each.agrees is False for each in latest) or best.prediction.cell in missed,
         tested=best.tested,
     )
-    return Finding(Kind.SCREEN, best.prediction.cell, str(condition), detail=detail, width=band(run))
+    noisy = any(each.noisy and each.round for each in result.confirmed)
+    return Finding(Kind.SCREEN, best.prediction.cell, str(condition), detail=detail, width=band(run), noisy=noisy)
+
+
+def noisy_cells(run: Run, condition: Condition) -> set[str]:
+    """Cells that were measured since, in blocks where two copies of the baseline differ too much."""
+    result = screen_of(run, condition)
+    return {each.prediction.cell for each in result.confirmed if each.noisy and each.round} if result else set()
 
 
 def _effect(cell: str, found: Prediction | MeasuredSpeedup, run: Run) -> Effect:

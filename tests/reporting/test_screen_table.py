@@ -115,6 +115,25 @@ def test_the_second_round_may_name_again_what_the_first_measured(
     assert found.detail.held is False
 
 
+@pytest.mark.parametrize("apart", [0.0, 0.02])
+def test_what_was_measured_where_copies_differ_misses_nothing_and_is_not_recommended(
+    run_of: Callable[[Any], Run], record_lines: Lines, confirming: Lines, nine: tuple[str, ...], apart: float
+) -> None:
+    lines = record_lines(nine, screen=True, memory=False, evidence=False)
+    lines = confirming(lines, {BEST: (1.60, 1.59, 1.61)}, {BEST: 1.578})
+    for line in [line for line in lines if line["type"] == "confirm_sample" and line["cell"] == "baseline"]:
+        copy = {**line, "copy": 1, "position": 9, "latency_s": line["latency_s"] * (1 + apart)}
+        lines.insert(lines.index(line), copy)
+    run = run_of(lines)
+    (each,) = run.screens[0].confirmed
+    assert each.noisy == (apart > 0)
+    assert each.agrees == (apart > 0)  # 1.4 % off is less than the copies are
+    (answer,) = [finding for finding in findings(run) if finding.kind == Kind.ANSWER]
+    assert (answer.subject == BEST) == (apart == 0)
+    noisy = sentence(confirmation_of(run)).endswith("What was measured since is noisy, and not recommended.")
+    assert noisy == (apart > 0)
+
+
 def test_what_does_not_compute_the_same_confirms_nothing(
     run_of: Callable[[Any], Run], record_lines: Lines, confirming: Lines, nine: tuple[str, ...]
 ) -> None:

@@ -89,7 +89,8 @@ def sentence(finding: Finding) -> str:
     """A finding in words: one sentence or a few, each with one claim."""
     text = _said(finding)
     if finding.noisy:
-        text += " This condition is noisy."
+        screen = finding.kind == Kind.SCREEN
+        text += " What was measured since is noisy, and not recommended." if screen else " This condition is noisy."
     if finding.advice:
         text += f" {_advised(finding.advice, finding)}"
     return f"Run {finding.run}: {text}" if finding.run else text
