@@ -115,7 +115,8 @@ class RunState:
 
     def runs(self, place: Place) -> bool:
         """Whether a cell is still to be run there: not after a failure, except that of the gate."""
-        failed = {self.failures.get(scope, CellStatus.OK) for scope in (Place(place.cell), place)}
+        scopes = (Place(place.cell), Place(place.cell, place.workload), place)
+        failed = {self.failures.get(scope, CellStatus.OK) for scope in scopes}
         return failed <= {CellStatus.OK, CellStatus.NOT_EQUIVALENT}
 
     def is_sound(self, place: Place) -> bool:

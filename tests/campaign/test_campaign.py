@@ -28,7 +28,7 @@ from qwen3bench.campaign.forecast import processes_for
 from qwen3bench.campaign.lanes import Lane, Lanes
 from qwen3bench.campaign.passes import Campaign
 from qwen3bench.campaign.progress import Reporter
-from qwen3bench.campaign.state import RunState
+from qwen3bench.campaign.state import Place, RunState
 from qwen3bench.campaign.worker_pool import ProcessNumbers, Seat, WorkerPool
 from qwen3bench.config.choices import choices
 from qwen3bench.config.settings import settings_from
@@ -49,6 +49,7 @@ from qwen3bench.record.lines import (
 )
 from qwen3bench.record.messages import Pace
 from qwen3bench.record.reader import read_record
+from qwen3bench.record.states import CellStatus
 from qwen3bench.record.typed import made
 from qwen3bench.record.writer import RecordWriter
 
@@ -200,6 +201,18 @@ def test_of_generate_whose_last_step_alone_is_looked_at_nothing_is_said_to_be_th
 
 
 # Taken up again
+
+
+def test_what_crashed_in_the_gradient_gate_is_not_trained_and_what_is_wrong_there_is(
+    small_settings: Callable[..., Any],
+) -> None:
+    """Of its workload alone: the gate says nothing of the others."""
+    state = RunState(small_settings("workload=prefill,train"))
+    state.failures |= {Place("flash", "train"): CellStatus.CRASHED, Place("tie", "train"): CellStatus.NOT_EQUIVALENT}
+    assert not state.runs(Place("flash", "train", "eager"))
+    assert state.runs(Place("flash", "prefill", "eager"))
+    assert state.runs(Place("flash"))
+    assert state.runs(Place("tie", "train", "eager"))
 
 
 @contextmanager
