@@ -483,6 +483,22 @@ def test_the_pace_is_found_once_and_kept(measure: Measure, tmp_path: Path) -> No
     assert RunState(settings).timings["prefill", "eager"].pace is None
 
 
+def test_first_effects_are_told_after_the_first_whole_block(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told: list[tuple[int, str]] = []
+
+    def note(_: Reporter, line: str) -> None:
+        if line:
+            told.append((len(read_record(tmp_path / "run").of(BlockLine)), line))
+
+    monkeypatch.setattr(Reporter, "first_answer", note)
+    measure(*FULL)
+    ((blocks, line),) = told
+    assert blocks == 1
+    assert line.startswith("prefill eager, first effects: flash")
+
+
 def test_more_takes_make_a_block_at_most_twice_as_long(measure: Measure) -> None:
     """Each visit is disturbed: of five visits there are at most five more takes."""
     again = [{"does": "answer", "op": "visit", "takes": takes, "fields": {"takes": takes}} for takes in (3, 2)]

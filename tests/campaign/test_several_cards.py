@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qwen3bench.analysis.run import load_run, of_each_card
 from qwen3bench.analysis.stopping import half_widths
-from qwen3bench.campaign.launch import UsedCard
+from qwen3bench.campaign import launch
+from qwen3bench.campaign.launch import Machine, UsedCard
 from qwen3bench.campaign.worker_process import WorkerProcess
+from qwen3bench.record.card_choice import PresentCard
 from qwen3bench.record.lines import (
     BlockLine,
     EvidenceLine,
@@ -159,6 +163,24 @@ def test_eager_on_a_gpu_is_timed_on_one_card_beside_each_processor(
     assert set(done.run.samples["card"]) == {"GPU-0"}
     both = measure(*FULL, *LONG, "device=cuda", "runtime=eager", cards=two(), to=done.directory.parent / "both")
     assert set(both.run.samples["card"]) == {"GPU-0", "GPU-1"}
+
+
+def test_a_worker_sees_the_card_alone_that_its_samples_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_settings: Callable[..., Any]
+) -> None:
+    cards = [PresentCard(n, f"GPU-{n}", "a kind", socket=n) for n in range(2)]
+    monkeypatch.setattr(launch, "chosen_cards", lambda asked: cards)
+    monkeypatch.setattr(launch, "WorkerProcess", lambda log, variables: variables)
+    monkeypatch.setattr(launch, "Card", lambda uuid: f"looks at {uuid}")
+    used = Machine().used(replace(small_settings("device=auto"), devices=("all",)))
+    assert [each.start(tmp_path / "worker.log") for each in used] == [
+        {"CUDA_VISIBLE_DEVICES": "GPU-0"},
+        {"CUDA_VISIBLE_DEVICES": "GPU-1"},
+    ]
+    assert [(each.uuid, each.monitor, each.kind, each.socket) for each in used] == [
+        ("GPU-0", "looks at GPU-0", "a kind", 0),
+        ("GPU-1", "looks at GPU-1", "a kind", 1),
+    ]
 
 
 def test_unlike_cards_are_strata_each_with_its_own_numbers(
