@@ -129,6 +129,25 @@ def process_shares(samples: pd.DataFrame, factors: Sequence[str]) -> dict[str, f
     return {term_name(plan.terms[i], factors): float(share) for i, share in zip(known, shares, strict=True)}
 
 
+def model_shares(samples: pd.DataFrame, factors: Sequence[str]) -> dict[str, float]:
+    """For each main effect and pair of a screen the share of its error's variance that interactions of three make.
+
+    No more blocks make it smaller, but more cells. Empty of other designs.
+    """
+    factors = tuple(factors)
+    table = _by_cell(
+        samples.dropna(subset=list(factors)), _Question(factors, "latency_s", "block", "process", log=True)
+    )
+    plan = contrasts(factors, table.cells)
+    if plan.fit is None:
+        return {}
+    known = np.flatnonzero(~np.isnan(plan.matrix).any(axis=1))
+    whole = _estimated(table, [_Row("", "", "", plan.matrix[i]) for i in known], None).se ** 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = np.nan_to_num(1 - table.estimates(plan.matrix[known], None).se ** 2 / whole)
+    return {term_name(plan.terms[i], factors): float(share) for i, share in zip(known, shares, strict=True)}
+
+
 def predictions(samples: pd.DataFrame, factors: Sequence[str], confidence: float = 0.95) -> pd.DataFrame:
     """Of a screen, each of the 2^k cells' speed-up over the baseline as its model predicts it, the fastest first.
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qwen3bench.record.design import is_peer
 from qwen3bench.record.lines import BlockLine, ProcessLine, SessionLine
 from qwen3bench.record.screen import WHOLE
 from qwen3bench.record.states import BlockState, Purpose
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _SPARE = 1.25  # time allowed over what is expected: a limit that ends the run just before is worse than none
 _USUAL_MAX_BLOCKS = 200
+_MOST_CELLS = 2**9  # of design=full, unless it is forced
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,22 @@ def all_cells(run: Run, cells: int) -> Advice:
     """To measure every combination where the run measured so many cells; of many switches a screen of them."""
     if len(run.factors) > WHOLE:
         return Advice(("design=screen", "design.resolution=5"))
-    part = 2 ** len(run.factors) / max(1, cells)
+    return _of_cells(run, "design=full", 2 ** len(run.factors) / max(1, cells))
+
+
+def more_cells(run: Run) -> Advice:
+    """To measure every combination of a screen's switches; where these are too many, twice as many cells."""
+    every, now = 2 ** len(run.factors), sum(not is_peer(cell) for cell in run.record.run.cells)
+    if every <= _MOST_CELLS:
+        return _of_cells(run, "design=full", every / now)
+    return _of_cells(run, f"design.cells={2 * now}", 2.0)
+
+
+def _of_cells(run: Run, setting: str, part: float) -> Advice:
+    """The setting that measures `part` times as many cells, and how long that takes."""
     each = [spent(run, condition) for condition in conditions(run)]
     seconds = sum(now.processes * (now.measured_s / max(1, now.processes) + now.setup_s) for now in each)
-    return Advice(("design=full",), _known(part * (seconds + (each[0].before_s if each else math.nan))))
+    return Advice((setting,), _known(part * (seconds + (each[0].before_s if each else math.nan))))
 
 
 def _advice(run: Run, condition: Condition, now: Spent, setting: str, times: float) -> Advice:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from scipy import special
 
-from qwen3bench.analysis.effects import process_shares
+from qwen3bench.analysis.effects import model_shares, process_shares
 from qwen3bench.analysis.frames import analysis_setting, block_matrix
 from qwen3bench.record.states import Verdict
 from qwen3bench.reporting import control_findings
-from qwen3bench.reporting.advice import more_blocks, more_processes
+from qwen3bench.reporting.advice import more_blocks, more_cells, more_processes
 from qwen3bench.reporting.conditions import Condition
 from qwen3bench.reporting.finding import Advice, Effect, Finding, Kind, NoVerdict, OpenEffects, verdict_of
 from qwen3bench.reporting.lookup import (
@@ -37,7 +37,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Judged:
-    """An effect on latency with its interval and verdict; `process_share` of its error's variance is of processes."""
+    """An effect on latency with its interval and verdict.
+
+    `process_share` of its error's variance is of processes, `model_share` of what a screen's model does not describe.
+    """
 
     term: str
     estimate: float
@@ -46,6 +49,7 @@ class Judged:
     df: float
     verdict: str
     process_share: float = math.nan
+    model_share: float = 0.0
 
 
 def undecided(run: Run, condition: Condition) -> Iterator[Finding]:
@@ -84,13 +88,17 @@ def _open(run: Run, condition: Condition, effects: Sequence[Judged], advice: Adv
 
 
 def _judged(run: Run, condition: Condition, effects: pd.DataFrame) -> list[Judged]:
-    """Rows of effects; each with its `process_share` where one of them is undecided."""
+    """Rows of effects; each with its shares where one of them is undecided."""
     unsure = (effects["verdict"] == Verdict.UNDECIDED).any()
-    shares = process_shares(samples_of_usable(run, condition), factors(run)) if unsure else {}
-    return [
-        Judged(row.term, row.estimate, row.lo, row.hi, row.df, row.verdict, shares.get(row.term, math.nan))
-        for row in rows(effects)
-    ]
+    samples = samples_of_usable(run, condition) if unsure else None
+    shares = {} if samples is None else process_shares(samples, factors(run))
+    of_model = {} if samples is None else model_shares(samples, factors(run))
+    found = []
+    for row in rows(effects):
+        model = of_model.get(row.term, 0.0)
+        share = shares.get(row.term, math.nan) * (1 - model)
+        found.append(Judged(row.term, row.estimate, row.lo, row.hi, row.df, row.verdict, share, model))
+    return found
 
 
 def _together_alone(run: Run, condition: Condition) -> list[Judged]:
@@ -109,15 +117,23 @@ def _together_alone(run: Run, condition: Condition) -> list[Judged]:
 def would_decide(run: Run, condition: Condition, effects: Sequence[Judged]) -> Advice:
     """How many blocks give each of these effects a verdict, or processes where these limit any of the intervals.
 
-    Processes limit where what they make of the variance is more than half of what a verdict allows.
+    Processes limit where what they make of the variance is more than half of what a verdict allows. So does a screen's
+    model, and then more cells are needed.
     """
     samples = condition.select(run.samples)
     blocks, processes = samples["block"].nunique(), samples["process"].nunique()
     allowed = [(allowed_variance(run, condition, effect, effect.df), effect.process_share) for effect in effects]
+    if any(effect.model_share > part / 2 for effect, (part, _) in zip(effects, allowed, strict=True)):
+        return more_cells(run)
     if any(share > part / 2 for part, share in allowed):
         needed = max(processes_needed(run, condition, effect, processes) for effect in effects)
         return more_processes(run, condition, needed)
-    known = [(part, 0.0 if math.isnan(share) else share) for part, share in allowed]
+    fixed = [effect.model_share for effect in effects]
+    known = [
+        (part, of + (0.0 if math.isnan(share) else share)) for (part, share), of in zip(allowed, fixed, strict=True)
+    ]
+    if any(share >= part for part, share in known):
+        return more_cells(run)
     needed = max(math.ceil(blocks * (1 - share) / (part - share)) + 1 for part, share in known)
     return more_blocks(run, condition, max(needed, blocks + 1))
 
@@ -140,6 +156,10 @@ def allowed_variance(run: Run, condition: Condition, effect: Judged, df: float) 
 
 def processes_needed(run: Run, condition: Condition, effect: Judged, processes: int) -> int:
     """Processes of as many blocks each with which an effect has a verdict; each gives a degree of freedom more."""
-    enough_with_many = processes / allowed_variance(run, condition, effect, math.inf)
+    fixed = effect.model_share
+    shrinking = processes * (1 - fixed)
+    enough_with_many = shrinking / (allowed_variance(run, condition, effect, math.inf) - fixed)
     more = itertools.count(max(processes + 1, math.floor(enough_with_many)))
-    return next(n for n in more if processes / n <= allowed_variance(run, condition, effect, effect.df + n - processes))
+    return next(
+        n for n in more if fixed + shrinking / n <= allowed_variance(run, condition, effect, effect.df + n - processes)
+    )

@@ -115,6 +115,16 @@ def test_the_second_round_may_name_again_what_the_first_measured(
     assert found.detail.held is False
 
 
+def test_what_interactions_of_three_leave_open_more_cells_decide_and_no_more_blocks(
+    run_of: Callable[[Any], Run], record_lines: Any, nine: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(record_lines.__globals__["JOINT_GAINS"], ("flash", "mlp", "norm"), 0.2)
+    run = run_of(record_lines(nine, screen=True, memory=False, evidence=False))
+    unsure = [finding for finding in findings(run) if finding.kind == Kind.UNDECIDED]
+    assert unsure
+    assert {finding.advice.settings for finding in unsure if finding.advice} == {("design=full",)}
+
+
 @pytest.mark.parametrize("apart", [0.0, 0.02])
 def test_what_was_measured_where_copies_differ_misses_nothing_and_is_not_recommended(
     run_of: Callable[[Any], Run], record_lines: Lines, confirming: Lines, nine: tuple[str, ...], apart: float
