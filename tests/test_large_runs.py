@@ -31,13 +31,14 @@ from pathlib import Path
 from large_record import blocks_of, cells_of
 from qwen3bench.analysis.stopping import half_widths
 from qwen3bench.campaign.live_effects import LiveEffects
-from qwen3bench.campaign.state import Timing
+from qwen3bench.campaign.state import RunState
 from qwen3bench.config.cli import compose
 from qwen3bench.record.lines import SampleLine
 from qwen3bench.record.writer import RecordWriter
 settings = compose(["model=tiny", "design=full", "workload=prefill"]).resolved("cpu")
-timing = Timing()
-effects = LiveEffects(settings, {("prefill", "eager"): timing})
+state = RunState(settings)
+timing = state.timings["prefill", "eager"]
+effects = LiveEffects(settings, state)
 with RecordWriter(Path(sys.argv[1])) as writer:
     for block, lines in enumerate(blocks_of(cells_of(5), "prefill", int(sys.argv[2]))):
         writer.append(*lines)

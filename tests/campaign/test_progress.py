@@ -292,6 +292,18 @@ def test_a_cell_that_the_gate_refused_shows_no_speed_up(blocks: int) -> None:
     assert live.line(("prefill", "eager")) == ""
 
 
+def test_disturbed_values_change_no_effect_where_their_visit_has_others() -> None:
+    settings = compose(["model=tiny", "opt=flash,tie", "workload=prefill"]).resolved("cpu")
+    quiet = _samples(["baseline", "flash+tie"], 6, 1.25)
+    slow = [replace(each, latency_s=2 * each.latency_s, disturbed=True) for each in quiet if each.cell == "baseline"]
+    told = []
+    for samples in (quiet, slow + quiet):
+        state = RunState(settings)
+        state.timings["prefill", "eager"].samples += samples
+        told.append(LiveEffects(settings, state).lines(100))
+    assert told[0] == told[1] != []
+
+
 @pytest.mark.slow
 def test_a_run_on_a_terminal_shows_its_effects_and_keeps_no_line_of_progress(
     measure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, terminal: Console
