@@ -32,6 +32,7 @@ from qwen3bench.record.states import CellStatus
 
 R = TypeVar("R")
 _START_S = 60.0  # for the actors to be up: a node imports Ray and this package in 2 s
+_CONNECT_S = 5.0  # for the cluster's head to take a connection
 _ANSWER_S = 20.0  # for what an actor does at once; ending a worker takes up to 3 s
 _MOMENT_S = 1e-3  # instead of no time at all, which to a socket is another mode
 _STORE_BYTES = 80 * 2**20  # of Ray's shared memory, the least that it takes: nothing is kept there
@@ -231,9 +232,12 @@ def _joined(address: str) -> Iterator[Any]:
         {"include_dashboard": False, "num_cpus": 1, "object_store_memory": _STORE_BYTES} if local else {}
     )
     try:
+        if ":" in address:  # for which Ray would wait some minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), _CONNECT_S).close()
         with _signals_kept():
             ray.init(address=address, log_to_driver=False, configure_logging=False, **own)
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+    except (OSError, OverflowError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         ray.shutdown()
         raise Refused(
             f"cluster.address={address}: no Ray cluster answers ({_one_line(error)})\n"

@@ -169,3 +169,10 @@ def test_a_missing_ray_says_what_to_install(measure: Callable[..., Any], monkeyp
 @pytest.mark.parametrize("where", ["devices=all", "device=cuda:1"])
 def test_two_answers_to_where_are_refused(measure: Callable[..., Any], where: str) -> None:
     assert "both say where to measure" in measure("cluster=ray", where).error
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:99999"])
+def test_an_address_where_no_cluster_is_is_refused(measure: Callable[..., Any], address: str) -> None:
+    done = measure("cluster=ray", f"cluster.address={address}")
+    assert f"cluster.address={address}: no Ray cluster answers" in done.error
+    assert not done.directory.exists()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import pairwise
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,11 @@ import pytest
 
 from qwen3bench.campaign.launch import UsedCard
 from qwen3bench.campaign.scheduler import CardGoneError
-from qwen3bench.record.lines import BlockLine, FailureLine, Telemetry
+from qwen3bench.campaign.worker_pool import Seat, WorkerPool, side_by_side
+from qwen3bench.record.lines import BlockLine, CeilingLine, FailureLine, Telemetry
+from qwen3bench.record.messages import Verify
 from qwen3bench.record.states import CellStatus
+from qwen3bench.record.writer import RecordWriter
 
 FULL = (
     "design=full",
@@ -26,17 +32,20 @@ ON_CUDA = ("device=cuda", "runtime=graph")
 
 
 class Host:
-    """What hosts a card's workers: it is gone after `left` more requests, and every worker with it."""
+    """What hosts a card's workers: gone with all of them after `left` requests, or where one kind follows another."""
 
-    def __init__(self, start: Callable[[Path], Any], left: float = float("inf")) -> None:
+    def __init__(self, start: Callable[[Path], Any], left: float = inf, at: tuple[str, str] = ("", "")) -> None:
         self.start_worker = start
         self.left = left
+        self.at = at
+        self.asked: list[str] = [""]
 
     def start(self, log: Path) -> HostedFake:
         return HostedFake(self, self.start_worker(log))
 
-    def count(self) -> None:
-        self.left -= 1
+    def count(self, op: str) -> None:
+        self.left = -1 if (self.asked[-1], op) == self.at else self.left - 1
+        self.asked.append(op)
         self.refuse_gone()
 
     def refuse_gone(self) -> None:
@@ -61,7 +70,7 @@ class HostedFake:
         return self.receive(request, timeout_s)
 
     def send(self, request: Any) -> None:
-        self.host.count()
+        self.host.count(request.op)
         self.worker.send(request)
 
     def receive(self, request: Any, timeout_s: float) -> Any:
@@ -80,13 +89,9 @@ def hosted(hosts: list[Host], fake_card: Any) -> list[UsedCard]:
     return [UsedCard(host.start, fake_card(Telemetry()), f"GPU-{n}", socket=n) for n, host in enumerate(hosts)]
 
 
-def asked_of(host: Host) -> int:
-    return int(10**9 - host.left)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("lost", "where"), [(1, ()), (0, ON_CUDA)], ids=["alone", "side by side"])
-def test_a_run_survives_the_loss_of_a_host_at_any_moment(
+def test_a_run_survives_the_loss_of_a_host_at_any_step(
     measure: Callable[..., Any],
     start_fake: Callable[..., Any],
     fake_card: Any,
@@ -94,20 +99,33 @@ def test_a_run_survives_the_loss_of_a_host_at_any_moment(
     where: tuple[str, ...],
     lost: int,
 ) -> None:
-    whole = [Host(start_fake(), 10**9) for _ in range(2)]
-    measure(*FULL, *where, cards=hosted(whole, fake_card), to=tmp_path / "whole")
-    asked = asked_of(whole[lost])
-    assert asked > 20
-    for moment in range(3, asked, max(1, asked // 7)):  # three identify the machine
+    sound = [Host(start_fake()) for _ in range(2)]
+    measure(*FULL, *where, cards=hosted(sound, fake_card), to=tmp_path / "whole")
+    asked = sound[lost].asked
+    steps = dict.fromkeys(pair for pair in pairwise(asked) if pair[1] not in ("", "probe", "identify"))
+    steps = {pair: None for pair in steps if pair != ("probe", "open")}  # the machine is identified by the first card
+    assert len(steps) >= 8
+    for number, at in enumerate(steps):
         hosts = [Host(start_fake()) for _ in range(2)]
-        hosts[lost].left = moment
-        done = measure(*FULL, *where, cards=hosted(hosts, fake_card), to=tmp_path / str(moment))
-        assert done.status == 0, (moment, done.err)
+        hosts[lost].at = at
+        done = measure(*FULL, *where, cards=hosted(hosts, fake_card), to=tmp_path / str(number))
+        assert done.status == 0, (at, done.err)
         assert set(done.run.cells["status"]) == {"ok"}
         assert not done.record.of(FailureLine)
+        assert len(done.record.of(CeilingLine)) == 1, at
         closed = Counter((line.workload, line.runtime, line.block) for line in done.record.of(BlockLine))
-        assert set(closed.values()) == {1}, moment
+        assert set(closed.values()) == {1}, at
         assert len(closed) >= 6
+
+
+def test_the_shares_of_a_card_that_is_gone_are_left_to_be_asked_again(
+    small_settings: Callable[..., Any], start_fake: Callable[..., Any], tmp_path: Path
+) -> None:
+    settings, gone, sound = small_settings(), Host(start_fake(), 0), Host(start_fake())
+    shares = [[Verify(cell=cell)] for cell in ("baseline", "tie")]
+    with RecordWriter(tmp_path) as writer, ExitStack() as ends:
+        pools = [ends.enter_context(WorkerPool(settings, writer, Seat(host.start))) for host in (gone, sound)]
+        assert [request.cell for request, _ in side_by_side(pools, shares)] == ["tie"]
 
 
 @pytest.mark.slow
