@@ -241,7 +241,7 @@ def _joined(address: str) -> Iterator[Any]:
         ray.shutdown()
         raise Refused(
             f"cluster.address={address}: no Ray cluster answers ({_one_line(error)})\n"
-            "start one with `ray start`, docs/clusters.md says how, or take cluster.address=local"
+            "was it started, and with the same token? docs/clusters.md says how; cluster.address=local starts one"
         ) from None
     try:
         yield ray

@@ -83,7 +83,7 @@ class Namespace:
             process.send_signal(number)
 
     def wait_until_none(self, name: str) -> None:
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 30
         while left := self.processes(name):
             assert time.monotonic() < deadline, left
             time.sleep(0.1)
@@ -142,7 +142,7 @@ def begin(cluster: Namespace) -> Callable[..., subprocess.Popen[str]]:
 
 def finished(driver: subprocess.Popen[str], status: int = 0) -> str:
     """What a driver said, after it has ended with this status."""
-    out, _ = driver.communicate(timeout=120)
+    out, _ = driver.communicate(timeout=200)
     assert driver.returncode == status, out
     return out
 
