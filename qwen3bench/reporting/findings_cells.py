@@ -82,10 +82,12 @@ def recommended(run: Run, condition: Condition) -> Iterator[Finding]:
     near, unsure = _as_fast(faster, samples, confidence, band(run))
     alike = faster[near]
     alike = alike.assign(switches=[0 if c == BASELINE else c.count("+") + 1 for c in alike["cell"]])
-    pick = rows(alike.sort_values([MEMORY, "switches"], kind="stable", na_position="last"))[0]
+    by_memory = bool(alike[MEMORY].notna().all())
+    pick = rows(alike.sort_values([MEMORY, "switches"] if by_memory else ["switches"], kind="stable"))[0]
     baseline = rows(all_cells[all_cells["cell"] == BASELINE])[0]
     as_fast = tuple(cell for cell in alike["cell"] if cell != pick.cell)
-    choice = Choice(times=times_of(run, pick, baseline), alike=as_fast, unsure=unsure, limit_gib=limit_gib)
+    taken = times_of(run, pick, baseline)
+    choice = Choice(times=taken, alike=as_fast, by_memory=by_memory, unsure=unsure, limit_gib=limit_gib)
     yield Finding(
         Kind.ANSWER, pick.cell, str(condition), pick.speedup, pick.speedup_lo, pick.speedup_hi,
         Verdict.FASTER, choice, width=band(run),

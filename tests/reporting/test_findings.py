@@ -398,6 +398,17 @@ def test_a_noisy_run_warns_recommends_nothing_and_tells_noise_from_gain(
     assert (of_switch(run, "flash").verdict, of_switch(run, "flash").noisy) == ("faster", True)
 
 
+def test_the_least_memory_is_claimed_only_where_all_is_known(small_run: Run) -> None:
+    cells = small_run.cells.copy()
+    answer = only(small_run, Kind.ANSWER)
+    assert choice(answer).alike
+    assert choice(answer).by_memory
+    cells.loc[cells["cell"] == choice(answer).alike[0], "peak_allocated_bytes"] = pd.NA
+    partly = only(replace(small_run, cells=cells), Kind.ANSWER)
+    assert not choice(partly).by_memory
+    assert sentence(partly).endswith("no fewer switches.")
+
+
 def test_nothing_is_recommended_when_nothing_is_shown_to_be_faster(small_run: Run) -> None:
     cells = small_run.cells.assign(speedup=1.001, speedup_lo=0.98, speedup_hi=1.022)
     run = replace(small_run, cells=cells)

@@ -234,9 +234,7 @@ def choice_notes(finding: Finding, choice: Choice) -> list[str]:
     if choice.alike:
         other, *more = choice.alike
         cells, each = (f"{count(len(choice.alike), 'other cell')} are", "Each") if more else (f"{other} is", "It")
-        kept = (
-            "takes no less memory" if choice.times and is_number(choice.times.peak_bytes) else "has no fewer switches"
-        )
+        kept = "takes no less memory" if choice.by_memory else "has no fewer switches"
         notes.append(f"{cells} as fast within {band_words(finding.width)}. {each} {kept}.")
     if choice.unsure:
         cells = f"{count(choice.unsure, 'more cell')} {'is' if choice.unsure == 1 else 'are'}"

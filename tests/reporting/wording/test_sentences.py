@@ -58,7 +58,7 @@ SNAPSHOTS = [
             "flash+mask",
             PREFILL,
             **GAIN,
-            detail=Choice(times=Times(1.0, peak_bytes=2.0), alike=("flash",)),
+            detail=Choice(times=Times(1.0, peak_bytes=2.0), alike=("flash",), by_memory=True),
         ),
         "Switch on flash+mask: 1.271× [1.265, 1.277] as fast as the baseline (prefill 1×2048 graph). "
         "flash is as fast within ±1 %. It takes no less memory.",
