@@ -45,7 +45,7 @@ def _main(argv: Sequence[str] | None) -> int:
     comparison = compare(*runs, options.tolerance, latency=options.latency)
     if options.fail_on and comparison.unlike:
         raise UserError(f"{options.a} and {options.b} measure different things: {'; '.join(comparison.unlike)}")
-    title = f"{options.a} → {options.b}"
+    title = f"A: {options.a} → B: {options.b}"
     if options.html:
         write_atomic(options.html, comparison_page(comparison, title, "html"))
     status = _status(comparison) if options.fail_on else 0

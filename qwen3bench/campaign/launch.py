@@ -257,6 +257,8 @@ def _directory(settings: Settings) -> Path:
     directory = settings.resume or settings.dir or RESULTS / name
     if not str(directory).isprintable():  # could not be typed to continue the run
         raise UserError(f"run.dir={str(directory)!r}: holds control characters; name another directory")
+    if any(path.exists() and not path.is_dir() for path in (directory, *directory.parents)):
+        raise UserError(f"run.dir={directory}: is a file, or below one; name a directory")
     if directory.is_dir() and any(directory.iterdir()) and not record_file(directory):
         raise UserError(f"run.dir={directory}: holds other files and no run; name a new directory")
     return directory

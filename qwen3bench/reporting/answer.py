@@ -22,6 +22,7 @@ from qwen3bench.reporting.wording.answer_words import (
     interval_words,
     limits_of_answers,
     measured_of,
+    would_tell,
 )
 from qwen3bench.reporting.wording.sentences import choice_notes, sentence
 
@@ -51,6 +52,7 @@ class AnswerCard:
     sure: str = ""
     warnings: tuple[str, ...] = ()
     advice: str = ""
+    advice_label: str = ""
 
 
 def cards(run: Run, found: Sequence[Finding]) -> list[AnswerCard]:
@@ -80,7 +82,9 @@ def _card(run: Run, condition: Condition, found: Sequence[Finding], outcome: Seq
         if choice.none is None and choice.times:
             card = _chosen(run, card, answer, choice.times)
             return replace(card, notes=(*choice_notes(answer, choice), *notes))
-        card = replace(card, said=sentence(replace(answer, advice=None)), advice=_asked(run, answer.advice))
+        asked = _asked(run, answer.advice)
+        label = would_tell(answer.advice.seconds) if answer.advice else ""
+        card = replace(card, said=sentence(replace(answer, advice=None)), advice=asked, advice_label=label)
     if whole and isinstance(taken := whole[0].detail, Times):
         of = measured_of(cell_of(whole[0].subject))
         return replace(card, said=card.said or _plain(whole[0]), of=of, facts=_facts(taken))

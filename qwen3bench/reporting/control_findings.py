@@ -63,6 +63,12 @@ def noise(run: Run, condition: Condition) -> float:
     return run.controls.noise.get((condition.workload, condition.runtime), 0.0)
 
 
+def copies_apart(run: Run, condition: Condition) -> float:
+    """By how much the ratio of two copies of the baseline differs from 1 where the A/A control fails; else 0."""
+    aa = condition.select(run.controls.aa)
+    return max((abs(row.ratio - 1) for row in rows(aa) if row.noisy), default=0.0)
+
+
 def heard(run: Run, condition: Condition, verdict: str, estimate: float) -> str:
     """The verdict, or `noise` where two copies of the baseline are as far apart as the estimate is from 1."""
     told = not is_number(estimate) or beyond_noise(estimate, noise(run, condition))

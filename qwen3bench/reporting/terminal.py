@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -129,7 +128,7 @@ def _answers(run: Run, width: int, room: int) -> list[str]:
 
 def _answer(run: Run, condition: Condition, width: int, brief: bool = False) -> list[str]:
     cells = usable(condition.select(run.cells))
-    apart = math.expm1(control_findings.noise(run, condition))
+    apart = control_findings.copies_apart(run, condition)
     alone = set(run.cells["cell"]) == {BASELINE}
     if apart and not alone:
         return wrapped(noisy_answer(str(condition), apart), width)

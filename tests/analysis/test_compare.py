@@ -386,7 +386,7 @@ def test_a_peer_shows_what_every_cell_lost(write_run: Write, capsys: pytest.Capt
 def test_the_page_is_written_where_it_is_asked_for(write_run: Write, tmp_path: Path) -> None:
     a, b, page = write_run("a"), write_run("b"), tmp_path / "page.html"
     assert main([str(a), str(b), "--html", str(page)]) == 0
-    assert f"<h1>{a} → {b}</h1>" in page.read_text()
+    assert f"<h1>A: {a} → B: {b}</h1>" in page.read_text()
 
 
 def test_runs_with_nothing_in_common_pass_no_gate(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:

@@ -447,6 +447,14 @@ def test_a_directory_with_control_characters_is_refused(measure: Measure, tmp_pa
     assert not (tmp_path / "a\nb").exists()
 
 
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_file_is_no_directory(measure: Measure, tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_text("…")
+    done = measure(*FULL, to=tmp_path / "file" / below)
+    assert "is a file, or below one; name a directory" in done.error
+    assert "Errno" not in done.error
+
+
 def test_a_directory_with_other_files_is_refused(measure: Measure, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("…")

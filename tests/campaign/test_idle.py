@@ -15,7 +15,7 @@ Measure = Callable[..., Any]
 FULL = ("design=full", "opt=tie,mask")
 SEEN = {"does": "answer", "op": "evidence"}
 SAME = {**SEEN, "fields": {"output": "a"}}  # tie is seen all the same, by what it stores
-SAID = "mask changes nothing that runs (prefill eager): same kernels and output as without it, in all 2 pairs of cells"
+SAID = "mask changes nothing that runs (prefill eager): same kernels and output as without it, in both pairs of cells"
 
 
 def idle(done: Any) -> list[str]:

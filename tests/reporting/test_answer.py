@@ -14,6 +14,7 @@ from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.findings import findings
 from qwen3bench.reporting.terminal import terminal_summary
 from qwen3bench.reporting.units import ratio, seconds, size
+from qwen3bench.reporting.wording.answer_words import would_tell
 
 Lines = list[dict[str, Any]]
 
@@ -113,6 +114,8 @@ def test_a_noisy_condition_has_a_plain_warning_and_what_would_tell(small: Callab
     assert "two copies of the baseline differ too much" in card.said
     assert card.warnings[0].startswith("Noisy: two copies of the baseline differ by more than 0.5 %")
     assert card.advice == "python -m qwen3bench design=full measure.min_processes=4"
+    assert card.advice_label == "This would tell:"  # the record does not know how long it takes
+    assert would_tell(39600.0) == "This would tell, in about 11 hours:"
     assert "3 of 4 controls passed" in card.sure
 
 

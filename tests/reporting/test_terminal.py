@@ -174,3 +174,12 @@ def test_the_baseline_alone_has_its_latency_though_its_copies_differ(
         r"prefill 1×512 graph: baseline, 7\.\d+ ms, .* noisy: two copies of the baseline differ by 2\.0 %", text
     )
     assert "recommended" not in text
+
+
+@pytest.mark.parametrize("shift", [0.4, -0.4])
+def test_copies_differ_by_what_the_report_reads(
+    record_lines: Callable[..., Lines], run_of: RunOf, shift: float
+) -> None:
+    run = run_of(record_lines(factors=("flash",), copy_shift=shift))
+    apart = abs(run.controls.aa["ratio"].iloc[0] - 1)
+    assert f"two copies of the baseline differ by {100 * apart:.0f} %" in " ".join(printed(run)).replace("\xa0", " ")

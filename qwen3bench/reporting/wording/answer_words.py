@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qwen3bench.reporting.finding import Passed
-from qwen3bench.reporting.units import count, listing, ratio
+from qwen3bench.reporting.units import count, duration_words, listing, ratio
 
 NOTHING_HERE = "Nothing was measured here."
 _SCOPE = "They hold for this {device}, these versions and these sizes. Another prompt length is another experiment."
@@ -39,6 +39,11 @@ def cut_short(blocks: int, least: int) -> str:
 def measured_of(switches: Sequence[str]) -> str:
     """Of which cell numbers are that stand under no recommendation; empty for the baseline, which a sentence names."""
     return f"With {listing([*switches])} on:" if switches else ""
+
+
+def would_tell(seconds: float | None) -> str:
+    """Before the command that would give an answer; how long it takes where that is known."""
+    return f"This would tell, in about {duration_words(seconds)}:" if seconds is not None else "This would tell:"
 
 
 def limits_of_answers(*, cpu: bool, random: bool, graph: bool, memory: bool, peers: bool) -> list[str]:

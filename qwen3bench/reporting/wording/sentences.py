@@ -297,7 +297,7 @@ IDLE_MEANS = "Any effect on its latency is noise, or what its Python code costs 
 
 def idle_words(name: str, condition: str, pairs: int) -> str:
     """That a switch changes nothing that runs, as was seen in so many pairs of cells."""
-    seen = "the only pair" if pairs == 1 else f"all {pairs} pairs"
+    seen = {1: "the only pair", 2: "both pairs"}.get(pairs, f"all {pairs} pairs")
     return f"{name} changes nothing that runs ({condition}): same kernels and output as without it, in {seen} of cells."
 
 
