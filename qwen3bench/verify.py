@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import time
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str]) -> int:
     if any(argument in ("-h", "--help") for argument in arguments):
-        print(f"{__doc__}\n\n{main.__doc__}")
+        print(f"{__doc__}\n\n{inspect.getdoc(main)}")
         return 0
     named = {argument.partition("=")[0].lstrip("+") for argument in arguments}
     return verify(compose(arguments if named & {"opt", "design"} else [*arguments, "design=full"]))

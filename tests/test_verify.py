@@ -168,4 +168,6 @@ def test_cells_are_judged_on_a_card(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert verify.main(["--help"]) == 0
-    assert "python -m qwen3bench.verify" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "python -m qwen3bench.verify" in said
+    assert not any(line.startswith(" ") for line in said.splitlines())

@@ -337,8 +337,8 @@ def _checked(samples: pd.DataFrame, asked: _Question) -> pd.DataFrame:
             f"no sample has a {value}" if before[value].isna().all() else f"no sample has all of {', '.join(needed)}"
         )
     if len(rows) < len(before):
-        lacking = ", ".join(f"{int(before[c].isna().sum())} no {c}" for c in needed if before[c].isna().any())
-        warnings.warn(f"of {len(before)} samples have {lacking}; they are left out", stacklevel=4)
+        lacking = ", ".join(f"{int(before[c].isna().sum())} have no {c}" for c in needed if before[c].isna().any())
+        warnings.warn(f"of {len(before)} samples {lacking}; they are left out", stacklevel=4)
     if not np.isin(rows[list(factors)].to_numpy(), (0, 1)).all():
         raise UserError(f"the columns {', '.join(factors)} must hold 0 and 1 alone")
     try:

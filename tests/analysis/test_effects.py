@@ -336,7 +336,7 @@ def test_rows_that_lack_something_are_named(column: str) -> None:
     frame = blocked(np.random.default_rng(9), {"a": 1.5}, blocks=7)
     cut = frame.astype({column: float})
     cut.loc[frame["block"] == 6, column] = np.nan
-    with pytest.warns(UserWarning, match=f"^of 56 samples have 8 no {column}; they are left out$"):
+    with pytest.warns(UserWarning, match=f"^of 56 samples 8 have no {column}; they are left out$"):
         table = effects(cut, list("abc"), block="block")
     pd.testing.assert_frame_equal(table, effects(frame[frame["block"] < 6], list("abc"), block="block"))
 
