@@ -67,11 +67,14 @@ def busy_line(shares: dict[str, float], timed_by_host: bool) -> str | None:
     return f"{with_what}: a run takes up to {longer}, as disturbed visits are taken again, and intervals are wider"
 
 
-def card_line(telemetry: Telemetry) -> str | None:
-    """That the card is used by others, by whom and how much, and what this costs; None where it is not."""
+def card_line(telemetry: Telemetry, *, here: bool = True) -> str | None:
+    """That the card is used by others, by whom and how much, and what this costs; None where it is not.
+
+    `here`: the card is one of this machine, so that the names of its processes can be told.
+    """
     if not telemetry.foreign_processes:
         return None
-    names = [f"{_name_of(pid)} ({pid})" for pid in telemetry.foreign_processes]
+    names = [f"{_name_of(pid) if here else 'a process'} ({pid})" for pid in telemetry.foreign_processes]
     percent = telemetry.foreign_sm_percent
     use = "" if percent is None else f", which take {percent:g} % of its SMs"
     return (

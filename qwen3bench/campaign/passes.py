@@ -116,10 +116,11 @@ class Campaign:
         ahead_s = seconds_ahead(self._settings, time.monotonic() - started, self._state.prompt)
         self._progress.expect(ahead_s)
         self._progress.note(announcement(self._settings, ahead_s))
+        here = self._settings.cluster is None
         timed_by_host = not self._cuda or "eager" in self._settings.runtimes
         for line in (
             busy_line(self._neighbors.shares(), timed_by_host),
-            *(card_line(lane.monitor.sample(lane.workers.pids)) for lane in self._lanes if self._cuda),
+            *(card_line(lane.monitor.sample(lane.workers.pids), here=here) for lane in self._lanes if self._cuda),
         ):
             if line:
                 self._progress.note(line)

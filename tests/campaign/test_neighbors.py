@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import pytest
 
 from qwen3bench.campaign.neighbors import Neighbors, busy_line, card_line
@@ -59,6 +61,9 @@ def test_who_else_uses_the_card_is_said() -> None:
     line = card_line(Telemetry(foreign_processes=(2**22 + 1,), foreign_sm_percent=40.0))
     assert line is not None
     assert "a process (4194305) too, which take 40 % of its SMs" in line
+    known = Telemetry(foreign_processes=(os.getpid(),))
+    assert psutil.Process().name() in str(card_line(known))
+    assert f"a process ({os.getpid()})" in str(card_line(known, here=False))  # another machine's has the same number
 
 
 def test_a_run_says_so_once(measure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, fake_card: Any) -> None:
