@@ -27,6 +27,8 @@ from qwen3bench.record.typed import fields_of
 MEASURED_PER_SETUP = 1.0  # of the time that a process takes to be ready, so much again is measured in it at least
 PAUSED = "paused (its process was stopped, or the machine suspended)"  # of a block's flags
 MAX_TAKES = 3  # of a visit: of a machine that is busy half of the time seven in eight are then undisturbed
+QUICK_S = 0.5  # of judging whether enough is known: after each block where it takes no longer
+_JUDGING_SHARE = 0.05  # of the time that may go to it, else: 10^6 samples take seconds
 _PASS = "time"
 
 
@@ -373,8 +375,7 @@ class Blocks:
 
     def _widest(self, where: Where) -> tuple[str, float]:
         """The effect that is known least, and its half-width over the target."""
-        widths = half_widths(self._timings[where].samples, self._settings.factors)
-        name, width = max(widths.items(), key=lambda item: item[1], default=("", math.inf))
+        name, width = max(self._widths(where).items(), key=lambda item: item[1], default=("", math.inf))
         return name, width / self._settings.target(where[1])
 
     def _say_what_it_takes(self) -> None:
@@ -409,8 +410,17 @@ class Blocks:
             min_processes=self._min_processes(where),
             max_blocks=measure.max_blocks,
         )
-        widths = half_widths(timing.samples, self._settings.factors)
-        return stop_reason(widths, timing.blocks, len(timing.processes), timing.measured_s, limits)
+        return stop_reason(self._widths(where), timing.blocks, len(timing.processes), timing.measured_s, limits)
+
+    def _widths(self, where: Where) -> dict[str, float]:
+        """The half-width of each effect; of a run so large that this takes long, as it was a while ago."""
+        timing, started = self._timings[where], time.monotonic()
+        if started >= timing.judged_until:
+            timing.widths = half_widths(timing.samples, self._settings.factors)
+            took_s = time.monotonic() - started
+            if took_s > QUICK_S:
+                timing.judged_until = started + took_s / _JUDGING_SHARE
+        return timing.widths
 
     def _stop(self, where: Where, reason: StopReason) -> None:
         timing = self._timings[where]

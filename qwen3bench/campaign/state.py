@@ -77,6 +77,8 @@ class Timing:
     more_s: float = 0.0  # spent on getting processes ready beyond the least that a run takes
     pace: Pace | None = None  # found at the first visit of all
     stopped: bool = False
+    widths: dict[str, float] = field(default_factory=dict)  # of each effect's interval, when they were last worked out
+    judged_until: float = 0.0  # on the monotonic clock: till when these will do
 
     def begin_block(self) -> int:
         """The number of a block that nobody has in hand: of one that was begun and left, or of a new one."""

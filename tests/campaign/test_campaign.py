@@ -8,7 +8,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from rich.console import Console
 
 from qwen3bench.analysis.frames import SAMPLE_COLUMNS
 from qwen3bench.analysis.run import load_run, write_derived
+from qwen3bench.analysis.stopping import half_widths
 from qwen3bench.campaign.context import RunContext
 from qwen3bench.campaign.forecast import processes_for
 from qwen3bench.campaign.lanes import Lane, Lanes
@@ -106,6 +107,27 @@ def test_it_says_why_it_stops(measure: Measure, overrides: list[str], reason: st
     if reason == "target":
         assert all(width <= 0.5 for width in stop.half_width.values())
         assert stop.processes >= 2
+
+
+@pytest.mark.parametrize("quick_s", [60.0, 0.0])
+def test_where_judging_takes_long_it_is_not_done_after_each_block(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch, quick_s: float
+) -> None:
+    """Of 10^6 samples it takes seconds."""
+    judged: list[int] = []
+
+    def counted(samples: Sequence[SampleLine], factors: Sequence[str]) -> dict[str, float]:
+        judged.append(len(samples))
+        time.sleep(0.02)
+        return half_widths(samples, factors)
+
+    monkeypatch.setattr("qwen3bench.campaign.blocks.half_widths", counted)
+    monkeypatch.setattr("qwen3bench.campaign.blocks.QUICK_S", quick_s)
+    done = measure(*FULL, "measure.max_blocks=12", "measure.min_blocks=12", "measure.blocks_per_process=12")
+    (stop,) = done.record.of(StopLine)
+    assert (stop.blocks, set(stop.half_width)) == (12, {"flash", "tie"})
+    assert len(judged) >= 12 if quick_s else len(judged) <= 6
+    assert judged[-1] == len(done.record.of(SampleLine))
 
 
 @pytest.mark.slow
