@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from importlib.util import module_from_spec, spec_from_file_location
@@ -16,6 +17,7 @@ import pytest
 
 from qwen3bench.analysis.run import Run, load_run
 from qwen3bench.campaign import launch
+from qwen3bench.campaign.progress import Reporter, Stage
 from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.config.cli import compose, guarded
 from qwen3bench.config.settings import Settings
@@ -38,6 +40,20 @@ SMALL = (
     "measure.min_processes=1",
     "measure.blocks_per_process=2",
 )
+
+
+@pytest.fixture
+def titles_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pass and each part of one is a line of its own, its title, however soon after another."""
+    part = Reporter.part
+
+    def told(reporter: Reporter, title: str, total: int) -> AbstractContextManager[Stage]:
+        if total:
+            reporter.note(title)
+        return part(reporter, title, total)
+
+    monkeypatch.setattr(Reporter, "part", told)
+    monkeypatch.setattr(Reporter, "stage", told)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from qwen3bench.campaign import passes
-from qwen3bench.campaign.progress import Reporter
 from qwen3bench.campaign.room import Room, room_of, too_many
 from qwen3bench.config.settings import Settings
 from qwen3bench.record.lines import BlockLine, FailureLine, MemoryLine
@@ -102,11 +101,11 @@ def test_the_first_cell_and_one_that_fails_alone_too_are_out_of_memory_themselve
     assert done.statuses == {"baseline": "ok", "flash": "ok", "tie": "oom", ALL_ON: "ok"}
 
 
+@pytest.mark.usefixtures("titles_told")
 def test_fewer_processes_get_ready_side_by_side_where_graphs_take_their_room(
     measure: Measure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(passes, "usable_cores", lambda: 16)
-    monkeypatch.setattr(Reporter, "part", Reporter.stage)  # which says who gets ready together
     asked = (*FULL, "workload=prefill,decode", "measure.min_processes=2", "measure.blocks_per_process=1")
     roomy = measure(*asked, faults=[takes(0.1, peak_gib=20.0)])
     tight = measure(*asked, faults=[takes(8.0, peak_gib=20.0)], to=roomy.directory.with_name("tight"))

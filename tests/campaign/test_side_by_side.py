@@ -17,7 +17,6 @@ import psutil
 import pytest
 
 from qwen3bench.campaign import passes
-from qwen3bench.campaign.progress import Reporter
 from qwen3bench.campaign.worker_pool import WorkerPool
 from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.record.lines import (
@@ -33,7 +32,7 @@ from qwen3bench.record.lines import (
 )
 from qwen3bench.record.messages import CollectEvidence, MeasureMemory, Request, Verify
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("titles_told")]
 
 Measure = Callable[..., Any]
 ON_A_CARD = ("design=full", "opt=flash,tie,mask,norm", "device=cuda", "runtime=graph")
@@ -46,12 +45,6 @@ BABBLES = {"does": "raw", "text": "\xff\x00 {]\n"}
 @pytest.fixture(autouse=True)
 def sixteen_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "usable_cores", lambda: 16)
-
-
-@pytest.fixture(autouse=True)
-def each_part_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line for what is no pass of its own too, to see who gets ready together."""
-    monkeypatch.setattr(Reporter, "part", Reporter.stage)
 
 
 def test_each_cell_is_verified_once_and_the_processes_beside_are_gone(measure: Measure) -> None:
@@ -269,8 +262,9 @@ def test_where_the_least_were_not_enough_as_many_again_get_ready_together(measur
     done = measure(*TIMED, "measure.min_blocks=8", "measure.max_blocks=8")
     assert done.status == 0
     assert len(set(_timed_in(done).values())) == 2 * 8  # 2, 2 and 4 of each
-    assert done.err.count("preparing prefill graph, decode graph in 4 processes at a time") == 2
-    assert done.err.count("preparing prefill graph, decode graph in 8 processes at a time") == 1
+    told = done.err.splitlines()
+    assert told.count("preparing prefill graph, decode graph in 4 processes at a time") == 2
+    assert told.count("preparing prefill graph, decode graph in 8 processes at a time") == 1
     assert "in 2 processes at a time" not in done.err
     assert not done.alive
 
