@@ -217,7 +217,10 @@ class Settings:
         """How many seconds each workload and runtime is measured, unless its intervals take longer or less."""
         if self.measure.max_seconds is not None:
             return self.measure.max_seconds
-        return 60.0 if self.device.startswith("cuda") else 30.0  # a choice: a tiny model's run takes a minute
+        if self.device.startswith("cuda"):
+            return 60.0
+        trains = any(sizes.precision is not None for sizes in self.workloads.values())
+        return 18.0 if trains else 30.0  # a choice: a tiny model's run takes a minute, with its gradients judged too
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain data, for the record and config.yaml; `settings_from` takes it back."""

@@ -216,6 +216,7 @@ def test_cuda_and_cpu_settle_what_auto_leaves_open() -> None:
     assert cpu.target("compile") == 0.01
     assert compose(["measure.target=0.02"]).resolved("cuda").target("graph") == 0.02
     assert (cuda.limit_s("graph", 6, 5), cpu.limit_s("eager", 6, 3)) == (60, 30)
+    assert compose(["workload=train", "model=tiny"]).resolved("cpu").time_allowed_s == 18
     assert cuda.limit_s("graph", 5, 5) == cuda.limit_s("graph", 6, 4) == math.inf
     assert compose(["measure.max_seconds=7"]).resolved("cuda").limit_s("graph", 0, 0) == 7
 
