@@ -103,13 +103,15 @@ class Choice:
     """Of a recommendation: which cells are as fast, and of how many more that is not known; or why there is none.
 
     `by_memory`: of those as fast, the one with the least memory was chosen; else that with the fewest switches, as some
-    cell's memory is not known. `smallest` and its `smallest_bytes`: of cells that do not fit within `limit_gib`.
+    cell's memory is not known. `more_bytes`: what the others take more at least. `smallest` and its `smallest_bytes`:
+    of cells that do not fit within `limit_gib`.
     """
 
     none: NoAnswer | None = None
     times: Times | None = None
     alike: tuple[str, ...] = ()
     by_memory: bool = False
+    more_bytes: float = math.nan
     unsure: int = 0
     limit_gib: float | None = None
     smallest: str = ""

@@ -85,9 +85,15 @@ def recommended(run: Run, condition: Condition) -> Iterator[Finding]:
     by_memory = bool(alike[MEMORY].notna().all())
     pick = rows(alike.sort_values([MEMORY, "switches"] if by_memory else ["switches"], kind="stable"))[0]
     baseline = rows(all_cells[all_cells["cell"] == BASELINE])[0]
-    as_fast = tuple(cell for cell in alike["cell"] if cell != pick.cell)
-    taken = times_of(run, pick, baseline)
-    choice = Choice(times=taken, alike=as_fast, by_memory=by_memory, unsure=unsure, limit_gib=limit_gib)
+    others = alike[alike["cell"] != pick.cell]
+    choice = Choice(
+        times=times_of(run, pick, baseline),
+        alike=tuple(others["cell"]),
+        by_memory=by_memory,
+        more_bytes=float((others[MEMORY].astype(float) - getattr(pick, MEMORY)).min()) if by_memory else math.nan,
+        unsure=unsure,
+        limit_gib=limit_gib,
+    )
     yield Finding(
         Kind.ANSWER, pick.cell, str(condition), pick.speedup, pick.speedup_lo, pick.speedup_hi,
         Verdict.FASTER, choice, width=band(run),

@@ -406,6 +406,7 @@ def test_the_least_memory_is_claimed_only_where_all_is_known(small_run: Run) -> 
     cells.loc[cells["cell"] == choice(answer).alike[0], "peak_allocated_bytes"] = pd.NA
     partly = only(replace(small_run, cells=cells), Kind.ANSWER)
     assert not choice(partly).by_memory
+    assert math.isnan(choice(partly).more_bytes)
     assert sentence(partly).endswith("no fewer switches.")
 
 
@@ -486,6 +487,8 @@ def test_a_memory_limit_without_measured_memory_is_said_to_be_unknown(small_run:
 def test_equal_cells_are_settled_by_memory(small_run: Run) -> None:
     answer = only(small_run, Kind.ANSWER)
     assert (answer.subject, choice(answer).alike) == ("flash+tie", ("flash",))
+    peaks = small_run.cells.set_index("cell")["peak_allocated_bytes"]
+    assert choice(answer).more_bytes == peaks["flash"] - peaks["flash+tie"] > 0
 
 
 def test_a_baseline_that_scatters_hides_no_difference_between_cells(

@@ -66,7 +66,7 @@ HEADINGS = {
 OPENING = (
     "qwen3bench builds one Qwen3 model with optimizations switched on or off. A cell is one combination of switches. "
     "Each cell is checked to compute what the baseline does, with all of them off. Then it is timed beside it. "
-    "To begin, run make ablate in its folder: it sets itself up and measures your machine."
+    "To begin, run make ablate in a checkout of its code: it sets itself up and measures your machine."
 )
 METHOD = (
     "Cells are timed in blocks. A block visits every cell once, in a fresh random order, and a second copy of the "
@@ -79,9 +79,9 @@ METHOD = (
     "the device."
 )
 FLASH_AND_MASK = (
-    "Why flash and mask belong together: PyTorch's FlashAttention kernel refuses an explicit mask, so another backend "
-    "must take a tensor. A kernel that is told of causality skips the blocked half of the scores. One that is given a "
-    "tensor computes them all. With mask on there is no tensor."
+    "Why flash and mask belong together: a fused kernel that is told of causality skips the blocked half of a prompt's "
+    "scores. One that is given a mask tensor computes them all, and FlashAttention's takes none. With mask on there is "
+    "no tensor."
 )
 
 
@@ -235,6 +235,8 @@ def choice_notes(finding: Finding, choice: Choice) -> list[str]:
         other, *more = choice.alike
         cells, each = (f"{count(len(choice.alike), 'other cell')} are", "Each") if more else (f"{other} is", "It")
         kept = "takes no less memory" if choice.by_memory else "has no fewer switches"
+        if choice.more_bytes > 0:
+            kept = f"takes {'at least ' * bool(more)}{size(choice.more_bytes)} more memory"
         notes.append(f"{cells} as fast within {band_words(finding.width)}. {each} {kept}.")
     if choice.unsure:
         cells = f"{count(choice.unsure, 'more cell')} {'is' if choice.unsure == 1 else 'are'}"
