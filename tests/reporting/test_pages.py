@@ -267,6 +267,6 @@ def test_markdown_takes_no_markup_from_values(value: str, escaped: str) -> None:
 @pytest.mark.slow
 def test_what_ran_tells_why_flash_and_mask_belong_together(written: Path, run_of: Any, record_lines: Any) -> None:
     for page in ("report.md", "report.html"):
-        assert "skips the blocked half of a prompt's scores" in (written / page).read_text()
+        assert "skips the blocked half" in (written / page).read_text()
     without = write_report(run_of(record_lines(factors=("flash", "tie"))))
     assert "skips the blocked half" not in without.read_text()
