@@ -7,12 +7,15 @@ at every call, so restoring the module after a model is built would undo it. A c
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from types import ModuleType
 from typing import Any
+
+import torch
 
 from qwen3bench.errors import UserError
 from qwen3bench.worker.error_text import both_ends, error_text
@@ -40,10 +43,7 @@ def transformers() -> Any:
 @cache
 def patched_by_liger(own: ModuleType) -> ModuleType:
     """A copy of transformers' module with Liger's kernels in it. Raises `UserError` as `modeling` does."""
-    try:
-        from liger_kernel.transformers import apply_liger_kernel_to_qwen3
-    except ImportError as error:
-        raise _not_installed("peer=liger needs the package liger-kernel, 0.8.5 or newer, and Triton", error) from error
+    apply_liger_kernel_to_qwen3 = _liger().apply_liger_kernel_to_qwen3
     copy = _copy(own)
     with _in_place_of(own, copy):
         # The loss is the training step's own, and not the model's.
@@ -55,7 +55,37 @@ def patched_by_liger(own: ModuleType) -> ModuleType:
             raise UserError(
                 f"peer=liger: this liger-kernel leaves {name} as it is; install liger-kernel 0.8.5 or newer"
             )
+    copy.apply_rotary_pos_emb = _open_to_the_compiler(copy.apply_rotary_pos_emb)  # type: ignore[attr-defined]
     return copy
+
+
+def fused_loss() -> Any:
+    """Liger's cross-entropy from states and the head's weight. Raises `UserError` as `modeling` does."""
+    return _liger().LigerFusedLinearCrossEntropyLoss()
+
+
+def _liger() -> Any:
+    try:
+        return import_module("liger_kernel.transformers")
+    except ImportError as error:
+        raise _not_installed("peer=liger needs the package liger-kernel, 0.8.5 or newer, and Triton", error) from error
+
+
+def _open_to_the_compiler(rotate: Callable[..., Any]) -> Callable[..., Any]:
+    """Liger's rotation, for compiled code by its kernel itself.
+
+    Liger 0.8.5 chooses among kernels in a function that is closed to torch.compile, which would cut the model at every
+    rotation. On a card that Liger has one kernel for, in Triton, that is the one chosen.
+    """
+
+    def rotated(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
+        if not torch.compiler.is_compiling():
+            return rotate(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+        from liger_kernel.ops import LigerRopeFunction
+
+        return LigerRopeFunction.apply(q, k, cos, sin, None, unsqueeze_dim)
+
+    return rotated
 
 
 def _copy(module: ModuleType) -> ModuleType:

@@ -4,7 +4,7 @@ A peer is called as its users call it, with a static cache where there is one (t
 "Optimizing LLM inference": the fastest of its caches, and the one that compiles), and compiled with PyTorch's defaults
 unless `runtime.compile.peers` says otherwise. Its SDPA leaves the mask of a prompt away by itself, but not in compiled
 code before PyTorch 2.14, and not while a graph is captured, where it cannot tell that it may. There it is told;
-`sdpa_mask` is not.
+`sdpa_mask` is not. `sdpa_flce` trains with Liger's loss, which takes the output head in and stores no logits.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ from qwen3bench.record.messages import Judgment
 from qwen3bench.worker.equivalence.candidate import Candidate, kv_cache
 from qwen3bench.worker.equivalence.gate import Gate
 from qwen3bench.worker.equivalence.gradient_gate import GradientCandidate, GradientGate
-from qwen3bench.worker.peer_modules import PEERS, modeling, transformers
+from qwen3bench.worker.peer_modules import PEERS, fused_loss, modeling, transformers
 
-ATTENTIONS = {"sdpa": "sdpa", "eager": "eager", "sdpa_mask": "sdpa"}  # by their names in transformers
+_FUSED_LOSS = "sdpa_flce"  # Liger's, of the states before the output head
+ATTENTIONS = {"sdpa": "sdpa", "eager": "eager", "sdpa_mask": "sdpa", _FUSED_LOSS: "sdpa"}  # by transformers' names
+_TOLD = ("sdpa", _FUSED_LOSS)  # told that a prompt needs no mask
 NO_MASK = {"full_attention": None}  # tells transformers that a prompt needs none
 FREQUENCY_ERROR = 1e-6  # relative, of the rotary frequencies, which transformers computes in float32
 
@@ -41,8 +43,9 @@ def require_peer(cell: str, device: torch.device | str | None = None) -> None:
     name, _, attention = cell.partition(":")
     if name not in PEERS:
         raise UserError(f"peer {name!r} is not known; there are {', '.join(PEERS)}")
-    if attention not in ATTENTIONS:
-        raise UserError(f"peer.{name}.attention: {attention!r} is unknown: use {' | '.join(ATTENTIONS)}")
+    known = [each for each in ATTENTIONS if name == "liger" or each != _FUSED_LOSS]
+    if attention not in known:
+        raise UserError(f"peer.{name}.attention: {attention!r} is unknown: use {' | '.join(known)}")
     modeling(name)
     if name == "liger" and device is not None and torch.device(device).type != "cuda":
         raise UserError(f"peer=liger has kernels for CUDA alone, and the device is {device}; leave the peer out")
@@ -138,12 +141,19 @@ class TransformersModel(Decoder):
         run, run_states = (
             partial(compile_(shared_forward([each])), each) for each in (self.language_model, self.language_model.model)
         )
-        call, loss_of = partial(self._through, run), partial(compile_(Decoder.loss_of), self)
+        loss_of = self.loss_of if self.attention == _FUSED_LOSS else partial(compile_(Decoder.loss_of), self)
+        call = partial(self._through, run)
         return CompiledModel(self, call, call, Training(partial(self._states, run_states), loss_of))
 
+    def loss_of(self, states: Tensor, targets: Tensor) -> Tensor:
+        if self.attention != _FUSED_LOSS:
+            return super().loss_of(states, targets)
+        loss: Tensor = fused_loss()(self.out_head.weight, states.flatten(0, 1), targets.flatten())
+        return loss
+
     def _states(self, before_head: Forward, tokens: Tensor) -> Tensor:
-        mask: Mapping[str, Tensor | None] | None = NO_MASK if self.attention == "sdpa" else None
-        if before_head is self.language_model.model and self.attention != "sdpa" and _is_captured(tokens):
+        mask: Mapping[str, Tensor | None] | None = NO_MASK if self.attention in _TOLD else None
+        if before_head is self.language_model.model and self.attention not in _TOLD and _is_captured(tokens):
             mask = {"full_attention": self._additive_mask(tokens, None, 0)}
         states: Tensor = before_head(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
         return states
@@ -165,9 +175,9 @@ class TransformersModel(Decoder):
         compiled = language_model is not self.language_model
         captured = not compiled and _is_captured(tokens)
         mask: Mapping[str, Tensor | None] | None = None
-        if whole and self.attention == "sdpa" and (compiled or captured):
+        if whole and self.attention in _TOLD and (compiled or captured):
             mask = NO_MASK
-        elif captured and self.attention != "sdpa":  # its own float mask fails there: it copies a 0 over
+        elif captured and self.attention not in _TOLD:  # its own float mask fails there: it copies a 0 over
             mask = {"full_attention": self._additive_mask(tokens, past, start)}
         output = language_model(
             input_ids=tokens,

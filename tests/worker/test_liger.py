@@ -19,11 +19,13 @@ from qwen3bench.model.build import build_model
 from qwen3bench.record.environment import fingerprint
 from qwen3bench.worker.bank import Bank
 from qwen3bench.worker.equivalence.gate import Gate
+from qwen3bench.worker.equivalence.gradient_gate import GradientGate
 from qwen3bench.worker.evidence import collect
 from qwen3bench.worker.peer_modules import patched_by_liger
-from qwen3bench.worker.peers import build_peer, judge_peer, require_peer
+from qwen3bench.worker.peers import build_peer, gradients_of_peer, judge_peer, require_peer
 from qwen3bench.worker.runtimes import make_runtime
-from qwen3bench.worker.workloads import Workload, WorkloadSize
+from qwen3bench.worker.training import TrainingWorkload
+from qwen3bench.worker.workloads import Workload, WorkloadSize, keeping_output
 
 PATCHED = ("apply_rotary_pos_emb", "Qwen3RMSNorm", "Qwen3MLP")
 ORIGINALS = {name: getattr(modeling_qwen3, name) for name in PATCHED}
@@ -209,7 +211,8 @@ def test_the_gate_accepts_liger(tiny: ModelConfig, dtype: torch.dtype) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("workload", ["prefill", "decode", "generate"])
-def test_liger_is_captured(tiny: ModelConfig, workload: str) -> None:
+@pytest.mark.parametrize("runtime_name", ["graph", "compile"])
+def test_liger_is_captured(tiny: ModelConfig, workload: str, runtime_name: str) -> None:
     pytest.importorskip(MODULE)
     device = torch.device("cuda", 0)
     bank = Bank(tiny, "random", device, torch.float32, 0, {})
@@ -217,7 +220,7 @@ def test_liger_is_captured(tiny: ModelConfig, workload: str) -> None:
     work = Workload(WorkloadSize(workload, 2, 9, 6), bank.build(()))
     for step in work.steps(bank.build(())):
         expected = step()
-    runtime = make_runtime("graph", device)
+    runtime = make_runtime(runtime_name, device)
     prepared = runtime.prepare_model(peer).model
     outputs: list[Tensor] = []
 
@@ -235,3 +238,33 @@ def test_liger_is_captured(tiny: ModelConfig, workload: str) -> None:
         launch()
     torch.cuda.synchronize()
     assert (captured - expected).abs().max() <= 1e-3
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("label", ["liger:sdpa", "liger:sdpa_flce"])
+def test_the_gate_accepts_its_gradients(tiny: ModelConfig, label: str) -> None:
+    pytest.importorskip(MODULE)
+    with torch.enable_grad():
+        verdict = gradients_of_peer(GradientGate(tiny, torch.device("cuda"), "bf16"), label)
+    assert verdict.equivalent, verdict.reason
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("runtime_name", ["eager", "graph", "compile"])
+def test_its_fused_loss_is_the_loss(tiny: ModelConfig, runtime_name: str) -> None:
+    pytest.importorskip(MODULE)
+    device, size = torch.device("cuda", 0), WorkloadSize("train", 2, 20, 0, "fp32")
+    bank = Bank(tiny, "random", device, torch.float32, 0, {})
+    losses = []
+    for label in ("transformers:sdpa", "liger:sdpa_flce"):
+        peer = build_peer(label, tiny, bank.weights)
+        workload = TrainingWorkload(size, peer, state=bank.training)
+        runtime = make_runtime(runtime_name, device)
+        outputs: list[Tensor] = []
+        (step,) = workload.steps(runtime.prepare_model(peer).model)
+        launch = runtime.prepare(keeping_output(step, outputs)).launch
+        workload.restore()
+        launch()
+        losses.append(outputs[0].clone())
+        workload.restore()
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
