@@ -13,13 +13,15 @@ from numpy.typing import NDArray
 from scipy import special
 
 from qwen3bench.analysis.frames import BASELINE, COPY, analysis_setting, block_matrix
-from qwen3bench.analysis.variance import Array
+from qwen3bench.analysis.significance import holm
+from qwen3bench.analysis.variance import Array, Estimates
 from qwen3bench.record.lines import EagerLine, EvidenceLine, ParametersLine
 from qwen3bench.record.reader import Record
 from qwen3bench.record.states import CellStatus
 
-# Two copies of one model may differ by this much before the run counts as noisy: device time, host time.
+# By less than this two copies of one model may differ, though it be shown: device time, host time.
 _NOISY = {"graph": 0.005, "compile": 0.005, "eager": 0.02}
+_AA_COLUMNS = ["workload", "runtime", "ratio", "lo", "hi", "limit", "noisy"]
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -27,7 +29,7 @@ _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 class Controls:
     """The controls of a run; each a table that is empty where the run cannot tell.
 
-    - `aa`: workload, runtime, ratio (copy / baseline latency), lo, hi, limit, noisy
+    - `aa`: workload, runtime, ratio (copy / baseline latency), lo, hi, limit, noisy (see `copies_differ`)
     - `tie_latency`: workload, runtime, estimate, lo, hi, ok (the interval holds 1); tying cannot change
       latency
     - `tie_memory`: cell (without tie), saved_bytes, head_bytes, ok (equal); tying saves the head exactly
@@ -47,7 +49,7 @@ class Controls:
 
     @property
     def noisy(self) -> bool:
-        """Whether two copies of the baseline differ by more than the limit anywhere."""
+        """Whether two copies of the baseline are shown to differ anywhere."""
         return bool(self.aa["noisy"].any())
 
     @cached_property
@@ -89,28 +91,36 @@ def controls(record: Record, samples: pd.DataFrame, cells: pd.DataFrame, effects
 
 def aa_control(samples: pd.DataFrame, cells: pd.DataFrame, confidence: float) -> pd.DataFrame:
     """`Controls.aa` of these samples, beside the cells that are ok."""
-    rows: list[dict[str, Any]] = []
+    places, pairs = [], []
     ok = cells[cells["status"] == CellStatus.OK]
     for (workload, runtime), here in samples.groupby(["workload", "runtime"], sort=False):
         names = ok.loc[(ok["workload"] == workload) & (ok["runtime"] == runtime), "cell"]
         matrix = block_matrix(here, names.tolist())
         if matrix.log_s.empty or not {BASELINE, COPY} <= set(matrix.log_s):
             continue
-        found = matrix.log_ratios(COPY, [BASELINE])
-        log_ratio, half = float(found.estimate[0]), float(found.half_width(confidence)[0])
-        ratio, limit = np.exp(log_ratio), _NOISY.get(str(runtime), 0.02)
-        rows.append(
-            {
-                "workload": workload,
-                "runtime": runtime,
-                "ratio": ratio,
-                "lo": np.exp(log_ratio - half),
-                "hi": np.exp(log_ratio + half),
-                "limit": limit,
-                "noisy": abs(ratio - 1) > limit,
-            }
-        )
-    return pd.DataFrame(rows, columns=["workload", "runtime", "ratio", "lo", "hi", "limit", "noisy"])
+        places.append((workload, runtime))
+        pairs.append(matrix.log_ratios(COPY, [BASELINE]))
+    if not pairs:
+        return pd.DataFrame(columns=_AA_COLUMNS)
+    parts = [(each.estimate, each.se, each.df, each.process_share) for each in pairs]
+    found = Estimates(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+    ends = (found.estimate + side * found.half_width(confidence) for side in (0, -1, 1))
+    limit = np.array([_NOISY.get(str(runtime), 0.02) for _, runtime in places])
+    values = (*map(np.exp, ends), limit, copies_differ(found, limit, confidence))
+    table = pd.DataFrame(places, columns=_AA_COLUMNS[:2])
+    return table.assign(**dict(zip(_AA_COLUMNS[2:], values, strict=True)))
+
+
+def copies_differ(found: Estimates, limit: Array | float, confidence: float) -> NDArray[np.bool_]:
+    """Which pairs of copies of one model are shown to differ, and read as farther apart than the `limit`.
+
+    The one rule for what is noisy. `found`: log ratios (…, conditions). A run with nothing wrong has a noisy condition
+    with a chance of at most 1 − confidence (Holm's method over its conditions), however imprecise it is. Where the
+    interval is well within the limit, what reads as farther apart is shown to differ. Without an interval nothing is
+    shown; a difference known without error (se = 0) needs no p. See docs/how-we-measure.md, "Two copies".
+    """
+    shown = (holm(found.p()) < 1 - confidence) | (found.se == 0)
+    return shown & (np.abs(np.expm1(found.estimate)) > limit)
 
 
 def _tie_latency(effects: pd.DataFrame) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,11 @@ def copies_apart(run: Run, condition: Condition) -> float:
     return max((abs(row.ratio - 1) for row in rows(aa) if row.noisy), default=0.0)
 
 
+def faster_copy(run: Run, condition: Condition) -> float:
+    """By how much the second copy of the baseline reads as faster than the first, in log latency; else 0."""
+    return max((-math.log(row.ratio) for row in rows(condition.select(run.controls.aa)) if row.ratio < 1), default=0.0)
+
+
 def heard(run: Run, condition: Condition, verdict: str, estimate: float) -> str:
     """The verdict, or `noise` where two copies of the baseline are as far apart as the estimate is from 1."""
     told = not is_number(estimate) or beyond_noise(estimate, noise(run, condition))
@@ -99,8 +105,8 @@ def _gradients(run: Run) -> Iterator[Finding]:
 
 def _aa(run: Run, condition: Condition) -> Iterator[Finding]:
     for row in rows(condition.select(run.controls.aa)):
-        further = row.lo < 1 - row.limit or row.hi > 1 + row.limit
-        outcome = ControlOutcome.FAILED if row.noisy else ControlOutcome.UNSURE if further else ControlOutcome.PASSED
+        agree = row.lo >= 1 - row.limit and row.hi <= 1 + row.limit  # not where there is no interval
+        outcome = ControlOutcome.FAILED if row.noisy else ControlOutcome.PASSED if agree else ControlOutcome.UNSURE
         yield _found(
             Check.AA,
             outcome,

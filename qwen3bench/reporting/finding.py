@@ -246,7 +246,7 @@ class Check(StrEnum):
 
 
 class ControlOutcome(StrEnum):
-    """What a control came to; `UNSURE`: passed, but its interval reaches beyond the limit; `TOLD`: it has no limit."""
+    """What a control came to; `UNSURE`: no interval, or one that reaches beyond the limit; `TOLD`: it has no limit."""
 
     PASSED = "passed"
     FAILED = "failed"

@@ -75,7 +75,8 @@ def recommended(run: Run, condition: Condition) -> Iterator[Finding]:
     samples = condition.select(run.samples)
     confidence = analysis_setting(run.record, "confidence")
     freedom = cells["cell"].map(_freedom(run, condition, all_cells["cell"].tolist()))
-    faster = cells[shown_faster(cells, freedom, band(run), confidence)]
+    copy = control_findings.faster_copy(run, condition)
+    faster = cells[shown_faster(cells, freedom, band(run), confidence, copy)]
     if faster.empty:
         yield _nothing(run, condition, Choice(NoAnswer.NOTHING_FASTER, limit_gib=limit_gib))
         return
@@ -149,16 +150,19 @@ def _nothing_fits(measured: pd.DataFrame, limit_gib: float) -> Choice:
     return Choice(NoAnswer.NOTHING_FITS, limit_gib=limit_gib, smallest=least.cell, smallest_bytes=needed)
 
 
-def shown_faster(cells: pd.DataFrame, freedom: float | pd.Series, width: float, confidence: float = 0.95) -> pd.Series:
-    """Which cells are faster than the baseline beyond doubt, though the best of many is looked at.
+def shown_faster(
+    cells: pd.DataFrame, freedom: float | pd.Series, width: float, confidence: float = 0.95, copy: float = 0.0
+) -> pd.Series:
+    """Which cells are faster than both copies of the baseline beyond doubt, though the best of many is looked at.
 
     Intervals of that confidence are widened as Bonferroni asks at 5 % for one comparison per cell, by quantiles of t
-    with their degrees of freedom (of all, or of each); a cell inside the band does not count.
+    with their degrees of freedom (of all, or of each); a cell inside the band does not count. `copy`: how much faster
+    than the baseline its second copy reads, in log. A baseline that is slow for no reason makes all cells look fast.
     """
     gain, low = np.log(cells["speedup"]), np.log(cells["speedup_lo"])
     inside = (cells["speedup_lo"] >= 1 - width) & (cells["speedup_hi"] <= 1 + width)
     compared = int(low.notna().sum())  # the baseline has no interval
-    return (gain - _widening(compared, freedom, confidence) * (gain - low) > 0) & ~inside
+    return (gain - _widening(compared, freedom, confidence) * (gain - low) > copy) & ~inside
 
 
 def _widening(comparisons: int, freedom: Any, confidence: float) -> Any:

@@ -1,6 +1,6 @@
 """What intervals and corrected tests promise on a busy machine: simulated campaigns of 32 cells, some visits slowed.
 
-`python tests/analysis/disturbed_campaigns.py` prints the table of docs/how-we-measure.md; it takes a minute or two.
+`python tests/analysis/disturbed_campaigns.py` prints the tables of docs/how-we-measure.md; it takes a minute or two.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy.signal import lfilter
 
 from qwen3bench.analysis.contrasts import contrasts, every_cell
+from qwen3bench.analysis.controls import copies_differ
 from qwen3bench.analysis.outliers import judged, telling, widening
 from qwen3bench.analysis.significance import ALPHA, holm
 from qwen3bench.analysis.variance import Estimates, clustered
@@ -25,6 +26,8 @@ MAIN = contrasts(FACTORS, CELLS).matrix[: len(FACTORS)]
 WORTH = np.array([-0.07, 0.0, 0.02, 0.0, -0.01])  # of each switch, in log latency
 NIL, PLANTED = [1, 3], 4
 PER_PROCESS = 3
+COPY_OVER_BASELINE = np.eye(len(CELLS) + 1)[-1:] - np.eye(len(CELLS) + 1)[:1]  # the copy is the last column
+GAINS = (np.eye(len(CELLS) + 1)[0] - np.eye(len(CELLS) + 1))[1:-1]  # of each cell over the baseline
 BLOCKS = {"6 in 2": 6, "13 in 5": 13}
 CAMPAIGNS = 2_000
 
@@ -104,8 +107,8 @@ ROWS = {
 def told(y: Array, process: NDArray[np.intp], matrix: Array) -> Estimates:
     """Estimates of the contrasts `matrix` (terms, cells) from what counts of `y` (campaigns, blocks, cells).
 
-    Where a cell of a campaign tells nothing any more, main effects of all five switches are those of the others; else
-    they are NaN.
+    Where a cell of a campaign tells nothing any more, main effects of all five switches are those of the others, and so
+    are contrasts that it is not in; else they are NaN.
     """
     found = judged(y, process)
     widened, visits = widening(found.excess), np.where(found.counts, y, np.nan)
@@ -117,10 +120,15 @@ def told(y: Array, process: NDArray[np.intp], matrix: Array) -> Estimates:
         blocks, cells = telling(found.counts[i])
         if cells.all():
             parts[:, i] = _parts(clustered(visits[i][blocks], process[blocks], matrix, widened[i]))
-        elif matrix is MAIN:
+            continue
+        there = np.ones(len(matrix), dtype=bool)
+        if matrix is MAIN:
             left = tuple(cell for cell, there in zip(CELLS, cells, strict=True) if there)
             plan = contrasts(FACTORS, left).matrix[: len(FACTORS)]
-            parts[:, i] = _parts(clustered(visits[i][blocks][:, cells], process[blocks], plan, widened[i]))
+        else:
+            there = ~matrix[:, ~cells].any(axis=1)
+            plan = matrix[there][:, cells]
+        parts[:, i, there] = _parts(clustered(visits[i][blocks][:, cells], process[blocks], plan, widened[i]))
     return Estimates(*parts)
 
 
@@ -163,8 +171,60 @@ def _found(p: Array, estimate: Array) -> float:
     return float(((p[:, PLANTED] < ALPHA) & (estimate[:, PLANTED] > 0)).mean())
 
 
+@dataclass(frozen=True)
+class Copies:
+    """Shares of runs whose copies of the baseline are called different: by the rule, and by the limit alone.
+
+    `false`: that recommend a cell which is worth nothing.
+    """
+
+    noisy: float
+    by_the_limit: float
+    false: float
+
+
+def copies(
+    disturb: Disturb, blocks: int, apart: Array | float = 0.0, noise: float = 0.01, limit: float = 0.005
+) -> Copies:
+    """What a control of two copies says in runs of 32 cells that are all alike, the first copy slower by `apart`.
+
+    Speed-ups are over that copy. Two conditions of each run; a slower copy is in the first, which alone counts then.
+    """
+    rng = np.random.default_rng(1)
+    shape = (2 * CAMPAIGNS, blocks, len(CELLS) + 1)
+    y = rng.normal(0, 0.02, (*shape[:2], 1)) + rng.normal(0, noise, shape) + disturb(rng, shape)
+    y[:CAMPAIGNS, :, 0] += np.log1p(np.broadcast_to(apart, CAMPAIGNS))[:, None]
+    found = told(y, process_of(blocks), np.vstack([COPY_OVER_BASELINE, GAINS]))
+    parts = (found.estimate, found.se, found.df, found.process_share)
+    pairs = Estimates(*(part[:, 0].reshape(2, -1).T for part in parts))
+    counted = slice(0, 1 if np.any(apart) else 2)
+    noisy = copies_differ(pairs, limit, 0.95)[:, counted]
+    over = np.maximum(0, -found.estimate[:, :1])  # a cell has to be faster than both copies
+    gain = found.estimate[:, 1:] - found.half_width(1 - ALPHA / len(GAINS))[:, 1:] > over
+    return Copies(
+        noisy=float(noisy.any(axis=1).mean()),
+        by_the_limit=float((np.abs(np.expm1(pairs.estimate)) > limit)[:, counted].any(axis=1).mean()),
+        false=float((gain.any(axis=1).reshape(2, -1).T[:, counted] & ~noisy).any(axis=1).mean()),
+    )
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A baseline that is slower than its copy by `apart`, at a noise of each visit and a limit; each a fraction."""
+
+    apart: float
+    noise: float
+    limit: float
+
+
+FAULTS = (
+    *(Fault(0.01, noise, 0.005) for noise in (0.001, 0.002, 0.005)),
+    *(Fault(0.05, noise, 0.02) for noise in (0.002, 0.01, 0.02, 0.05)),
+)
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     print("| disturbance | blocks | coverage | half-width | false | 1 % found | by means | left out |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, row in ROWS.items():
@@ -173,6 +233,19 @@ def main() -> None:
             shares = (got.false, got.found, got.found_by_means, got.left_out)
             percent = " | ".join(f"{100 * share:.1f} %" for share in shares)
             print(f"| {name} | {where} | {100 * got.coverage:.1f} % | {got.width:.3f} × | {percent} |", flush=True)
+    heads = [f"{name}, {where}" for where in BLOCKS for name in ("noisy", "by the limit alone", "recommended")]
+    print(f"\n| what is wrong | {' | '.join(heads)} |\n| --- |{' ---: |' * len(heads)}")
+    for name, row in ROWS.items():
+        _print(name, [copies(row.disturb, blocks) for blocks in BLOCKS.values()])
+    for fault in FAULTS:
+        apart, noise, limit = (f"{100 * each:g} %" for each in (fault.apart, fault.noise, fault.limit))
+        of_each = [copies(spikes(0), blocks, fault.apart, fault.noise, fault.limit) for blocks in BLOCKS.values()]
+        _print(f"a baseline {apart} slower; limit {limit}, {noise} noise", of_each)
+
+
+def _print(name: str, of_each: list[Copies]) -> None:
+    shares = [share for got in of_each for share in (got.noisy, got.by_the_limit, got.false)]
+    print(f"| {name} | {' | '.join(f'{100 * share:.1f} %' for share in shares)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,13 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from analysis.disturbed_campaigns import BLOCKS, FAULTS, ROWS, Fault, copies, spikes
 
-from qwen3bench.analysis.controls import beyond_noise, controls, noise_of
+from qwen3bench.analysis.controls import beyond_noise, controls, copies_differ, noise_of
 from qwen3bench.analysis.run import load_run
+from qwen3bench.analysis.variance import Estimates
 
 Write = Callable[..., Path]
 
@@ -23,6 +26,45 @@ def test_two_copies_of_the_baseline(write_run: Write, runtime: str, copy_ratio: 
     assert row.lo < row.ratio < row.hi
     assert row.noisy is noisy
     assert run.controls.noisy is noisy
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "se", "differ"),
+    [
+        ([0.054], [0.04], [False]),  # far, and known to ±10 %
+        ([0.004], [0.0001], [False]),  # shown, and within the limit
+        ([0.01], [0.001], [True]),
+        ([-0.01], [0.001], [True]),
+        ([0.01], [0.0043], [True]),  # p = 0.04
+        ([0.01, 0.0], [0.0043, 0.0043], [False, False]),  # of two conditions that is no rarity
+        ([0.01, 0.0], [0.001, 0.0043], [True, False]),
+        ([0.01, 0.0], [0.0, 0.0], [True, False]),  # nothing varies
+        ([0.01, 0.01], [np.nan, 0.001], [False, True]),  # one block
+    ],
+)
+def test_copies_differ_where_they_are_shown_to(log_ratio: list[float], se: list[float], differ: list[bool]) -> None:
+    found = Estimates(*map(np.array, (log_ratio, se, [10.0] * len(se), [0.0] * len(se))))
+    assert copies_differ(found, 0.005, 0.95).tolist() == differ
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", BLOCKS)
+@pytest.mark.parametrize("name", ROWS)
+def test_a_run_with_nothing_wrong_is_not_noisy(name: str, where: str) -> None:
+    got = copies(ROWS[name].disturb, BLOCKS[where])
+    assert got.noisy <= 0.05
+    assert got.false <= 0.05
+    assert got.by_the_limit > 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", BLOCKS)
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_slow_baseline_is_found_where_the_run_is_precise_and_never_praises(fault: Fault, where: str) -> None:
+    got = copies(spikes(0), BLOCKS[where], fault.apart, fault.noise, fault.limit)
+    if fault.noise <= fault.limit / 2:
+        assert got.noisy >= got.by_the_limit - 0.02
+    assert got.false <= 0.01
 
 
 @pytest.mark.parametrize(

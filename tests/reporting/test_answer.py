@@ -112,7 +112,7 @@ def test_a_noisy_condition_has_a_plain_warning_and_what_would_tell(small: Callab
     card = card_of(small(copy_shift=0.02))
     assert not card.switches
     assert "two copies of the baseline differ too much" in card.said
-    assert card.warnings[0].startswith("Noisy: two copies of the baseline differ by more than 0.5 %")
+    assert card.warnings[0].startswith("Noisy: two copies of the baseline differ, and read 1.020×")
     assert card.advice == "python -m qwen3bench design=full measure.min_processes=4"
     assert card.advice_label == "This would tell:"  # the record does not know how long it takes
     assert would_tell(39600.0) == "This would tell, in about 11 hours:"

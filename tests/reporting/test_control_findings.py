@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -72,6 +73,26 @@ def test_copies_that_agree_by_their_mean_alone_are_unsure_and_told_what_would_te
     found = of_check(replace(full_run, controls=replace(full_run.controls, aa=aa)), Check.AA)
     assert {outcome_of(finding) for finding in found} == {ControlOutcome.UNSURE}
     assert all(f.advice and "measure.min_processes=4" in f.advice.settings for f in found)  # twice as many as now
+
+
+@pytest.mark.parametrize(
+    ("ratio", "lo", "hi", "outcome"),
+    [
+        (1.001, 0.997, 1.004, ControlOutcome.PASSED),
+        (1.054, 0.96, 1.157, ControlOutcome.UNSURE),
+        (1.001, math.nan, math.nan, ControlOutcome.UNSURE),
+        (0.998, 0.994, 1.002, ControlOutcome.UNSURE),
+    ],
+)
+def test_copies_pass_only_where_they_are_shown_to_agree(
+    full_run: Run, ratio: float, lo: float, hi: float, outcome: ControlOutcome
+) -> None:
+    aa = full_run.controls.aa.assign(ratio=ratio, lo=lo, hi=hi, limit=0.005)
+    run = replace(full_run, controls=replace(full_run.controls, aa=aa))
+    assert set(outcomes(run, Check.AA)) == {outcome}
+    (card, *_) = cards(run, findings(run))
+    assert ("cannot tell" in card.sure) == (outcome == ControlOutcome.UNSURE)
+    assert card.switches  # what is not shown to be wrong withholds no answer
 
 
 def test_the_positive_control_gives_the_bytes_of_the_head(full_run: Run) -> None:

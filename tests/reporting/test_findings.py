@@ -446,6 +446,16 @@ def test_a_cell_inside_the_band_is_not_recommended() -> None:
     assert shown_faster(cells, 12, 0.01).tolist() == [False, False, True]
 
 
+def test_a_recommended_cell_is_faster_than_both_copies_of_the_baseline(small_run: Run) -> None:
+    assert choice(only(small_run, Kind.ANSWER)).none is None
+    cells = small_run.cells.assign(speedup=1.06, speedup_lo=1.05, speedup_hi=1.07)
+    aa = small_run.controls.aa.assign(ratio=0.94, lo=0.85, hi=1.04)
+    slow = replace(small_run, cells=cells, controls=replace(small_run.controls, aa=aa))  # the baseline, by itself
+    assert choice(only(slow, Kind.ANSWER)).none == NoAnswer.NOTHING_FASTER
+    fast = replace(slow, controls=replace(small_run.controls, aa=aa.assign(ratio=1.06, lo=0.96, hi=1.17)))
+    assert choice(only(fast, Kind.ANSWER)).none is None
+
+
 def limited(run: Run, gib: float) -> Run:
     return replace(run, config=run.config | {"report": {"memory_limit_gib": gib}})
 

@@ -25,6 +25,7 @@ def interval_words(level: str, estimate: float, lo: float, hi: float) -> str:
 def how_sure(told: Passed, copies: list[tuple[float, float, float]], blocks: str) -> str:
     """How many controls passed, how far two copies of the baseline are apart, and in how many blocks."""
     controls = "No control was measured" if not told.held else f"{told.passed} of {count(told.held, 'control')} passed"
+    controls += f", {told.unsure} cannot tell" if told.unsure else ""
     if told.held and told.passed == told.held:
         controls = f"All {count(told.passed, 'control')} passed" if told.passed > 1 else "The control passed"
     apart = "".join(f" Two copies of the baseline read {ratio(*each)}." for each in copies)

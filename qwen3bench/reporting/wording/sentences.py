@@ -414,13 +414,17 @@ def _aa_words(finding: Finding, control: Control) -> str:
         return "A/A: no second copy of the baseline was timed."
     limit, read = f"{100 * control.limit:g} %", f"{_interval(finding)}{_where(finding)}"
     if control.outcome == ControlOutcome.FAILED:
-        mend = "Measure again on a quiet machine."
+        mend = "Measure again in more processes, on a quiet machine."
         if control.runtime == "compile":
             mend = "Measure in more processes, as each compiled model chose its kernels for itself."
-        text = f"Noisy: two copies of the baseline differ by more than {limit}, {read}."
+        text = f"Noisy: two copies of the baseline differ, and read {read}. The limit is ±{limit}."
         return f"{text} Differences of that size and less mean nothing. {mend}"
     text = f"A/A: two copies of the baseline read {read}. The limit is ±{limit}."
-    return text + (" The interval reaches beyond the limit." if control.outcome == ControlOutcome.UNSURE else "")
+    if control.outcome == ControlOutcome.PASSED:
+        return text
+    if not is_number(finding.lo):
+        return f"{text} One block gives no interval, so nothing shows whether they agree."
+    return f"{text} As far as this run can tell, they agree within {percent(max(finding.hi - 1, 1 - finding.lo))}."
 
 
 def _tie_words(finding: Finding, control: Control) -> str:

@@ -119,8 +119,25 @@ SNAPSHOTS = [
             Kind.CONTROL, condition=PREFILL, estimate=1.0213, lo=1.0181, hi=1.0248,
             detail=Control(Check.AA, ControlOutcome.FAILED, limit=0.005, runtime="graph"),
         ),
-        "Noisy: two copies of the baseline differ by more than 0.5 %, 1.021× [1.018, 1.025] (prefill 1×2048 graph). "
-        "Differences of that size and less mean nothing. Measure again on a quiet machine.",
+        "Noisy: two copies of the baseline differ, and read 1.021× [1.018, 1.025] (prefill 1×2048 graph). "
+        "The limit is ±0.5 %. Differences of that size and less mean nothing. "
+        "Measure again in more processes, on a quiet machine.",
+    ),
+    (
+        Finding(
+            Kind.CONTROL, condition=PREFILL, estimate=1.054, lo=0.96, hi=1.157,
+            detail=Control(Check.AA, ControlOutcome.UNSURE, limit=0.02, runtime="eager"),
+        ),
+        "A/A: two copies of the baseline read 1.05× [0.96, 1.16] (prefill 1×2048 graph). The limit is ±2 %. "
+        "As far as this run can tell, they agree within 16 %.",
+    ),
+    (
+        Finding(
+            Kind.CONTROL, condition=PREFILL, estimate=1.054,
+            detail=Control(Check.AA, ControlOutcome.UNSURE, limit=0.02, runtime="eager"),
+        ),
+        "A/A: two copies of the baseline read 1.054× (prefill 1×2048 graph). The limit is ±2 %. "
+        "One block gives no interval, so nothing shows whether they agree.",
     ),
     (
         Finding(
