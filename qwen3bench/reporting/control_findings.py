@@ -29,7 +29,7 @@ def control_list(run: Run) -> list[Finding]:
     """ControlOutcome of every control that the run holds, and of those that it lacks."""
     outcome = [*_equivalence(run), *_gradients(run)]
     for condition in conditions(run):
-        outcome += [*_aa(run, condition), *_tie_latency(run, condition)]
+        outcome += [*copies(run, condition), *_tie_latency(run, condition)]
         outcome += [*left_out(run, condition), *_drift(run, condition)]
     of_all = (_processes, _tie_memory, _blocks, _host, _absent)
     return [*outcome, *(control for each in of_all for control in each(run))]
@@ -103,7 +103,8 @@ def _gradients(run: Run) -> Iterator[Finding]:
         yield _found(Check.GRADIENTS, ControlOutcome.PASSED, number=len(verdicts))
 
 
-def _aa(run: Run, condition: Condition) -> Iterator[Finding]:
+def copies(run: Run, condition: Condition) -> Iterator[Finding]:
+    """Whether two copies of the baseline agree, as far as the run can tell; nothing where it has no second copy."""
     for row in rows(condition.select(run.controls.aa)):
         agree = row.lo >= 1 - row.limit and row.hi <= 1 + row.limit  # not where there is no interval
         outcome = ControlOutcome.FAILED if row.noisy else ControlOutcome.PASSED if agree else ControlOutcome.UNSURE

@@ -32,7 +32,7 @@ from qwen3bench.reporting.findings_cells import failures, missing
 from qwen3bench.reporting.findings_effects import joint
 from qwen3bench.reporting.lookup import AVERAGE, LATENCY, band, level, rows, terms
 from qwen3bench.reporting.tables import Entry, Table, drop_empty
-from qwen3bench.reporting.wording.sentences import band_words, only_with, worth
+from qwen3bench.reporting.wording.sentences import band_words, copies_words, only_with, worth
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -44,7 +44,8 @@ def effects_over(runs: Sequence[Run]) -> pd.DataFrame:
     """Main effects on latency of all runs, one row per run, workload, runtime and switch.
 
     Columns: run (from 1), model, device, dtype, workload, runtime, batch_size, prompt_tokens, blocks, processes, noisy,
-    condition, others (what the other switches do, see `lookup.others_beside`), term, estimate, lo, hi, verdict.
+    control (of the baseline's copies, in words), condition, others (what the other switches do, see
+    `lookup.others_beside`), term, estimate, lo, hi, verdict.
     """
     lines: list[dict[str, Any]] = []
     for number, run in enumerate(runs, start=1):
@@ -55,6 +56,7 @@ def effects_over(runs: Sequence[Run]) -> pd.DataFrame:
             timed = condition.select(run.samples)
             where |= {key: timed[of].nunique() for key, of in (("blocks", "block"), ("processes", "process"))}
             where |= {"noisy": control_findings.noise(run, condition) > 0}
+            where |= {"control": ", ".join(map(copies_words, control_findings.copies(run, condition)))}
             for effect in rows(control_findings.heard_effects(run, condition, terms(run, condition, LATENCY, "main"))):
                 others = others_of(effect.reason) or AVERAGE
                 named = str(condition) if others == AVERAGE else f"{condition}, {others}"
@@ -129,6 +131,6 @@ def over_table(effects: pd.DataFrame, names: Sequence[str]) -> Table:
         }
         opening = [Entry(str(first.run), float(first.run)), Entry(first.condition, first.condition)]
         opening += [Entry(f"{n:,}", float(n)) for n in (first.blocks, first.processes)]
-        opening += [Entry("noisy" if first.noisy else "")]
+        opening += [Entry(first.control)]
         lines.append([*opening, *(found.get(name, Entry("")) for name in names)])
     return drop_empty(Table(["run", "condition", "blocks", "processes", "control", *names], lines))

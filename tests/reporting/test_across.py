@@ -1,3 +1,4 @@
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -86,8 +87,17 @@ def test_effects_of_runs_stand_side_by_side(runs: list[Run]) -> None:
     table = over_table(frame, NAMES)
     assert table.headings == ["run", "condition", "blocks", "processes", "control", "flash", "tie"]
     assert [row[0].text for row in table.rows] == ["1", "2", "3"]
+    assert [row[4].text for row in table.rows] == ["", "", "noisy"]
     counts = [(run.samples["block"].nunique(), run.samples["process"].nunique()) for run in runs]
     assert [(row[2].text, row[3].text) for row in table.rows] == [tuple(map(str, each)) for each in counts]
+
+
+@pytest.mark.parametrize(("lo", "said"), [(0.96, "copies agree within 16 %"), (math.nan, "no interval")])
+def test_a_control_that_cannot_tell_is_said_beside_its_condition(runs: list[Run], lo: float, said: str) -> None:
+    aa = runs[0].controls.aa.assign(ratio=1.054, lo=lo, hi=1.157)
+    unsure = replace(runs[0], controls=replace(runs[0].controls, aa=aa))
+    table = over_table(effects_over([unsure, runs[2]]), NAMES)
+    assert [row[4].text for row in table.rows] == [said, "noisy"]
 
 
 def test_what_differs_between_runs_becomes_part_of_the_condition(runs: list[Run]) -> None:

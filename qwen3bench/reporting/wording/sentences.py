@@ -424,7 +424,20 @@ def _aa_words(finding: Finding, control: Control) -> str:
         return text
     if not is_number(finding.lo):
         return f"{text} One block gives no interval, so nothing shows whether they agree."
-    return f"{text} As far as this run can tell, they agree within {percent(max(finding.hi - 1, 1 - finding.lo))}."
+    return f"{text} As far as this run can tell, they agree within {_seen(finding)}."
+
+
+def copies_words(finding: Finding) -> str:
+    """What the A/A control of a condition came to, in a few words; none where it passed."""
+    outcome = finding.detail.outcome if isinstance(finding.detail, Control) else None
+    if outcome == ControlOutcome.UNSURE:
+        return f"copies agree within {_seen(finding)}" if is_number(finding.lo) else "no interval"
+    return "noisy" if outcome == ControlOutcome.FAILED else ""
+
+
+def _seen(finding: Finding) -> str:
+    """The farther end of the interval of a ratio that should be 1."""
+    return percent(max(finding.hi - 1, 1 - finding.lo))
 
 
 def _tie_words(finding: Finding, control: Control) -> str:
