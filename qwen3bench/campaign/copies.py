@@ -34,6 +34,7 @@ from qwen3bench.record.messages import Enter, Identity, Prepare, Request, Visit
 from qwen3bench.record.reader import read_record
 from qwen3bench.record.states import EndStatus
 from qwen3bench.record.writer import RecordWriter
+from qwen3bench.reporting.units import p_value
 
 R = TypeVar("R")
 
@@ -183,7 +184,7 @@ def page(outcomes: Sequence[CopiesOutcome], settings: Settings, identity: Identi
         " | ".join(["---"] * (len(heads) + 4)),
     ]
     for each in outcomes:
-        own = [str(getattr(each, head)) for head in heads] + [f"{each.smallest_p_holm:.3f}", each.term]
+        own = [str(getattr(each, head)) for head in heads] + [p_value(each.smallest_p_holm), each.term]
         lines.append(" | ".join([*own, f"×{each.widest_effect:.4f}", f"×{each.aa_ratio:.4f}"]))
     return (
         f"# A/A campaigns\n\n**{summary(outcomes)}**\n\n"
@@ -230,7 +231,7 @@ def _here(table: pd.DataFrame, stop: StopLine) -> pd.DataFrame:
 
 def _said(outcome: CopiesOutcome) -> str:
     return (
-        f"{outcome.workload} {outcome.runtime}: smallest Holm p {outcome.smallest_p_holm:.3f} ({outcome.term}), "
+        f"{outcome.workload} {outcome.runtime}: smallest Holm p {p_value(outcome.smallest_p_holm)} ({outcome.term}), "
         f"widest effect ×{outcome.widest_effect:.4f}, A/A copy ×{outcome.aa_ratio:.4f}, "
         f"{outcome.blocks} blocks in {outcome.processes} processes"
     )

@@ -13,7 +13,7 @@ from qwen3bench.analysis.comparison import Comparison
 from qwen3bench.analysis.regression import Change
 from qwen3bench.record.design import BASELINE
 from qwen3bench.reporting.templates import render
-from qwen3bench.reporting.units import BYTES, SECONDS, ratio, unit_for
+from qwen3bench.reporting.units import BYTES, SECONDS, p_value, ratio, unit_for
 from qwen3bench.reporting.wording.comparison_words import (
     MEMORY,
     NO_DIFFERENCE,
@@ -94,7 +94,7 @@ def _memory(table: pd.DataFrame) -> Part:
     return _part("Memory", MEMORY, rows, _names("cell", *_WHERE) | shown | {"change": str})
 
 
-_CHANGE: dict[str, Show] = {"change": str, "p_holm": lambda p: "—" if pd.isna(p) else f"{p:.2g}", "result": str}
+_CHANGE: dict[str, Show] = {"change": str, "p_holm": lambda p: "—" if pd.isna(p) else p_value(p), "result": str}
 
 
 def _with_change(rows: pd.DataFrame) -> pd.DataFrame:

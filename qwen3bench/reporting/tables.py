@@ -12,7 +12,7 @@ from qwen3bench.record.lines import EvidenceLine
 from qwen3bench.record.states import CellStatus, Verdict
 from qwen3bench.record.typed import flat
 from qwen3bench.reporting.lookup import LATENCY, rows
-from qwen3bench.reporting.units import BYTES, SECONDS, Unit, is_number, ratio, significant, unit_for
+from qwen3bench.reporting.units import BYTES, SECONDS, Unit, is_number, p_value, ratio, significant, unit_for
 from qwen3bench.reporting.wording.page_words import GAIN_HEADING, effects_left_out
 
 # Column of cells.csv → heading and how its values read; the order of the report's table.
@@ -115,7 +115,7 @@ def effects_table(effects: pd.DataFrame) -> Table:
     lines = []
     for row in rows(effects[~large & ~unknown]):
         estimate = ratio(row.estimate, row.lo, row.hi) if row.metric == LATENCY else signed_bytes(row.estimate)
-        p = f"{row.p_holm:.2g}" if is_number(row.p_holm) else ""
+        p = p_value(row.p_holm) if is_number(row.p_holm) else ""
         texts = [Entry(row.term, row.term), Entry(row.kind, row.kind), Entry(estimate, _key(row.estimate))]
         lines.append([*texts, Entry(p, _key(row.p_holm)), _text(row.verdict), _text(row.reason)])
     verdicts = effects.loc[large & ~unknown, "verdict"].value_counts(sort=False)

@@ -92,6 +92,14 @@ def percent(value: float) -> str:
     return f"{significant(100 * value, 2)} %"
 
 
+LEAST_P = 1e-16  # about the precision of a double; what is smaller says no more of the data
+
+
+def p_value(p: float) -> str:
+    """Probability with two significant digits, for example `0.032`; `< 1e-16` where it is smaller."""
+    return f"< {LEAST_P:g}" if p < LEAST_P else f"{p:.2g}"
+
+
 def duration_words(seconds_: float) -> str:
     """A length of time as one says it, for example `9 minutes`."""
     for unit, size_s, until in (("second", 1.0, 60), ("minute", 60.0, 90), ("hour", 3600.0, 36)):

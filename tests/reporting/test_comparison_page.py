@@ -62,15 +62,16 @@ def test_a_change_has_its_interval_and_what_is_unknown_a_dash(kind: str) -> None
         changed("speedup", "flash", "baseline", 1.5, 1.2, "slower"),
         changed("speedup", "mlp", "baseline", 1.5, 1.5, "tolerated"),
         ("speedup", "tie", "baseline", *PLACE, 1.5, 1.2, 0.8, NAN, NAN, NAN, "undecided", NAN, 0.0),
-        changed("latency", "flash", "", 0.010, 0.012, "slower"),
+        changed("latency", "flash", "", 0.010, 0.012, "slower", p=1e-40),
     )
     latency = table(["cell", "workload", "runtime", "a", "b"], ("flash", *PLACE, 0.010, 0.012))
     memory = table(["cell", "workload", "runtime", "a", "b", "ratio"], ("tie", *PLACE, 2.0**20, 2.0**21, 0.5))
     text = comparison_page(compared(changes=changes, latency=latency, memory=memory), "a → b", kind)
     rows = [re.findall(r"(?:<td>|\| )(.*?)(?=</td>| \|)", line) for line in text.splitlines()]
+    tiny = "&lt; 1e-16"
     assert ["flash", "baseline", *PLACE, "1.500×", "1.200×", "0.80× [0.78, 0.82]", "0.001", "slower"] in rows
     assert ["tie", "baseline", *PLACE, "1.500×", "1.200×", "0.8000×", "—", "undecided"] in rows
-    assert ["flash", *PLACE, "10.00", "12.00", "0.83× [0.82, 0.85]", "0.001", "slower"] in rows
+    assert ["flash", *PLACE, "10.00", "12.00", "0.83× [0.82, 0.85]", tiny, "slower"] in rows
     assert ["tie", *PLACE, "1.000", "2.000", "2.000×"] in rows
     assert not any("mlp" in row for row in rows)
     assert "3 compared: 1 slower, 0 faster, 1 shown to have lost less than 3 %, 1 undecided." in text

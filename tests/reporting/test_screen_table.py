@@ -52,6 +52,9 @@ def test_what_was_predicted_stands_beside_what_was_measured(screened_run: Run) -
     fitted, confirmation = (finding.detail for finding in found)
     assert isinstance(fitted, Fitted)
     assert (fitted.cells, fitted.every, fitted.matters) == (64, 512, False)
+    told = [sentence(replace(found[0], detail=replace(fitted, p=p, matters=p < 0.05))) for p in (0.25, 1e-40)]
+    assert "(p = 0.25)" in told[0]
+    assert "(p < 1e-16)" in told[1]
     assert isinstance(confirmation, BestCell)
     assert confirmation.missed == ("flash+tie+mlp+mask+norm",)
     assert confirmation.still_missed

@@ -86,6 +86,13 @@ def test_what_the_cells_do_not_tell_is_counted_not_listed(full_run: Run) -> None
     )
 
 
+def test_a_p_value_that_is_tiny_has_a_bound_and_still_sorts(full_run: Run) -> None:
+    effects = conditions(full_run)[0].select(full_run.effects).head(2)
+    table = effects_table(effects.assign(p_holm=[1e-114, 0.04]))
+    assert column(table, "p (Holm)") == ["< 1e-16", "0.04"]
+    assert [row[table.headings.index("p (Holm)")].key for row in table.rows] == [1e-114, 0.04]
+
+
 def test_the_reason_of_an_empty_effect_is_shown(full_run: Run) -> None:
     effects = conditions(full_run)[0].select(full_run.effects).head(1)
     table = effects_table(effects.assign(estimate=float("nan"), verdict="", reason="cell flash is missing"))

@@ -10,6 +10,7 @@ from qwen3bench.reporting.units import (
     interval_decimals,
     is_number,
     listing,
+    p_value,
     percent,
     ratio,
     seconds,
@@ -34,6 +35,14 @@ def test_seconds_take_the_unit_in_which_they_are_at_least_one(value: float, text
 )
 def test_memory_is_shown_in_binary_units(value: float, text: str) -> None:
     assert size(value) == text
+
+
+@pytest.mark.parametrize(
+    ("p", "text"),
+    [(1.0, "1"), (0.0317, "0.032"), (1e-4, "0.0001"), (3.2e-9, "3.2e-09"), (1e-114, "< 1e-16"), (0.0, "< 1e-16")],
+)
+def test_a_p_value_is_no_smaller_than_what_a_double_holds(p: float, text: str) -> None:
+    assert p_value(p) == text
 
 
 @pytest.mark.parametrize(

@@ -34,11 +34,13 @@ from qwen3bench.reporting.finding import (
 )
 from qwen3bench.reporting.lookup import AVERAGE, BASELINE
 from qwen3bench.reporting.units import (
+    LEAST_P,
     count,
     duration_words,
     interval_decimals,
     is_number,
     listing,
+    p_value,
     percent,
     ratio,
     seconds,
@@ -269,12 +271,11 @@ def _fitted(finding: Finding, fitted: Fitted) -> str:
     left = f"{100 * fitted.rms:.2g} % of a latency"
     if fitted.matters is None:
         return f"{text} Whether main effects and pairs describe them is not known: too few cells or blocks tell."
+    p = p_value(fitted.p) if fitted.p < LEAST_P else f"= {p_value(fitted.p)}"
     if fitted.matters:
-        text += (
-            f" Interactions of three switches matter: main effects and pairs leave {left} over (p = {fitted.p:.2g})."
-        )
+        text += f" Interactions of three switches matter: main effects and pairs leave {left} over (p {p})."
         return f"{text} The intervals hold what these may do."
-    return f"{text} Main effects and pairs describe them, and leave {left} over (p = {fitted.p:.2g})."
+    return f"{text} Main effects and pairs describe them, and leave {left} over (p {p})."
 
 
 def _confirmed(finding: Finding, found: BestCell) -> str:
