@@ -15,7 +15,7 @@ from qwen3bench.analysis.least_squares import Fit, Term, effect_regressors, fit_
 
 OTHERS_OFF, OTHERS_ON = "with the others off", "with the others on"
 TAKEN_FOR_NIL = "interactions of more than {} factors taken for nil"
-_WHOLE = 5  # factors; of more, fewer than all cells are a screen, and main effects and pairs its model
+WHOLE = 5  # factors; of more, fewer than all cells are a screen, and main effects and pairs its model
 _TINY = 1e-9  # what rounding leaves of a zero, relative
 
 
@@ -70,7 +70,7 @@ def contrasts(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> C
     none of the others, or else beside all of them, where these two cells are there, and the reason says which.
     """
     k = len(factors)
-    if k > _WHOLE and len(cells) < 2**k and _tells_pairs(fit_of(cells)):  # each alone, or all but each, tell none
+    if k > WHOLE and len(cells) < 2**k and _tells_pairs(fit_of(cells)):  # each alone, or all but each, tell none
         return _of_screen(factors, cells)
     terms = all_terms(k)
     if len(cells) == 2**k:

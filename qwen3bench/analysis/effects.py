@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from qwen3bench.analysis.contrasts import (
     TAKEN_FOR_NIL,
+    WHOLE,
     cell_label,
     contrasts,
     every_cell,
@@ -42,6 +43,8 @@ def effects(
     exact: bool = False,
 ) -> pd.DataFrame:
     """All effects, 2^k − 1 of a whole design, and the k Shapley shares of `value`, with intervals and verdicts.
+
+    Where cells are missing of more than five factors, interactions of three and more that cannot be told have no row.
 
     `samples`: long form, one 0/1 column per factor; several values of one cell in one block (a visit's
     repeats) count as their median; rows of a second copy of the baseline (`copy` = 1) do not count. Returns
@@ -196,7 +199,7 @@ class _Row:
 
 
 def _asked(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> list[_Row]:
-    """The rows of `effects`, told or not."""
+    """The rows of `effects`: main effects and pairs, told or not, and what else can be told."""
     k = len(factors)
     plan = contrasts(factors, cells)
     rows = [
@@ -207,6 +210,7 @@ def _asked(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> list
             None if np.isnan(row).any() else row,
         )
         for term, row, reason in zip(plan.terms, plan.matrix, plan.reasons, strict=True)
+        if k <= WHOLE or len(term) <= 2 or not np.isnan(row).any()
     ]
     if plan.aliased is not None:
         rows += [_Row(name, "aliased", "", row) for name, row in zip(plan.alias_names, plan.aliased, strict=True)]

@@ -244,6 +244,19 @@ def test_two_cells_that_differ_in_two_factors_tell_neither() -> None:
     assert table["reason"][0] == "too few cells, without a, b: it cannot be told from b"
 
 
+def test_of_many_factors_that_two_cells_cannot_tell_no_interactions_of_three_are_listed() -> None:
+    factors = "abcdef"
+    rng = np.random.default_rng(5)
+    rows = [
+        {"block": b, "latency_s": 1 + rng.normal() / 100, **dict.fromkeys(factors, on)}
+        for b in range(6)
+        for on in (0, 1)
+    ]
+    table = effects(pd.DataFrame(rows), list(factors), block="block")
+    assert table["kind"].value_counts().to_dict() == {"interaction": 15, "main": 6, "shapley": 6}
+    assert table["estimate"].isna().all()
+
+
 def test_least_squares_agrees_with_a_regression() -> None:
     rng = np.random.default_rng(6)
     cells = tuple(c for c in every_cell(4) if c not in {(1, 0, 0, 0), (0, 1, 1, 0), (1, 1, 1, 1)})
