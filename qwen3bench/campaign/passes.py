@@ -114,8 +114,6 @@ class Campaign:
         with self._progress.stage("loading the weights, building every cell", len(left)) as stage:
             self._lanes.on_first(left, partial(_loaded, stage))
         ahead_s = seconds_ahead(self._settings, time.monotonic() - started, self._state.prompt)
-        self._progress.expect(ahead_s)
-        self._progress.note(announcement(self._settings, ahead_s))
         here = self._settings.cluster is None
         timed_by_host = not self._cuda or "eager" in self._settings.runtimes
         for line in (
@@ -124,6 +122,7 @@ class Campaign:
         ):
             if line:
                 self._progress.note(line)
+        self._progress.measure(announcement(self._settings, ahead_s), ahead_s)
 
     def run(self) -> None:
         """All passes that are not done yet, after `check`. Every process has ended when it returns or raises.

@@ -46,15 +46,22 @@ class Reporter:
         self._doing = ""
         self._table: Sequence[str] = ()
         self._has_answer = False  # so that ending early leaves a report
-        self._untold: list[str] = []  # first answers that wait for their line
+        self._measures = False  # from its announcement to its end
+        self._facts: list[str] = []  # that wait for the next line
+        self._answers: list[str] = []  # first ones, that wait for it too; at the end the report has better ones
         self._table_due = 0.0
 
     @contextmanager
     def running(self) -> Iterator[Reporter]:
-        """Show progress until the run ends, however it ends."""
+        """Show progress until the run ends, however it ends; then the facts that still wait, in a line."""
         self._began = time.monotonic()
         if not self.console.is_terminal:
-            yield self
+            try:
+                yield self
+            finally:
+                self._measures = False
+                if self._facts:
+                    self._print(_joined(self._facts))
             return
         look = {"console": self.console, "refresh_per_second": _REFRESH_PER_S, "transient": True}
         with Live(get_renderable=self._shown, **look) as self._live:  # type: ignore[arg-type]
@@ -62,6 +69,13 @@ class Reporter:
                 yield self
             finally:
                 self._live = None
+
+    def measure(self, line: str, left_s: float) -> None:
+        """Measuring begins, `line` says of what, and takes about `left_s` seconds: from here on facts may wait."""
+        self.expect(left_s)
+        self.note(line)
+        self._measures = True
+        self._due = time.monotonic() + _QUIET_S
 
     @contextmanager
     def stage(self, title: str, total: int) -> Iterator[Stage]:
@@ -103,17 +117,27 @@ class Reporter:
         """There is a first answer; elsewhere than on a terminal the `line` that tells it, if any, when one is due."""
         self._has_answer = True
         if line and self._live is None:
-            self._untold.append(f"{line} ({_STOP})")
+            self._answers.append(line)
+
+    def note(self, text: str) -> None:
+        """A line that stays; while a run measures elsewhere than on a terminal, a part of the next line that is due."""
+        if self._live is None and self._measures:
+            self._facts.append(text)
+            self._say("")
+        else:
+            self._print(text)
 
     def _say(self, line: str) -> None:
-        """A line of progress where the output is no terminal and one is due, or a first answer in its place."""
+        """Where the output is no terminal and a line is due: one line of what waits, and of progress."""
         now = time.monotonic()
         if self._live is None and now >= self._due:
             self._due = now + _QUIET_S
-            self.note(self._untold.pop(0) if self._untold else line)
+            waiting = [*self._facts, *[f"{_joined(self._answers)} ({_STOP})"] * bool(self._answers)]
+            self._facts, self._answers = [], []
+            self._print(_joined([*waiting, line]) if waiting else line)
 
-    def note(self, text: str) -> None:
-        """A line that stays. Control characters are escaped: what a worker says must not steer the terminal."""
+    def _print(self, text: str) -> None:
+        """A line. Control characters are escaped: what a worker says must not steer the terminal."""
         plain = "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
         self.console.print(plain, markup=False)
 
@@ -135,6 +159,11 @@ class Reporter:
         for text in (doing, *texts):
             text.truncate(self.console.width, overflow="ellipsis")
         return Group(line, doing, *texts)
+
+
+def _joined(texts: Sequence[str]) -> str:
+    """Those that are not empty, as one line."""
+    return "; ".join(text.strip().removesuffix(".") for text in texts if text)
 
 
 def duration(seconds: float) -> str:

@@ -49,7 +49,7 @@ def titles_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def told(reporter: Reporter, title: str, total: int) -> AbstractContextManager[Stage]:
         if total:
-            reporter.note(title)
+            reporter.console.print(title, markup=False)
         return part(reporter, title, total)
 
     monkeypatch.setattr(Reporter, "part", told)

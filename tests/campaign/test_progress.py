@@ -7,8 +7,11 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,8 @@ from qwen3bench.campaign.live_effects import LiveEffects, estimates
 from qwen3bench.campaign.progress import Reporter
 from qwen3bench.campaign.state import Place, RunState
 from qwen3bench.config.cli import compose
-from qwen3bench.record.lines import PromptLine, SampleLine
+from qwen3bench.record.lines import EndLine, PromptLine, SampleLine
+from qwen3bench.record.reader import read_record
 from qwen3bench.record.states import CellStatus
 
 ROOT = Path(__file__).parents[2]
@@ -99,23 +103,82 @@ def test_elsewhere_no_table_is_made() -> None:
         reporter.table(lambda _: pytest.fail("a table was made"))
 
 
+def test_while_it_measures_facts_wait_for_the_line_that_is_due(clock: Clock) -> None:
+    out = io.StringIO()
+    reporter = Reporter(Console(file=out, soft_wrap=True))
+    at: list[tuple[float, str]] = []
+
+    def look() -> None:
+        said = out.getvalue().splitlines()
+        at.extend((clock.now, line) for line in said[len(at) :])
+
+    with reporter.running():
+        reporter.note("the machine is busy")
+        reporter.note("the prompt has 16 tokens")
+        reporter.measure("measuring 4 cells", 200.0)
+        with reporter.stage("timing", 9) as stage:
+            for clock.now in range(95):
+                look()
+                if clock.now == 1:
+                    reporter.note("norm changes nothing.")
+                if clock.now in (33, 34, 91):
+                    reporter.note(f"block {clock.now}: again")
+                if clock.now in (29, 30, 60, 93):
+                    stage.step(f"at {clock.now}")
+                look()
+        clock.now = 94.5
+    look()
+    assert at == [
+        (0, "the machine is busy"),
+        (0, "the prompt has 16 tokens"),
+        (0, "measuring 4 cells"),
+        (30, "norm changes nothing; timing, 1 of 9 (at 30), about 3 min left"),
+        (60, "block 33: again; block 34: again; timing, 2 of 9 (at 60), about 2 min left"),
+        (91, "block 91: again"),
+    ]
+
+
+@pytest.mark.parametrize("ends", [None, KeyboardInterrupt])
+def test_facts_that_still_wait_are_told_when_the_run_ends(clock: Clock, ends: type[BaseException] | None) -> None:
+    out = io.StringIO()
+    reporter = Reporter(Console(file=out, soft_wrap=True))
+    with suppress(KeyboardInterrupt), reporter.running():
+        reporter.measure("measuring 4 cells", 20.0)
+        reporter.note("flash: crashed")
+        reporter.first_answer("prefill eager, first effects: tie 1.2×")
+        reporter.note("tie: oom")
+        assert out.getvalue() == "measuring 4 cells\n"
+        if ends:
+            raise ends
+    reporter.note("Ctrl-C again")
+    assert out.getvalue().splitlines() == ["measuring 4 cells", "flash: crashed; tie: oom", "Ctrl-C again"]
+
+
 @pytest.mark.slow
 def test_a_whole_run_says_a_line_in_thirty_seconds(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "qwen3bench", "model=tiny", "measure=quick", "design=full", "run.dir=here"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    lines = done.stderr.splitlines()
-    assert len([line for line in lines if line.startswith("measuring 32 cells (prefill, decode; eager) to tell")]) == 1
-    seconds = {"s": 1, "min": 60}[lines[-1].split()[-1]] * (1 + int(lines[-1].split()[1]))
-    facts = ("measuring 32 cells", "the prompt has", "this machine is busy", "norm changes nothing", "took ")
-    targets = ("prefill eager: ", "decode eager: ")
-    progress = [line for line in lines if not line.startswith(facts + targets)]
-    assert len(progress) <= 1 + seconds / 30
+    command = [sys.executable, "-m", "qwen3bench", "model=tiny", "measure=quick", "design=full", "run.dir=here"]
+    with (
+        (tmp_path / "out").open("w") as out,
+        subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            cwd=tmp_path,
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as running,
+    ):
+        assert running.stderr is not None
+        said = [(time.time(), line) for line in running.stderr]
+    assert running.returncode == 0
+    texts = [line for _, line in said]
+    (begins,) = [i for i, line in enumerate(texts) if line.startswith("measuring 32 cells (prefill, decode; eager)")]
+    (end,) = read_record(tmp_path / "here").of(EndLine)
+    times = [at for at, _ in said[begins:]]
+    while_it_measures = [at for at in times if at <= end.time]
+    assert all(later - before > 29.5 for before, later in pairwise(while_it_measures)), said  # a pipe has a delay
+    assert len(times) - len(while_it_measures) <= 3, said  # that it analyzes, what still waited, how long it took
+    assert sum("norm changes nothing that runs" in line for line in texts) == 1
 
 
 # On a terminal
@@ -130,6 +193,15 @@ def sent(console: Console) -> str:
     """What the console's terminal was sent."""
     assert isinstance(console.file, io.StringIO)
     return pieces(console.file.getvalue())
+
+
+def test_a_fact_stands_above_the_bar_at_once(clock: Clock, terminal: Console) -> None:
+    reporter = Reporter(terminal)
+    with reporter.running():
+        reporter.measure("measuring 4 cells", 20.0)
+        reporter.note("flash: crashed")
+        assert "flash: crashed" in sent(terminal)
+    assert sent(terminal).count("flash: crashed") == 1
 
 
 def test_one_bar_stands_over_the_whole_run_with_the_time_left(clock: Clock, terminal: Console) -> None:
@@ -319,9 +391,9 @@ def test_a_run_on_a_terminal_shows_its_effects_and_keeps_no_line_of_progress(
 # The first answer
 
 
-def test_the_first_effects_take_the_place_of_a_step(clock: Clock) -> None:
+def test_the_first_effects_come_with_a_step(clock: Clock) -> None:
     out = io.StringIO()
-    reporter = Reporter(Console(file=out))
+    reporter = Reporter(Console(file=out, soft_wrap=True))
     with reporter.stage("timing", 4) as stage:
         reporter.first_answer("prefill eager, first effects: flash 1.2×")
         reporter.first_answer("decode eager, first effects: flash 1.1×")
@@ -329,8 +401,9 @@ def test_the_first_effects_take_the_place_of_a_step(clock: Clock) -> None:
             stage.step("a block")
     assert out.getvalue().splitlines() == [
         "timing",
-        "prefill eager, first effects: flash 1.2× (Ctrl-C: stop and report)",
-        "decode eager, first effects: flash 1.1× (Ctrl-C: stop and report)",
+        "prefill eager, first effects: flash 1.2×; "
+        "decode eager, first effects: flash 1.1× (Ctrl-C: stop and report); timing, 3 of 4 (a block)",
+        "  timing, 6 of 4 (a block)",
         "  timing, 9 of 4 (a block)",
     ]
 
