@@ -104,7 +104,9 @@ def seconds_ahead(settings: Settings, build_s: float, prompt: PromptLine | None 
 
 def _of_forwards_s(settings: Settings, prompt: PromptLine) -> float:
     """What the forwards of all cells take on a CPU: what building a cell tells nothing of."""
-    short_s, prefill_s = (prompt.forward_s[key] for key in (min(prompt.forward_s, key=int), str(prompt.prompt_tokens)))
+    forward_s = {int(tokens): seconds for tokens, seconds in prompt.forward_s.items()}
+    short_s = min(forward_s.values())  # a shorter prompt that took longer was disturbed
+    prefill_s = min(seconds for tokens, seconds in forward_s.items() if tokens >= prompt.prompt_tokens)
     token_s = _TOKEN * short_s
     each_s = {"prefill": prefill_s, "decode": token_s, "train": _TRAIN * prefill_s}
     once_s = sum(each_s.get(name, prefill_s + sizes.new_tokens * token_s) for name, sizes in settings.workloads.items())

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -23,6 +23,8 @@ from qwen3bench.record.messages import Pace
 MIN_VALUE_S = 1e-3  # 1,000 × the resolution of a CUDA event (about 0.5 µs to 1 µs), 10,000 × the host clock's
 VISIT_S = 20e-3  # what one visit's timed values fill, about: then blocks tell more than further values do
 LONG_S = 0.1  # of a launch on a CPU: it has filled the caches within a few ms, so it needs none before it
+AGREE = 1.2  # times: a forward on an idle CPU scatters by less, and beside other work by more
+MOST_S = 5.0  # of values that do not agree; a model that is so slow gets one
 MAX_REPEATS = 30  # more than these tell less than another block does
 
 
@@ -32,6 +34,20 @@ class TimedValue:
 
     latency_s: float
     steps_s: tuple[float, ...] = ()
+
+
+def least_s(values: Iterable[TimedValue]) -> float:
+    """The quickest of some values in seconds, as others only slow them; no more are timed than tell it.
+
+    These are enough once the two quickest agree, or once they took `MOST_S`.
+    """
+    taken: list[float] = []
+    for value in values:
+        taken.append(value.latency_s)
+        least = sorted(taken)[:2]
+        if sum(taken) >= MOST_S or (len(least) == 2 and least[1] <= AGREE * least[0]):
+            break
+    return min(taken)
 
 
 def inner_repeats(estimate_s: float, min_value_s: float = MIN_VALUE_S) -> int:

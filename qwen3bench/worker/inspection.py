@@ -22,7 +22,7 @@ from qwen3bench.record.messages import (
     PeakMemory,
 )
 from qwen3bench.worker.ceilings import measure_ceilings
-from qwen3bench.worker.clock import time_host
+from qwen3bench.worker.clock import least_s, time_host
 from qwen3bench.worker.compile_counters import forget_compilations
 from qwen3bench.worker.costs import cell_cost
 from qwen3bench.worker.evidence import COMPARED, collect
@@ -35,7 +35,7 @@ from qwen3bench.worker.workloads import Workload, keeping_output
 # By the bytes of a number: compiled, a model of 28 layers in bfloat16 rounds otherwise by some 0.01 of its logits. That
 # it is the same function is the gate's to say, in eager; this says that it is that forward which is launched.
 LAUNCH_ERROR = {8: 1e-6, 4: 1e-3, 2: 0.1}
-_FORWARDS = 2  # timed, behind one that is not
+_FORWARDS = 6  # timed at most, behind one that is not; two where they agree
 _EAGER_PASSES = 3  # a median of three leaves out one that was held up
 
 
@@ -166,7 +166,7 @@ class Inspection:
         batch = max(sizes.batch_size for sizes in self.session.settings.workloads.values())
         prompt = torch.zeros(batch, min(prompt_tokens, config.context_length), dtype=torch.long, device=device)
         times = time_host([lambda: model(prompt)], Pace(inner=1, repeats=_FORWARDS), self.session.synchronize)
-        return ForwardTime(seconds=min(value.latency_s for value in times))
+        return ForwardTime(seconds=least_s(times))
 
     def ceilings(self) -> Ceilings:
         """What the device reaches: a large copy and a large matrix product."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qwen3bench.record.messages import Pace
-from qwen3bench.worker.clock import MIN_VALUE_S, inner_repeats, time_device, time_host
+from qwen3bench.worker.clock import MIN_VALUE_S, TimedValue, inner_repeats, least_s, time_device, time_host
 
 
 class FakeClock:
@@ -80,6 +80,25 @@ def test_a_value_is_a_thousand_times_the_resolution(estimate_s: float) -> None:
     assert inner * max(estimate_s, 1e-9) >= MIN_VALUE_S * (1 - 1e-9)
     assert inner == 1 or (inner - 1) * max(estimate_s, 1e-9) < MIN_VALUE_S
     assert time.get_clock_info("perf_counter").resolution <= MIN_VALUE_S / 1000
+
+
+@pytest.mark.parametrize(
+    ("values", "least", "taken"),
+    [
+        ((0.40, 0.41, 9.0), 0.40, 2),
+        ((2.8, 0.40, 0.41, 9.0), 0.40, 3),  # the first was disturbed
+        ((0.9, 1.4, 0.40, 0.55, 0.42), 0.40, 5),
+        ((6.0, 0.40), 6.0, 1),  # too slow to be timed twice
+        ((2.8, 1.9, 0.40, 0.41), 0.40, 3),
+        ((0.9, 0.5), 0.5, 2),  # there are no more
+    ],
+)
+def test_the_quickest_counts_and_no_more_are_timed_than_tell_it(
+    values: tuple[float, ...], least: float, taken: int
+) -> None:
+    left = (TimedValue(value) for value in values)
+    assert least_s(left) == least
+    assert len([*left]) == len(values) - taken
 
 
 def test_the_clock_is_monotonic_whatever_the_wall_clock_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from qwen3bench.model.compiled import Region
 from qwen3bench.opt import norm
 from qwen3bench.record.messages import CellFailure
 from qwen3bench.worker import inspection
+from qwen3bench.worker.clock import TimedValue
 from qwen3bench.worker.compile_counters import compiled_graphs
 from qwen3bench.worker.inspection import Warm, error_against_eager
 from qwen3bench.worker.serve import Worker
@@ -32,6 +34,13 @@ def test_parameters_and_costs_are_the_models(opened: Ask) -> None:
     assert plain.num_unique_parameters == tied.num_unique_parameters == tied.num_parameters
     assert plain.parameter_bytes == 4 * plain.num_parameters
     assert opened("cost", cell="tie", workload="prefill").flops > 0
+
+
+def test_a_disturbed_forward_does_not_tell_how_long_one_takes(opened: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them neither, where they do not agree."""
+    times = (TimedValue(value) for value in (2.8, 1.9, 0.4, 0.41))
+    monkeypatch.setattr(inspection, "time_host", lambda launches, pace, synchronize: islice(times, pace.repeats))
+    assert opened("forward", prompt_tokens=8).seconds == 0.4
 
 
 def test_a_true_cell_passes_the_gate(opened: Ask) -> None:
