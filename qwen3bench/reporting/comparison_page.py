@@ -46,10 +46,10 @@ def comparison_page(comparison: Comparison, title: str, kind: str) -> str:
 
 
 def _parts(comparison: Comparison) -> Iterator[Part]:
+    yield Part("Verdict", headline(comparison), (*warned(comparison), *verdict_lines(comparison)))
     settings: dict[str, Show] = {"key": str, "a": _value, "b": _value}
     for title, table in (("Configuration", comparison.config), ("Environment", comparison.environment)):
         yield _part(title, "" if len(table) else NO_DIFFERENCE, table, settings)
-    yield Part("Verdict", headline(comparison), (*warned(comparison), *verdict_lines(comparison)))
     if comparison.only:
         yield Part("Not in both", "; ".join(comparison.only) + ".")
     if len(comparison.status):

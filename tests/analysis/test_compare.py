@@ -268,7 +268,9 @@ def test_the_recipe_for_ci_asks_what_can_be_asked(monkeypatch: pytest.MonkeyPatc
     assert main(options) == 1  # no such runs, and nothing else to complain of
 
 
-def test_differences_of_settings_come_first(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verdict_comes_first_then_differences_of_settings(
+    write_run: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
     a = write_run("a", config={"batch_size": 1, "run": {"dir": "a"}})
     b = write_run("b", config={"batch_size": 8, "run": {"dir": "b"}})
     (a / "environment.json").write_text('{"torch": "2.11", "cuda": {"driver": "570"}, "affinity": [0, 1]}')
@@ -279,7 +281,7 @@ def test_differences_of_settings_come_first(write_run: Write, capsys: pytest.Cap
     assert "| torch | 2.11 | 2.13 |" in section(text, "Environment")
     assert "| affinity | [0, 1] | [0] |" in section(text, "Environment")
     assert "driver" not in text
-    titles = ("Configuration", "Environment", "Verdict", "Effects", "Ratios within a run", "Latency")
+    titles = ("Verdict", "Configuration", "Environment", "Effects", "Ratios within a run", "Latency")
     order = [text.index(f"## {t}") for t in titles]
     assert order == sorted(order)
 

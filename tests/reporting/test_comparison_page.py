@@ -49,7 +49,7 @@ def verdict(comparison: Comparison) -> str:
 def test_what_is_the_same_is_said_without_a_table(kind: str) -> None:
     text = comparison_page(compared(), "a → b", kind)
     found = re.findall(r"^(?:## |<h2>)(\w[\w ]*)", text, flags=re.M)
-    assert found == ["Configuration", "Environment", "Verdict", "Effects", "Ratios within a run", "Latency"]
+    assert found == ["Verdict", "Configuration", "Environment", "Effects", "Ratios within a run", "Latency"]
     assert text.count("No difference.") == 2
     assert "|" not in text
     assert "<table" not in text
