@@ -45,11 +45,13 @@ def use_config_dir(directory: str | Path | None) -> None:
     """Offer the choices of this folder, laid out as configs/, besides those of configs/ itself; of none where None.
 
     What its files name is imported from wherever Python looks, and then from the current directory and from beside the
-    folder. Raises `UserError` where there is no such folder.
+    folder. Raises `UserError` where there is no such folder, and where it holds no choice of any group.
     """
     found = None if directory is None else Path(directory).expanduser().absolute()
     if found and not found.is_dir():
         raise UserError(f"--config-dir: there is no folder {str(directory)!r}; name one that is laid out as configs/")
+    if found and not any(_files(found, group) for group in (*SEVERAL, *SINGLE)):
+        raise UserError(f"--config-dir: {str(found)!r} has no opt/NAME.yaml; write one for each switch of your own")
     if found:
         import_from(str(Path.cwd()), str(found.parent))
     if found != own_config_dir():

@@ -115,6 +115,23 @@ def test_a_folder_that_is_not_there_is_the_users_error() -> None:
         compose(["--config-dir", "nowhere"])
 
 
+@pytest.mark.parametrize("place", ["elsewhere", "lab", "lab/own/opt", "lab/mypackage"])
+def test_a_folder_that_holds_no_choice_is_told_what_it_needs(own: Path, place: str) -> None:
+    folder = own.parents[1] / place
+    (own.parent / "mypackage" / "opt").mkdir()  # without a file
+    with pytest.raises(UserError) as told:
+        compose([f"--config-dir={folder}", "+opt=mine"])
+    assert str(told.value) == (
+        f"--config-dir: {str(folder)!r} has no opt/NAME.yaml; write one for each switch of your own"
+    )
+
+
+def test_a_folder_may_hold_choices_of_another_group_alone(own: Path) -> None:
+    (own / "opt").rename(own / "model")
+    (own / "model" / "mine.yaml").write_text((Path(__file__).parents[2] / "configs/model/tiny.yaml").read_text())
+    assert compose([f"--config-dir={own}", "model=mine"]).model.num_layers == 2
+
+
 # What it is hashed by
 
 
