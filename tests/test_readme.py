@@ -236,7 +236,7 @@ def test_the_readme_is_read_in_one_minute() -> None:
     assert len(before.split()) <= 60
     alt, _, after = after.partition("](")
     assert alt
-    assert after.partition(")")[0] == "results/reference/h100-ablate-1x2048/plots/effects-by-condition.svg"
+    assert after.partition(")")[0] == "results/reference/h200-ablate-1x2048/plots/effects-by-condition.svg"
 
 
 def test_a_line_of_the_readme_holds_one_interval_at_most() -> None:
@@ -255,7 +255,7 @@ def test_the_shown_output_is_what_the_run_prints(
     (shown,) = fences(block.strip() + "\n", "text")
     assert len(shown.splitlines()) == 10
     run = tmp_path / "run"
-    shutil.copytree(ROOT / "results" / "reference" / "h100-ablate-1x2048", run)
+    shutil.copytree(ROOT / "results" / "reference" / "h200-ablate-1x2048", run)
     assert report.main([str(run)]) == 0
     printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     start = printed.index(shown.splitlines()[0])

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "results" / "reference"
 RUNS = sorted(path for path in REFERENCE.iterdir() if path.is_dir())
 RECORDS = sorted(REFERENCE.rglob("samples.jsonl.xz"))
-SHOWN = {"h100-ablate-1x2048", "h100-regimes"}  # the runs whose pages README shows
+SHOWN = {"h200-ablate-1x2048", "h100-regimes"}  # the runs whose pages README shows
 MB = 10**6
 
 
