@@ -45,6 +45,15 @@ def idle_switches(evidence_by_cell: Mapping[str, Evidence]) -> dict[str, int]:
     return {factor: len(alike) for factor, alike in pairs.items() if all(alike)}
 
 
+def by_switch(idle: Mapping[str, Mapping[str, int]]) -> dict[tuple[str, int], list[str]]:
+    """The conditions in which a switch changes nothing in so many pairs of cells; `idle`: switches by condition."""
+    places: dict[tuple[str, int], list[str]] = {}
+    for condition, switches in idle.items():
+        for told in switches.items():
+            places.setdefault(told, []).append(condition)
+    return places
+
+
 def _same_work(one: Evidence, other: Evidence) -> bool:
     return (one.kernels, one.attention_backend, one.tied_storage) == (
         other.kernels,

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from qwen3bench.analysis.effective import PARTLY_SEEN, idle_switches
+from qwen3bench.analysis.effective import PARTLY_SEEN, by_switch, idle_switches
 from qwen3bench.campaign.blocks import Blocks
 from qwen3bench.campaign.confirmation import Confirmation
 from qwen3bench.campaign.context import RunContext
@@ -321,12 +321,12 @@ class Campaign:
         """Say which switches change nothing that runs, before time is spent on them."""
         if self._context.chosen is not None:  # other cells of a run that has told it
             return
-        idle: dict[tuple[str, int], list[str]] = {}
-        for (workload, runtime), seen in self._state.evidence.items():
-            if workload not in PARTLY_SEEN:
-                for told in idle_switches(seen).items():
-                    idle.setdefault(told, []).append(f"{workload} {runtime}")
-        for (name, pairs), conditions in idle.items():
+        idle = {
+            f"{workload} {runtime}": idle_switches(seen)
+            for (workload, runtime), seen in self._state.evidence.items()
+            if workload not in PARTLY_SEEN
+        }
+        for (name, pairs), conditions in by_switch(idle).items():
             self._progress.note(idle_words(name, ", ".join(conditions), pairs))
 
     def _take(self, title: str, steps: Iterable[Request[Any]]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
+from qwen3bench.analysis.effective import by_switch
 from qwen3bench.analysis.frames import BlockMatrix, analysis_setting, block_matrix
 from qwen3bench.config.choices import five
 from qwen3bench.record.states import CellStatus, Verdict
@@ -282,10 +283,11 @@ def failures(run: Run) -> Iterator[Finding]:
 
 
 def idle(run: Run) -> Iterator[Finding]:
-    """Switches that change nothing that runs."""
-    for condition in conditions(run):
-        for name, pairs in run.idle.get((condition.workload, condition.runtime), {}).items():
-            yield Finding(Kind.IDLE, name, str(condition), detail=Idle(pairs))
+    """Switches that change nothing that runs, each once with its conditions."""
+    found = run.idle
+    switches = {str(each): found.get((each.workload, each.runtime), {}) for each in conditions(run)}
+    for (name, pairs), places in by_switch(switches).items():
+        yield Finding(Kind.IDLE, name, ", ".join(places), detail=Idle(pairs))
 
 
 def missing(run: Run) -> Iterator[Finding]:

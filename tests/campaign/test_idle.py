@@ -15,7 +15,10 @@ Measure = Callable[..., Any]
 FULL = ("design=full", "opt=tie,mask")
 SEEN = {"does": "answer", "op": "evidence"}
 SAME = {**SEEN, "fields": {"output": "a"}}  # tie is seen all the same, by what it stores
-SAID = "mask changes nothing that runs (prefill eager): same kernels and output as without it, in both pairs of cells"
+SAID = (
+    "mask changes nothing that runs (prefill eager). "
+    "With it and without it the same kernels run and the output is the same, in both pairs of cells"
+)
 
 
 def idle(done: Any) -> list[str]:
@@ -29,7 +32,7 @@ def test_it_is_told_while_it_runs_and_in_the_report(measure: Measure) -> None:
     assert done.err.count(SAID) == 1
     assert "tie changes nothing" not in done.err
     (said,) = idle(done)
-    assert said.startswith("mask changes nothing that runs (prefill 1×16 eager): same kernels and output as without it")
+    assert said.startswith("mask changes nothing that runs (prefill 1×16 eager). With it and without it the same")
     assert "mask changes nothing that runs" in (done.directory / "report.md").read_text(encoding="utf-8")
 
 

@@ -25,6 +25,7 @@ from qwen3bench.reporting.finding import (
     ControlOutcome,
     Failed,
     Finding,
+    Idle,
     Kind,
     Lack,
     Level,
@@ -454,6 +455,28 @@ def test_a_recommended_cell_is_faster_than_both_copies_of_the_baseline(small_run
     assert choice(only(slow, Kind.ANSWER)).none == NoAnswer.NOTHING_FASTER
     fast = replace(slow, controls=replace(small_run.controls, aa=aa.assign(ratio=1.06, lo=0.96, hi=1.17)))
     assert choice(only(fast, Kind.ANSWER)).none is None
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_a_switch_that_changes_nothing_is_named_once_with_all_its_conditions(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run], everywhere: bool
+) -> None:
+    factors = ("flash", "tie", "norm")
+    lines = record_lines(factors, workloads=("prefill", "decode"), runtimes=("graph", "eager"), memory=False)
+    lines = [line | {"output": "a"} if line["type"] == "evidence" else line for line in lines]
+    if not everywhere:  # of the four pairs of cells in decode two are left
+        lines = [
+            line
+            for line in lines
+            if not (line["type"] == "evidence" and line["workload"] == "decode" and "tie" in line["cell"])
+        ]
+    found = of_kind(findings(run_of(lines)), Kind.IDLE)
+    prefill, decode = (f"{workload} 1×512 graph, {workload} 1×512 eager" for workload in ("prefill", "decode"))
+    assert [(finding.subject, finding.condition, finding.detail) for finding in found] == (
+        [("norm", f"{prefill}, {decode}", Idle(4))]
+        if everywhere
+        else [("norm", prefill, Idle(4)), ("norm", decode, Idle(2))]
+    )
 
 
 def limited(run: Run, gib: float) -> Run:

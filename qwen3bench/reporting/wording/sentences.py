@@ -301,7 +301,8 @@ IDLE_MEANS = "Any effect on its latency is noise, or what its Python code costs 
 def idle_words(name: str, condition: str, pairs: int) -> str:
     """That a switch changes nothing that runs, as was seen in so many pairs of cells."""
     seen = {1: "the only pair", 2: "both pairs"}.get(pairs, f"all {pairs} pairs")
-    return f"{name} changes nothing that runs ({condition}): same kernels and output as without it, in {seen} of cells."
+    same = f"With it and without it the same kernels run and the output is the same, in {seen} of cells."
+    return f"{name} changes nothing that runs ({condition}). {same}"
 
 
 # Pairs, what is open
