@@ -49,6 +49,21 @@ def forwards(size: WorkloadSize) -> list[ForwardShape]:
     return [ForwardShape(n, 0, 1)] + [ForwardShape(1, n + i, 1) for i in range(size.new_tokens - 1)]
 
 
+def least_resident_bytes(config: ModelConfig, size: WorkloadSize, dtype_bytes: int) -> int:
+    """Bytes of memory that the baseline needs for a workload beside its weights, at the least.
+
+    Its KV cache, and of one forward what is largest: the scores of a block with their softmax, or the logits.
+    """
+    n = size.prompt_tokens
+    shapes = [*forwards(size), *([ForwardShape(n, 0, 1)] if size.cache_capacity else [])]  # which fills the cache
+    largest = max(
+        max(2 * config.num_heads * each.queries * (each.start + each.queries), each.logits * config.vocab_size)
+        for each in shapes
+    )
+    cache = config.num_layers * 2 * config.num_kv_heads * config.head_dim * size.cache_capacity
+    return dtype_bytes * size.batch_size * (largest + cache)
+
+
 def causal_pairs(queries: int, start: int) -> int:
     """Pairs of a query and a key that it may attend, in one head: t·(t + 1)/2 where nothing is cached."""
     return queries * start + queries * (queries + 1) // 2

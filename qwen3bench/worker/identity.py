@@ -11,18 +11,22 @@ from qwen3bench.model.weights import judge_weights, weights_fingerprint
 from qwen3bench.record.environment import TorchFacts, environment, fingerprint, system_device_name
 from qwen3bench.record.host import Host, available_memory_bytes
 from qwen3bench.record.messages import Identity
+from qwen3bench.worker.host_room import refuse_beyond_host
 
 
 def identify(settings: Settings) -> Identity:
     """The `environment` of a run, and the `fingerprint` that must not change when it is continued.
 
-    Raises `UserError` where there is no such device, or the weights cannot be read or are larger than its memory.
+    Raises `UserError` where there is no such device, the weights cannot be read or are larger than its memory, or a
+    workload is larger than the host's.
     """
     facts, host = torch_facts(settings.device), Host.here()
     found = environment(settings.device, facts, host)
     on_card = settings.device.startswith("cuda")
     memory_bytes = found["device_memory_bytes"] if on_card else available_memory_bytes()
     judge_weights(settings.weights, settings.model, getattr(torch, settings.dtype), memory_bytes)  # sooner than hashed
+    if settings.device == "cpu":  # of a card the memory pass tells, cell by cell
+        refuse_beyond_host(settings, memory_bytes)
     weights = weights_fingerprint(settings.weights, settings.seed)
     own = own_code(settings.opts)
     return Identity(

@@ -10,6 +10,7 @@ import torch
 
 from qwen3bench.model.decoder import Decoder
 from qwen3bench.record.design import BASELINE, cell_of, is_peer
+from qwen3bench.record.host import available_memory_bytes
 from qwen3bench.record.messages import (
     Ceilings,
     Cost,
@@ -26,11 +27,12 @@ from qwen3bench.worker.clock import least_s, time_host
 from qwen3bench.worker.compile_counters import forget_compilations
 from qwen3bench.worker.costs import cell_cost
 from qwen3bench.worker.evidence import COMPARED, collect
+from qwen3bench.worker.host_room import fits_host
 from qwen3bench.worker.peers import gradients_of_peer, judge_peer
 from qwen3bench.worker.runtimes import InvalidCell, Launch, PreparedStep
 from qwen3bench.worker.session import Session
 from qwen3bench.worker.training_inspection import training_evidence, training_memory
-from qwen3bench.worker.workloads import Workload, keeping_output
+from qwen3bench.worker.workloads import Workload, WorkloadSize, keeping_output
 
 # By the bytes of a number: compiled, a model of 28 layers in bfloat16 rounds otherwise by some 0.01 of its logits. That
 # it is the same function is the gate's to say, in eager; this says that it is that forward which is launched.
@@ -160,11 +162,17 @@ class Inspection:
         return EagerTime(eager_s=statistics.median(value.latency_s for value in values))
 
     def forward(self, prompt_tokens: int) -> ForwardTime:
-        """How long the baseline's prefill of so many tokens takes: the quickest of some, as others only slow it."""
+        """How long the baseline's prefill of so many tokens takes: the quickest of some, as others only slow it.
+
+        Raises `MemoryError` where a run over it would not fit this host.
+        """
         model = self.session.on_bank(BASELINE)
         config, device = model.config, self.session.device
         batch = max(sizes.batch_size for sizes in self.session.settings.workloads.values())
-        prompt = torch.zeros(batch, min(prompt_tokens, config.context_length), dtype=torch.long, device=device)
+        size = WorkloadSize("prefill", batch, min(prompt_tokens, config.context_length), 0)
+        if device.type == "cpu" and not fits_host(self.session.settings, size, available_memory_bytes()):
+            raise MemoryError(f"{batch:,} × {size.prompt_tokens} tokens do not fit the memory here")
+        prompt = torch.zeros(batch, size.prompt_tokens, dtype=torch.long, device=device)
         times = time_host([lambda: model(prompt)], Pace(inner=1, repeats=_FORWARDS), self.session.synchronize)
         return ForwardTime(seconds=least_s(times))
 

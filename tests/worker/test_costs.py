@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.model.build import build_model
 from qwen3bench.record.messages import Cost
-from qwen3bench.worker.costs import causal_pairs, cell_cost, forward_flops, forwards
+from qwen3bench.worker.costs import causal_pairs, cell_cost, forward_flops, forwards, least_resident_bytes
 from qwen3bench.worker.workloads import Workload, WorkloadSize
 
 SMALL = ModelConfig(
@@ -38,6 +41,29 @@ def test_flops_are_those_that_pytorch_counts(size: WorkloadSize) -> None:
     ours = [forward_flops(SMALL, size.batch_size, t, t * (start + t), logits) for t, start, logits in forwards(size)]
     assert len(ours) == len(steps)
     assert counter.get_total_flops() == sum(ours)
+
+
+class Softmaxes(TorchDispatchMode):
+    """The bytes of the largest softmax's input and output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if "softmax" in str(func):
+            self.largest = max(self.largest, args[0].nbytes + result.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("size", [*SIZES, WorkloadSize("prefill", 2, 60, 0)], ids=[*IDS, "long"])
+def test_the_least_memory_is_that_of_tensors_that_exist(size: WorkloadSize) -> None:
+    model = build_model(SMALL)
+    with Softmaxes() as seen, torch.inference_mode():
+        workload = Workload(size, model)
+        logits = max(step().nbytes for step in workload.steps(model))
+    assert least_resident_bytes(SMALL, size, 4) == max(seen.largest, logits) + workload.cache_bytes
 
 
 @pytest.mark.parametrize("size", SIZES, ids=IDS)

@@ -38,6 +38,24 @@ def test_weights_beyond_memory_are_refused_before_they_are_hashed(
         identify(small_settings().resolved("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "mend"),
+    [
+        (("batch_size=1000000", "prompt_tokens=16"), "batch_size=5086 fits"),
+        (("prompt_tokens=20000", "model.context_length=32768"), "batch_size=1 prompt_tokens=1250 fits"),
+        (("batch_size=1000000", "prompt_tokens=16", "workload=decode"), "batch_size=9864 fits"),
+    ],
+)
+def test_a_workload_beyond_the_hosts_memory_is_refused_with_the_size_that_fits(
+    small_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], mend: str
+) -> None:
+    monkeypatch.setattr("qwen3bench.worker.identity.available_memory_bytes", lambda: 2_000_000_000)
+    with pytest.raises(UserError, match=rf"needs at least .* GB with tiny, and the memory here has 2\.0 GB; {mend}$"):
+        identify(small_settings(*overrides).resolved("cpu"))
+    said = dict(word.split("=") for word in mend.split() if "=" in word)
+    assert identify(small_settings(*overrides, *(f"{name}={value}" for name, value in said.items())).resolved("cpu"))
+
+
 def test_unknown_card_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(UserError, match="device=cuda:9: PyTorch finds no such card"):

@@ -43,6 +43,13 @@ def test_a_disturbed_forward_does_not_tell_how_long_one_takes(opened: Ask, monke
     assert opened("forward", prompt_tokens=8).seconds == 0.4
 
 
+def test_a_forward_beyond_the_hosts_memory_is_not_tried(opened: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspection, "available_memory_bytes", lambda: 100_000)
+    with pytest.raises(CellFailure, match="1 × 8 tokens do not fit the memory here") as found:
+        opened("forward", prompt_tokens=8)
+    assert found.value.status == "oom"
+
+
 def test_a_true_cell_passes_the_gate(opened: Ask) -> None:
     verdict = opened("verify", cell="flash+tie")
     assert verdict.equivalent is True
