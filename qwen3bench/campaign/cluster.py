@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -236,7 +237,7 @@ def _joined(address: str) -> Iterator[Any]:
             host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), _CONNECT_S).close()
         with _signals_kept():
-            ray.init(address=address, log_to_driver=False, configure_logging=False, **own)
+            joined: Any = ray.init(address=address, log_to_driver=False, configure_logging=False, **own)
     except (OSError, OverflowError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         ray.shutdown()
         raise Refused(
@@ -247,6 +248,16 @@ def _joined(address: str) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+        if local and (session := joined.address_info.get("session_dir")):
+            _remove_session(Path(session))
+
+
+def _remove_session(directory: Path) -> None:
+    """Remove what a Ray of our own wrote, and the link to it unless that is another's by now."""
+    latest = directory.with_name("session_latest")
+    shutil.rmtree(directory, ignore_errors=True)  # what its last processes still hold stays
+    if latest.is_symlink() and latest.readlink() == directory:
+        latest.unlink(missing_ok=True)
 
 
 @contextmanager

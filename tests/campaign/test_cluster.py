@@ -218,13 +218,18 @@ def test_nodes_with_other_code_are_refused(begin: Callable[..., subprocess.Popen
 
 
 def test_a_ray_of_its_own_listens_on_loopback_alone_and_ends_with_the_run(home: Path, tmp_path: Path) -> None:
+    """And leaves no directory behind."""
+    before = {*home.glob("ray/session_*")} - {home / "ray/session_latest"}
     with namespace(home, also=OUTSIDE) as here:
         driver = here.start(*DRIVER, *TINY, f"run.dir={tmp_path}/run")
         wait_for(driver, tmp_path / "run", A_BLOCK)
         tables = "".join(Path(f"/proc/{here.init.pid}/net/{name}").read_text() for name in ("tcp", "tcp6"))
         listening = {line.split()[1].rpartition(":")[0] for line in tables.splitlines() if " 0A " in line}
+        began = {*home.glob("ray/session_*")} - before
         here.send(signal.SIGTERM, f"run.dir={tmp_path}/run")
         assert "nothing measured is lost" in finished(driver, 143)
         here.wait_until_none("worker/boot.py")
         here.wait_until_none("raylet")
+    assert len(began) == 2  # and the link to it
+    assert {*home.glob("ray/session_*")} == before
     assert listening == {"0000000000000000FFFF00000100007F", "0100007F"}  # 127.0.0.1, of version 6 and 4
