@@ -13,7 +13,7 @@ from qwen3bench.campaign.prompt import FORWARDS
 from qwen3bench.config.settings import Settings
 from qwen3bench.record.design import BASELINE, is_peer
 from qwen3bench.record.lines import PromptLine
-from qwen3bench.reporting.units import count, listing
+from qwen3bench.reporting.units import count, duration_words, listing
 
 # Times what building every cell took, on an H100 and on two CPU cores, to a factor of two.
 _VERIFY, _LOOK, _GET_READY = 2.5, 1.0, 0.6
@@ -26,6 +26,8 @@ _START_S = 1.0  # a process that was started ahead
 _CELL_ON_CARD_S, _CELL_ON_CPU_S = 2.9, 6.6
 _SPARE = 1.25  # times what a forecast says
 _MAX_OVER = 100.0  # of a half-width over its target: what takes ten thousand times as long is not told apart from more
+_REASONABLE_S = 3600.0  # nobody waits longer for a target
+TRY_S = 600.0  # what one may wait
 REPORT_S = 5.0  # to analyze and to draw
 
 
@@ -138,6 +140,17 @@ class Shortfall:
         return self.more * self.measured_s
 
     @property
+    def in_all_s(self) -> float:
+        """Seconds that it takes with getting processes ready, which the time allowed does not count."""
+        return self.takes_s + self.more * self.setup_s
+
+    @property
+    def tried(self) -> float:
+        """The half-width after a run of `TRY_S`, by what its processes have taken; no wider than it is."""
+        processes = self.spent_s / self.measured_s
+        return self.over * self.target * min(1.0, math.sqrt(processes * (self.measured_s + self.setup_s) / TRY_S))
+
+    @property
     def would_do_s(self) -> float:
         """A time allowed that is enough, with some to spare, as a forecast from few processes is rough."""
         return 10.0 * math.ceil(_SPARE * (self.spent_s + self.takes_s) / 10)
@@ -155,10 +168,13 @@ def what_it_takes(where: tuple[str, str], lack: Shortfall) -> str:
     at = " ".join(where)
     if not math.isfinite(lack.over):
         return f"{at}: no interval yet, so more processes are measured"
-    known, asked = (f"±{100 * width:.2g} %" for width in (lack.over * lack.target, lack.target))
-    in_all = duration(lack.takes_s + lack.more * lack.setup_s)
+    known, asked, tried = (f"±{100 * width:.2g} %" for width in (lack.over * lack.target, lack.target, lack.tried))
+    line = f"{at}: {lack.term} is known to {known}, and {asked} takes about"
+    if lack.in_all_s > _REASONABLE_S and lack.takes_s > lack.left_s:
+        reach = f". Ten minutes tell it to about {tried}" if tried != known else ""
+        return f"{line} {duration_words(lack.in_all_s)}: more than this machine can tell in reasonable time{reach}"
     more = count(lack.more, "more process", "more processes")
-    line = f"{at}: {lack.term} is known to {known}, and {asked} takes about {more} ({in_all})"
     if lack.takes_s <= lack.left_s:
-        return line
-    return f"{line}. The time allowed ends before; measure.max_seconds={lack.would_do_s:.0f} would do"
+        return f"{line} {more} ({duration(lack.in_all_s)})"
+    line = f"{line} {more} ({duration(lack.in_all_s)}, of which {duration(lack.takes_s)} are measuring)"
+    return f"{line}. The time allowed for measuring ends before; measure.max_seconds={lack.would_do_s:.0f} would do"

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _SPARE = 1.25  # time allowed over what is expected: a limit that ends the run just before is worse than none
 _USUAL_MAX_BLOCKS = 200
+_REASONABLE_S = 3600.0  # nobody waits longer for a verdict, unless the run itself took as long
+_TRY_S = 600.0  # what one may wait
 _MOST_CELLS = 2**9  # of design=full, unless it is forced
 
 
@@ -59,6 +61,21 @@ def more_processes(run: Run, condition: Condition, processes: int, times: int = 
     now = spent(run, condition)
     processes = max(processes, times * now.processes)
     return _advice(run, condition, now, f"measure.min_processes={processes}", processes / max(1, now.processes))
+
+
+def within_reason(run: Run, condition: Condition, advice: Advice, half_width: float) -> Advice:
+    """The advice; where it takes longer than an hour, and than twice this run, what ten minutes tell instead.
+
+    `half_width`: as a part of the estimate, of what the advice would decide. It shrinks by the root of blocks and
+    processes, and not by further cells.
+    """
+    now = spent(run, condition)
+    spent_s = now.measured_s + now.processes * now.setup_s
+    if advice.seconds is None or advice.seconds <= max(_REASONABLE_S, 2 * (now.before_s + spent_s)):
+        return advice
+    times = (_TRY_S - now.before_s) / spent_s
+    shrinks = times > 1 and any(setting.startswith("measure.") for setting in advice.settings)
+    return Advice((), advice.seconds, half_width / math.sqrt(times) if shrinks else None)
 
 
 def all_cells(run: Run, cells: int) -> Advice:

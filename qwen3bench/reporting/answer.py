@@ -84,7 +84,8 @@ def _card(run: Run, condition: Condition, found: Sequence[Finding], outcome: Seq
             return replace(card, notes=(*choice_notes(answer, choice), *notes))
         asked = _asked(run, answer.advice)
         label = would_tell(answer.advice.seconds) if answer.advice else ""
-        card = replace(card, said=sentence(replace(answer, advice=None)), advice=asked, advice_label=label)
+        plain = replace(answer, advice=None) if asked else answer  # why there is nothing to ask for, too
+        card = replace(card, said=sentence(plain), advice=asked, advice_label=label)
     if whole and isinstance(taken := whole[0].detail, Times):
         of = measured_of(cell_of(whole[0].subject))
         return replace(card, said=card.said or _plain(whole[0]), of=of, facts=_facts(taken))
@@ -114,7 +115,7 @@ def _plain(finding: Finding) -> str:
 
 def _asked(run: Run, advice: Advice | None) -> str:
     """The run's command with the settings that would give an answer, each in place of what it had."""
-    if not advice:
+    if not (advice and advice.settings):
         return ""
     keys = {setting.partition("=")[0] for setting in advice.settings}
     kept = [word for word in _measured_with(run) if word.lstrip("+").partition("=")[0] not in keys]

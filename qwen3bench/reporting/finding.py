@@ -81,10 +81,15 @@ class Effect:
 
 @dataclass(frozen=True)
 class Advice:
-    """What to add to the command for an answer, and how long that run takes; None where the record cannot tell."""
+    """What to add to the command for an answer, and how long that run takes; None where the record cannot tell.
+
+    No settings where it takes too long for anybody to wait. `reach`: the half-width, as a part of the estimate, that a
+    run of ten minutes gives instead; None where the run has taken longer.
+    """
 
     settings: tuple[str, ...]
     seconds: float | None = None
+    reach: float | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from qwen3bench.analysis.effects import model_shares, process_shares
 from qwen3bench.analysis.frames import analysis_setting, block_matrix
 from qwen3bench.record.states import Verdict
 from qwen3bench.reporting import control_findings
-from qwen3bench.reporting.advice import more_blocks, more_cells, more_processes
+from qwen3bench.reporting.advice import more_blocks, more_cells, more_processes, within_reason
 from qwen3bench.reporting.conditions import Condition
 from qwen3bench.reporting.finding import Advice, Effect, Finding, Kind, NoVerdict, OpenEffects, verdict_of
 from qwen3bench.reporting.lookup import (
@@ -66,7 +66,9 @@ def undecided(run: Run, condition: Condition) -> Iterator[Finding]:
         blind = [effect for effect in unknown if not is_number(effect.lo)]
         known = [effect for effect in unknown if is_number(effect.lo)]
         if known:
-            yield _open(run, condition, known, would_decide(run, condition, known), OpenEffects((), of_pairs))
+            width = max(math.expm1(math.log(effect.hi / effect.lo) / 2) for effect in known)
+            advice = within_reason(run, condition, would_decide(run, condition, known), width)
+            yield _open(run, condition, known, advice, OpenEffects((), of_pairs))
         if blind:
             needed = max(6, 2 * condition.select(run.samples)["block"].nunique())
             advice = more_blocks(run, condition, needed)

@@ -132,10 +132,14 @@ def page_content(run: Run, found: list[Finding]) -> dict[str, Any]:
 
 
 def open_answers(found: list[Finding]) -> list[tuple[str, str, str]]:
-    """What has no answer: in words, the settings that give one, and how long that takes in words."""
+    """What has no answer: in words, the settings that give one if any do, and how long that takes in words."""
     said = []
     for finding in found:
-        if finding.kind in (Kind.UNDECIDED, Kind.UNTOLD) and finding.advice:
+        if finding.kind not in (Kind.UNDECIDED, Kind.UNTOLD) or not finding.advice:
+            continue
+        if not finding.advice.settings:
+            said.append((sentence(finding), "", ""))
+        else:
             took = finding.advice.seconds
             how_long = f"about {duration_words(took)}" if took is not None else ""
             said.append((sentence(replace(finding, advice=None)), command_of(finding.advice), how_long))

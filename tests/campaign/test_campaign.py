@@ -165,7 +165,8 @@ def test_a_run_without_an_answer_says_what_one_takes(measure: Measure) -> None:
     takes = [line for line in done.err.splitlines() if line.startswith("prefill eager: ")]
     assert takes
     assert re.fullmatch(
-        r"prefill eager: (flash|tie) is known to ±[\d.]+ %, and ±0\.01 % takes about [\d,]+ more process(es)? \(.*\).*",
+        r"prefill eager: (flash|tie) is known to ±[\d.]+ %, and ±0\.01 % takes about "
+        r"([\d,]+ more process(es)? \(.*\).*|\d+ (minutes|hours|days): more than this machine can tell .*)",
         takes[-1],
     )
     assert not [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from qwen3bench.campaign.forecast import about_design
+from dataclasses import replace
+
+from qwen3bench.campaign.forecast import Shortfall, about_design, what_it_takes
 from qwen3bench.config.cli import compose
 
 SEVEN = "opt=flash,tie,mlp,mask,norm,qkv,gemv"
@@ -34,3 +36,28 @@ def test_a_minute_is_one() -> None:
 def test_nothing_is_foretold_of_training() -> None:
     said = about_design(compose(["design=full", "workload=train"]))[-1]
     assert said.startswith("expected time: not known of training")
+
+
+SEEN = Shortfall("mask", over=4.8, target=0.0025, more=163, measured_s=3.5, setup_s=5.3, spent_s=25.0, left_s=35.0)
+WHERE = ("decode", "graph")
+
+
+def test_what_an_answer_takes_says_how_much_of_it_is_measuring() -> None:
+    """The time allowed counts that alone, so that 24 minutes and 750 s go together."""
+    assert what_it_takes(WHERE, SEEN) == (
+        "decode graph: mask is known to ±1.2 %, and ±0.25 % takes about 163 more processes (24 min, of which 10 min "
+        "are measuring). The time allowed for measuring ends before; measure.max_seconds=750 would do"
+    )
+    assert what_it_takes(WHERE, replace(SEEN, left_s=600.0)).endswith("about 163 more processes (24 min)")
+
+
+def test_what_takes_hours_is_said_to_be_out_of_reach_and_how_near_ten_minutes_come() -> None:
+    said = what_it_takes(WHERE, replace(SEEN, over=40.0, more=11_000))
+    assert said == (
+        "decode graph: mask is known to ±10 %, and ±0.25 % takes about 27 hours: more than this machine can tell in "
+        "reasonable time. Ten minutes tell it to about ±3.2 %"
+    )
+    allowed = replace(SEEN, over=40.0, more=11_000, left_s=40_000.0)
+    assert "11,000 more processes" in what_it_takes(WHERE, allowed)  # somebody asked for that time
+    long = replace(SEEN, over=40.0, more=11_000, measured_s=700.0, spent_s=700.0)
+    assert what_it_takes(WHERE, long).endswith("in reasonable time")

@@ -1,10 +1,11 @@
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from qwen3bench.analysis.run import Run
-from qwen3bench.reporting.advice import all_cells, more_blocks, more_processes, spent
+from qwen3bench.reporting.advice import all_cells, more_blocks, more_processes, spent, within_reason
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.finding import Advice, Kind
 from qwen3bench.reporting.findings import findings
@@ -76,3 +77,28 @@ def test_of_many_switches_a_screen_is_advised_and_no_design_that_is_refused(
     run = run_of([{**pair[0], "cells": list(ends)}, *pair[1:]])
     (untold,) = [finding for finding in findings(run) if finding.kind == Kind.UNTOLD]
     assert untold.advice == Advice(("design=screen", "design.resolution=5"))
+
+
+def test_what_takes_hours_is_out_of_reach_and_says_what_ten_minutes_tell(run: Run) -> None:
+    """The run has measured 12 s and set up two processes in 20, 30 s after it began."""
+    condition = conditions(run)[0]
+    soon, late = more_processes(run, condition, 200), more_processes(run, condition, 9830)
+    assert within_reason(run, condition, soon, 0.012) == soon
+    found = within_reason(run, condition, late, 0.012)
+    assert found.settings == ()
+    assert found.seconds == pytest.approx(30 + 9830 * 16)
+    assert found.reach == pytest.approx(0.012 * math.sqrt(32 / 570))
+    cells = Advice(("design.cells=128",), 7200.0)
+    assert within_reason(run, condition, cells, 0.012) == Advice((), 7200.0)
+    unknown = Advice(("measure.min_processes=9830",))
+    assert within_reason(run, condition, unknown, 0.012) == unknown
+
+
+def test_a_run_that_took_long_itself_may_be_doubled(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    run = run_of(timed(record_lines(factors=("flash",)), block_s=600.0))
+    condition = conditions(run)[0]
+    double, many = (more_processes(run, condition, processes) for processes in (4, 64))
+    assert within_reason(run, condition, double, 0.012) == double
+    assert within_reason(run, condition, many, 0.012) == Advice((), many.seconds)

@@ -16,6 +16,7 @@ from scipy import special
 from qwen3bench.analysis.frames import block_matrix
 from qwen3bench.analysis.run import Run
 from qwen3bench.reporting import figures, findings_cells
+from qwen3bench.reporting.answer import cards
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.control_findings import outcome_of
 from qwen3bench.reporting.finding import (
@@ -41,6 +42,7 @@ from qwen3bench.reporting.findings import findings, grouped
 from qwen3bench.reporting.findings_cells import shown_faster
 from qwen3bench.reporting.findings_undecided import Judged, allowed_variance, processes_needed, would_decide
 from qwen3bench.reporting.over_runs import effects_over, over_findings
+from qwen3bench.reporting.pages import write_report
 from qwen3bench.reporting.plot_across import regimes
 from qwen3bench.reporting.plot_effects import by_condition, forest
 from qwen3bench.reporting.wording.sentences import sentence
@@ -416,6 +418,32 @@ def test_nothing_is_recommended_when_nothing_is_shown_to_be_faster(small_run: Ru
     run = replace(small_run, cells=cells)
     assert choice(only(run, Kind.ANSWER)).none == NoAnswer.NOTHING_FASTER
     assert only(run, Kind.TOGETHER).verdict == "undecided"
+
+
+def test_no_command_is_given_that_nobody_would_wait_for(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    lines = record_lines(factors=TWO)
+    for line in lines:
+        if line["type"] == "block":
+            line["elapsed_s"] = 2.0
+    unsure = with_effect(run_of(lines), "flash", verdict="undecided", estimate=1.002, lo=0.7, hi=1.43)
+    run = replace(unsure, cells=unsure.cells.assign(speedup=1.001, speedup_lo=0.7, speedup_hi=1.43))
+    finding = only(run, Kind.UNDECIDED)
+    said = (
+        "This machine cannot tell in reasonable time, as it takes about 7 hours. Ten minutes tell it to about ±6.1 %."
+    )
+    assert sentence(finding).endswith(said)
+    (card,) = cards(run, findings(run))
+    assert card.said.endswith(said)
+    assert not card.advice
+    written = write_report(run, findings(run))
+    for page in (written, written.with_suffix(".md")):
+        text = page.read_text("utf-8")
+        assert "in reasonable time" in text
+        assert "measure.min_blocks=" not in text
+        assert "<code></code>" not in text
+        assert "these settings in the command decide" not in text
 
 
 def test_an_answer_that_is_none_ends_with_what_would_give_it(small_run: Run) -> None:

@@ -342,6 +342,9 @@ def command_of(advice: Advice) -> str:
 
 
 def _advised(advice: Advice, finding: Finding) -> str:
+    if not advice.settings and advice.seconds is not None:
+        text = f"This machine cannot tell in reasonable time, as it takes about {duration_words(advice.seconds)}."
+        return text if advice.reach is None else f"{text} Ten minutes tell it to about ±{percent(advice.reach)}."
     how_long = f", in about {duration_words(advice.seconds)}" if advice.seconds is not None else ""
     if finding.kind == Kind.UNDECIDED:
         return f"If the estimates stay, {command_of(advice)} decides{how_long}."
