@@ -15,7 +15,7 @@ from qwen3bench.analysis.effects import COLUMNS, effects
 from qwen3bench.analysis.frames import analysis_setting, used_samples
 from qwen3bench.analysis.screen_results import ScreenResult, confirmed_cells, screen_results
 from qwen3bench.record.files import find_runs, small_file, write_atomic
-from qwen3bench.record.lines import EndLine, EvidenceLine
+from qwen3bench.record.lines import ConfirmLine, EndLine, EvidenceLine
 from qwen3bench.record.reader import Record, read_record
 from qwen3bench.record.rounds import ROUNDS, chosen_in, round_of
 from qwen3bench.record.states import CellStatus, EndStatus
@@ -65,6 +65,7 @@ class Run:
         """
         by_place: dict[tuple[str, str], dict[str, EvidenceLine]] = {}
         lines = self.record.of(EvidenceLine)
+        measured = {*self.record.run.cells, *(cell for line in self.record.of(ConfirmLine) for cell in line.cells)}
         for line in lines:
             by_place.setdefault((line.workload, line.runtime), {})[line.cell] = line
         idle = {
@@ -73,7 +74,7 @@ class Run:
         return [
             replace(line, notes=(*line.notes, *idle.get((line.workload, line.runtime), {}).get(line.cell, ())))
             for line in lines
-            if line.cell in self.record.run.cells
+            if line.cell in measured
         ]
 
     @property

@@ -65,10 +65,12 @@ class Lanes:
     """The cards that a run still has, one at least. A card that is lost is left out, and said to be.
 
     The last one is never left out: where nothing else is left to try, a failure is the cell's, as on one card.
+    `within`: what else loses a card that is lost here.
     """
 
-    def __init__(self, lanes: Iterable[Lane]) -> None:
+    def __init__(self, lanes: Iterable[Lane], within: Lanes | None = None) -> None:
         self._lanes = [*lanes]
+        self._within = within
 
     def __len__(self) -> int:
         return len(self._lanes)
@@ -86,8 +88,11 @@ class Lanes:
         self._lanes.append(lane)
 
     def over(self, context: RunContext) -> Lanes:
-        """These cards, to measure what another context says, with the workers that they have."""
-        lanes = Lanes(())
+        """These cards, to measure what another context says, with the workers that they have.
+
+        A card that is lost there is lost here.
+        """
+        lanes = Lanes((), within=self)
         for lane in self:
             own = replace(context, workers=lane.workers, cards=lanes.__len__)
             lanes.add(replace(lane, context=own))
@@ -96,8 +101,16 @@ class Lanes:
     def leave_out(self, lane: Lane, why: str) -> None:
         """End what works on a card, and use it no more; the blocks that it finished stay."""
         self._lanes.remove(lane)
+        if self._within is not None:
+            self._within.forget(lane.workers)
         lane.workers.end_all()
         lane.context.progress.note(f"{lane.name} is left out: {why}")
+
+    def forget(self, workers: WorkerPool) -> None:
+        """Use the card of these workers no more."""
+        self._lanes = [lane for lane in self._lanes if lane.workers is not workers]
+        if self._within is not None:
+            self._within.forget(workers)
 
     def share_out(self, jobs: Iterable[J], begin: Callable[[Lane, J], Steps[Any]]) -> None:
         """Each job on the card that is free next; on one card in their order."""

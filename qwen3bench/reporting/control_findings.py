@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from qwen3bench.analysis.controls import beyond_noise
-from qwen3bench.record.lines import BlockLine, GradientsLine
+from qwen3bench.record.lines import BlockLine, ConfirmBlockLine, GradientsLine
 from qwen3bench.record.states import BlockState, CellStatus
 from qwen3bench.reporting.advice import more_processes
 from qwen3bench.reporting.conditions import Condition, conditions
@@ -181,8 +181,11 @@ def _tie_memory(run: Run) -> Iterator[Finding]:
 
 
 def _blocks(run: Run) -> Iterator[Finding]:
-    """Blocks under a disturbance; and those at the power cap, where a card may well run all day."""
-    lines = run.record.of(BlockLine)
+    """Blocks under a disturbance; and those at the power cap, where a card may well run all day.
+
+    Of the rounds that confirm, too.
+    """
+    lines = [*run.record.of(BlockLine), *run.record.of(ConfirmBlockLine)]
     flagged = [line for line in lines if line.state == BlockState.FLAGGED]
     if flagged:
         flags = tuple(dict.fromkeys(flag for line in flagged for flag in line.flags))

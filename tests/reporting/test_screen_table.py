@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from qwen3bench.analysis.run import Run, load_run
 from qwen3bench.compare import main
 from qwen3bench.reporting.answer import cards
 from qwen3bench.reporting.conditions import conditions
-from qwen3bench.reporting.finding import BestCell, Finding, Fitted, Kind
+from qwen3bench.reporting.finding import BestCell, Check, Control, Finding, Fitted, Kind
 from qwen3bench.reporting.findings import findings
 from qwen3bench.reporting.pages import write_report
 from qwen3bench.reporting.screen_table import screen_section
@@ -97,6 +98,25 @@ BEST, OTHER = "flash+mlp+mask+norm", "flash+tie+mlp+mask+norm"
 def confirmation_of(run: Run) -> Finding:
     (found,) = [finding for finding in findings(run) if isinstance(finding.detail, BestCell)]
     return found
+
+
+def test_what_ran_in_confirmed_cells_and_what_disturbed_their_blocks_is_told(
+    run_of: Callable[[Any], Run], record_lines: Lines, confirming: Lines, nine: tuple[str, ...]
+) -> None:
+    looked = next(line for line in record_lines(("flash",)) if line["type"] == "evidence")
+    lines = record_lines(nine, screen=True, memory=False, evidence=False)
+    screened = set(lines[0]["cells"])
+    pairs = ["+".join(pair) for pair in combinations(nine, 2)]
+    chosen, compared = [pair for pair in pairs if pair not in screened][:2]
+    lines = confirming(lines, {chosen: (1.58, 1.57, 1.59)}, {chosen: 1.578})
+    lines[-1:-1] = [looked | {"cell": name} for name in (chosen, "baseline", compared)]
+    disturbed = next(line for line in lines if line["type"] == "confirm_block")
+    disturbed |= {"state": "flagged", "flags": ["hw_thermal_slowdown"]}
+    run = run_of(lines)
+    assert [line.cell for line in run.evidence] == [chosen, "baseline"]
+    (found,) = [each.detail for each in findings(run) if getattr(each.detail, "check", None) == Check.FLAGGED]
+    assert isinstance(found, Control)
+    assert (found.number, found.names) == (1, ("hw_thermal_slowdown",))
 
 
 def test_the_second_round_may_name_again_what_the_first_measured(
