@@ -10,8 +10,9 @@ from dataclasses import fields
 from typing import Any
 
 from qwen3bench.analysis.stopping import Limits, half_widths, stop_reason
+from qwen3bench.campaign.card_costs import REPORT_S
 from qwen3bench.campaign.context import RunContext
-from qwen3bench.campaign.forecast import REPORT_S, Shortfall, processes_for, what_it_takes
+from qwen3bench.campaign.forecast import Shortfall, processes_for, what_it_takes
 from qwen3bench.campaign.live_effects import LiveEffects
 from qwen3bench.campaign.monitor import disturbances, flags
 from qwen3bench.campaign.room import too_many
@@ -220,6 +221,8 @@ class Blocks:
         more_s = setup_s if self._has_the_minimum(where) else 0.0
         timing.more_s += more_s
         self._spent_s = 0.0
+        if self._context.state.forecast is not None:  # which knows how long blocks take before there is one
+            self._expect()
         for blocks in itertools.count(1):
             if not (yield from self._block(where, more_s if blocks == 1 else 0.0)):
                 return False
@@ -259,7 +262,7 @@ class Blocks:
         except CardLostError:
             timing.leave_block(number)
             raise
-        self._progress.expect(sum(map(self._left_s, self._timings)) / self._context.cards() + REPORT_S)
+        self._expect()
         line = "" if where in self._told else self._effects.line(where)
         self._told |= {where} if line else set()
         self._progress.first_answer(line)
@@ -449,11 +452,19 @@ class Blocks:
     def _block_title(self, where: Where) -> str:
         return f"timing {' '.join(where)}, block {self._timings[where].blocks + 1}"
 
+    def _expect(self) -> None:
+        """The run is expected to end when each workload and runtime is known well enough, and what follows is done."""
+        forecast = self._context.state.forecast
+        after_s = REPORT_S if forecast is None else forecast.after_s()
+        self._progress.expect(sum(map(self._left_s, self._timings)) / self._context.cards() + after_s)
+
     def _left_s(self, where: Where) -> float:
         """About how long a workload and runtime still takes: halfway between the least and the most."""
         timing, measure = self._timings[where], self._settings.measure
         if timing.stopped:
             return 0.0
+        if (forecast := self._context.state.forecast) is not None:
+            return forecast.left_s(*where, timing.so_far)
         setup_s = timing.setup_s or max(each.setup_s for each in self._timings.values())
         a_block_s = timing.measured_s / timing.blocks if timing.blocks else 0.0
         most = self._settings.limit_s(where[1], measure.min_blocks, self._min_processes(where))

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
 from qwen3bench.analysis.contrasts import contrasts, others_of
+from qwen3bench.campaign.card_costs import REPORT_S, whole_run_s
 from qwen3bench.campaign.progress import duration
 from qwen3bench.campaign.prompt import FORWARDS
 from qwen3bench.config.settings import Settings
+from qwen3bench.errors import Refused
 from qwen3bench.record.design import BASELINE, is_peer
 from qwen3bench.record.lines import PromptLine
 from qwen3bench.reporting.units import count, duration_words, listing
 
-# Times what building every cell took, on an H100 and on two CPU cores, to a factor of two.
+# Of a run on a CPU: times what building every cell took, on two cores.
 _VERIFY, _LOOK, _GET_READY = 2.5, 1.0, 0.6
 _COMPILE = 3.0  # more for each process that compiles
 # In forwards of a short prompt on a CPU: the gate before its first verdict, of each cell, and a single token.
 _GATE, _GATE_CELL, _TOKEN = 60, 3, 0.4
 _TRAIN = 3  # forwards that a training step takes as long as
 _START_S = 1.0  # a process that was started ahead
-# Of a cell and workload in a run of 32 cells, all passes: 185 s on an H100 in a graph, 7 minutes on two cores.
-_CELL_ON_CARD_S, _CELL_ON_CPU_S = 2.9, 6.6
+_CELL_ON_CPU_S = 6.6  # of a cell and workload in a run of 32 cells, all passes: 7 minutes on two cores
 _SPARE = 1.25  # times what a forecast says
 _MAX_OVER = 100.0  # of a half-width over its target: what takes ten thousand times as long is not told apart from more
 _REASONABLE_S = 3600.0  # nobody waits longer for a target
 TRY_S = 600.0  # what one may wait
-REPORT_S = 5.0  # to analyze and to draw
 
 
 def announcement(settings: Settings, left_s: float) -> str:
@@ -66,11 +67,20 @@ def about_design(settings: Settings) -> list[str]:
     lines = [f"design={settings.design}: {count(cells, 'cell')} of {every:,}, to tell {listing(told(settings))}"]
     if settings.design == "screen":
         lines += about_screen(settings)
+    said = []
+    on_card, on_cpu = (settings.device.startswith(("auto", kind)) for kind in ("cuda", "cpu"))
+    with suppress(Refused):  # what a card cannot run is refused when it begins
+        said += [f"{_minutes(whole_run_s(settings.resolved('cuda')))} on an H100 or H200"] * on_card
     if any(sizes.precision is not None for sizes in settings.workloads.values()):  # nobody measured how long that takes
-        return [*lines, "expected time: not known of training; the run says one once its cells are built"]
-    minutes = [cells * len(settings.workloads) * each_s / 60 for each_s in (_CELL_ON_CARD_S, _CELL_ON_CPU_S)]
-    on_card, on_cpu = (count(max(1, round(each)), "minute") for each in minutes)
-    return [*lines, f"expected time, of Qwen3-0.6B in one runtime: {on_card} on an H100, {on_cpu} on two CPU cores"]
+        said += ["not known on a CPU before its cells are built"] * on_cpu
+    elif "graph" not in settings.runtimes:
+        minutes = _minutes(cells * len(settings.workloads) * _CELL_ON_CPU_S)
+        said += [f"{minutes} on two CPU cores (Qwen3-0.6B in one runtime)"] * on_cpu
+    return [*lines, f"expected time: {', '.join(said)}"] if said else lines
+
+
+def _minutes(seconds: float) -> str:
+    return count(max(1, round(seconds / 60)), "minute")
 
 
 def about_screen(settings: Settings) -> list[str]:

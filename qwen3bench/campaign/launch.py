@@ -21,6 +21,7 @@ from qwen3bench.analysis.cells import columns
 from qwen3bench.analysis.frames import SAMPLE_COLUMNS
 from qwen3bench.analysis.run import Run, load_run, write_derived
 from qwen3bench.campaign import continuation
+from qwen3bench.campaign.card_costs import CardPace, reached_by
 from qwen3bench.campaign.cluster import HostedCard, cluster_cards, refuse_unlike_workers
 from qwen3bench.campaign.context import RunContext
 from qwen3bench.campaign.lanes import Lane, Lanes
@@ -318,9 +319,11 @@ def _campaign(
     if settings.cluster and not machine.cards:
         with reporter.stage("starting or joining Ray", 1):
             cards = _of_cluster(workers.enter_context(cluster_cards(settings)))
+    started = time.monotonic()
     with reporter.stage("starting a worker", 1):
         worker = workers.enter_context(cards[0].start(directory / "worker.log"))
         resolved, identity = continuation.identified(settings, worker, directory)
+    pace = CardPace(start_s=time.monotonic() - started, flops_per_s=reached_by(identity.environment.get("device", "")))
     choice = None
     if is_open(settings) and resolved.device == "cpu":
         with reporter.stage("choosing the prompt's length by what a forward takes", 1):
@@ -356,4 +359,4 @@ def _campaign(
         context = RunContext(settings, writer, reporter, state, pool, cards=lanes.__len__)
         lanes.add(Lane(context, card.monitor, card.title, card.socket))
     card_bytes = None if found.get("mig") else found.get("device_memory_bytes")  # of a part nothing is known
-    return Campaign(lanes, card_bytes)
+    return Campaign(lanes, card_bytes, pace)

@@ -6,25 +6,27 @@ replaced; its cell is recorded with a status and a reason, and the others go on.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from qwen3bench.analysis.effective import PARTLY_SEEN, by_switch, idle_switches
 from qwen3bench.campaign.blocks import Blocks
+from qwen3bench.campaign.card_costs import BUILD_S, CardForecast, CardPace
 from qwen3bench.campaign.confirmation import Confirmation
 from qwen3bench.campaign.context import RunContext
 from qwen3bench.campaign.forecast import announcement, seconds_ahead
 from qwen3bench.campaign.lanes import Lane, Lanes
+from qwen3bench.campaign.looks import MAX_AT_ONCE, compared, looks, shared_out
 from qwen3bench.campaign.neighbors import Neighbors, busy_line, card_line
 from qwen3bench.campaign.progress import Stage
 from qwen3bench.campaign.room import needs, room_of, too_many
 from qwen3bench.campaign.scheduler import Steps
 from qwen3bench.campaign.state import Place
-from qwen3bench.record.design import BASELINE, Cell, design_cells, label, neighbours
+from qwen3bench.record.design import BASELINE, label
 from qwen3bench.record.host import usable_cpus
 from qwen3bench.record.lines import (
     CeilingLine,
@@ -68,27 +70,26 @@ _LINES: dict[type[Request[Any]], Callable[..., Line]] = {
     CollectEvidence: EvidenceLine,
     TimeEager: EagerLine,
 }
-_MAX_AT_ONCE = 8  # processes that look at cells side by side: each computes the gate's reference anew
 _CORES_EACH = 2  # of these: most of their time goes to compiling kernels on the CPU
 _GATE_BYTES = 50  # of a card for each number of the embedding: 7.9 GB were seen of qwen3-0.6b at 1 × 2048
 _MAX_READY = 10  # processes that get ready to time side by side: five of each of two workloads
 _CORES_EACH_READY = 1.5  # of these: launching, capturing and the driver's thread
-_MIN_SHARE = 4  # cells; fewer are looked at before another process has started
 _ALONE = 3  # times its weights: what a cell that is looked at alone may need
 CONTEXT_BYTES = 2**30  # what a process needs of a card beside its tensors (CUDA's context, libraries), rounded up
 _SLACK = 1.5  # times the peak of a cell alone: what the allocator's gaps may need
 
 
 class Campaign:
-    """One run's passes over its cards. `card_bytes`: the memory of one, where it is known."""
+    """One run's passes over its cards. `card_bytes`: the memory of one, where it is known; `pace`: as far as known."""
 
-    def __init__(self, lanes: Lanes, card_bytes: int | None = None) -> None:
+    def __init__(self, lanes: Lanes, card_bytes: int | None = None, pace: CardPace | None = None) -> None:
         self._lanes = lanes
         context = lanes.first.context
         self._settings = context.settings
         self._progress = context.progress
         self._state = context.state
         self._card_bytes = card_bytes
+        self._pace = pace or CardPace()
         self._cuda = context.settings.device.startswith("cuda")
         self._neighbors = Neighbors()
 
@@ -113,7 +114,7 @@ class Campaign:
         left = [cell for cell in self._settings.labels if self._state.is_left(CountParameters(cell=cell))]
         with self._progress.stage("loading the weights, building every cell", len(left)) as stage:
             self._lanes.on_first(left, partial(_loaded, stage))
-        ahead_s = seconds_ahead(self._settings, time.monotonic() - started, self._state.prompt)
+        ahead_s = self._seconds_ahead(time.monotonic() - started)
         here = self._settings.cluster is None
         timed_by_host = not self._cuda or "eager" in self._settings.runtimes
         for line in (
@@ -137,6 +138,45 @@ class Campaign:
             if self._settings.design == "screen" and self._settings.factors:
                 Confirmation(self._context, self._measure).run()
 
+    def _seconds_ahead(self, build_s: float) -> float:
+        """About how long the run takes from here, once building every cell has taken `build_s`."""
+        settings, state = self._settings, self._state
+        if not self._cuda:
+            return seconds_ahead(settings, build_s, state.prompt)
+        load_s = max(0.0, build_s - BUILD_S * len(settings.labels))
+        pace = replace(self._pace, load_s=load_s, flops_per_s=state.flops_per_s or self._pace.flops_per_s)
+        trains = any(sizes.precision is not None for sizes in settings.workloads.values())
+        at_once = 1 if trains else self._max_ready // len(self._lanes)  # what a step holds may fill the card
+        state.forecast = CardForecast(settings, pace, at_once, len(self._lanes))
+        return self._looking_s() + state.forecast.passes_s() + self._timing_s()
+
+    def _looking_s(self) -> float:
+        """About how long the looks at cells take that are left, as they are shared out."""
+        assert self._state.forecast is not None
+        shares = self._shares()
+        shares = shares if len(shares) > 1 else []
+        beside = {step for share in shares for step in share}
+        every = [*(Verify(cell=cell) for cell in self._settings.labels), *self._gradients(), *self._looks()]
+        then = [step for step in every if step not in beside and self._state.is_left(step)]
+        return self._state.forecast.looking_s(shares, then)
+
+    def _timing_s(self) -> float:
+        """About how long it takes from the first process that times."""
+        assert self._state.forecast is not None
+        known = {where: timing.so_far for where, timing in self._state.timings.items() if not timing.stopped}
+        return self._state.forecast.timing_s(known)
+
+    @contextmanager
+    def _corrected(self) -> Iterator[None]:
+        """The looks at cells: what they took in place of what was said corrects the forecast of what comes."""
+        forecast = self._state.forecast
+        said_s, started = (0.0 if forecast is None else self._looking_s()), time.monotonic()
+        yield
+        if forecast is not None:
+            pace = forecast.pace.after(time.monotonic() - started, said_s)
+            self._state.forecast = replace(forecast, pace=pace, at_once=self._at_once)
+            self._progress.expect(forecast.passes_s() + self._timing_s())
+
     def _passes(self) -> None:
         for lane in self._lanes:
             lane.workers.purpose = Purpose.CHECK
@@ -144,13 +184,13 @@ class Campaign:
         self._lanes.start_ahead(len(self._shares()) - 1 + timing)  # and the first that time
         with self._pass("parameters"):
             self._take("counting parameters", (CountParameters(cell=cell) for cell in self._settings.labels))
-        with self._pass("verify, memory, evidence"):
+        with self._pass("verify, memory, evidence"), self._corrected():
             self._look_side_by_side(self._shares())
             self._take(
                 "verifying that every cell computes the baseline's function",
                 (Verify(cell=cell) for cell in self._settings.labels),
             )
-            self._verify_gradients()
+            self._take("verifying that every cell trains as the baseline does", self._gradients())
             self._look_at_each_cell()
             self._refuse_what_does_not_fit()
             self._tell_idle_switches()
@@ -159,6 +199,10 @@ class Campaign:
             self._time_eager()
             for lane in self._lanes:
                 lane.workers.end()
+            if self._state.forecast is not None and self._state.flops_per_s:
+                pace = replace(self._state.forecast.pace, flops_per_s=self._state.flops_per_s)
+                self._state.forecast = replace(self._state.forecast, pace=pace)
+                self._progress.expect(self._timing_s())
         with self._pass("time"), self._progress.stage("timing", len(self.blocks.processes_needed)):
             self._lanes.time(self._at_once)
 
@@ -179,8 +223,8 @@ class Campaign:
         if not self._cuda:
             return len(self._lanes)
         gate_bytes = _GATE_BYTES * self._settings.model.vocab_size * self._settings.model.emb_dim
-        fit = int(self._card_bytes / gate_bytes) if self._card_bytes else _MAX_AT_ONCE
-        return max(len(self._lanes), min(min(_MAX_AT_ONCE, fit) * len(self._lanes), usable_cores() // _CORES_EACH))
+        fit = int(self._card_bytes / gate_bytes) if self._card_bytes else MAX_AT_ONCE
+        return max(len(self._lanes), min(min(MAX_AT_ONCE, fit) * len(self._lanes), usable_cores() // _CORES_EACH))
 
     @property
     def _max_ready(self) -> int:
@@ -221,21 +265,9 @@ class Campaign:
         """
         fit = self._fit_at_once * len(self._lanes)
         # Evidence of training holds times, which would be of the others' making.
-        looks = [step for step in self._looks() if not self._trains(step)] if fit >= self._max_at_once else []
-        steps: dict[str, list[Request[Any]]] = {}
-        for step in [*(Verify(cell=cell) for cell in self._settings.labels), *looks]:
-            if self._state.is_left(step):
-                steps.setdefault(Place.of(step).cell, []).append(step)
-        cells = list(steps)
-        size = max(_MIN_SHARE, math.ceil(len(cells) / self._max_at_once))
-        if len(cells) > size:
-            cells.sort(key=lambda cell: [name not in cell.split("+") for name in self._settings.factors])
-        shares = [cells[start : start + size] for start in range(0, len(cells), size)]
-        # The gate's verdicts first, as its weights go before a cell is alone.
-        return [
-            sorted((step for cell in share for step in steps[cell]), key=lambda step: not isinstance(step, Verify))
-            for share in shares
-        ]
+        beside = [step for step in self._looks() if not self._trains(step)] if fit >= self._max_at_once else []
+        steps = [*(Verify(cell=cell) for cell in self._settings.labels), *beside]
+        return shared_out(filter(self._state.is_left, steps), self._settings.factors, self._max_at_once)
 
     @property
     def _fit_at_once(self) -> int:
@@ -245,12 +277,10 @@ class Campaign:
             return self._max_at_once
         return int(self._card_bytes / (_ALONE * each + CONTEXT_BYTES))
 
-    def _verify_gradients(self) -> None:
-        """The gradient gate, where a workload trains."""
-        for workload, sizes in self._settings.workloads.items():
-            if sizes.precision is not None:
-                title = "verifying that every cell trains as the baseline does"
-                self._take(title, (VerifyGradients(cell=cell, workload=workload) for cell in self._settings.labels))
+    def _gradients(self) -> list[VerifyGradients]:
+        """What the gradient gate judges, where a workload trains."""
+        trained = [name for name, sizes in self._settings.workloads.items() if sizes.precision is not None]
+        return [VerifyGradients(cell=cell, workload=name) for name in trained for cell in self._settings.labels]
 
     def _trains(self, step: Request[Any]) -> bool:
         workload = Place.of(step).workload
@@ -268,17 +298,9 @@ class Campaign:
                     self._record(step, answer)
 
     def _looks(self) -> list[Request[Any]]:
-        """Peak memory, then evidence of what has just run there, so that a cell is built and compiled once for both."""
-        steps: list[Request[Any]] = []
-        compared = [label(cell) for cell in self._compared()]
-        for workload, runtime in self._state.timings:
-            for cell in self._settings.labels:
-                if self._cuda:
-                    steps.append(MeasureMemory(cell=cell, workload=workload, runtime=runtime))
-                steps.append(CollectEvidence(cell=cell, workload=workload, runtime=runtime))
-            if runtime != "compile":  # where a cell takes seconds to compile
-                steps += [CollectEvidence(cell=cell, workload=workload, runtime=runtime) for cell in compared]
-        return steps
+        """Peak memory and evidence of each cell."""
+        chosen = self._context.chosen is not None  # other cells of a run that has told what its switches change
+        return looks(self._settings, self._state.timings, [] if chosen else compared(self._settings))
 
     def _look_at_each_cell(self) -> None:
         title = "measuring peak memory, recording what really runs" if self._cuda else "recording what really runs"
@@ -302,20 +324,6 @@ class Campaign:
     def _timed_in_eager(self, lane: Lane, step: TimeEager) -> Steps[None]:
         with lane.context.spared(f"how long {step.cell} takes in eager"):
             self._record(step, (yield step))
-
-    def _compared(self) -> list[Cell]:
-        """Cells that are looked at though they are not measured: what a switch changed is told by the cell without it.
-
-        Of a screen each switch alone, and all but each: enough to see one that changes nothing anywhere.
-        """
-        settings = self._settings
-        if self._context.chosen is not None:
-            return []
-        if settings.design != "screen":
-            return neighbours(settings.cells)
-        cells = settings.cells
-        corners = [*design_cells("each", settings.factors), *design_cells("leave_one_out", settings.factors)]
-        return [cell for cell in dict.fromkeys(corners) if cell not in cells and settings.rules.allow(cell)]
 
     def _tell_idle_switches(self) -> None:
         """Say which switches change nothing that runs, before time is spent on them."""
@@ -387,8 +395,9 @@ def _reached(lane: Lane, asked: Sequence[ComputeCost]) -> Steps[None]:
         costs = []
         for step in asked:
             costs.append(CostLine(**fields_of(step), **fields_of((yield step))))
-        ceilings = CeilingLine(**fields_of((yield MeasureCeilings())))
-        lane.context.writer.append(ceilings, *costs)
+        ceilings = yield MeasureCeilings()
+        lane.context.state.see_ceilings(ceilings)
+        lane.context.writer.append(CeilingLine(**fields_of(ceilings)), *costs)
 
 
 def usable_cores() -> int:

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from qwen3bench.campaign.card_costs import CardForecast, SoFar
 from qwen3bench.config.settings import Settings
 from qwen3bench.record.lines import (
     BlockLine,
@@ -25,6 +26,7 @@ from qwen3bench.record.lines import (
     VisitLine,
 )
 from qwen3bench.record.messages import (
+    Ceilings,
     CollectEvidence,
     CountParameters,
     Evidence,
@@ -80,6 +82,11 @@ class Timing:
     widths: dict[str, float] = field(default_factory=dict)  # of each effect's interval, when they were last worked out
     judged_until: float = 0.0  # on the monotonic clock: till when these will do
 
+    @property
+    def so_far(self) -> SoFar:
+        """What a forecast goes by."""
+        return SoFar(len(self.processes), self.blocks, self.measured_s, self.setup_s)
+
     def begin_block(self) -> int:
         """The number of a block that nobody has in hand: of one that was begun and left, or of a new one."""
         number = next(number for number in itertools.count() if number not in self.numbers)
@@ -108,6 +115,8 @@ class RunState:
         self.memory: dict[Where, dict[str, PeakMemory]] = {}  # of each cell alone
         self.parameter_bytes = 0  # of the largest cell so far
         self.prompt: PromptLine | None = None  # where its length was chosen, by what forwards take
+        self.forecast: CardForecast | None = None  # of a run on a GPU
+        self.flops_per_s: float | None = None  # of a large 16-bit product, where that is measured
         self.timings: dict[Where, Timing] = {
             (workload, runtime): Timing() for workload in settings.workloads for runtime in settings.runtimes
         }
@@ -142,6 +151,11 @@ class RunState:
         """Take note of what really ran in a cell."""
         self.evidence.setdefault((str(place.workload), str(place.runtime)), {})[place.cell] = evidence
 
+    def see_ceilings(self, ceilings: Ceilings) -> None:
+        """Take note of what the device reaches."""
+        if ceilings.dtype in ("bfloat16", "float16"):
+            self.flops_per_s = ceilings.matmul_flops_per_s
+
     def see_parameters(self, counts: ParameterCounts) -> None:
         """Take note of how large a cell is."""
         self.parameter_bytes = max(self.parameter_bytes, counts.parameter_bytes or 0)
@@ -164,6 +178,8 @@ class RunState:
             self.see_evidence(Place(seen.cell, seen.workload, seen.runtime), seen)
         self.steps |= {TimeEager(cell=line.cell, workload=line.workload) for line in record.of(EagerLine)}
         self.ceilings_known = bool(record.of(CeilingLine))
+        for ceilings in record.of(CeilingLine):
+            self.see_ceilings(ceilings)
         self.process = max((line.process for line in record.of(ProcessLine)), default=-1)
 
     def _take_up_blocks(self, record: Record) -> None:

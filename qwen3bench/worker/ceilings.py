@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 
 from qwen3bench.record.messages import Ceilings, Pace
+from qwen3bench.record.vendor import vendor_of
 from qwen3bench.worker.clock import time_device, time_host
 
 _REPEATS = 9  # of which the median counts
@@ -17,42 +17,13 @@ COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}
 MATRIX_ROWS = {"cuda": 8192, "cpu": 768}
 
 
-@dataclass(frozen=True)
-class Vendor:
-    """A vendor's figures: memory bandwidth, and dense bfloat16 products with float32 accumulation."""
-
-    bytes_per_s: float
-    flops_per_s: float
-    source: str
-
-
-# By what the device's name holds; the first that fits counts.
-_VENDOR = {
-    "H200": Vendor(4.8e12, 989.4e12, "NVIDIA H200 data sheet (half of the figure with sparsity)"),
-    "H100 PCIe": Vendor(2.0e12, 756e12, "NVIDIA H100 data sheet, PCIe (half of the figure with sparsity)"),
-    "H100 80GB HBM3": Vendor(3.35e12, 989.4e12, "NVIDIA H100 data sheet, SXM (half of the figure with sparsity)"),
-    "A100-SXM4-80GB": Vendor(2.039e12, 312e12, "NVIDIA A100 data sheet, 80 GB SXM"),
-    "A100 80GB PCIe": Vendor(1.935e12, 312e12, "NVIDIA A100 data sheet, 80 GB PCIe"),
-    "A100-SXM4-40GB": Vendor(1.555e12, 312e12, "NVIDIA A100 data sheet, 40 GB"),
-    "A100-PCIE-40GB": Vendor(1.555e12, 312e12, "NVIDIA A100 data sheet, 40 GB"),
-    "L40S": Vendor(864e9, 362.05e12, "NVIDIA L40S data sheet"),
-    "NVIDIA L4": Vendor(300e9, 121e12, "NVIDIA L4 data sheet (half of the figure with sparsity)"),
-    "RTX 4090": Vendor(1008e9, 165.2e12, "NVIDIA Ada GPU architecture white paper, appendix A"),
-    "RTX 3090": Vendor(936e9, 71e12, "NVIDIA Ampere GA102 white paper, appendix A"),
-}
-# Slower or faster chips whose names hold one of those above.
-_LOOKALIKES = ("Laptop", "Ti", "D v2", " D", "MIG", "NVL")
-
-
 def vendor_figures(device_name: str, dtype: torch.dtype) -> dict[str, Any] | None:
     """`bytes_per_s`, `flops_per_s` (None but for 16-bit dtypes) and `source` of a known device, else None."""
-    if any(f"{word} " in f"{device_name} " for word in _LOOKALIKES):
+    vendor = vendor_of(device_name)
+    if vendor is None:
         return None
-    for name, vendor in _VENDOR.items():
-        if f" {name} " in f" {device_name} ":
-            flops = vendor.flops_per_s if dtype in (torch.bfloat16, torch.float16) else None
-            return {"bytes_per_s": vendor.bytes_per_s, "flops_per_s": flops, "source": vendor.source}
-    return None
+    flops = vendor.flops_per_s if dtype in (torch.bfloat16, torch.float16) else None
+    return {"bytes_per_s": vendor.bytes_per_s, "flops_per_s": flops, "source": vendor.source}
 
 
 def measure_ceilings(device: torch.device | str, dtype: torch.dtype) -> Ceilings:

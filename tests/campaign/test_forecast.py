@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from qwen3bench.campaign.forecast import Shortfall, about_design, what_it_takes
@@ -29,13 +30,8 @@ def test_a_smaller_fraction_says_what_is_told_only_together() -> None:
 
 
 def test_a_minute_is_one() -> None:
-    text = about_design(compose(["model=tiny"]))[-1]
-    assert text.endswith("in one runtime: 1 minute on an H100, 1 minute on two CPU cores")
-
-
-def test_nothing_is_foretold_of_training() -> None:
-    said = about_design(compose(["design=full", "workload=train"]))[-1]
-    assert said.startswith("expected time: not known of training")
+    text = about_design(compose(["model=tiny", "device=cpu"]))[-1]
+    assert text == "expected time: 1 minute on two CPU cores (Qwen3-0.6B in one runtime)"
 
 
 SEEN = Shortfall("mask", over=4.8, target=0.0025, more=163, measured_s=3.5, setup_s=5.3, spent_s=25.0, left_s=35.0)
@@ -61,3 +57,27 @@ def test_what_takes_hours_is_said_to_be_out_of_reach_and_how_near_ten_minutes_co
     assert "11,000 more processes" in what_it_takes(WHERE, allowed)  # somebody asked for that time
     long = replace(SEEN, over=40.0, more=11_000, measured_s=700.0, spent_s=700.0)
     assert what_it_takes(WHERE, long).endswith("in reasonable time")
+
+
+def test_nothing_is_foretold_of_training_on_a_cpu() -> None:
+    train = ["opt=flash", "workload=train"]
+    assert re.fullmatch(
+        r"expected time: not known on a CPU before .*", about_design(compose([*train, "device=cpu"]))[-1]
+    )
+    said = about_design(compose(train))[-1]
+    assert re.fullmatch(r"expected time: \d minutes on an H100 or H200, not known on a CPU before .*", said)
+
+
+def test_a_graph_is_foretold_of_a_card_alone() -> None:
+    said = about_design(compose(["runtime=graph"]))[-1]
+    assert re.fullmatch(r"expected time: \d minutes on an H100 or H200", said)
+    assert "expected time" not in about_design(compose(["runtime=graph", "device=cpu"]))[-1]  # which is refused
+
+
+def test_compiled_peers_and_longer_prompts_take_their_time_on_a_card() -> None:
+    def minutes(*overrides: str) -> int:
+        said = about_design(compose(["device=cuda", "workload=prefill", "opt=flash", *overrides]))[-1]
+        return int(said.removeprefix("expected time: ").split()[0])
+
+    assert minutes() < minutes("runtime=compile") < minutes("runtime=compile", "peer=transformers")
+    assert minutes() < minutes("prompt_tokens=32768")

@@ -1,0 +1,62 @@
+"""The steps that look at single cells of a run, and how they are shared out among processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from qwen3bench.config.settings import Settings
+from qwen3bench.record.design import Cell, design_cells, label, neighbours
+from qwen3bench.record.messages import CollectEvidence, MeasureMemory, Request, Verify
+
+_MIN_SHARE = 4  # cells; fewer are looked at before another process has started
+MAX_AT_ONCE = 8  # processes that look at cells side by side: each computes the gate's reference anew
+
+
+def compared(settings: Settings) -> list[Cell]:
+    """Cells that are looked at though they are not measured: what a switch changed is told by the cell without it.
+
+    Of a screen each switch alone, and all but each: enough to see one that changes nothing anywhere.
+    """
+    if settings.design != "screen":
+        return neighbours(settings.cells)
+    cells = settings.cells
+    corners = [*design_cells("each", settings.factors), *design_cells("leave_one_out", settings.factors)]
+    return [cell for cell in dict.fromkeys(corners) if cell not in cells and settings.rules.allow(cell)]
+
+
+def looks(settings: Settings, wheres: Iterable[tuple[str, str]], beside: Iterable[Cell]) -> list[Request[Any]]:
+    """Peak memory, then evidence of what has just run there, so that a cell is built and compiled once for both.
+
+    `settings` are resolved. Of each workload and runtime; of the cells `beside` those measured, evidence alone.
+    """
+    steps: list[Request[Any]] = []
+    others = [label(cell) for cell in beside]
+    for workload, runtime in wheres:
+        for cell in settings.labels:
+            if settings.device.startswith("cuda"):
+                steps.append(MeasureMemory(cell=cell, workload=workload, runtime=runtime))
+            steps.append(CollectEvidence(cell=cell, workload=workload, runtime=runtime))
+        if runtime != "compile":  # where a cell takes seconds to compile
+            steps += [CollectEvidence(cell=cell, workload=workload, runtime=runtime) for cell in others]
+    return steps
+
+
+def shared_out(steps: Iterable[Request[Any]], factors: Sequence[str], at_once: int) -> list[list[Request[Any]]]:
+    """The steps of each process: those of a cell together, cells with the same kernels together.
+
+    The gate's verdicts come first, as its weights go before a cell is alone.
+    """
+    of_cells: dict[str, list[Request[Any]]] = {}
+    for step in steps:
+        of_cells.setdefault(step.cell, []).append(step)  # type: ignore[attr-defined]
+    cells = list(of_cells)
+    size = max(_MIN_SHARE, math.ceil(len(cells) / at_once))
+    if len(cells) > size:
+        cells.sort(key=lambda cell: [name not in cell.split("+") for name in factors])
+    shares = [cells[start : start + size] for start in range(0, len(cells), size)]
+    return [
+        sorted((step for cell in share for step in of_cells[cell]), key=lambda step: not isinstance(step, Verify))
+        for share in shares
+    ]
