@@ -47,6 +47,9 @@ from qwen3bench.reporting.terminal import terminal_summary
 from qwen3bench.reporting.units import count
 
 RESULTS = Path("results")
+_CLOSING_LINES = 2  # beside the summary: facts that waited, or that the run is analyzed; how long it took
+_FAILED_LINES = 2  # that no cell could be measured, where its path breaks over two
+_INTERRUPTED_LINES = 6  # facts that waited, Ctrl-C again, analyzing, an empty one, how to continue, how to read
 
 
 class Interrupted(BaseException):
@@ -173,9 +176,10 @@ def run(settings: Settings, machine: Machine | None = None) -> int:
             _report_of_a_part(directory, reporter)
         _say_interrupted(writer)
         return 128 + int(stop.args[0])
-    terminal_summary(finished, Console())
+    nothing = not (finished.cells["status"] == CellStatus.OK).any()
+    terminal_summary(finished, Console(), _CLOSING_LINES + _FAILED_LINES * nothing)
     print(f"took {duration(time.monotonic() - started)}", file=sys.stderr)
-    if not (finished.cells["status"] == CellStatus.OK).any():
+    if nothing:
         print(f"qwen3bench: error: no cell could be measured; {directory / 'report.html'} says why", file=sys.stderr)
     return _status(finished)
 
@@ -216,7 +220,7 @@ def _report_of_a_part(directory: Path, reporter: Reporter) -> None:
         if load_run(directory).samples.empty:
             return
         reporter.note("Ctrl-C again: stop without a report")
-        terminal_summary(_reported(directory, reporter), Console())
+        terminal_summary(_reported(directory, reporter), Console(), _INTERRUPTED_LINES)
 
 
 def finished_status(settings: Settings) -> int | None:

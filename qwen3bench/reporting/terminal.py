@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum, auto
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -38,6 +41,7 @@ from qwen3bench.reporting.wording.terminal_words import (
     answers_left,
     cells_title,
     damaged,
+    dependent_left,
     ended_early_words,
     failed_cells,
     failed_controls,
@@ -47,16 +51,17 @@ from qwen3bench.reporting.wording.terminal_words import (
     noisy_baseline,
     nothing_measured,
     only_helps_with,
+    peers_left,
     prediction_words,
+    rows_left,
     switches_title,
+    warnings_left,
 )
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
-T = TypeVar("T")
-
-MAX_LINES = 25  # one screen
+MAX_LINES = 25  # one screen, what is told beside the summary included
 _WIDTH = 100
 _MAX_ROWS = 9  # of the table
 _MARKS: dict[str, str] = {Verdict.SAME: "=", Verdict.UNDECIDED: "?", NoVerdict.NOISE: "~", NoVerdict.MISSING: ""}
@@ -64,24 +69,42 @@ Estimate = tuple[float, float, float, str]  # ratio, its interval, its verdict
 Rows = dict[str, list[Estimate | None]]  # one estimate for each condition
 
 
-def terminal_summary(run: Run, console: Console) -> None:
-    """Print what to switch on in each condition, the effect of each switch, and the report's path, in 25 lines.
+class Form(Enum):
+    """How much of an answer is told: with rate and memory, with its latency, or the switches and their speed-up."""
 
-    Fits 100 columns, or the terminal where that is narrower, and breaks no number.
+    WHOLE = auto()
+    BRIEF = auto()
+    LINE = auto()
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The tables: of switches, those that help only with another one, and of cells."""
+
+    heads: Sequence[str]
+    switches: Rows
+    switches_title: str
+    dependent: Sequence[str]
+    cells: Rows
+    cells_title: str
+
+
+def terminal_summary(run: Run, console: Console, beside: int = 0) -> None:
+    """Print what to switch on in each condition, the effect of each switch, and the report's path.
+
+    It takes 25 lines, together with the lines that are told `beside` it. Fits 100 columns, or the terminal where that
+    is narrower, and breaks no number.
     """
     narrow = console.is_terminal or "COLUMNS" in os.environ
     width = min(console.width, _WIDTH) if narrow else _WIDTH
     report = directory(run) / "report.html"
-    warnings = [line for text in _warnings(run) for line in wrapped(f"Warning: {text}", width)]
-    table = _table(run, width)
-    room = MAX_LINES - len(warnings) - len(table) - 1
-    shown = _answers(run, width, room)
+    where = f"Report: {os.path.relpath(report) if report.is_relative_to(Path.cwd()) else report}"
+    room = MAX_LINES - beside - (math.ceil(len(where) / console.width) if narrow else 1)
+    warnings = _kept([wrapped(f"Warning: {text}", width) for text in _warnings(run)], room // 2, warnings_left)
     for line in warnings:
         console.print(Text(line, style="yellow"), soft_wrap=True)
-    for line in (*shown, *table):
+    for line in (*_fitted(run, width, room - len(warnings)), where):
         console.print(Text(line), soft_wrap=True)
-    where = os.path.relpath(report) if report.is_relative_to(Path.cwd()) else report
-    console.print(Text(f"Report: {where}"), soft_wrap=True)
 
 
 def effect_lines(main: Rows, heads: Sequence[str], width: int, unknown: str = "not known") -> list[str]:
@@ -99,34 +122,37 @@ def effect_lines(main: Rows, heads: Sequence[str], width: int, unknown: str = "n
 
 def effects_line(where: str, told: Mapping[str, Estimate | None]) -> str:
     """The first effects in one condition, as one line."""
-    effects = ", ".join(f"{name} {_field(each) or 'not known yet'}" for name, each in _cut(told).items())
+    first = list(told.items())[:_MAX_ROWS]
+    effects = ", ".join(f"{name} {_field(each) or 'not known yet'}" for name, each in first)
     return f"{where}, first effects: {effects}"
+
+
+def _fitted(run: Run, width: int, room: int) -> list[str]:
+    """The answers and the tables in `room` lines: answers get brief first, then tables short, then answers are left."""
+    answers = {form: [_answer(run, condition, width, form) for condition in conditions(run)] for form in Form}
+    for table in _tables(_shown(run), width):
+        for blocks in answers.values():
+            lines = [line for block in blocks for line in block]
+            if len(lines) + len(table) <= room:
+                return [*lines, *table]
+    return _kept(answers[Form.LINE], room, answers_left)
+
+
+def _kept(blocks: Sequence[Sequence[str]], room: int, left: Callable[[int], str]) -> list[str]:
+    """The first of the blocks, as many as `room` lines hold; a line counts those that are left."""
+    lines: list[str] = []
+    for number, block in enumerate(blocks):
+        last = number == len(blocks) - 1
+        if len(lines) + len(block) > room - (not last):
+            return [*lines, left(len(blocks) - number)]
+        lines += block
+    return lines
 
 
 # The answer
 
 
-def _answers(run: Run, width: int, room: int) -> list[str]:
-    """What to switch on in each condition, as much of it as `room` lines hold."""
-    found = conditions(run)
-    ways: tuple[Callable[[Condition], list[str]], ...] = (
-        lambda condition: _answer(run, condition, width),
-        lambda condition: _answer(run, condition, width, brief=True),
-    )
-    for way in ways:
-        blocks = [way(condition) for condition in found]
-        if sum(map(len, blocks)) <= room:
-            break
-    lines: list[str] = []
-    for number, block in enumerate(blocks):
-        last = number == len(blocks) - 1
-        if len(lines) + len(block) > room - (not last):
-            return [*lines, answers_left(len(blocks) - number)]
-        lines += block
-    return lines
-
-
-def _answer(run: Run, condition: Condition, width: int, brief: bool = False) -> list[str]:
+def _answer(run: Run, condition: Condition, width: int, form: Form) -> list[str]:
     cells = usable(condition.select(run.cells))
     apart = control_findings.copies_apart(run, condition)
     alone = set(run.cells["cell"]) == {BASELINE}
@@ -140,9 +166,11 @@ def _answer(run: Run, condition: Condition, width: int, brief: bool = False) -> 
     if row := by_label.get(chosen):
         gain = ratio(row.speedup, row.speedup_lo, row.speedup_hi)
         lines = packed(f"{condition}:", [f"+opt={chosen.replace('+', ',')}"], width)
-        if brief:
-            return [*lines, *packed(f"  {gain.partition(' ')[0]} as fast,", _facts(row, brief), width)]
-        gain, facts = gain_words(gain), [*_facts(row, brief), *_prediction(run, condition)]
+        if form is Form.LINE and len(f"{lines[-1]}  {gain.partition(' ')[0]}") <= width:
+            return [*lines[:-1], f"{lines[-1]}  {gain.partition(' ')[0]}"]
+        if form is not Form.WHOLE:
+            return [*lines, *packed(f"  {gain.partition(' ')[0]} as fast,", _facts(row, form), width)]
+        gain, facts = gain_words(gain), [*_facts(row, form), *_prediction(run, condition)]
         if len(lines[-1]) + 2 + len(gain) <= width:
             return [*lines[:-1], f"{lines[-1]}  {gain}", *packed("", facts, width)]
         return [*lines, *packed(f"  {gain},", facts, width)]
@@ -150,7 +178,7 @@ def _answer(run: Run, condition: Condition, width: int, brief: bool = False) -> 
         return wrapped(f"{condition}: {sentence(finding).replace(f' ({condition})', '')}", width)
     row = by_label.get(BASELINE, next(iter(by_label.values())))
     doubt = [noisy_baseline(apart)] if apart else []
-    return packed(f"{condition}:", [row.cell, *_facts(row, brief), *doubt], width)
+    return packed(f"{condition}:", [row.cell, *_facts(row, form), *doubt], width)
 
 
 def _prediction(run: Run, condition: Condition) -> list[str]:
@@ -159,10 +187,10 @@ def _prediction(run: Run, condition: Condition) -> list[str]:
     return [prediction_words(each.held) for each in details if isinstance(each, BestCell)]
 
 
-def _facts(row: Any, brief: bool) -> list[str]:
+def _facts(row: Any, form: Form) -> list[str]:
     """Latency, rate and memory of a cell; its latency alone where it is to be brief."""
     facts = [seconds(row.latency_s)]
-    if not brief:
+    if form is Form.WHOLE:
         if is_number(row.tokens_per_s):
             facts.append(f"{significant(row.tokens_per_s)} tokens/s")
         if is_number(row.peak_allocated_bytes):
@@ -193,7 +221,34 @@ def _warnings(run: Run) -> Iterator[str]:
 # The table
 
 
-def _table(run: Run, width: int) -> list[str]:
+def _tables(shown: Shown, width: int) -> Iterator[list[str]]:
+    """The tables as lines, shorter each time: without that of peers, with fewer switches, and none at last."""
+    yield _laid_out(shown, width, _MAX_ROWS)
+    fewer = replace(shown, cells={}) if shown.switches else shown
+    dropped = [peers_left(len(shown.cells))] * (shown.cells != fewer.cells)
+    for most in range(_MAX_ROWS, 1, -1):
+        yield [*_laid_out(fewer, width, most), *dropped]
+    yield []
+
+
+def _laid_out(shown: Shown, width: int, most: int) -> list[str]:
+    """The tables as lines, `most` rows of each."""
+    lines: list[str] = []
+    if shown.switches:
+        lines += ["", *wrapped(shown.switches_title, width), *_some(shown.switches, shown.heads, width, most)]
+        lines += _kept([wrapped(text, width) for text in shown.dependent], most, dependent_left)
+    if shown.cells:
+        lines += ["", *wrapped(shown.cells_title, width), *_some(shown.cells, shown.heads, width, most)]
+    return lines
+
+
+def _some(table: Rows, heads: Sequence[str], width: int, most: int) -> list[str]:
+    """The first `most` rows of a table; a line counts those that are left."""
+    left = len(table) - most
+    return effect_lines(dict(list(table.items())[:most]), heads, width) + [rows_left(left)] * (left > 0)
+
+
+def _shown(run: Run) -> Shown:
     """The effect of each switch in each condition; of each cell where switches cannot be told apart."""
     found = conditions(run)
     heads = [str(condition) for condition in found]
@@ -205,22 +260,18 @@ def _table(run: Run, width: int) -> list[str]:
         if name in told
     }
     marks = marks_of(band(run), noisy=any(control_findings.noise(run, condition) for condition in found))
-    lines: list[str] = []
+    title = ""
     if switches:
         others = {others_beside(frame) for frame in main.values() if len(frame)}
         others_said = others.pop() if len(others) == 1 and len(run.factors) > 1 else ""
-        lines += ["", *wrapped(switches_title(others_said, marks), width)]
-        lines += effect_lines(_cut(switches), heads, width)
-        lines += [line for text in _dependent(run) for line in wrapped(text, width)]
+        title = switches_title(others_said, marks)
     names = [str(cell) for cell in dict.fromkeys(run.cells[of_peers(run.cells)]["cell"])]
-    title = PEERS_TITLE
     if not switches:
-        ours = dict.fromkeys(str(cell) for cell in run.cells["cell"] if cell != BASELINE)
-        title, names = cells_title(marks), list(ours)
+        names = list(dict.fromkeys(str(cell) for cell in run.cells["cell"] if cell != BASELINE))
     cells: Rows = {name: [_speedup(run, condition, name) for condition in found] for name in names}
-    if any(each for estimates in cells.values() for each in estimates):
-        lines += ["", *wrapped(title, width), *effect_lines(_cut(cells), heads, width)]
-    return lines
+    if not any(each for estimates in cells.values() for each in estimates):
+        cells = {}
+    return Shown(heads, switches, title, list(_dependent(run)), cells, PEERS_TITLE if switches else cells_title(marks))
 
 
 def _dependent(run: Run) -> Iterator[str]:
@@ -231,10 +282,6 @@ def _dependent(run: Run) -> Iterator[str]:
             places.setdefault((finding.detail.small, finding.detail.large), []).append(finding.condition)
     for (small, large), found in places.items():
         yield only_helps_with(small, large, found)
-
-
-def _cut(table: Mapping[str, T]) -> dict[str, T]:
-    return dict(list(table.items())[:_MAX_ROWS])
 
 
 def _main_effect(run: Run, condition: Condition, main: Any, name: str) -> Estimate | None:

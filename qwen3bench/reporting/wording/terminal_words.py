@@ -41,6 +41,22 @@ def answers_left(number: int) -> str:
     return f"{count(number, 'more answer')} in the report"
 
 
+def warnings_left(number: int) -> str:
+    return f"{count(number, 'more warning')} in the report"
+
+
+def rows_left(number: int) -> str:
+    return f"{count(number, 'more row')} in the report"
+
+
+def dependent_left(number: int) -> str:
+    return f"{count(number, 'more such pair')} in the report"
+
+
+def peers_left(number: int) -> str:
+    return f"{count(number, 'other implementation')} in the report"
+
+
 def failed_cells(by_status: Mapping[str, int]) -> str:
     said = ", ".join(f"{number} {status}" for status, number in by_status.items())
     return f"cells without a speed-up: {said}; the report says why."
