@@ -16,6 +16,7 @@ from qwen3bench.record.lines import ConfirmLine, MemoryLine, SampleLine
 from qwen3bench.record.reader import read_record
 from qwen3bench.record.rounds import ROUNDS, RoundWriter, chosen_in, round_of
 from qwen3bench.record.writer import RecordWriter
+from qwen3bench.reporting.units import listing
 
 GIB = 2**30
 Measure = Callable[[RunContext], None]
@@ -102,8 +103,8 @@ class Confirmation:
             state=state,
             chosen=dict(asked),
         )
-        names = ", ".join(cell for cell in cells if cell not in (BASELINE, label(settings.factors)))
-        self._context.progress.note(f"measuring what is predicted to be best: {names}")
+        names = [cell for cell in cells if cell not in (BASELINE, label(settings.factors))]
+        self._context.progress.note(f"measuring what is predicted to be best: {listing(names)}")
         self._measure(context)
         self._record = read_record(self._context.writer.directory)
 

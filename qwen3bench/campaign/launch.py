@@ -178,7 +178,7 @@ def run(settings: Settings, machine: Machine | None = None) -> int:
         return 128 + int(stop.args[0])
     nothing = not (finished.cells["status"] == CellStatus.OK).any()
     terminal_summary(finished, Console(), _CLOSING_LINES + _FAILED_LINES * nothing)
-    print(f"took {duration(time.monotonic() - started)}", file=sys.stderr)
+    print(f"the run took {duration(time.monotonic() - started)}", file=sys.stderr)
     if nothing:
         print(f"qwen3bench: error: no cell could be measured; {directory / 'report.html'} says why", file=sys.stderr)
     return _status(finished)

@@ -61,10 +61,10 @@ def busy_line(shares: dict[str, float], timed_by_host: bool) -> str | None:
         return None
     named = [f"{name} {share:.0%}" for name, share in shares.items() if share >= _NAMED]
     with_what = f"this machine is busy ({listing(named, _MOST)} of its {psutil.cpu_count() or 1} cores)"
-    longer = f"{1 / max(0.1, 1 - min(total, 1.0)):.1f} times as long"
+    longer = f"{1 / max(0.1, 1 - min(total, 1.0)):.1f} times as long here"
     if not timed_by_host:
-        return f"{with_what}: getting ready takes up to {longer}; device times are not touched"
-    return f"{with_what}: a run takes up to {longer}, as disturbed visits are taken again, and intervals are wider"
+        return f"{with_what}. Getting ready takes up to {longer}; times on the device are not affected"
+    return f"{with_what}. A run takes up to {longer}, and its intervals are wider"
 
 
 def card_line(telemetry: Telemetry, *, here: bool = True) -> str | None:
@@ -76,9 +76,9 @@ def card_line(telemetry: Telemetry, *, here: bool = True) -> str | None:
         return None
     names = [f"{_name_of(pid) if here else 'a process'} ({pid})" for pid in telemetry.foreign_processes]
     percent = telemetry.foreign_sm_percent
-    use = "" if percent is None else f", which take {percent:g} % of its SMs"
+    use = "" if percent is None else f", at {percent:g} % of its SMs"
     return (
-        f"the card is used by {listing(names, _MOST)} too{use}: blocks beside them are measured up to three times, "
+        f"the card is used by {listing(names, _MOST)} too{use}. Blocks beside others are measured up to three times, "
         "and flagged"
     )
 

@@ -61,10 +61,10 @@ def said(choice: PromptLine) -> str:
     """The choice and its reason, in a line."""
     tokens, forward_s = choice.prompt_tokens, choice.forward_s
     longest = max(forward_s, key=int)
-    why = f"a forward of {longest} takes {forward_s[longest]:.2g} s"
+    why = f"A forward of {longest} takes {forward_s[longest]:.2g} s"
     if int(longest) > tokens or forward_s[longest] > choice.limit_s:
         why += f", and {choice.limit_s:.2g} s are allowed for a run of about {duration(RUN_S)}"
-    return f"the prompt has {tokens} tokens here: {why}; prompt_tokens=N sets another length"
+    return f"the prompt has {tokens} tokens here. {why}. prompt_tokens=N sets another length"
 
 
 def as_recorded(settings: Settings, done: Record) -> Settings:
