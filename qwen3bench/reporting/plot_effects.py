@@ -23,7 +23,8 @@ from qwen3bench.reporting.figures import (
     mark,
     new_figure,
 )
-from qwen3bench.reporting.finding import Effect, NoVerdict
+from qwen3bench.reporting.finding import Effect, NoVerdict, Pair
+from qwen3bench.reporting.findings_effects import joint
 from qwen3bench.reporting.lookup import (
     AVERAGE,
     LATENCY,
@@ -57,6 +58,7 @@ from qwen3bench.reporting.wording.plot_words import (
     interactions_title,
     noisy_title,
 )
+from qwen3bench.reporting.wording.sentences import only_with
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -162,7 +164,9 @@ def by_condition(run: Run) -> Plot | None:
         return None
     told = [(condition, effects[effects["verdict"] != NoVerdict.NOISE]) for condition, effects in frames]
     title = (
-        _by_condition_title(told, names, sum(len(effects) for _, effects in frames) == sum(len(e) for _, e in told))
+        _by_condition_title(
+            told, names, _helped_by(run), sum(len(effects) for _, effects in frames) == sum(len(e) for _, e in told)
+        )
         if any(len(effects) for _, effects in told)
         else NOISY_EVERYWHERE
     )
@@ -209,12 +213,21 @@ def by_condition(run: Run) -> Plot | None:
     return Plot("effects-by-condition", figure, title, by_condition_alt(title))
 
 
-def _by_condition_title(frames: list[tuple[Condition, pd.DataFrame]], names: list[str], every: bool) -> str:
+def _helped_by(run: Run) -> dict[str, str]:
+    """The switches that help only with another one on, and that: their average says nothing of either."""
+    pairs = (finding.detail for finding in joint(run))
+    return {pair.small: pair.large for pair in pairs if isinstance(pair, Pair) and only_with(pair)}
+
+
+def _by_condition_title(
+    frames: list[tuple[Condition, pd.DataFrame]], names: list[str], helped_by: dict[str, str], every: bool
+) -> str:
     def verdicts(name: str) -> set[str]:
         return {str(effects.loc[name, "verdict"]) for _, effects in frames if name in effects.index}
 
-    everywhere = [name for name in names if verdicts(name) == {Verdict.FASTER}]
+    alone = [name for name in names if name not in helped_by]
+    everywhere = [name for name in alone if verdicts(name) == {Verdict.FASTER}]
     turns = [
-        name for name in names if Verdict.FASTER in verdicts(name) and verdicts(name) & {Verdict.SAME, Verdict.SLOWER}
+        name for name in alone if Verdict.FASTER in verdicts(name) and verdicts(name) & {Verdict.SAME, Verdict.SLOWER}
     ]
-    return by_condition_title(everywhere, turns, quiet=every)
+    return by_condition_title(everywhere, turns, helped_by, quiet=every)

@@ -12,7 +12,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
-from qwen3bench.analysis.run import Run
+from qwen3bench.analysis.run import Run, load_run
 from qwen3bench.reporting import figures
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.figures import Plot
@@ -23,6 +23,8 @@ from qwen3bench.reporting.plots import closing_plots, condition_plots, effect_pl
 
 Lines = list[dict[str, Any]]
 
+
+REFERENCE = Path(__file__).parents[2] / "results" / "reference"
 
 def drawn(run: Run) -> dict[str, Plot]:
     with figures.style():
@@ -181,6 +183,15 @@ def test_noise_tells_nothing_in_the_title_over_conditions(full_run: Run) -> None
         plot = by_condition(replace(full_run, controls=replace(full_run.controls, aa=aa)))
     assert plot is not None
     assert plot.title.startswith("Noisy everywhere")
+
+
+@pytest.mark.slow
+def test_a_switch_that_helps_only_beside_another_is_not_faster_everywhere() -> None:
+    """`mask` on an H200: 1.153× with `flash`, 0.917× without, on average above 1 in both conditions."""
+    with figures.style():
+        plot = by_condition(load_run(REFERENCE / "h200-ablate-1x2048"))
+    assert plot is not None
+    assert plot.title == "Faster everywhere: flash, mlp and norm; only together: mask with flash"
 
 
 def test_the_pareto_front_holds_what_nothing_equals_or_beats() -> None:

@@ -89,10 +89,14 @@ def interactions_title(shown: int, pairs: int, most: Effect | None) -> str:
     return f"{shown} of {count(pairs, 'pair')} interact; {words}"
 
 
-def by_condition_title(everywhere: Sequence[str], in_places: Sequence[str], *, quiet: bool) -> str:
-    """Which switches are faster in all conditions, and which in some alone."""
+def by_condition_title(
+    everywhere: Sequence[str], in_places: Sequence[str], helped_by: Mapping[str, str], *, quiet: bool
+) -> str:
+    """Which switches are faster in all conditions, which in some alone, and which only with another one on."""
     steady = "faster everywhere" if quiet else "faster wherever it is not noisy"
-    return sentence_of([(steady, everywhere), ("faster only in places", in_places)], NO_STEADY_GAIN)
+    pairs = [f"{small} with {large}" for small, large in helped_by.items()]
+    parts = [(steady, everywhere), ("faster only in places", in_places), ("only together", pairs)]
+    return sentence_of(parts, NO_STEADY_GAIN)
 
 
 def by_condition_alt(title: str) -> str:
