@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qwen3bench.config.choices import OWN_FOLDER
-from qwen3bench.record.design import cell_of
+from qwen3bench.record.design import BASELINE, cell_of
 from qwen3bench.record.lines import PromptLine, SessionLine
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.control_findings import control_list, many_left_out, outcome_of, tally
@@ -22,6 +22,7 @@ from qwen3bench.reporting.wording.answer_words import (
     interval_words,
     limits_of_answers,
     measured_of,
+    without_graph,
     would_tell,
 )
 from qwen3bench.reporting.wording.sentences import choice_notes, sentence
@@ -81,7 +82,7 @@ def _card(run: Run, condition: Condition, found: Sequence[Finding], outcome: Seq
         answer = answers[0]
         if choice.none is None and choice.times:
             card = _chosen(run, card, answer, choice.times)
-            return replace(card, notes=(*choice_notes(answer, choice), *notes))
+            return replace(card, notes=(*_without_graph(run, condition, answer), *choice_notes(answer, choice), *notes))
         asked = _asked(run, answer.advice)
         label = would_tell(answer.advice.seconds) if answer.advice else ""
         plain = replace(answer, advice=None) if asked else answer  # why there is nothing to ask for, too
@@ -106,6 +107,19 @@ def _chosen(run: Run, card: AnswerCard, answer: Finding, taken: Times) -> Answer
         python=f"{own}build_model(config, opts=({quoted}))",
         facts=_facts(taken),
     )
+
+
+def _without_graph(run: Run, condition: Condition, answer: Finding) -> list[str]:
+    """What the recommended cell gains in eager, where a graph was measured and eager was looked at."""
+    host = run.controls.host
+    eager_s = {row.cell: row.eager_s for row in rows(host[host["workload"] == condition.workload])}
+    if (
+        condition.runtime != "graph"
+        or "eager" in set(run.cells["runtime"])
+        or not {BASELINE, answer.subject} <= set(eager_s)
+    ):
+        return []
+    return [without_graph(eager_s[BASELINE] / eager_s[answer.subject])]
 
 
 def _plain(finding: Finding) -> str:

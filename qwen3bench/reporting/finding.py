@@ -105,7 +105,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Choice:
-    """Of a recommendation: which cells are as fast, and of how many more that is not known; or why there is none.
+    """Of a recommendation: which cells are as fast, and of which more that is not known; or why there is none.
 
     `by_memory`: of those as fast, the one with the least memory was chosen; else that with the fewest switches, as some
     cell's memory is not known. `more_bytes`: what the others take more at least. `smallest` and its `smallest_bytes`:
@@ -117,7 +117,7 @@ class Choice:
     alike: tuple[str, ...] = ()
     by_memory: bool = False
     more_bytes: float = math.nan
-    unsure: int = 0
+    unsure: tuple[str, ...] = ()
     limit_gib: float | None = None
     smallest: str = ""
     smallest_bytes: float = math.nan

@@ -173,10 +173,12 @@ def _widening(comparisons: int, freedom: Any, confidence: float) -> Any:
     return widest / special.stdtrit(freedom, (1 + confidence) / 2)
 
 
-def _as_fast(cells: pd.DataFrame, samples: pd.DataFrame, confidence: float, width: float) -> tuple[list[bool], int]:
+def _as_fast(
+    cells: pd.DataFrame, samples: pd.DataFrame, confidence: float, width: float
+) -> tuple[list[bool], tuple[str, ...]]:
     """Which cells read as the fastest does within the band, and may well do so, by ratios within blocks.
 
-    And how many others are not shown to be slower, though they read so: to recommend one of these for its fewer
+    And which others are not shown to be slower, though they read so: to recommend one of these for its fewer
     switches would be to recommend noise.
 
     Speed-ups share the baseline's scatter, so that their intervals may overlap where the cells are well apart.
@@ -184,14 +186,14 @@ def _as_fast(cells: pd.DataFrame, samples: pd.DataFrame, confidence: float, widt
     blocks = block_matrix(samples, cells["cell"].tolist())
     fastest = largest(cells, "speedup").cell
     names = [name for name in cells["cell"] if {name, fastest} <= set(blocks.log_s) and name != fastest]
-    alike, others = {fastest}, 0
+    alike, others = {fastest}, list[str]()
     if names:
         found = blocks.log_ratios(fastest, names)
         half, away = found.half_width(confidence), np.abs(found.estimate)
         unsure = away <= half * _widening(len(names), found.df, confidence)
         near = away <= np.log1p(width)
         alike |= set(np.array(names)[near & (unsure | (away + half <= np.log1p(width)))])
-        others = int((unsure & ~near).sum())
+        others += np.array(names)[unsure & ~near].tolist()
     best = rows(cells[cells["cell"] == fastest])[0]
     for row in rows(cells[~cells["cell"].isin([fastest, *names])]):  # of other blocks, as what confirms a screen is
         apart = abs(math.log(best.speedup / row.speedup))
@@ -199,8 +201,8 @@ def _as_fast(cells: pd.DataFrame, samples: pd.DataFrame, confidence: float, widt
         if apart <= math.log1p(width) and (apart <= reach or apart + reach <= math.log1p(width)):
             alike.add(row.cell)
         elif apart <= reach:
-            others += 1
-    return [name in alike for name in cells["cell"]], others
+            others.append(row.cell)
+    return [name in alike for name in cells["cell"]], tuple(others)
 
 
 def peers(run: Run) -> Iterator[Finding]:

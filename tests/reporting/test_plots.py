@@ -26,6 +26,7 @@ Lines = list[dict[str, Any]]
 
 REFERENCE = Path(__file__).parents[2] / "results" / "reference"
 
+
 def drawn(run: Run) -> dict[str, Plot]:
     with figures.style():
         plots = [

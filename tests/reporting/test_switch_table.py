@@ -26,7 +26,7 @@ def test_rows_are_switches_and_columns_conditions(full_run: Run) -> None:
     by_name = dict(table.rows)
     assert [field.look for field in by_name["tie"]] == ["same"] * 4
     assert by_name["norm"][0].gain == "1.271×"
-    assert "helps only with flash" in by_name["mask"][0].text
+    assert "only with flash: 1." in by_name["mask"][0].text
 
 
 def test_a_field_is_shaded_by_the_size_of_its_effect() -> None:

@@ -10,10 +10,10 @@ from qwen3bench.reporting.units import count, duration_words, listing, ratio
 NOTHING_HERE = "Nothing was measured here."
 _SCOPE = "They hold for this {device}, these versions and these sizes. Another prompt length is another experiment."
 _RANDOM = "The weights are random, so nothing is said about the quality of the output."
-_GRAPH = "Graph replays are device time: what the host adds is not in them."
+_GRAPH = "Graph replays are device time: what Python and the launches of kernels add on the host is not in them."
 _ALONE = "Peak memory is of one cell alone in its process, with no other request beside it."
 _BASELINE = "The baseline writes attention out, which few people run."
-_PEERS = "peer=transformers in the command measures beside what they do run."
+_PEERS = "Add peer=transformers to the command to measure beside what they do run."
 
 
 def interval_words(level: str, estimate: float, lo: float, hi: float) -> str:
@@ -30,6 +30,11 @@ def how_sure(told: Passed, copies: list[tuple[float, float, float]], blocks: str
         controls = f"All {count(told.passed, 'control')} passed" if told.passed > 1 else "The control passed"
     apart = "".join(f" Two copies of the baseline read {ratio(*each)}." for each in copies)
     return f"{controls}.{apart} Measured in {blocks}."
+
+
+def without_graph(gain: float) -> str:
+    """What is left of a gain where no graph saves the host's launches, by the few eager steps that a run takes."""
+    return f"Launched from Python without a graph, it is about {gain:.1f}× as fast as the baseline."
 
 
 def cut_short(blocks: int, least: int) -> str:

@@ -19,8 +19,8 @@ PAGE = {
     "turned on or off from here. Of twenty such intervals, about one misses the true value.",
     "what_if_screen": "What is marked as predicted comes from the fit, all else was measured. Beside each switch "
     "stands how many times as fast the model is once it is turned on or off from here.",
-    "halves": "What a switch is worth with the other on and off, on average over the rest (joint effect above 1: more "
-    "together)",
+    "halves": "What a switch is worth with the other on and off, on average over the rest (joint effect: the root of "
+    "their ratio, above 1 more together)",
     "parts": "Launched from Python one by one, each behind a synchronize: they do not add up to a step.",
     "ran": "What ran in the cells of these pairs",
     "screen": "Each switch alone (the others off), on average over the others, and last (the others on). The average "

@@ -241,8 +241,8 @@ def choice_notes(finding: Finding, choice: Choice) -> list[str]:
             kept = f"takes {'at least ' * bool(more)}{size(choice.more_bytes)} more memory"
         notes.append(f"{cells} as fast within {band_words(finding.width)}. {each} {kept}.")
     if choice.unsure:
-        cells = f"{count(choice.unsure, 'more cell')} {'is' if choice.unsure == 1 else 'are'}"
-        notes.append(f"{cells} not shown to be slower.")
+        verb = "is" if len(choice.unsure) == 1 else "are"
+        notes.append(f"That {listing(list(choice.unsure), 3)} {verb} slower is not shown.")
     return notes
 
 
@@ -327,7 +327,8 @@ def only_with(pair: Pair) -> bool:
 
 def only_with_note(pair: Pair) -> str:
     """What the table of switches adds to an average that hides it."""
-    return f"helps only with {pair.large}"
+    with_it, without = (times(half.estimate, half.lo, half.hi) for half in (pair.with_it, pair.without))
+    return f"only with {pair.large}: {with_it}, without {without}"
 
 
 def _open(finding: Finding, unsure: OpenEffects) -> str:
