@@ -1,4 +1,4 @@
-"""`tie`: one matrix serves as embedding and as output head (Press & Wolf, arXiv:1608.05859).
+"""`tie`: one matrix serves as embedding and as output head, as published up to 4B (Press & Wolf, arXiv:1608.05859).
 
 It saves the head's bytes. It cannot change latency: the same product reads the same number of bytes.
 """
