@@ -13,7 +13,7 @@ _RANDOM = "The weights are random, so nothing is said about the quality of the o
 _GRAPH = "Graph replays are device time: what Python and the launches of kernels add on the host is not in them."
 _ALONE = "Peak memory is of one cell alone in its process, with no other request beside it."
 _BASELINE = "The baseline writes attention out, which few people run."
-_PEERS = "Add peer=transformers to the command to measure beside what they do run."
+_PEERS = "Nothing was measured beside transformers: add peer=transformers to the command."
 
 
 def interval_words(level: str, estimate: float, lo: float, hi: float) -> str:
