@@ -78,6 +78,14 @@ class Namespace:
                     found.append(process)
         return found
 
+    def wait_for(self, count: int, name: str) -> list[psutil.Process]:
+        """The processes here whose command line holds `name`, once there are so many."""
+        deadline = time.monotonic() + 20
+        while len(found := self.processes(name)) != count:
+            assert time.monotonic() < deadline, found
+            time.sleep(0.1)
+        return found
+
     def send(self, number: int, name: str) -> None:
         """Send a signal to the processes here whose command line holds `name`."""
         for process in self.processes(name):
@@ -175,8 +183,7 @@ def test_two_actors_on_one_machine_of_which_one_is_killed(
 ) -> None:
     driver = begin(*TINY, JOINED, f"run.dir={tmp_path}/run")
     wait_for(driver, tmp_path / "run", TIMING)
-    actors = cluster.processes("ray::CardHost")
-    assert len(actors) == 2
+    actors = cluster.wait_for(2, "ray::CardHost")  # what one of them starts bears its name until it is itself
     assert all(actor.children(recursive=True) for actor in actors)
     wait_for(driver, tmp_path / "run", A_BLOCK)
     actors[0].kill()
