@@ -192,7 +192,7 @@ def test_a_switch_that_helps_only_beside_another_is_not_faster_everywhere() -> N
     with figures.style():
         plot = by_condition(load_run(REFERENCE / "h200-ablate-1x2048"))
     assert plot is not None
-    assert plot.title == "Faster everywhere: flash, mlp and norm; only together: mask with flash"
+    assert plot.title == "Faster in every condition: flash, mlp and norm; only together: mask with flash"
 
 
 def test_the_pareto_front_holds_what_nothing_equals_or_beats() -> None:

@@ -93,7 +93,7 @@ def by_condition_title(
     everywhere: Sequence[str], in_places: Sequence[str], helped_by: Mapping[str, str], *, quiet: bool
 ) -> str:
     """Which switches are faster in all conditions, which in some alone, and which only with another one on."""
-    steady = "faster everywhere" if quiet else "faster wherever it is not noisy"
+    steady = "faster in every condition" if quiet else "faster wherever it is not noisy"
     pairs = [f"{small} with {large}" for small, large in helped_by.items()]
     parts = [(steady, everywhere), ("faster only in places", in_places), ("only together", pairs)]
     return sentence_of(parts, NO_STEADY_GAIN)
