@@ -145,7 +145,7 @@ SWITCHES = ("flash", "tie", "mask")
 
 def test_every_combination_shows_the_row_of_cells_csv(page: Any, measured: Any) -> None:
     for place, workload in enumerate(("prefill", "decode")):
-        page.get_by_label("Condition").select_option(index=place)
+        page.get_by_label("Condition", exact=True).select_option(index=place)
         for levels in product((False, True), repeat=3):
             on = dict(zip(SWITCHES, levels, strict=True))
             toggle(page, on)
@@ -156,7 +156,7 @@ def test_every_combination_shows_the_row_of_cells_csv(page: Any, measured: Any) 
 
 
 def test_each_toggle_says_what_flipping_it_would_change_from_here(page: Any, measured: Any) -> None:
-    page.get_by_label("Condition").select_option(index=1)
+    page.get_by_label("Condition", exact=True).select_option(index=1)
     for levels in product((False, True), repeat=3):
         on = dict(zip(SWITCHES, levels, strict=True))
         toggle(page, on)
