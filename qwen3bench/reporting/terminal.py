@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from pathlib import Path
@@ -38,24 +38,21 @@ from qwen3bench.reporting.wording.sentences import only_with, sentence
 from qwen3bench.reporting.wording.terminal_words import (
     PEERS_TITLE,
     UNFINISHED,
-    answers_left,
+    Left,
     cells_title,
     damaged,
-    dependent_left,
     ended_early_words,
     failed_cells,
     failed_controls,
     gain_words,
+    left,
     marks_of,
     noisy_answer,
     noisy_baseline,
     nothing_measured,
     only_helps_with,
-    peers_left,
     prediction_words,
-    rows_left,
     switches_title,
-    warnings_left,
 )
 
 if TYPE_CHECKING:
@@ -100,7 +97,7 @@ def terminal_summary(run: Run, console: Console, beside: int = 0) -> None:
     report = directory(run) / "report.html"
     where = f"Report: {os.path.relpath(report) if report.is_relative_to(Path.cwd()) else report}"
     room = MAX_LINES - beside - (math.ceil(len(where) / console.width) if narrow else 1)
-    warnings = _kept([wrapped(f"Warning: {text}", width) for text in _warnings(run)], room // 2, warnings_left)
+    warnings = _kept([wrapped(f"Warning: {text}", width) for text in _warnings(run)], room // 2, Left.WARNING)
     for line in warnings:
         console.print(Text(line, style="yellow"), soft_wrap=True)
     for line in (*_fitted(run, width, room - len(warnings)), where):
@@ -135,16 +132,16 @@ def _fitted(run: Run, width: int, room: int) -> list[str]:
             lines = [line for block in blocks for line in block]
             if len(lines) + len(table) <= room:
                 return [*lines, *table]
-    return _kept(answers[Form.LINE], room, answers_left)
+    return _kept(answers[Form.LINE], room, Left.ANSWER)
 
 
-def _kept(blocks: Sequence[Sequence[str]], room: int, left: Callable[[int], str]) -> list[str]:
+def _kept(blocks: Sequence[Sequence[str]], room: int, what: Left) -> list[str]:
     """The first of the blocks, as many as `room` lines hold; a line counts those that are left."""
     lines: list[str] = []
     for number, block in enumerate(blocks):
         last = number == len(blocks) - 1
         if len(lines) + len(block) > room - (not last):
-            return [*lines, left(len(blocks) - number)]
+            return [*lines, left(len(blocks) - number, what)]
         lines += block
     return lines
 
@@ -225,7 +222,7 @@ def _tables(shown: Shown, width: int) -> Iterator[list[str]]:
     """The tables as lines, shorter each time: without that of peers, with fewer switches, and none at last."""
     yield _laid_out(shown, width, _MAX_ROWS)
     fewer = replace(shown, cells={}) if shown.switches else shown
-    dropped = [peers_left(len(shown.cells))] * (shown.cells != fewer.cells)
+    dropped = [left(len(shown.cells), Left.PEER)] * (shown.cells != fewer.cells)
     for most in range(_MAX_ROWS, 1, -1):
         yield [*_laid_out(fewer, width, most), *dropped]
     yield []
@@ -236,7 +233,7 @@ def _laid_out(shown: Shown, width: int, most: int) -> list[str]:
     lines: list[str] = []
     if shown.switches:
         lines += ["", *wrapped(shown.switches_title, width), *_some(shown.switches, shown.heads, width, most)]
-        lines += _kept([wrapped(text, width) for text in shown.dependent], most, dependent_left)
+        lines += _kept([wrapped(text, width) for text in shown.dependent], most, Left.PAIR)
     if shown.cells:
         lines += ["", *wrapped(shown.cells_title, width), *_some(shown.cells, shown.heads, width, most)]
     return lines
@@ -244,8 +241,8 @@ def _laid_out(shown: Shown, width: int, most: int) -> list[str]:
 
 def _some(table: Rows, heads: Sequence[str], width: int, most: int) -> list[str]:
     """The first `most` rows of a table; a line counts those that are left."""
-    left = len(table) - most
-    return effect_lines(dict(list(table.items())[:most]), heads, width) + [rows_left(left)] * (left > 0)
+    more = len(table) - most
+    return effect_lines(dict(list(table.items())[:most]), heads, width) + [left(more, Left.ROW)] * (more > 0)
 
 
 def _shown(run: Run) -> Shown:

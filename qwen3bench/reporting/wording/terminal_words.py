@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from enum import StrEnum
 
 from qwen3bench.reporting.units import FIXED, count, listing, percent
 
@@ -37,24 +38,19 @@ def gain_words(gain: str) -> str:
     return f"{gain} as fast as the baseline"
 
 
-def answers_left(number: int) -> str:
-    return f"{count(number, 'more answer')} in the report"
+class Left(StrEnum):
+    """What a terminal has no room for, one of it."""
+
+    ANSWER = "more answer"
+    WARNING = "more warning"
+    ROW = "more row"
+    PAIR = "more such pair"
+    PEER = "other implementation"
 
 
-def warnings_left(number: int) -> str:
-    return f"{count(number, 'more warning')} in the report"
-
-
-def rows_left(number: int) -> str:
-    return f"{count(number, 'more row')} in the report"
-
-
-def dependent_left(number: int) -> str:
-    return f"{count(number, 'more such pair')} in the report"
-
-
-def peers_left(number: int) -> str:
-    return f"{count(number, 'other implementation')} in the report"
+def left(number: int, what: Left) -> str:
+    """How many of what is not shown, and where it stands."""
+    return f"{count(number, what)} in the report"
 
 
 def failed_cells(by_status: Mapping[str, int]) -> str:
