@@ -23,7 +23,7 @@ from rich.console import Console
 from qwen3bench.campaign import progress
 from qwen3bench.campaign.forecast import announcement, seconds_ahead, told
 from qwen3bench.campaign.live_effects import LiveEffects, estimates
-from qwen3bench.campaign.progress import Reporter
+from qwen3bench.campaign.progress import Reporter, duration
 from qwen3bench.campaign.state import Place, RunState
 from qwen3bench.config.cli import compose
 from qwen3bench.record.lines import EndLine, PromptLine, SampleLine
@@ -85,6 +85,24 @@ def test_a_line_says_what_is_left(clock: Clock) -> None:
         clock.now = 50.0
         stage.step("flash")
     assert out.getvalue().splitlines() == ["judging", "  judging, 0 of 3 (flash), about 2 min left"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.4, "0 s"),
+        (89.4, "89 s"),
+        (90, "2 min"),
+        (3569, "59 min"),
+        (3571, "1 h"),
+        (12000, "3 h 20 min"),
+        (7169, "1 h 59 min"),
+        (7171, "2 h"),
+        (90000, "25 h"),
+    ],
+)
+def test_a_length_of_time_has_seconds_minutes_or_hours(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
 
 
 def test_what_takes_longer_than_expected_is_not_over(clock: Clock) -> None:
@@ -423,10 +441,10 @@ def test_on_a_terminal_the_first_effects_are_under_the_bar_which_says_how_to_end
     terminal.width = 80
     reporter = Reporter(terminal)
     with reporter.running():
-        reporter.expect(100.0)
+        reporter.expect(12000.0)
         assert "Ctrl-C" not in sent(terminal)
         reporter.first_answer("prefill eager, first effects: flash 1.2×")
-    assert "Ctrl-C: stop and report" in sent(terminal)
+    assert "3 h 20 min left · Ctrl-C: stop and report" in sent(terminal)
     assert "first effects" not in sent(terminal)
 
 
