@@ -22,6 +22,7 @@ from qwen3bench.config.validation import (
     Positive,
     Share,
     Text,
+    ZeroOrOne,
     must_be,
     one_of,
     validated,
@@ -62,6 +63,7 @@ class Sizes:
     """The sizes of one workload. `prompt_tokens` is None until the device is known.
 
     Of training also its `precision`, auto until then, and the norm that gradients are clipped to; None elsewhere.
+    Of a prefill `logits_to_keep`: 1 where it computes the last token's logits alone, 0 for all.
     """
 
     batch_size: Count
@@ -69,6 +71,7 @@ class Sizes:
     new_tokens: CountOrZero
     precision: Precision | None = None
     clip: Positive | None = None
+    logits_to_keep: ZeroOrOne = 0
 
 
 @_closed

@@ -74,6 +74,8 @@ class Settings:
                 raise UserError(no_such_choice("runtime", name))
         if "generate" in self.workloads and not self.workloads["generate"].new_tokens:
             raise UserError("workload.generate.new_tokens must be a whole number above 0, not 0")
+        if kept := [name for name, sizes in self.workloads.items() if sizes.logits_to_keep and name != "prefill"]:
+            raise UserError(f"workload.{kept[0]}.logits_to_keep: only a prefill can leave out logits")
         for name, options in self.opts.items():
             if not isinstance(options.get("_target_"), str):
                 raise UserError(
@@ -317,9 +319,11 @@ def settings_from(config: DictConfig | Mapping[str, Any]) -> Settings:
 
 
 def _sizes(sizes: Sizes) -> dict[str, Any]:
-    """The sizes as plain data; what only training has is left out elsewhere."""
+    """The sizes as plain data; what only training has is left out elsewhere, and so is that all logits are computed."""
     plain = asdict(sizes)
-    return plain if sizes.precision is not None else {k: v for k, v in plain.items() if k not in ("precision", "clip")}
+    left_out = () if sizes.precision is not None else ("precision", "clip")
+    left_out = left_out if sizes.logits_to_keep else (*left_out, "logits_to_keep")
+    return {name: value for name, value in plain.items() if name not in left_out}
 
 
 def _names(asked: str | int | list[str | int] | None) -> tuple[str, ...]:

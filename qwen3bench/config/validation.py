@@ -54,6 +54,7 @@ def one_of(*allowed: Any) -> WrapValidator:
 
 
 Count = Annotated[StrictInt, Field(ge=1, le=_MAX), must_be(f"a whole number from 1 to {_MAX}")]
+ZeroOrOne = Annotated[StrictInt, Field(ge=0, le=1), must_be("0 or 1")]
 CountOrZero = Annotated[StrictInt, Field(ge=0, le=_MAX), must_be(f"a whole number from 0 to {_MAX}")]
 AnyCount = Annotated[StrictInt, Field(ge=1), must_be("a positive whole number")]
 Positive = Annotated[StrictFloat, Field(gt=0, allow_inf_nan=False), must_be("a number above 0")]

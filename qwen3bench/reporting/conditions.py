@@ -39,12 +39,17 @@ class Condition:
 def conditions(run: Run) -> list[Condition]:
     """Conditions of a run in the order of its cells table."""
     first = run.cells.drop_duplicates(["workload", "runtime"])
-    return [Condition(str(row.workload), str(row.runtime), _sizes(row)) for row in first.itertuples()]
+    workloads = run.config.get("workload") or {}
+    asked = {name: sizes.get("logits_to_keep") for name, sizes in workloads.items()}
+    return [
+        Condition(str(row.workload), str(row.runtime), _sizes(row, asked.get(row.workload) == 1))
+        for row in first.itertuples()
+    ]
 
 
-def _sizes(row: Any) -> str:
-    """`batch×tokens`, or `batch×prompt+new` where tokens are generated."""
+def _sizes(row: Any, last_logits: bool) -> str:
+    """`batch×tokens`, or `batch×prompt+new` where tokens are generated; with what a prefill leaves out."""
     if not (is_number(row.batch_size) and is_number(row.prompt_tokens)):
         return ""
-    text = f"{int(row.batch_size)}×{int(row.prompt_tokens)}"
+    text = f"{int(row.batch_size)}×{int(row.prompt_tokens)}{' (last logits)' if last_logits else ''}"
     return f"{text}+{int(row.new_tokens)}" if row.workload == "generate" and is_number(row.new_tokens) else text

@@ -43,7 +43,7 @@ def forwards(size: WorkloadSize) -> list[ForwardShape]:
     """The forwards of one timed value."""
     n = size.prompt_tokens
     if size.name in ("prefill", "train"):
-        return [ForwardShape(n, 0, n)]
+        return [ForwardShape(n, 0, min(size.logits_to_keep or n, n))]
     if size.name == "decode":
         return [ForwardShape(1, n, 1)]
     return [ForwardShape(n, 0, 1)] + [ForwardShape(1, n + i, 1) for i in range(size.new_tokens - 1)]

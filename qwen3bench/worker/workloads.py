@@ -23,7 +23,8 @@ Step = Callable[[], Tensor]
 class WorkloadSize:
     """How large a workload is: sequences, tokens of each prompt, tokens to generate.
 
-    Of training also the precision, and the norm that gradients are clipped to where they are.
+    Of training also the precision, and the norm that gradients are clipped to where they are. Of a prefill
+    `logits_to_keep`: 1 where the last token's logits are computed alone, 0 for all.
     """
 
     name: str
@@ -32,6 +33,7 @@ class WorkloadSize:
     new_tokens: int
     precision: str | None = None
     clip: float | None = None
+    logits_to_keep: int = 0
 
     @property
     def cache_capacity(self) -> int:
@@ -47,7 +49,15 @@ class WorkloadSize:
 def workload_sizes(settings: Settings) -> list[WorkloadSize]:
     """How large each workload of resolved settings is."""
     return [
-        WorkloadSize(name, sizes.batch_size, sizes.prompt_tokens or 1, sizes.new_tokens, sizes.precision, sizes.clip)
+        WorkloadSize(
+            name,
+            sizes.batch_size,
+            sizes.prompt_tokens or 1,
+            sizes.new_tokens,
+            sizes.precision,
+            sizes.clip,
+            sizes.logits_to_keep,
+        )
         for name, sizes in settings.workloads.items()
     ]
 
@@ -89,7 +99,8 @@ class Workload:
         """
         prompt, token, cache, n = self.prompt, self.token, self.cache, self.size.prompt_tokens
         if self.size.name == "prefill":
-            return [lambda: model(prompt)]
+            kept = self.size.logits_to_keep
+            return [lambda: model(prompt, logits_to_keep=kept)]
         if self.size.name == "decode":
             return [lambda: model(token, cache, start=n)]
 

@@ -185,6 +185,17 @@ def test_generating_nothing_is_refused() -> None:
         compose(["workload=generate", "workload.generate.new_tokens=0"])
 
 
+def test_only_a_prefill_can_leave_out_logits() -> None:
+    settings = compose(["workload=prefill,decode", "prefill.logits_to_keep=1"])
+    assert settings.to_dict()["workload"]["prefill"]["logits_to_keep"] == 1
+    assert settings_from(settings.to_dict()) == settings
+    assert "logits_to_keep" not in compose([]).to_dict()["workload"]["prefill"]
+    with pytest.raises(UserError, match=r"workload\.prefill\.logits_to_keep must be 0 or 1, not 2"):
+        compose(["prefill.logits_to_keep=2"])
+    with pytest.raises(UserError, match=r"workload\.decode\.logits_to_keep: only a prefill"):
+        compose(["workload=decode", "+workload.decode.logits_to_keep=1"])
+
+
 def test_a_sixth_optimization_needs_one_yaml_file_and_comes_last(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     import shutil
 

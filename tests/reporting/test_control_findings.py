@@ -239,3 +239,9 @@ def test_without_a_second_copy_there_is_no_series(
     run = run_of(lines)
     assert aa_series(run, conditions(run)[0]).empty
     assert outcomes(run, Check.AA) == [ControlOutcome.ABSENT]
+
+
+def test_a_condition_says_that_the_last_logits_are_computed_alone(full_run: Run) -> None:
+    last = {**full_run.config, "workload": {"prefill": {"logits_to_keep": 1}}}
+    assert str(conditions(full_run)[0]) == "prefill 1×512 graph"
+    assert str(conditions(replace(full_run, config=last))[0]) == "prefill 1×512 (last logits) graph"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -101,6 +102,13 @@ def test_an_untied_model_also_reads_the_rows_of_its_tokens() -> None:
 def test_a_prefill_has_no_cache_and_all_logits() -> None:
     one, two = (cell_cost(SMALL, True, WorkloadSize("prefill", 1, n, 0), 2).bytes for n in (10, 11))
     assert two - one == 2 * (2 * SMALL.num_layers * SMALL.emb_dim + SMALL.vocab_size) + 8
+
+
+def test_a_prefill_of_the_last_logits_costs_what_the_first_step_of_generation_does() -> None:
+    last = WorkloadSize("prefill", 2, 11, 0, logits_to_keep=1)
+    assert forwards(last) == forwards(WorkloadSize("generate", 2, 11, 1))
+    less = cell_cost(SMALL, True, replace(last, logits_to_keep=0), 2).flops - cell_cost(SMALL, True, last, 2).flops
+    assert less == 2 * 2 * 10 * SMALL.emb_dim * SMALL.vocab_size
 
 
 def test_generation_is_its_prefill_and_its_steps() -> None:

@@ -45,6 +45,13 @@ def test_prefill_gives_the_logits_of_every_position(model: Qwen3Model) -> None:
     assert torch.equal(step(), model(workload.prompt))
 
 
+def test_a_prefill_may_give_the_last_logits_alone(model: Qwen3Model) -> None:
+    workload = Workload(WorkloadSize("prefill", 2, 9, 0, logits_to_keep=1), model)
+    (step,) = workload.steps(model)
+    assert step().shape[1] == 1
+    torch.testing.assert_close(step(), model(workload.prompt)[:, -1:])
+
+
 def test_decode_is_the_next_token_after_the_prompt_however_often(model: Qwen3Model) -> None:
     workload = Workload(WorkloadSize("decode", 2, 9, 0), model)
     (step,) = workload.steps(model)

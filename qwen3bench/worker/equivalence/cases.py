@@ -151,9 +151,12 @@ def _add_own(found: JudgedCases, size: WorkloadSize, shared: list[int]) -> None:
     base = shared[0]
     name = f"{size.name} of {b} × {n}"
     if size.name == "prefill":
-        found.prompts[base] = replace(found.prompts[base], judged_from=0)
-        indices = [base, *(found.prompt(whole, b, n) for _ in range(1, CALLS))]
-        passes = [Pass(index, (n,)) for index in indices]
+        last = size.logits_to_keep == 1
+        judged_from = n - 1 if last else 0
+        if not last:
+            found.prompts[base] = replace(found.prompts[base], judged_from=0)
+        indices = [base, *(found.prompt(whole, b, n, judged_from) for _ in range(1, CALLS))]
+        passes = [Pass(index, (n,), last=last) for index in indices]
     elif size.name == "decode":
         after = [found.prompt(whole, b, n + 1, n, base) for _ in range(CALLS)]
         passes = [Pass(base, (n,), last=True), *(Pass(index, (1,), n) for index in after)]

@@ -102,6 +102,13 @@ def test_each_workload_is_judged_as_it_is_timed(dtype: torch.dtype) -> None:
     assert rejected(gate, [(), ("flash", "mask"), ("flash", "tie", "mlp", "mask", "norm", "qkv")]) == {}
 
 
+def test_of_a_prefill_that_gives_the_last_logits_alone_these_are_judged() -> None:
+    gate = gate_of(workloads=[WorkloadSize("prefill", 2, 16, 0, logits_to_keep=1)])
+    (case,) = (case for case in gate.reference.cases if case.own)
+    assert [each.judged for each in case.passes] == [range(15, 16)] * 3
+    assert rejected(gate, [(), ("flash", "mask")]) == {}
+
+
 def test_of_many_generated_tokens_the_first_and_the_last_are_judged() -> None:
     gate = gate_of(workloads=[WorkloadSize("generate", 1, 9, 100)])
     (case,) = (case for case in gate.reference.cases if case.own)

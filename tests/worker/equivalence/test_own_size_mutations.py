@@ -37,7 +37,7 @@ TINY = ModelConfig(
     vocab_size=6000,
     context_length=4096,
 )
-Size = tuple[str, int, int, int]
+Size = tuple[str, int, int, int] | tuple[str, int, int, int, None, None, int]
 Change = Callable[[nn.Module], None]
 
 
@@ -114,6 +114,7 @@ OWN_SIZE: dict[str, tuple[Size, At]] = {
     "a window in decode": (("decode", 1, 2048, 1), At(lambda b, t, s: t == 1 and s > 1024, last_1024)),
     "a step of generate": (("generate", 1, 8, 40), At(lambda b, t, s: t == 1 and s == 40, without_the_first)),
     "the last steps of generate": (("generate", 1, 8, 90), At(lambda b, t, s: t == 1 and s == 95, without_the_first)),
+    "the last logits of a prompt": (("prefill", 2, 24, 0, None, None, 1), At(lambda b, t, s: b == 2, upside_down)),
     "the prompt of generate": (("generate", 2, 24, 3), At(lambda b, t, s: b == 2 and t == 24, upside_down)),
 }
 
