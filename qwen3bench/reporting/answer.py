@@ -74,7 +74,7 @@ def _card(run: Run, condition: Condition, found: Sequence[Finding], outcome: Seq
         condition,
         notes=tuple(notes),
         peers=tuple(_plain(replace(finding, noisy=False)) for finding in here[Kind.PEER]),
-        sure=_sure(run, condition, about),
+        sure=_sure(run, condition, about, outcome),
         warnings=tuple(_plain(finding) for finding in (*here[Kind.MISSING], *(f for f in failed if f.condition))),
     )
     answers, whole = here[Kind.ANSWER], here[Kind.TOGETHER]
@@ -151,9 +151,9 @@ def _facts(taken: Times) -> tuple[tuple[str, str, str], ...]:
     )
 
 
-def _sure(run: Run, condition: Condition, about: Sequence[Finding]) -> str:
+def _sure(run: Run, condition: Condition, about: Sequence[Finding], of_run: Sequence[Finding]) -> str:
     copies = [(row.ratio, row.lo, row.hi) for row in rows(condition.select(run.controls.aa))]
-    return how_sure(tally(about), copies, blocks_of(run, condition))
+    return how_sure(tally(about), tally(of_run).held, copies, blocks_of(run, condition))
 
 
 def not_told(run: Run) -> list[str]:

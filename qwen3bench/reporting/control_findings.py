@@ -207,6 +207,7 @@ def _host(run: Run) -> Iterator[Finding]:
                 limit=_BUSY_ENOUGH,
                 names=named,
                 shares=tuple(float(shares[name]) for name in named),
+                runtime="eager" if "eager" in set(run.cells["runtime"]) else "graph",
             )
 
 

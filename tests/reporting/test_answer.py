@@ -1,4 +1,5 @@
 import io
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from qwen3bench.config.cli import main
 from qwen3bench.config.settings import Settings
 from qwen3bench.reporting.answer import AnswerCard, cards, command_for, not_told
 from qwen3bench.reporting.conditions import conditions
+from qwen3bench.reporting.control_findings import control_list, outcome_of
+from qwen3bench.reporting.finding import ControlOutcome
 from qwen3bench.reporting.findings import findings
 from qwen3bench.reporting.terminal import terminal_summary
 from qwen3bench.reporting.units import ratio, seconds, size
@@ -52,11 +55,22 @@ def test_a_card_shows_the_numbers_of_its_cell(small: Callable[..., Run]) -> None
     assert card.python == 'build_model(config, opts=("flash", "tie"))'
 
 
+def test_controls_of_a_card_and_of_other_answers_are_the_ticks_of_the_list(full_run: Run) -> None:
+    ticks = sum(outcome_of(control) == ControlOutcome.PASSED for control in control_list(full_run))
+    for card in cards(full_run, findings(full_run)):
+        found = re.match(r"All (\d+) controls passed; (\d+) more of the run are of other answers\.", card.sure)
+        assert found, card.sure
+        assert int(found[1]) + int(found[2]) == ticks
+
+
 @pytest.mark.slow
 def test_a_card_says_what_is_left_of_its_gain_without_a_graph() -> None:
     """On an H200 all on takes 8.3 ms of the 24 ms that eager takes, the baseline 27 of 31 ms."""
     run = load_run(REFERENCE / "h200-ablate-1x2048")
-    left = "That takes a CUDA graph: launched from Python it is about 1.3× as fast as the baseline."
+    left = (
+        "That takes a CUDA graph: launched from Python it reads about 1.3×, by one to three passes of each cell and "
+        "without an interval. To measure it, add runtime=eager,graph."
+    )
     assert left in cards(run, findings(run))[0].notes
     eager = replace(run, cells=run.cells.assign(runtime=["eager", *run.cells["runtime"][1:]]))
     assert all(left not in card.notes for card in cards(eager, findings(run)))

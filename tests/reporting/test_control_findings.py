@@ -149,6 +149,7 @@ def test_the_host_bound_share_is_graph_over_eager(full_run: Run) -> None:
     shares = dict(zip(detail(finding).names, detail(finding).shares, strict=True))
     assert shares["baseline"] == pytest.approx(7.2 / 29, rel=0.01)
     assert detail(finding).limit > shares["baseline"]
+    assert "passes" not in sentence(finding)  # eager was measured in blocks
 
 
 def test_a_control_that_the_run_does_not_hold_is_named(
@@ -179,6 +180,7 @@ def test_a_few_passes_in_eager_tell_of_the_host_too(
 ) -> None:
     (finding,) = of_check(run_of(record_lines(factors=("flash", "tie"), eager_look=True)), Check.HOST)
     assert detail(finding).shares[0] == pytest.approx(7.2 / 29, rel=0.01)
+    assert "(eager by one to three passes of each cell)" in sentence(finding)
 
 
 def test_noise_hides_what_is_smaller_than_it(

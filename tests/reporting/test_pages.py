@@ -270,3 +270,12 @@ def test_what_ran_tells_why_flash_and_mask_belong_together(written: Path, run_of
         assert "skips the blocked half" in (written / page).read_text()
     without = write_report(run_of(record_lines(factors=("flash", "tie"))))
     assert "skips the blocked half" not in without.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factors", [("flash", "tie"), ("flash",)])
+def test_shares_and_errors_say_what_they_are_for(run_of: Any, record_lines: Any, factors: tuple[str, ...]) -> None:
+    page = write_report(run_of(record_lines(factors=factors)))
+    for text in (page.read_text(), page.with_suffix(".md").read_text()):
+        assert ("splits the gain of all on into Shapley shares" in text) == (len(factors) > 1)  # has a waterfall
+        assert "from the reference, the same function in float64" in text

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from qwen3bench.reporting.finding import Passed
 from qwen3bench.reporting.units import count, duration_words, listing, ratio
+from qwen3bench.reporting.wording.sentences import FEW_PASSES
 
 NOTHING_HERE = "Nothing was measured here."
 _SCOPE = "They hold for this {device}, these versions and these sizes. Another prompt length is another experiment."
@@ -22,19 +23,27 @@ def interval_words(level: str, estimate: float, lo: float, hi: float) -> str:
     return f"{level} interval {bounds}"
 
 
-def how_sure(told: Passed, copies: list[tuple[float, float, float]], blocks: str) -> str:
-    """How many controls passed, how far two copies of the baseline are apart, and in how many blocks."""
+def how_sure(told: Passed, of_run: int, copies: list[tuple[float, float, float]], blocks: str) -> str:
+    """How many controls of an answer passed, how far two copies of the baseline are apart, and in how many blocks.
+
+    `of_run`: controls that the list of the whole run holds.
+    """
     controls = "No control was measured" if not told.held else f"{told.passed} of {count(told.held, 'control')} passed"
     controls += f", {told.unsure} cannot tell" if told.unsure else ""
     if told.held and told.passed == told.held:
         controls = f"All {count(told.passed, 'control')} passed" if told.passed > 1 else "The control passed"
+    if others := (of_run - told.held) * bool(told.held):
+        controls += f"; {others:,} more of the run {'is' if others == 1 else 'are'} of other answers"
     apart = "".join(f" Two copies of the baseline read {ratio(*each)}." for each in copies)
     return f"{controls}.{apart} Measured in {blocks}."
 
 
 def without_graph(gain: float) -> str:
-    """What is left of a gain where no graph saves the host's launches, by the few eager steps that a run takes."""
-    return f"That takes a CUDA graph: launched from Python it is about {gain:.1f}× as fast as the baseline."
+    """What is left of a gain where no graph saves the host's launches, by the few eager passes that a run takes."""
+    return (
+        f"That takes a CUDA graph: launched from Python it reads about {gain:.1f}×, by {FEW_PASSES} and without an "
+        "interval. To measure it, add runtime=eager,graph."
+    )
 
 
 def cut_short(blocks: int, least: int) -> str:

@@ -80,6 +80,7 @@ METHOD = (
     "the data support neither that nor a difference. Peak memory is taken in a pass of its own, with one cell alone on "
     "the device."
 )
+FEW_PASSES = "one to three passes of each cell"  # as the look at eager takes that a run in a graph has
 FLASH_AND_MASK = (
     "Why flash and mask belong together: a fused kernel that is told of causality skips the blocked half of a prompt's "
     "scores. One that is given a mask tensor computes them all, and FlashAttention's takes none. With mask on there is "
@@ -505,7 +506,8 @@ def _host_words(finding: Finding, control: Control) -> str:
         return "Host: eager latency holds the host's launches. On CUDA, runtime=eager,graph shows how much they are."
     shares = zip(control.names, control.shares, strict=True)
     said = listing([f"{percent(min(1.0, share))} of the time ({name})" for name, share in shares])
-    text = f"Under eager the GPU works {said} in {finding.subject}, by graph over eager latency."
+    few = f" (eager by {FEW_PASSES})" if control.runtime == "graph" else ""
+    text = f"Under eager the GPU works {said} in {finding.subject}, by graph over eager latency{few}."
     if min(control.shares) < control.limit:
         text += " The rest is the host launching kernels, so eager effects are not kernel time."
     return text
