@@ -189,6 +189,14 @@ class Saving:
 
 
 @dataclass(frozen=True)
+class LogitsAtPeak:
+    """Of the peak memory that every cell has at the logits of all positions: their bytes, and what is no parameters."""
+
+    logits_bytes: float
+    beside_parameters: float
+
+
+@dataclass(frozen=True)
 class Against:
     """What a cell is compared with: the fastest of `best_of` other implementations, or what is the only one."""
 
@@ -304,6 +312,7 @@ Detail = (
     | BestCell
     | Pair
     | Saving
+    | LogitsAtPeak
     | Against
     | OpenEffects
     | Failed

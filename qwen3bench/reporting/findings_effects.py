@@ -17,7 +17,7 @@ from qwen3bench.record.states import Verdict
 from qwen3bench.reporting import control_findings
 from qwen3bench.reporting.advice import all_cells
 from qwen3bench.reporting.conditions import Condition, conditions
-from qwen3bench.reporting.finding import Beside, Detail, Effect, Finding, Kind, Pair, Saving, verdict_of
+from qwen3bench.reporting.finding import Beside, Detail, Effect, Finding, Kind, LogitsAtPeak, Pair, Saving, verdict_of
 from qwen3bench.reporting.findings_cells import times_of
 from qwen3bench.reporting.lookup import (
     AVERAGE,
@@ -27,17 +27,19 @@ from qwen3bench.reporting.lookup import (
     all_on,
     band,
     factors,
+    of_peers,
     rows,
     samples_of_usable,
     terms,
     usable,
 )
-from qwen3bench.reporting.units import listing
+from qwen3bench.reporting.units import is_number, listing
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
 _MAX_PAIRS = 3  # interactions told of per condition; of more, the size alone
+_MOST, _ALIKE = 0.8, 1e-3  # of the logits in what is held at the peak (0.84 at 8 × 128 tokens, 0.91 at 1 × 2048)
 _MAX_FACTORS = 6  # up to here each half of a design is analyzed by itself in no time
 
 
@@ -145,7 +147,7 @@ def _heard(run: Run, condition: Condition, row: Any) -> Effect:
 
 
 def memory(run: Run) -> Iterator[Finding]:
-    """Which switches save peak memory, and whether that costs latency."""
+    """Which switches save peak memory, whether that costs latency, and where the logits hide what others save."""
     for name in factors(run):
         alike: dict[Saving, list[str]] = {}
         for condition in conditions(run):
@@ -156,3 +158,28 @@ def memory(run: Run) -> Iterator[Finding]:
                     alike.setdefault(Saving(-row.estimate, free), []).append(str(condition))
         for saving, where in alike.items():
             yield Finding(Kind.MEMORY, name, listing(where, 12), detail=saving, width=band(run))
+    for condition in conditions(run):
+        if peak := _logits_at_peak(run, condition):
+            yield Finding(Kind.MEMORY, condition=str(condition), detail=peak)
+
+
+def _logits_at_peak(run: Run, condition: Condition) -> LogitsAtPeak | None:
+    """Of a prefill whose cells all peak where its logits are computed; None where that is not shown.
+
+    It is where all cells hold the same beside their parameters, and the logits are most of that. Cells with fused
+    attention and without must be among them: these take very different memory, so none peaks there.
+    """
+    cells = usable(condition.select(run.cells))
+    cells = cells[~of_peers(cells)].dropna(subset=[MEMORY, "parameter_bytes"])
+    setting = run.record.run.setting
+    vocabulary, last_alone = setting("model", "vocab_size"), setting("workload", "prefill", "logits_to_keep")
+    both_ways = "flash" in factors(run) and cells["flash"].nunique() == 2
+    if condition.workload != "prefill" or last_alone or not both_ways or not is_number(vocabulary):
+        return None
+    first = rows(cells)[0]
+    element = 4 if run.record.run.dtype == "float32" else 2
+    logits = float(first.batch_size * first.prompt_tokens * vocabulary * element)
+    beside = (cells[MEMORY] - cells["parameter_bytes"]).astype(float)
+    alike = beside.max() - beside.min() <= _ALIKE * logits
+    shown = alike and beside.min() >= logits >= _MOST * beside.max()
+    return LogitsAtPeak(logits, float(beside.max())) if shown else None

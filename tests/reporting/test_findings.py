@@ -30,6 +30,7 @@ from qwen3bench.reporting.finding import (
     Kind,
     Lack,
     Level,
+    LogitsAtPeak,
     Missing,
     NoAnswer,
     OpenEffects,
@@ -131,6 +132,41 @@ def test_every_number_has_its_condition(full_findings: list[Finding]) -> None:
 def test_a_switch_has_the_verdict_of_its_effect(small_run: Run, verdict: str) -> None:
     run = with_effect(small_run, "flash", verdict=verdict, estimate=1.004, lo=0.998, hi=1.03)
     assert of_switch(run, "flash").verdict == verdict
+
+
+LOGITS = 512 * 151_936 * 2
+
+
+@pytest.mark.parametrize(
+    ("flash_saves", "beside", "kept", "factors", "told"),
+    [
+        (0, LOGITS * 5 // 4, 0, ("flash", "tie"), True),
+        (0, LOGITS * 5 // 4, 1, ("flash", "tie"), False),  # only the last token's are made
+        (0, LOGITS * 5 // 4, 0, ("tie", "norm"), False),  # both may peak in attention
+        (0, LOGITS * 4 // 3, 0, ("flash", "tie"), False),  # much else is held
+        (0, LOGITS - 1, 0, ("flash", "tie"), False),
+        (LOGITS // 500, LOGITS * 5 // 4, 0, ("flash", "tie"), False),  # without it attention peaks
+    ],
+)
+def test_a_peak_that_no_switch_changes_is_that_of_the_logits(
+    run_of: Callable[[Lines], Run],
+    record_lines: Callable[..., Lines],
+    flash_saves: int,
+    beside: int,
+    kept: int,
+    factors: tuple[str, ...],
+    told: bool,
+) -> None:
+    lines = record_lines(factors=factors, workloads=("prefill", "decode"))
+    lines[0]["config"]["workload"]["prefill"]["logits_to_keep"] = kept
+    parameters = {line["cell"]: line["parameter_bytes"] for line in lines if line["type"] == "parameters"}
+    for line in lines:
+        if line["type"] == "memory":
+            saved = flash_saves if "flash" in line["cell"] else 0
+            line["peak_allocated_bytes"] = parameters[line["cell"]] + beside - saved
+    found = [f for f in of_kind(findings(run_of(lines)), Kind.MEMORY) if isinstance(f.detail, LogitsAtPeak)]
+    assert [f.condition for f in found] == ["prefill 1×512 graph"] * told
+    assert [f.detail for f in found] == [LogitsAtPeak(LOGITS, beside)] * told
 
 
 def saving(run: Run, name: str) -> list[tuple[float, bool, str]]:

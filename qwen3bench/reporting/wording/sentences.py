@@ -22,6 +22,7 @@ from qwen3bench.reporting.finding import (
     Idle,
     Kind,
     Lack,
+    LogitsAtPeak,
     Missing,
     NoAnswer,
     NoVerdict,
@@ -116,6 +117,10 @@ def _said(finding: Finding) -> str:
         case Saving() as saving:
             free = f" and leaves latency the same within {band_words(finding.width)}" if saving.free else ""
             return f"{finding.subject} saves {size(saving.saved_bytes)} of peak memory{free}{_where(finding)}."
+        case LogitsAtPeak(logits_bytes, beside_parameters):
+            many = f"{size(logits_bytes)} of {size(beside_parameters)} beside the parameters{_where(finding)}"
+            text = f"Every cell peaks at the logits of all positions, batch × tokens × vocabulary: {many}."
+            return f"{text} No switch changes these; prefill.logits_to_keep=1 leaves them out."
         case Against(other, best_of):
             text = f"{finding.subject} {_fast(finding, other)}{_where(finding)}."
             return text + (f" {other} is the fastest of {best_of} other implementations here." if best_of > 1 else "")
