@@ -211,8 +211,8 @@ def _number(value: object) -> str:
     if not is_number(value):
         return ""
     number = float(value)  # type: ignore[arg-type]
-    if number == int(number):
-        return f"{int(number):,}"
+    if math.isclose(number, round(number), rel_tol=1e-12):  # a mean of ones may be 1 − 1e-16
+        return f"{round(number):,}"
     return f"{number:.2g}" if abs(number) < 1e-3 else significant(number)
 
 

@@ -9,6 +9,7 @@ from qwen3bench.reporting.tables import (
     Table,
     drop_empty,
     effects_table,
+    equivalence_table,
     evidence_table,
     mapping_table,
     ranking_table,
@@ -104,6 +105,12 @@ def test_evidence_shows_what_differs(full_run: Run) -> None:
     table = evidence_table(full_run.record.of(EvidenceLine))
     assert set(column(table, "attention")) == {"none", "cudnn", "flash_attention"}
     assert ("recompiles", "0") in table.constants
+
+
+def test_a_mean_of_ones_reads_as_one(cells: pd.DataFrame) -> None:
+    table = equivalence_table(cells.assign(top1_agreement=[1 - 1e-16, 1.0] * (len(cells) // 2), kl_mean=1e-13))
+    assert ("top-1 agreement", "1") in table.constants
+    assert ("KL", "1e-13") in table.constants
 
 
 def test_changes_of_memory_carry_their_sign() -> None:
