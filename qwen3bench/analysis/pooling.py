@@ -24,7 +24,7 @@ _PLACE = ["workload", "runtime"]
 _WHAT = [*_PLACE, "kind", "term", "over"]
 _NUMBERS = ("estimate", "se", "df")
 # Settings that say where a run was measured, where it is written or how it is shown, not what is asked.
-_NOT_ASKED = ("run.", "resume", "report.", "hydra.", "device", "cluster")
+_NOT_ASKED = ("run.", "resume", "report.", "hydra.", "device", "threads", "cluster")
 _MAX_NAMED = 6  # differences in an error
 _OF_MACHINE = ("driver", "os", "cpu", "cpu_cores", "power_limit_w", "memory_bytes", "usable_cpus", "variables")
 POOLED_COLUMNS = [

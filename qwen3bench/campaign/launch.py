@@ -25,10 +25,12 @@ from qwen3bench.campaign.card_costs import CardPace, reached_by
 from qwen3bench.campaign.cluster import HostedCard, cluster_cards, refuse_unlike_workers
 from qwen3bench.campaign.context import RunContext
 from qwen3bench.campaign.lanes import Lane, Lanes
+from qwen3bench.campaign.neighbors import Neighbors
 from qwen3bench.campaign.passes import Campaign
 from qwen3bench.campaign.progress import Reporter, duration
 from qwen3bench.campaign.prompt import as_recorded, choose_prompt, is_open, said
 from qwen3bench.campaign.state import RunState
+from qwen3bench.campaign.threads import fewer_threads, recorded_threads, threads_line
 from qwen3bench.campaign.worker_pool import ProcessNumbers, Seat, StartWorker, WorkerPool
 from qwen3bench.campaign.worker_process import WorkerHandle, WorkerProcess
 from qwen3bench.config.choices import OWN_FOLDER
@@ -38,7 +40,7 @@ from qwen3bench.record.card import Card
 from qwen3bench.record.card_choice import chosen_cards
 from qwen3bench.record.files import clean_stale, point_latest, record_file
 from qwen3bench.record.lines import EndLine, SessionLine
-from qwen3bench.record.reader import read_record
+from qwen3bench.record.reader import Record, read_record
 from qwen3bench.record.states import CellStatus, EndStatus
 from qwen3bench.record.writer import RecordWriter
 from qwen3bench.reporting.findings import findings
@@ -234,7 +236,7 @@ def finished_status(settings: Settings) -> int | None:
     done = load_run(file.parent)
     recorded, device = done.record.run.config, done.record.run.setting("device")
     emulated = settings.dtype == "auto" and done.record.run.dtype == "float16"  # or the card would have computed in it
-    settings = as_recorded(settings, done.record)
+    settings = recorded_threads(as_recorded(settings, done.record), done.record)
     same = device in ("cpu", "cuda", settings.device) and settings.device in ("auto", device)
     same = same and not continuation.config_differences(
         recorded, settings.resolved(device, emulates_bfloat16=emulated).to_dict()
@@ -316,18 +318,26 @@ def _campaign(
         typed = [argument for argument in sys.argv[1:] if not argument.startswith(OWN_FOLDER)]
         if len(typed) == 1 and typed[0].startswith("resume="):  # the command says nothing but which run
             settings = continuation.recorded_settings(done, directory)
-        settings = as_recorded(settings, done)
+        settings = recorded_threads(as_recorded(settings, done), done)
     elif settings.resume:
         raise UserError(f"resume={directory}: nothing is recorded there yet; begin again with run.dir={directory}")
     cards = machine.used(settings)
     if settings.cluster and not machine.cards:
         with reporter.stage("starting or joining Ray", 1):
             cards = _of_cluster(workers.enter_context(cluster_cards(settings)))
+    neighbors, fewer = Neighbors(), None
     started = time.monotonic()
     with reporter.stage("starting a worker", 1):
         worker = workers.enter_context(cards[0].start(directory / "worker.log"))
         resolved, identity = continuation.identified(settings, worker, directory)
     pace = CardPace(start_s=time.monotonic() - started, flops_per_s=reached_by(identity.environment.get("device", "")))
+    if _may_spare_cores(resolved, done):
+        with reporter.stage("looking for what else works on this machine", 1):
+            fewer = fewer_threads(neighbors, identity.environment.get("torch_threads") or 1)
+        if fewer is not None:
+            reporter.note(threads_line(fewer))
+            settings = replace(settings, threads=fewer.threads)
+            resolved, identity = continuation.identified(settings, worker, directory)
     choice = None
     if is_open(settings) and resolved.device == "cpu":
         with reporter.stage("choosing the prompt's length by what a forward takes", 1):
@@ -363,4 +373,9 @@ def _campaign(
         context = RunContext(settings, writer, reporter, state, pool, cards=lanes.__len__)
         lanes.add(Lane(context, card.monitor, card.title, card.socket))
     card_bytes = None if found.get("mig") else found.get("device_memory_bytes")  # of a part nothing is known
-    return Campaign(lanes, card_bytes, pace)
+    return Campaign(lanes, card_bytes, pace, neighbors if fewer is None else None)
+
+
+def _may_spare_cores(settings: Settings, done: Record | None) -> bool:
+    """Whether a run may leave cores to others: it begins, on the CPU of this machine, and nobody says how many."""
+    return done is None and settings.device == "cpu" and settings.cluster is None and settings.threads == "auto"

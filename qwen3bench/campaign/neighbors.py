@@ -23,11 +23,15 @@ _MOST = 3  # names in a line
 
 @dataclass(frozen=True)
 class _Look:
-    """Processor time so far, in seconds: of each other process by its id and start, and of all CPUs in use."""
+    """Processor time so far, in seconds: of each other process by its id and start, and of the CPUs that we may use.
+
+    `busy_s` holds ours (`own_s`), of processes that have ended too, and the hypervisor's (`steal_s`).
+    """
 
     at_s: float
     others: dict[tuple[int, float], tuple[str, float]]
     busy_s: float
+    steal_s: float
     own_s: float
 
 
@@ -36,6 +40,20 @@ class Neighbors:
 
     def __init__(self) -> None:
         self._before = _look()
+
+    @property
+    def looked_s(self) -> float:
+        """For how long it has looked."""
+        return time.monotonic() - self._before.at_s
+
+    def busy_cores(self) -> float:
+        """How many of the CPUs that we may use others have kept busy, on average.
+
+        What a hypervisor takes is no part of it, as it takes that from few threads, too.
+        """
+        now, before = _look(), self._before
+        others_s = (now.busy_s - before.busy_s) - (now.own_s - before.own_s) - (now.steal_s - before.steal_s)
+        return max(0.0, others_s) / max(1e-9, now.at_s - before.at_s)
 
     def shares(self) -> dict[str, float]:
         """The share of all cores' time that went to processes of each name, the largest first."""
@@ -59,12 +77,17 @@ def busy_line(shares: dict[str, float], timed_by_host: bool) -> str | None:
     total = sum(shares.values())
     if total < BUSY:
         return None
-    named = [f"{name} {share:.0%}" for name, share in shares.items() if share >= _NAMED]
-    with_what = f"this machine is busy ({listing(named, _MOST)} of its {psutil.cpu_count() or 1} cores)"
+    with_what = busy_with(shares)
     longer = f"{1 / max(0.1, 1 - min(total, 1.0)):.1f} times as long here"
     if not timed_by_host:
         return f"{with_what}. Getting ready takes up to {longer}; times on the device are not affected"
     return f"{with_what}. A run takes up to {longer}, and its intervals are wider"
+
+
+def busy_with(shares: dict[str, float]) -> str:
+    """That the machine is busy, and with what."""
+    named = [f"{name} {share:.0%}" for name, share in shares.items() if share >= _NAMED]
+    return f"this machine is busy ({listing(named, _MOST)} of its {psutil.cpu_count() or 1} cores)"
 
 
 def card_line(telemetry: Telemetry, *, here: bool = True) -> str | None:
@@ -92,13 +115,14 @@ def _look() -> _Look:
             times = process.cpu_times()
             used_s = times.user + times.system
             if process.pid in own:
-                own_s += used_s
+                own_s += used_s + getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0)
             else:
                 others[process.pid, process.create_time()] = process.name(), used_s
     cpus = psutil.cpu_times(percpu=True)
     usable = [cpus[cpu] for cpu in usable_cpus() if cpu < len(cpus)]
     busy_s = sum(sum(each) - each.idle - getattr(each, "iowait", 0.0) - getattr(each, "guest", 0.0) for each in usable)
-    return _Look(time.monotonic(), others, busy_s, own_s)
+    steal_s = sum(getattr(each, "steal", 0.0) for each in usable)
+    return _Look(time.monotonic(), others, busy_s, steal_s, own_s)
 
 
 def _family() -> Iterator[int]:

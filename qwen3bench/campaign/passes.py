@@ -80,9 +80,18 @@ _SLACK = 1.5  # times the peak of a cell alone: what the allocator's gaps may ne
 
 
 class Campaign:
-    """One run's passes over its cards. `card_bytes`: the memory of one, where it is known; `pace`: as far as known."""
+    """One run's passes over its cards. `card_bytes`: the memory of one, where it is known; `pace`: as far as known.
 
-    def __init__(self, lanes: Lanes, card_bytes: int | None = None, pace: CardPace | None = None) -> None:
+    `neighbors`: who else works here, where that is still to be said.
+    """
+
+    def __init__(
+        self,
+        lanes: Lanes,
+        card_bytes: int | None = None,
+        pace: CardPace | None = None,
+        neighbors: Neighbors | None = None,
+    ) -> None:
         self._lanes = lanes
         context = lanes.first.context
         self._settings = context.settings
@@ -91,7 +100,7 @@ class Campaign:
         self._card_bytes = card_bytes
         self._pace = pace or CardPace()
         self._cuda = context.settings.device.startswith("cuda")
-        self._neighbors = Neighbors()
+        self._neighbors = neighbors
 
     @property
     def blocks(self) -> Blocks:
@@ -118,7 +127,7 @@ class Campaign:
         here = self._settings.cluster is None
         timed_by_host = not self._cuda or "eager" in self._settings.runtimes
         for line in (
-            busy_line(self._neighbors.shares(), timed_by_host),
+            busy_line(self._neighbors.shares(), timed_by_host) if self._neighbors else None,
             *(card_line(lane.monitor.sample(lane.workers.pids), here=here) for lane in self._lanes if self._cuda),
         ):
             if line:

@@ -47,6 +47,7 @@ Address = Annotated[
     str, Field(pattern=r"^(local|auto|[^\s:]+:\d{1,5})$"), must_be("local, auto, or HOST:PORT of a Ray cluster")
 ]
 Dtype = Annotated[str, one_of(*_DTYPES)]
+Threads = Annotated[Literal["auto"] | Count, must_be("auto or a whole number above 0")]
 Precision = Annotated[str, one_of(*PRECISIONS)]
 Timeout = Annotated[Positive, Field(lt=_MAX_TIMEOUT_S), must_be(f"a number above 0 and below {_MAX_TIMEOUT_S:g}")]
 Options = dict[str, dict[str, Any]]
@@ -173,6 +174,7 @@ class Config:
     resume: Text | None
     devices: Devices = None  # which a record from before there were several lacks
     cluster: ClusterGroup | None = None  # likewise
+    threads: Threads = "auto"  # likewise
 
 
 def read_config(config: DictConfig | Mapping[str, Any]) -> Config:

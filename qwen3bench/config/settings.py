@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig
 
@@ -34,9 +34,10 @@ class Settings:
 
     `opts`, `workloads`, `runtimes` and `peers` map a name to its options, in the order of labels and tables;
     the options of an optimization hold its `_target_`. Before `resolved`, `device`, `dtype` and a runtime may
-    be `auto`. `devices` names the cards where there are several, `cluster` is a Ray cluster's address. `wish` is asked
-    of a screen; `measured` are its cells where a record knows them. Raises `UserError` where nothing would be measured,
-    on a runtime or an optimization without code, and on a design with too many cells or with one that cannot be built.
+    be `auto`; `threads` stays so where PyTorch decides. `devices` names the cards where there are several, `cluster` is
+    a Ray cluster's address. `wish` is asked of a screen; `measured` are its cells where a record knows them. Raises
+    `UserError` where nothing would be measured, on a runtime or an optimization without code, and on a design with too
+    many cells or with one that cannot be built.
     """
 
     model: ModelConfig
@@ -56,6 +57,7 @@ class Settings:
     devices: tuple[str, ...]
     cluster: str | None
     dtype: str
+    threads: int | Literal["auto"]
     seed: int
     weights: str
     band: float
@@ -235,6 +237,7 @@ class Settings:
             "devices": [*self.devices] or None,
             "cluster": self.cluster and {"address": self.cluster},
             "dtype": self.dtype,
+            "threads": self.threads,
             "seed": self.seed,
             "weights": self.weights,
             "opt": {name: dict(options) for name, options in self.opts.items()},
@@ -308,6 +311,7 @@ def settings_from(config: DictConfig | Mapping[str, Any]) -> Settings:
         devices=_names(read.devices),
         cluster=None if read.cluster is None else read.cluster.address,
         dtype=read.dtype,
+        threads=read.threads,
         seed=read.seed,
         weights=read.weights,
         band=read.analysis.band,

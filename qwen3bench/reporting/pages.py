@@ -172,6 +172,7 @@ def about(run: Run) -> list[tuple[str, str]]:
         ("weights", run.config.get("weights")),
         ("device", first.device),
         ("machine", run.environment.get("host")),
+        ("threads", _threads(run)),
         ("machines", ", ".join(dict.fromkeys(run.environment.get("hosts") or ()))),
         ("cards", ", ".join(map(str, run.environment.get("cards") or ()))),
         ("dtype", first.dtype),
@@ -180,6 +181,14 @@ def about(run: Run) -> list[tuple[str, str]]:
         ("measured", moment(first.created)),
     ]
     return [(name, str(value)) for name, value in facts if value not in (None, "")]
+
+
+def _threads(run: Run) -> str:
+    """How many threads computed on a CPU, of as many cores as there are; empty on a card, whose own they are."""
+    threads, cores = (run.environment.get(key) for key in ("torch_threads", "usable_cores"))
+    if run.config.get("device") != "cpu" or threads is None:
+        return ""
+    return f"{threads} on {cores} cores" if cores else str(threads)
 
 
 def switches(runs: Iterable[Run]) -> list[tuple[str, str]]:

@@ -57,12 +57,12 @@ class CoreTimes:
         """What came in between."""
         return CoreTimes(_gap(self.others_s, before.others_s), _gap(self.steal_s, before.steal_s))
 
-    def disturb(self, wall_s: float, cpus: int) -> bool:
-        """Whether they took too much of so many seconds of so many CPUs."""
+    def disturb(self, wall_s: float, cpus: int, left: int = 0) -> bool:
+        """Whether they took too much of so many seconds of so many CPUs, of which `left` are for others."""
         least_s = _TICKS / os.sysconf("SC_CLK_TCK")
-        return (self.others_s or 0.0) > max(least_s, OTHERS_SHARE * cpus * wall_s) or (self.steal_s or 0.0) > max(
-            least_s, SHARE * wall_s
-        )
+        return (self.others_s or 0.0) > max(least_s, (OTHERS_SHARE * cpus + left) * wall_s) or (
+            self.steal_s or 0.0
+        ) > max(least_s, SHARE * wall_s)
 
 
 class Watch:

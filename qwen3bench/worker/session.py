@@ -9,12 +9,14 @@ import torch
 
 from qwen3bench.config.catalogue import resolve
 from qwen3bench.config.settings import Settings
+from qwen3bench.errors import UserError
 from qwen3bench.kernels.token_attention import forget_counters
 from qwen3bench.model.baseline import assemble
 from qwen3bench.model.build import build_model, forget_rope_tables
 from qwen3bench.model.decoder import Decoder
 from qwen3bench.model.weights import load_weights
 from qwen3bench.record.design import cell_of, is_peer
+from qwen3bench.record.host import Host, usable_cpus
 from qwen3bench.worker.bank import Bank
 from qwen3bench.worker.device import synchronize, use_device
 from qwen3bench.worker.equivalence.gate import Gate
@@ -30,7 +32,8 @@ class Session:
     """The resolved settings of a run on a device of this process. The weights are loaded when a cell needs them."""
 
     def __init__(self, settings: Settings, before: Session | None = None) -> None:
-        """Raises `UserError` where a peer does not exist here, and where the switches of a cell do not go together.
+        """Raises `UserError` where a peer does not exist here, where the switches of a cell do not go together, and
+        where there are fewer CPUs than threads.
 
         `before`: another session of this process, whose weights are kept where they are the same.
         """
@@ -46,8 +49,8 @@ class Session:
         self._bank: Bank | None = before._bank if before is not None and same else None
         self._gate: Gate | None = None
         self._gradient_gate: GradientGate | None = None
-        if self.device.type == "cpu" and settings.model.emb_dim <= SMALL_DIM:
-            torch.set_num_threads(1)
+        _take_threads(settings)
+        self.cores_left = _cores_left(settings)
         torch.set_grad_enabled(False)
 
     def weights_dtype(self, workload: str) -> torch.dtype:
@@ -145,6 +148,30 @@ class Session:
         forget_rope_tables()
         self.free()
         forget_counters()
+
+
+def _take_threads(settings: Settings) -> None:
+    """Use as many threads in an operation as are asked for; where none are, one for a small model on a CPU.
+
+    Raises `UserError` where they would share CPUs with each other.
+    """
+    if settings.threads == "auto":
+        if settings.device == "cpu" and settings.model.emb_dim <= SMALL_DIM:
+            torch.set_num_threads(1)
+        return
+    if settings.threads > (cpus := len(usable_cpus())):
+        raise UserError(
+            f"threads={settings.threads}: {cpus} CPUs may be used here, and more threads wait for each other"
+        )
+    torch.set_num_threads(settings.threads)
+
+
+def _cores_left(settings: Settings) -> int:
+    """How many cores the threads that are asked for leave to others on a CPU; none where PyTorch decides."""
+    if settings.threads == "auto" or settings.device != "cpu":
+        return 0
+    host = Host.here()
+    return max(0, (host.cores or len(host.cpus)) - settings.threads)
 
 
 def _weights_of(settings: Settings) -> tuple[object, ...]:

@@ -153,7 +153,7 @@ class TimedPass:
             found.append(_timed(value, after.since(before), now_s - since_s))
             before, since_s = after, time.perf_counter()
         taken = self.watch.core_times().since(cores)
-        if taken.disturb(time.perf_counter() - started, len(self.watch.cpus)):
+        if taken.disturb(time.perf_counter() - started, len(self.watch.cpus), self.session.cores_left):
             found = [replace(value, disturbed=True) for value in found]
         return Take(began, found, taken)
 

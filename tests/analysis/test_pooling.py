@@ -118,6 +118,7 @@ def test_kinds_of_cards_are_a_comparison(make: Callable[..., Run]) -> None:
         ({"config": {"seed": 1}}, "seed: None and 1"),
         ({"fingerprint": {"code": "1"}}, "code: '0' and '1'"),
         ({"fingerprint": {"code": "0", "torch": "9"}}, "torch: None and '9'"),
+        ({"fingerprint": {"code": "0", "device": "a CPU, 1 threads"}}, "device: None and 'a CPU, 1 threads'"),
     ],
 )
 def test_another_question_is_refused(make: Callable[..., Run], changed: dict[str, Any], said: str) -> None:
@@ -129,7 +130,7 @@ def test_another_question_is_refused(make: Callable[..., Run], changed: dict[str
 
 
 def test_where_it_was_measured_and_written_is_not_the_question(make: Callable[..., Run]) -> None:
-    config = {"run": {"dir": "elsewhere"}, "device": "cuda:1", "report": {"memory_limit_gib": 3}}
+    config = {"run": {"dir": "elsewhere"}, "device": "cuda:1", "threads": 4, "report": {"memory_limit_gib": 3}}
     a, b = make("a", "m", "GPU-1"), make("b", "n", "GPU-2", seed=1, config=config)
     b.record.run = replace(b.record.run, fingerprint={"code": "0", "config": "9", "CPU quota": "2"})
     assert pool([a, b]).machine_names == ["m", "n"]

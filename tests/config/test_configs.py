@@ -258,6 +258,7 @@ def _everything() -> Settings:
         "run.dir=a/b",
         "resume=c",
         "report.memory_limit_gib=2.5",
+        "threads=3",
         "measure=thorough",
         "flash.backend=math",
     ]
@@ -288,6 +289,9 @@ def test_the_resolved_config_gives_the_settings_back(device: str | None) -> None
         ("devices=[-1]", "devices must be all, or a list of cards .*-1"),
         ("devices=1.5", "devices must be all, or a list of cards .*1.5"),
         ("dtype=bf16", "dtype='bf16' is unknown: use auto | bfloat16.*did you mean bfloat16"),
+        ("threads=0", "threads must be auto or a whole number above 0, not 0"),
+        ("threads=all", "threads must be auto or a whole number above 0, not 'all'"),
+        ("threads=null", "threads must be auto"),
         ("weights=null", "weights must be a text"),
         ("weights=''", "weights must be a text that is not empty"),
         ("analysis.band=0", "analysis.band must be a number above 0 and below 1"),

@@ -12,7 +12,7 @@ import pytest
 from qwen3bench.analysis.run import Run
 from qwen3bench.config import catalogue as optimizations
 from qwen3bench.errors import UserError
-from qwen3bench.reporting.pages import write_report
+from qwen3bench.reporting.pages import about, write_report
 from qwen3bench.reporting.templates import markdown
 
 Lines = list[dict[str, Any]]
@@ -206,6 +206,20 @@ def test_a_noisy_condition_has_its_warning_in_its_card(
     assert "<strong>Warning:</strong> Noisy: two copies of the baseline" in card
     text = path.with_suffix(".md").read_text("utf-8")
     assert text.index("> **Warning:** Noisy: two copies of the baseline") < text.index("## Each switch")
+
+
+def test_threads_are_told_of_a_cpu_beside_its_machine(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    run = run_of(record_lines(factors=("flash",)))
+    environment = {"host": "here", "torch_threads": 1, "usable_cores": 2}
+    on_cpu, on_card, old = (
+        dict(about(replace(run, environment=found, config={**run.config, "device": device})))
+        for device, found in (("cpu", environment), ("cuda", environment), ("cpu", {"host": "here"}))
+    )
+    assert on_cpu["threads"] == "1 on 2 cores"
+    assert "threads" not in on_card
+    assert "threads" not in old
 
 
 def test_a_run_with_nothing_measured_still_gives_a_page(

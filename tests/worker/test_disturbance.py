@@ -77,6 +77,14 @@ def test_time_of_others_counts_beyond_the_rounding_of_its_clock(taken: CoreTimes
     assert taken.disturb(0.05, cpus=2) is disturbed
 
 
+def test_others_may_have_the_cores_that_are_left_to_them() -> None:
+    """Of two, one: a process there slows nothing. Two that share both do."""
+    assert CoreTimes(1.0, 0.0).disturb(1.0, cpus=2)
+    assert not CoreTimes(1.0, 0.0).disturb(1.0, cpus=2, left=1)
+    assert CoreTimes(1.6, 0.0).disturb(1.0, cpus=2, left=1)
+    assert CoreTimes(0.0, 0.04).disturb(1.0, cpus=2, left=1)  # a hypervisor takes any core
+
+
 def test_what_the_system_does_not_count_is_unknown(tmp_path: Path) -> None:
     watch = Watch(tmp_path / "no-tasks", tmp_path / "no-stat")
     watch.find_threads()
@@ -158,5 +166,7 @@ def test_others_on_our_cores_disturb_all_values_of_a_take(opened: Ask, worker: W
     worker.timing.watch = Crowded(0.0)
     visit = opened("visit", cell="baseline", copy=0, repeats=2, inner=1, takes=1)
     assert [sample.disturbed for sample in visit.samples] == [True, True]
+    worker.session.cores_left = 2**20  # they may have theirs
+    assert [sample.disturbed for sample in opened("visit", cell="baseline", copy=0, repeats=1).samples] == [None]
     assert visit.others_s == pytest.approx(1.0)
     assert visit.steal_s is None

@@ -19,6 +19,7 @@ from qwen3bench.config.settings import Settings
 from qwen3bench.config.sources import own_code
 from qwen3bench.errors import Refused, UserError
 from qwen3bench.record.environment import HOST_KEYS
+from qwen3bench.record.host import Host
 from qwen3bench.record.lines import FailureLine
 from qwen3bench.record.messages import (
     REQUESTS,
@@ -44,6 +45,33 @@ def test_a_small_model_runs_on_one_thread(
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
     ask("open", config=replace(settings, model=replace(settings.model, emb_dim=dim), device="cpu").to_dict())
     assert set_to == threads
+
+
+def test_it_takes_as_many_threads_as_are_asked_for(
+    ask: Ask, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small model, too; but no more than there are CPUs."""
+    set_to: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    monkeypatch.setattr("qwen3bench.worker.session.usable_cpus", lambda: (0, 1, 2, 3))
+    ask("open", config=replace(settings, threads=4).to_dict())
+    assert set_to == [4]
+    with pytest.raises(UserError, match=r"threads=5: 4 CPUs may be used here"):
+        ask("open", config=replace(settings, threads=5).to_dict())
+    assert set_to == [4]
+
+
+@pytest.mark.parametrize(("threads", "left"), [("auto", 0), (1, 3), (4, 0), (6, 0)])
+def test_fewer_threads_leave_cores_to_others(
+    ask: Ask, worker: Worker, settings: Settings, monkeypatch: pytest.MonkeyPatch, threads: Any, left: int
+) -> None:
+    """Of four cores with two CPUs each."""
+    host = replace(Host.here(), cpus=tuple(range(8)), cores=4)
+    monkeypatch.setattr(Host, "here", classmethod(lambda cls: host))
+    monkeypatch.setattr("qwen3bench.worker.session.usable_cpus", lambda: host.cpus)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    ask("open", config=replace(settings, threads=threads).to_dict())
+    assert worker.session.cores_left == left
 
 
 def test_it_finds_the_device(ask: Ask) -> None:

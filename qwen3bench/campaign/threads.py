@@ -1,0 +1,64 @@
+"""How many threads measure on a CPU, where nobody says: as many as find a core that other work leaves free."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+from qwen3bench.campaign.neighbors import Neighbors, busy_with
+from qwen3bench.config.settings import Settings
+from qwen3bench.record.host import Host
+from qwen3bench.record.reader import Record
+
+# Of a core, on average: a thread that shares one waits for it, and at the end of each operation all wait for that one.
+# Two threads beside a process that kept one of two cores busy half of the time took 12 times as long, one as long as
+# ever. Services of an idle machine take some hundredths.
+SHARED = 0.25
+QUIET = 0.1  # of a core: below it nobody is seen to work, so that nothing is waited for
+LOOK_S = 10.0  # else: a process that works half of the time, in bursts of up to 2 s, reads below `SHARED` once in 1,000
+_LOOK_AGAIN_S = 0.5
+
+
+@dataclass(frozen=True)
+class FewerThreads:
+    """Threads that measure in place of `usual`, and the share of all cores that others take, by their names."""
+
+    threads: int
+    usual: int
+    shares: dict[str, float]
+
+
+def free_threads(usual: int, cores: int, busy_cores: float) -> int:
+    """How many of `usual` threads find a core of their own, where others keep `busy_cores` busy; one at least."""
+    return max(1, min(usual, cores - max(0, math.ceil(busy_cores - SHARED))))
+
+
+def fewer_threads(neighbors: Neighbors, usual: int) -> FewerThreads | None:
+    """How many threads measure where other work takes cores; None where all of the `usual` ones do.
+
+    Where somebody works, it looks for `LOOK_S` in all.
+    """
+    host = Host.here()
+    cores = host.cores if host.cores is not None and usual <= host.cores else len(host.cpus)
+    if usual == 1:
+        return None
+    while neighbors.busy_cores() >= QUIET and neighbors.looked_s < LOOK_S:
+        time.sleep(min(_LOOK_AGAIN_S, max(0.0, LOOK_S - neighbors.looked_s)))
+    threads = free_threads(usual, cores, neighbors.busy_cores())
+    return FewerThreads(threads, usual, neighbors.shares()) if threads < usual else None
+
+
+def threads_line(found: FewerThreads) -> str:
+    """Why fewer threads measure, and what that costs."""
+    threads = f"{found.threads} thread{'s' * (found.threads > 1)}"
+    return (
+        f"{busy_with(found.shares)}, so it measures with {threads} in place of {found.usual}. "
+        f"A run takes up to {found.usual / found.threads:.1f} times as long here. threads={found.usual} takes all"
+    )
+
+
+def recorded_threads(settings: Settings, done: Record) -> Settings:
+    """The settings with the threads of a run that goes on, where they leave them open."""
+    recorded = done.run.setting("threads")
+    return replace(settings, threads=recorded) if settings.threads == "auto" and isinstance(recorded, int) else settings
