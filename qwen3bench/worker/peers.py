@@ -9,7 +9,7 @@ code before PyTorch 2.14, and not while a graph is captured, where it cannot tel
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -38,14 +38,22 @@ NO_MASK = {"full_attention": None}  # tells transformers that a prompt needs non
 FREQUENCY_ERROR = 1e-6  # relative, of the rotary frequencies, which transformers computes in float32
 
 
-def require_peer(cell: str, device: torch.device | str | None = None) -> None:
-    """Raise `UserError` where a peer of this label does not exist, cannot be imported, or does not run on `device`."""
+def require_peer(cell: str, device: torch.device | str | None = None, runtimes: Iterable[str] = ()) -> None:
+    """Raise `UserError` where a peer of this label does not exist, cannot be imported, or does not run here.
+
+    That is on `device`, in each of the `runtimes`.
+    """
     name, _, attention = cell.partition(":")
     if name not in PEERS:
         raise UserError(f"peer {name!r} is not known; there are {', '.join(PEERS)}")
     known = [each for each in ATTENTIONS if name == "liger" or each != _FUSED_LOSS]
     if attention not in known:
         raise UserError(f"peer.{name}.attention: {attention!r} is unknown: use {' | '.join(known)}")
+    if attention == _FUSED_LOSS and (captured := [each for each in runtimes if each != "eager"]):
+        raise UserError(
+            f"peer.liger.attention={_FUSED_LOSS} reads a number back from the card in each step, which no graph can "
+            f"hold; leave it out, or leave out runtime={','.join(captured)}"
+        )
     modeling(name)
     if name == "liger" and device is not None and torch.device(device).type != "cuda":
         raise UserError(f"peer=liger has kernels for CUDA alone, and the device is {device}; leave the peer out")
