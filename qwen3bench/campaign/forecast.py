@@ -24,7 +24,8 @@ _COMPILE = 3.0  # more for each process that compiles
 # In forwards of a short prompt on a CPU: the gate before its first verdict, of each cell, and a single token.
 _GATE, _GATE_CELL, _TOKEN = 60, 3, 0.4
 _TRAIN = 3  # forwards that a training step takes as long as
-_START_S = 1.0  # a process that was started ahead
+_START_S = 2.0  # a process that was started ahead, with a tiny model: 1.9 to 2.4 s
+_LOOKS_S, _CELL_S = 2.2, 0.17  # the gate and evidence of a tiny model: two cells took 2.6 s, 32 took 7.7 s
 _CELL_ON_CPU_S = 6.6  # of a cell and workload in a run of 32 cells, all passes: 7 minutes on two cores
 _SPARE = 1.25  # times what a forecast says
 _MAX_OVER = 100.0  # of a half-width over its target: what takes ten thousand times as long is not told apart from more
@@ -105,26 +106,35 @@ def seconds_ahead(settings: Settings, build_s: float, prompt: PromptLine | None 
 
     `prompt`: how long forwards take on a CPU, where that was measured to choose the prompt's length.
     """
-    total_s = _VERIFY * build_s + REPORT_S
+    measured_s = settings.time_allowed_s
+    if settings.measure.max_seconds is None:  # else a CPU mostly takes what is allowed, as its intervals are wide
+        measured_s /= 2
+    total_s = _VERIFY * build_s + _LOOKS_S + _CELL_S * len(settings.labels) + REPORT_S
     for runtime in settings.runtimes:
-        limit_s = settings.limit_s(runtime, settings.measure.min_blocks, settings.min_processes(runtime))
         ready_s = _START_S + build_s * (_GET_READY + (_COMPILE if runtime == "compile" else 0.0))
-        once_s = _LOOK * build_s + settings.min_processes(runtime) * ready_s + limit_s / 2
-        total_s += once_s * len(settings.workloads)
+        processes = settings.min_processes(runtime)
+        if prompt is not None:  # a process is timed for as long as it took to be ready, and for its least blocks
+            blocks_s = settings.blocks_per_process * _block_s(settings, prompt) / len(settings.workloads)
+            processes = max(processes, int(measured_s / max(ready_s, blocks_s)))
+        total_s += (_LOOK * build_s + processes * ready_s + measured_s) * len(settings.workloads)
     return total_s + (0.0 if prompt is None else _of_forwards_s(settings, prompt))
 
 
 def _of_forwards_s(settings: Settings, prompt: PromptLine) -> float:
     """What the forwards of all cells take on a CPU: what building a cell tells nothing of."""
+    short_s = min(prompt.forward_s.values())  # a shorter prompt that took longer was disturbed
+    gate_s = (_GATE + _GATE_CELL * (len(settings.labels) + 1)) * short_s
+    return gate_s + FORWARDS * len(settings.runtimes) * _block_s(settings, prompt)
+
+
+def _block_s(settings: Settings, prompt: PromptLine) -> float:
+    """A timed value of each cell and of the baseline's copy, in all workloads."""
     forward_s = {int(tokens): seconds for tokens, seconds in prompt.forward_s.items()}
-    short_s = min(forward_s.values())  # a shorter prompt that took longer was disturbed
     prefill_s = min(seconds for tokens, seconds in forward_s.items() if tokens >= prompt.prompt_tokens)
-    token_s = _TOKEN * short_s
+    token_s = _TOKEN * min(forward_s.values())
     each_s = {"prefill": prefill_s, "decode": token_s, "train": _TRAIN * prefill_s}
     once_s = sum(each_s.get(name, prefill_s + sizes.new_tokens * token_s) for name, sizes in settings.workloads.items())
-    cells = len(settings.labels) + 1
-    gate_s = (_GATE + _GATE_CELL * cells) * short_s
-    return gate_s + FORWARDS * cells * len(settings.runtimes) * once_s
+    return (len(settings.labels) + 1) * once_s
 
 
 @dataclass(frozen=True)
