@@ -282,8 +282,7 @@ def test_version_and_license_are_the_same_everywhere() -> None:
 
 
 RECORDS = [path.parent for path in sorted((ROOT / "results" / "reference").rglob("samples.jsonl.xz"))]
-HISTORY = pd.read_csv(ROOT / "results" / "history.csv", dtype=str)  # ratios of runs that are no longer kept
-WHERE_IT_WAS = "a975f1c"  # the last commit that holds these runs
+HISTORY = pd.read_csv(ROOT / "results" / "history.csv", dtype=str)  # of runs that `commit` holds
 
 
 def measured_ratios(place: Path) -> np.ndarray:
@@ -334,10 +333,10 @@ def test_a_ratio_of_the_readme_without_an_interval_was_measured(ratios: np.ndarr
     assert [each for each in shown if float(each) != 1 and not holds(ratios[:, :1], [each])] == []
 
 
-@pytest.mark.parametrize("run", sorted(set(HISTORY["run"])))
-def test_a_ratio_of_the_history_was_measured(run: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("run", "commit"), sorted(set(HISTORY[["run", "commit"]].itertuples(index=False, name=None))))
+def test_a_ratio_of_the_history_was_measured(run: str, commit: str, tmp_path: Path) -> None:
     path = f"results/reference/{run}"
-    archive = subprocess.run(["git", "archive", WHERE_IT_WAS, path], cwd=ROOT, capture_output=True, timeout=60)
+    archive = subprocess.run(["git", "archive", commit, path], cwd=ROOT, capture_output=True, timeout=60)
     if archive.returncode:
         pytest.skip("this clone does not hold the commit")
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:

@@ -12,7 +12,7 @@ REFERENCE = Path(__file__).parents[2] / "results" / "reference"
 POINT = "h100-regimes/single/0"
 
 
-@pytest.mark.parametrize("name", ["h200-ablate-1x2048", "h100-peers-prefill-8x1024", POINT])
+@pytest.mark.parametrize("name", ["h200-ablate-1x2048", "h200-screen-1x2048", POINT])
 def test_tables_are_the_committed_ones(name: str) -> None:
     """A graph, a compiled one with a peer, a point of a multirun."""
     run = load_run(REFERENCE / name)
