@@ -1,4 +1,4 @@
-"""`qkv`: one product for queries, keys and values, over one stored weight (gpt-fast's `wqkv`).
+"""`qkv`: one product for queries, keys and values, over one stored weight (gpt-fast's wqkv).
 
 Beyond the five: off until it is named. It pays where products are small, as in decoding one token.
 """

@@ -26,7 +26,13 @@ from qwen3bench.reporting.lookup import (
 )
 from qwen3bench.reporting.tables import signed_bytes
 from qwen3bench.reporting.units import BYTES, SECONDS, Unit, ratio, times, unit_for
-from qwen3bench.reporting.wording.plot_words import OF_MODEL, SHAPLEY, noisy_title, waterfall_alt, waterfall_title
+from qwen3bench.reporting.wording.plot_words import (
+    SHAPLEY,
+    SHAPLEY_OF_MODEL,
+    noisy_title,
+    waterfall_alt,
+    waterfall_title,
+)
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
@@ -61,7 +67,7 @@ def waterfall(run: Run, condition: Condition, metric: str) -> Plot | None:
     axes.grid(visible=False, axis="x")
     axes.margins(y=0.12)
     axes.set_ylabel(f"{what} ({unit.symbol})")
-    axes.set_xlabel(SHAPLEY if screen_of(run, condition) is None else OF_MODEL + SHAPLEY)
+    axes.set_xlabel(SHAPLEY if screen_of(run, condition) is None else SHAPLEY_OF_MODEL)
     name = f"waterfall-{'latency' if latency else 'memory'}-{condition.slug}"
     return Plot(name, figure, title, waterfall_alt(what, title))
 

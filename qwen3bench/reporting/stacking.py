@@ -55,7 +55,7 @@ def _halves(told: Sequence[Finding]) -> Table | None:
 
 
 def _ran(run: Run, condition: Condition, told: Sequence[Finding]) -> Table | None:
-    """Attention backend and launches in the four cells of each pair."""
+    """Attention backend and launches in the four cells of each pair, where two of them at least were measured."""
     pairs = [finding.subject.split(":") for finding in told]
     both = [label(tuple(name for name in factors(run) if name in pair)) for pair in pairs]
     names = list(dict.fromkeys(["baseline", *(name for pair in pairs for name in pair), *both]))
@@ -67,4 +67,4 @@ def _ran(run: Run, condition: Condition, told: Sequence[Finding]) -> Table | Non
         and line.cell in good
         and line.cell in names
     ]
-    return evidence_table(sorted(lines, key=lambda line: names.index(line.cell))) if told and lines else None
+    return evidence_table(sorted(lines, key=lambda line: names.index(line.cell))) if told and len(lines) > 1 else None

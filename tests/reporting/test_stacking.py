@@ -47,6 +47,20 @@ def test_a_cell_that_failed_explains_no_interaction(
     assert "mask" not in [row[0].text for row in found.ran.rows]
 
 
+def test_one_cell_alone_explains_no_interaction(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    def with_evidence_of(*cells: str) -> Stack | None:
+        lines = record_lines(factors=("flash", "mask", "norm"))
+        return first(run_of([line for line in lines if line["type"] != "evidence" or line["cell"] in cells]))
+
+    one, two = with_evidence_of("flash"), with_evidence_of("flash", "mask")
+    assert one
+    assert two
+    assert one.ran is None
+    assert two.ran
+
+
 def test_that_nothing_interacts_is_said(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:
     found = first(run_of(record_lines(factors=("flash", "tie"))))
     assert found == Stack((), "No interaction of 1 pair is shown.", None, None)

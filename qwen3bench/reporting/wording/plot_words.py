@@ -19,7 +19,7 @@ JOINT_EFFECT = "joint effect (×, above 1: worth more together)"
 DECIDED_MARK = "* shown to be worth more or less together; without: not shown"
 HOLLOW = {False: "undecided", True: "undecided or noise"}  # marks, by whether a condition is noisy
 SHAPLEY = "Shapley share of each switch, the mean over all orders of switching on; the largest first"
-OF_MODEL = "of the model fitted to the screen, "
+SHAPLEY_OF_MODEL = f"{SHAPLEY},\nof the model fitted to the screen"
 INTENSITY = "arithmetic intensity (FLOP per byte that must be moved)"
 # A mark on the map over several runs, and what it says.
 MAP_MARKS: dict[str, str] = {
