@@ -11,7 +11,7 @@ import numpy as np
 from qwen3bench.analysis.contrasts import contrasts, others_of
 from qwen3bench.campaign.card_costs import REPORT_S, whole_run_s
 from qwen3bench.campaign.progress import duration
-from qwen3bench.campaign.prompt import FORWARDS
+from qwen3bench.campaign.prompt import BLOCKS, FORWARDS
 from qwen3bench.config.settings import Settings
 from qwen3bench.errors import Refused
 from qwen3bench.record.design import BASELINE, is_peer
@@ -124,7 +124,9 @@ def _of_forwards_s(settings: Settings, prompt: PromptLine) -> float:
     """What the forwards of all cells take on a CPU: what building a cell tells nothing of."""
     short_s = min(prompt.forward_s.values())  # a shorter prompt that took longer was disturbed
     gate_s = (_GATE + _GATE_CELL * (len(settings.labels) + 1)) * short_s
-    return gate_s + FORWARDS * len(settings.runtimes) * _block_s(settings, prompt)
+    measure = settings.measure
+    more = max(0, measure.min_blocks - BLOCKS) if measure.max_seconds is None else 0
+    return gate_s + (FORWARDS + more) * len(settings.runtimes) * _block_s(settings, prompt)
 
 
 def _block_s(settings: Settings, prompt: PromptLine) -> float:

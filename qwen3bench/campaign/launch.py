@@ -30,7 +30,7 @@ from qwen3bench.campaign.passes import Campaign
 from qwen3bench.campaign.progress import Reporter, duration
 from qwen3bench.campaign.prompt import as_recorded, choose_prompt, is_open, said
 from qwen3bench.campaign.state import RunState
-from qwen3bench.campaign.threads import fewer_threads, recorded_threads, threads_line
+from qwen3bench.campaign.threads import beside_others, fewer_threads, recorded_threads, threads_line
 from qwen3bench.campaign.worker_pool import ProcessNumbers, Seat, StartWorker, WorkerPool
 from qwen3bench.campaign.worker_process import WorkerHandle, WorkerProcess
 from qwen3bench.config.choices import OWN_FOLDER
@@ -336,7 +336,7 @@ def _campaign(
             fewer = fewer_threads(neighbors, identity.environment.get("torch_threads") or 1)
         if fewer is not None:
             reporter.note(threads_line(fewer))
-            settings = replace(settings, threads=fewer.threads)
+            settings = beside_others(settings, fewer.threads)
             resolved, identity = continuation.identified(settings, worker, directory)
     choice = None
     if is_open(settings) and resolved.device == "cpu":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from qwen3bench.campaign.neighbors import Neighbors, busy_with
 from qwen3bench.config.settings import Settings
@@ -18,6 +18,7 @@ SHARED = 0.25
 QUIET = 0.1  # of a core: below it nobody is seen to work, so that nothing is waited for
 LOOK_S = 10.0  # else: a process that works half of the time, in bursts of up to 2 s, reads below `SHARED` once in 1,000
 _LOOK_AGAIN_S = 0.5
+_BLOCKS = 2  # times as many, a choice: all cells of five switches then take ten minutes on two cores, one of them busy
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,27 @@ def fewer_threads(neighbors: Neighbors, usual: int) -> FewerThreads | None:
 
 
 def threads_line(found: FewerThreads) -> str:
-    """Why fewer threads measure, and what that costs."""
+    """Why fewer threads measure, and what to ask for else."""
     threads = f"{found.threads} thread{'s' * (found.threads > 1)}"
-    return (
-        f"{busy_with(found.shares)}, so it measures with {threads} in place of {found.usual}. "
-        f"A run takes up to {found.usual / found.threads:.1f} times as long here. threads={found.usual} takes all"
-    )
+    instead = f"threads={found.usual} takes all"
+    return f"{busy_with(found.shares)}, so it measures with {threads} in place of {found.usual}. {instead}"
+
+
+def beside_others(settings: Settings, threads: int) -> Settings:
+    """The settings with fewer threads and, where no time is set, more blocks, as other work comes and goes."""
+    measure = settings.measure
+    if measure.max_seconds is None:
+        least = min(measure.max_blocks, _BLOCKS * measure.min_blocks)
+        each = measure.blocks_per_process or _BLOCKS * settings.blocks_per_process
+        measure = replace(measure, min_blocks=least, blocks_per_process=each)
+    return replace(settings, threads=threads, measure=measure)
 
 
 def recorded_threads(settings: Settings, done: Record) -> Settings:
     """The settings with the threads of a run that goes on, where they leave them open."""
     recorded = done.run.setting("threads")
-    return replace(settings, threads=recorded) if settings.threads == "auto" and isinstance(recorded, int) else settings
+    if settings.threads != "auto" or not isinstance(recorded, int):
+        return settings
+    beside = beside_others(settings, recorded)
+    chosen = asdict(beside.measure) == done.run.setting("measure")  # else its command named them
+    return beside if chosen else replace(settings, threads=recorded)

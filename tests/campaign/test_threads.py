@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 
 from qwen3bench.campaign import launch, threads
+from qwen3bench.campaign.forecast import seconds_ahead
 from qwen3bench.campaign.neighbors import Neighbors
-from qwen3bench.campaign.threads import LOOK_S, FewerThreads, fewer_threads, free_threads, threads_line
+from qwen3bench.campaign.threads import LOOK_S, FewerThreads, beside_others, fewer_threads, free_threads, threads_line
 from qwen3bench.config.cli import compose
-from qwen3bench.config.settings import settings_from
+from qwen3bench.config.settings import Settings
 from qwen3bench.record.host import Host
+from qwen3bench.record.lines import PromptLine
 
 Measure = Callable[..., Any]
 
@@ -108,11 +110,29 @@ def test_half_of_the_cores_are_threads_of_the_other_half(monkeypatch: pytest.Mon
 def test_the_line_says_why_and_what_it_costs() -> None:
     line = threads_line(FewerThreads(1, 2, {"firefox": 0.25}))
     assert line.startswith("this machine is busy (firefox 25% of its ")
-    assert line.endswith(
-        " cores), so it measures with 1 thread in place of 2. A run takes up to 2.0 times as long here. "
-        "threads=2 takes all"
-    )
-    assert "with 6 threads in place of 8. A run takes up to 1.3 times" in threads_line(FewerThreads(6, 8, {"x": 0.2}))
+    assert line.endswith(" cores), so it measures with 1 thread in place of 2. threads=2 takes all")
+    assert "with 6 threads in place of 8. threads=8 takes" in threads_line(FewerThreads(6, 8, {"x": 0.2}))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "blocks", "each"),
+    [
+        ([], 12, 4),
+        (["measure.blocks_per_process=3"], 12, 3),
+        (["measure.max_blocks=8"], 8, 4),
+        (["measure.max_seconds=9"], 6, 2),
+    ],
+)
+def test_it_takes_more_blocks_beside_others(overrides: list[str], blocks: int, each: int) -> None:
+    settings = beside_others(compose(["device=cpu", *overrides]), 3)
+    assert (settings.threads, settings.measure.min_blocks, settings.blocks_per_process) == (3, blocks, each)
+
+
+def test_more_blocks_are_said_to_take_longer() -> None:
+    settings = compose(["device=cpu", "design=full"]).resolved("cpu")
+    choice = PromptLine(prompt_tokens=16, limit_s=0.4, forward_s={"16": 0.5})
+    alone_s, beside_s = (seconds_ahead(each, 3.0, choice) for each in (settings, beside_others(settings, 1)))
+    assert beside_s - alone_s == pytest.approx(6 * 33 * 0.5 * 1.4, rel=0.1)  # decoding too
 
 
 class Process:
@@ -221,6 +241,7 @@ def test_a_run_that_goes_on_keeps_its_threads(
     now: float,
     threads: object,
     by_name: bool,
+    small_settings: Callable[..., Settings],
 ) -> None:
     """By the same command as by its directory alone, where the machine has become idle or busy."""
     others(then)
@@ -232,6 +253,25 @@ def test_a_run_that_goes_on_keeps_its_threads(
     done = measure(faults=[TWO_THREADS], **({"resume": begun.directory} if by_name else {}))
     assert done.status == 0, done.err
     assert done.run.config["threads"] == threads
-    asked = replace(compose(["model=tiny", "workload=prefill", "device=cpu"]), dir=done.directory)
-    settings = replace(asked, measure=settings_from(done.run.config).measure)
-    assert launch.finished_status(settings) == 0
+    assert (done.run.config["measure"]["blocks_per_process"], done.run.config["measure"]["min_blocks"]) == (2, 3)
+    assert launch.finished_status(replace(small_settings(), dir=done.directory)) == 0
+
+
+def test_threads_that_its_command_named_stay_too(
+    measure: Measure, others: Callable[[float], None], small_settings: Callable[..., Settings]
+) -> None:
+    """They bring no more blocks, so neither does the command without them."""
+    others(0.0)
+    done = measure("threads=1", "measure.max_blocks=9", faults=[TWO_THREADS])
+    assert done.run.config["measure"]["min_blocks"] == 3
+    assert launch.finished_status(replace(small_settings("measure.max_blocks=9"), dir=done.directory)) == 0
+
+
+def test_more_blocks_are_measured_and_go_on(
+    measure: Measure, others: Callable[[float], None], small_settings: Callable[..., Settings]
+) -> None:
+    others(0.5)
+    done = measure("measure.max_blocks=9", faults=[TWO_THREADS])
+    assert done.run.config["measure"]["min_blocks"] == 6
+    others(0.0)
+    assert launch.finished_status(replace(small_settings("measure.max_blocks=9"), dir=done.directory)) == 0
