@@ -15,6 +15,7 @@ from qwen3bench.analysis.least_squares import Fit, Term, effect_regressors, fit_
 
 OTHERS_OFF, OTHERS_ON = "with the others off", "with the others on"
 TAKEN_FOR_NIL = "interactions of more than {} factors taken for nil"
+ALLOWED_FOR = "the interval allows for interactions of more than 2 factors"
 WHOLE = 5  # factors; of more, fewer than all cells are a screen, and main effects and pairs its model
 _TINY = 1e-9  # what rounding leaves of a zero, relative
 
@@ -129,7 +130,7 @@ def _of_screen(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> 
             continue
         if len(group) == 1:
             index = terms.index(group[0])
-            matrix[index], reasons[index] = row, f"{missing}, {TAKEN_FOR_NIL.format(2)}"
+            matrix[index], reasons[index] = row, f"{missing}, {ALLOWED_FOR}"
             continue
         aliased.append(row)
         names.append(" = ".join(term_name(term, factors) for term in group))

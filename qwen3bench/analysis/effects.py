@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from qwen3bench.analysis.contrasts import (
-    TAKEN_FOR_NIL,
+    ALLOWED_FOR,
     WHOLE,
     cell_label,
     contrasts,
@@ -177,6 +177,39 @@ def predictions(samples: pd.DataFrame, factors: Sequence[str], confidence: float
     return result.sort_values("speedup", ascending=False, kind="stable", ignore_index=True)
 
 
+def predicted_steps(samples: pd.DataFrame, factors: Sequence[str], confidence: float = 0.95) -> pd.DataFrame:
+    """Of a screen, what its model says that switching one factor on is worth, from each cell that is without it.
+
+    `samples`: as for `predictions`. Columns `cell` (the label of the one without), `factor`, `estimate` (times as
+    fast), `lo`, `hi`. Empty where `predictions` is; without steps to or from cells of switches that do not go together.
+    """
+    factors = tuple(factors)
+    table = _by_cell(samples, _Question(factors, "latency_s", "block", "process", log=True))
+    fit = contrasts(factors, table.cells).fit
+    if fit is None or not fit.can_predict:
+        return pd.DataFrame({name: [] for name in ("cell", "factor", "estimate", "lo", "hi")})
+    allowed = [cell for cell in every_cell(len(factors)) if fit.allows(cell)]
+    steps = [
+        (off, on, i)
+        for off in allowed
+        for i in range(len(factors))
+        if not off[i] and fit.allows(on := (*off[:i], 1, *off[i + 1 :]))
+    ]
+    offs, ons = [off for off, _, _ in steps], [on for _, on, _ in steps]
+    contrast = fit.predicting(ons) - fit.predicting(offs)
+    truth = fit.of_triples(ons) - fit.of_triples(offs)
+    found = _estimated(table, [_Row("", "", "", *pair) for pair in zip(contrast, truth, strict=True)], None)
+    half = found.half_width(confidence)
+    bounds = {"estimate": -found.estimate, "lo": -found.estimate - half, "hi": -found.estimate + half}
+    return pd.DataFrame(
+        {
+            "cell": [cell_label(off, factors) for off in offs],
+            "factor": [factors[i] for _, _, i in steps],
+            **{name: np.exp(values) for name, values in bounds.items()},
+        }
+    )
+
+
 def left_over(samples: pd.DataFrame, factors: Sequence[str]) -> LackOfFit | None:
     """How far the latencies of a screen are from its model of main effects and pairs; None of other designs."""
     factors = tuple(factors)
@@ -225,7 +258,7 @@ def _asked(factors: tuple[str, ...], cells: tuple[tuple[int, ...], ...]) -> list
 def _of_model(factors: tuple[str, ...], fit: Fit) -> list[_Row]:
     """Shapley shares, and what each factor is worth beside none and beside all others, as the model has them."""
     k = len(factors)
-    reason = f"of the model fitted to {len(fit.cells)} of {2**k} cells, {TAKEN_FOR_NIL.format(2)}"
+    reason = f"of the model fitted to {len(fit.cells)} of {2**k} cells, {ALLOWED_FOR}"
     cells = every_cell(k)
     logs, triples = fit.predicting(cells), fit.of_triples(cells)
     whole = 2**k - 1

@@ -10,7 +10,7 @@ import pandas as pd
 from qwen3bench.analysis.cells import cells_table
 from qwen3bench.analysis.confirm import MeasuredSpeedup, Prediction, measured_speedups
 from qwen3bench.analysis.controls import aa_control, noise_of
-from qwen3bench.analysis.effects import left_over, predictions
+from qwen3bench.analysis.effects import left_over, predicted_steps, predictions
 from qwen3bench.analysis.frames import analysis_setting, used_samples
 from qwen3bench.analysis.least_squares import LackOfFit
 from qwen3bench.record.design import BASELINE, is_peer
@@ -56,7 +56,8 @@ class ScreenResult:
     """What the screen of one workload and runtime tells beyond its effects.
 
     `cells`, `every`: how many cells it measured, of how many. `lack`: what its model leaves over. `predicted`: all
-    cells as the model has them (`effects.predictions`). `confirmed`: what was predicted to be best, by round.
+    cells as the model has them (`effects.predictions`), `steps` from one to the next (`effects.predicted_steps`).
+    `confirmed`: what was predicted to be best, by round.
     """
 
     workload: str
@@ -65,6 +66,7 @@ class ScreenResult:
     every: int
     lack: LackOfFit
     predicted: pd.DataFrame
+    steps: pd.DataFrame
     confirmed: tuple[Confirmed, ...]
 
 
@@ -119,6 +121,7 @@ def screen_results(record: Record, cells: pd.DataFrame, samples: pd.DataFrame) -
                 every=2 ** len(factors),
                 lack=lack,
                 predicted=predictions(here, factors, confidence),
+                steps=predicted_steps(here, factors, confidence),
                 confirmed=tuple(_confirmed(record, rows, samples)),
             )
         )

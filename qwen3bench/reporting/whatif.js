@@ -21,19 +21,24 @@
   const switches = made("fieldset", {}, made("legend", {}, "Switches"));
   switches.append(...boxes.map(({ label, box, flip }) => made("div", { className: "toggle" }, made("label", {}, box, ` ${label}`), flip)));
 
+  const step = (here, label, place) => {
+    const i = data.switches.indexOf(label);
+    const [worth, off] = here.steps[label]?.[((place >> (i + 1)) << i) | (place & (2 ** i - 1))] ?? [];
+    return worth && ((place >> i) & 1 ? [1 / worth, 1 / worth / off, off / worth] : [worth, worth / off, worth * off]);
+  };
   const said = ([value, low, high]) => `${value.toFixed(2)}× [${low.toFixed(2)}, ${high.toFixed(2)}]`;
   const show = () => {
     const here = data.conditions[condition.value];
     const cell = boxes.filter(({ box }) => box.checked).map(({ label }) => label).join("+") || "baseline";
-    const place = (chosen) => boxes.reduce((sum, { box, label }, i) => sum + (box.checked !== (label === chosen) ? 2 ** i : 0), 0);
-    const model = here.predicted[place()];
+    const place = boxes.reduce((sum, { box }, i) => sum + (box.checked ? 2 ** i : 0), 0);
+    const model = here.predicted[place];
     const { predicted, unmeasured } = data.words;
     const facts = here.cells[cell] ?? (model ? { [`speed-up, ${predicted}`]: said(model), status: unmeasured } : { status: unmeasured });
+    const guess = (worth) => worth && { latency: `${said(worth).replace("×", "× as fast")}, ${predicted}` };
     name.textContent = cell;
     shown.replaceChildren(...Object.entries(facts).map(([key, text]) => made("div", {}, made("dt", {}, key), made("dd", {}, text))));
     for (const { label, box, flip } of boxes) {
-      const then = here.predicted[place(label)];
-      const change = here.flips[cell]?.[label] ?? (model && then && { latency: `${(then[0] / model[0]).toFixed(2)}× as fast, ${predicted}` });
+      const change = here.flips[cell]?.[label] ?? guess(step(here, label, place));
       const turned = box.checked ? "turn off" : "turn on";
       flip.className = `flip ${change?.verdict ?? ""}`;
       flip.textContent = `${turned}: ${change ? [change.latency, change.memory].filter(Boolean).join(", ") : unmeasured}`;
@@ -45,7 +50,7 @@
     show();
   };
   switches.addEventListener("change", show);
-  condition.addEventListener("change", show);
+  condition.addEventListener("change", start);
   const where = made("p", {}, made("label", { htmlFor: "condition" }, "Condition "), condition);
   home.append(...(data.conditions.length > 1 ? [where] : []), made("div", { className: "try" }, switches, result));
   start();

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qwen3bench.analysis.frames import block_matrix
-from qwen3bench.record.design import cell_of, label
+from qwen3bench.record.design import BASELINE, cell_of, label
 from qwen3bench.reporting import control_findings
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.finding import Effect, verdict_of
@@ -61,6 +61,7 @@ def _condition(run: Run, condition: Condition, start: str) -> Data:
         "cells": {row.cell: shown_cell(row) for row in rows(cells)},
         "flips": _flips(run, condition),
         "predicted": _predicted(run, condition),
+        "steps": _steps(run, condition),
     }
 
 
@@ -79,6 +80,24 @@ def _predicted(run: Run, condition: Condition) -> list[tuple[float, float, float
     for row in rows(result.predicted):
         place = sum(bits[name] for name in cell_of(row.cell))
         found[place] = (_rounded(row.speedup), _rounded(row.lo), _rounded(row.hi))
+    return found
+
+
+def _steps(run: Run, condition: Condition) -> dict[str, list[tuple[float, float] | None]]:
+    """By switch what the model says of turning it on: times as fast, and by how many times that may be off.
+
+    A step's place is that of the cell it begins from among those without the switch. Empty where `_predicted` is.
+    """
+    if not _predicted(run, condition):
+        return {}
+    result = screen_of(run, condition)
+    assert result is not None
+    names = factors(run)
+    found: dict[str, list[tuple[float, float] | None]] = {name: [None] * 2 ** (len(names) - 1) for name in names}
+    for row in rows(result.steps):
+        others = [name for name in names if name != row.factor]
+        place = sum(1 << others.index(name) for name in cell_of(row.cell))
+        found[row.factor][place] = _rounded(row.estimate), _rounded(row.hi / row.estimate)
     return found
 
 
@@ -102,22 +121,33 @@ def shown_cell(row: Any) -> dict[str, str]:
 
 
 def _flips(run: Run, condition: Condition) -> dict[str, dict[str, dict[str, str]]]:
-    """Per cell and switch what turning it on or off from there gives, by ratios within blocks."""
+    """Per cell and switch what turning it on or off from there gives, by ratios within blocks.
+
+    Of a screen by those that confirm it, where both cells are in them. Of cells that have no block in common by their
+    speed-ups over the baseline.
+    """
     cells = usable(condition.select(run.cells))
     cells = cells[~of_peers(cells)]
-    names = set(cells["cell"])
+    speedups = {row.cell: row for row in rows(cells)}
     memory = dict(zip(cells["cell"], cells[MEMORY], strict=True))
-    blocks = block_matrix(condition.select(run.samples), cells["cell"].tolist())
+    matrices = [
+        block_matrix(condition.select(samples), cells["cell"].tolist())
+        for samples in (*reversed(run.rounds), run.samples)
+    ]
     flips: dict[str, dict[str, dict[str, str]]] = {}
     for off in cells["cell"]:
         with_one_more = {}
         for name in factors(run):
             on = label(tuple(f for f in factors(run) if f in (*cell_of(off), name)))
-            if name not in cell_of(off) and on in names and {off, on} <= set(blocks.log_s):
+            if name not in cell_of(off) and on in speedups:
                 with_one_more[on] = name
-        if not with_one_more:
-            continue
-        for effect in ratios_over(run, blocks, off, list(with_one_more)):
+        effects: list[Effect] = []
+        left = list(with_one_more)
+        for blocks in matrices:
+            together = [on for on in left if {off, on} <= set(blocks.log_s)]
+            effects += ratios_over(run, blocks, off, together) if together else ()
+            left = [on for on in left if on not in together]
+        for effect in [*effects, *(_apart(speedups[off], speedups[on]) for on in left)]:
             name, on = with_one_more[effect.term], effect.term
             change = (
                 float(memory[on]) - float(memory[off]) if is_number(memory[on]) and is_number(memory[off]) else math.nan
@@ -126,6 +156,24 @@ def _flips(run: Run, condition: Condition) -> dict[str, dict[str, dict[str, str]
             flips.setdefault(off, {})[name] = _flip(run, condition, effect, change)
             flips.setdefault(on, {})[name] = _flip(run, condition, back, -change)
     return flips
+
+
+def _apart(off: Any, on: Any) -> Effect:
+    """How many times as fast a cell is as another that was measured in other blocks, each beside the baseline there.
+
+    Their errors are independent, so that squares of half-widths add up.
+    """
+    ends = [[math.log(value) if value > 0 else math.nan for value in _ends(row)] for row in (off, on)]
+    estimate = ends[1][0] - ends[0][0]
+    half = math.hypot(*((hi - lo) / 2 for _, lo, hi in ends))
+    return Effect(on.cell, math.exp(estimate), math.exp(estimate - half), math.exp(estimate + half), "")
+
+
+def _ends(row: Any) -> tuple[float, float, float]:
+    """A cell's speed-up with the ends of its interval, exact for the baseline's own; NaN where there is none."""
+    known = 1.0 if row.cell == BASELINE else math.nan
+    speedup, lo, hi = (float(v) if is_number(v) else known for v in (row.speedup, row.speedup_lo, row.speedup_hi))
+    return speedup, lo, hi
 
 
 def _flip(run: Run, condition: Condition, effect: Effect, change: float) -> dict[str, str]:

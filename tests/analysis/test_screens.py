@@ -16,7 +16,7 @@ from qwen3bench.analysis.confirm import (
     within_memory,
 )
 from qwen3bench.analysis.contrasts import contrasts, every_cell, shapley_contrasts
-from qwen3bench.analysis.effects import effects, left_over, predictions
+from qwen3bench.analysis.effects import effects, left_over, predicted_steps, predictions
 from qwen3bench.analysis.least_squares import effect_regressors, fit_of, lack_of_fit, with_model_error
 from qwen3bench.analysis.variance import clustered
 from qwen3bench.record.screen import Rules, Wish, screen
@@ -85,6 +85,21 @@ def test_shares_of_the_model_combine_to_what_it_says_of_all_on() -> None:
     assert shares.prod() == pytest.approx(every.loc["+".join(NAMES[:9]), "speedup"])
     assert every["speedup"].is_monotonic_decreasing
     assert set(every.index[0].split("+")) >= {"a", "d"}
+
+
+def test_steps_of_the_model_are_ratios_of_what_it_predicts_with_intervals_of_their_own() -> None:
+    cells = cells_of(9)
+    samples = samples_of(cells, planted(cells, EFFECTS), 1e-3)
+    every = predictions(samples, NAMES[:9]).set_index("cell")["speedup"].to_dict() | {"baseline": 1.0}
+    steps = predicted_steps(samples, NAMES[:9])
+    assert len(steps) == 9 * 2**8
+    for row in steps.itertuples():
+        on = "+".join(sorted({*row.cell.split("+"), row.factor} - {"baseline"}))
+        assert row.estimate == pytest.approx(every[on] / every[row.cell])
+        assert row.lo < row.estimate < row.hi
+    last = effects(samples, NAMES[:9], block="block").set_index(["kind", "term"]).loc[("last", "a")]
+    step = steps[(steps["factor"] == "a") & (steps["cell"] == "+".join(NAMES[1:9]))].iloc[0]
+    assert tuple(step[["estimate", "lo", "hi"]]) == pytest.approx(tuple(last[["estimate", "lo", "hi"]]))
 
 
 def test_memory_without_error_is_exact_where_the_model_describes_it_and_not_where_it_does_not() -> None:

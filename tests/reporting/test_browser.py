@@ -1,6 +1,7 @@
 """The page in a real browser: Debian's chromium, driven by playwright."""
 
 import csv
+import re
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -171,6 +172,17 @@ def test_each_toggle_says_what_flipping_it_would_change_from_here(page: Any, mea
             assert ("MiB" in said) == (there["peak_allocated_bytes"] != here["peak_allocated_bytes"])
 
 
+def test_another_condition_begins_with_what_is_recommended_there(page: Any) -> None:
+    first = page.locator("#combination").inner_text()
+    toggle(page, dict.fromkeys(SWITCHES, False))
+    page.get_by_label("Condition", exact=True).select_option(index=1)
+    chips = page.locator("article").nth(1).locator(".chip")
+    recommended = "+".join(chips.nth(i).inner_text() for i in range(chips.count()))
+    assert page.locator("#combination").inner_text() == recommended
+    page.get_by_label("Condition", exact=True).select_option(index=0)
+    assert page.locator("#combination").inner_text() == first
+
+
 def test_the_first_combination_is_the_recommended_one(page: Any) -> None:
     chips = page.locator("article").first.locator(".chip")
     recommended = "+".join(chips.nth(i).inner_text() for i in range(chips.count()))
@@ -298,6 +310,8 @@ def test_a_screens_toggles_mark_what_no_block_measured_as_predicted(browser: Any
         said = [flips.nth(i).inner_text() for i in range(flips.count())]
         assert len(said) == 9
         assert all("×" in text for text in said)
-        assert any("predicted" in text for text in said)
+        guessed = [text for text in said if "predicted" in text]
+        assert guessed
+        assert all(re.search(r"× as fast \[\d+\.\d\d, \d+\.\d\d\], predicted$", text) for text in guessed)
     assert troubles == []
     opened.close()

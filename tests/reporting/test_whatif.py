@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from qwen3bench.analysis.run import Run
+from qwen3bench.record.design import cell_of, label
 from qwen3bench.reporting.whatif import as_script, whatif
 
 Lines = list[dict[str, Any]]
@@ -71,3 +72,38 @@ def test_the_data_cannot_leave_its_script() -> None:
     assert json.loads(text) == data
     with pytest.raises(ValueError, match="JSON"):
         as_script({"x": np.nan})
+
+
+def test_cells_that_share_no_block_are_compared_by_their_speedups(screened_run: Run) -> None:
+    data = whatif(screened_run, {})
+    assert data
+    (here,) = data["conditions"]
+    row = screened_run.cells.set_index("cell")
+    off, on = "flash+mlp+mask+norm", "flash+tie+mlp+mask+norm"  # both confirm the screen, in blocks of their own
+    said = here["flips"][off]["tie"]["latency"]
+    assert float(said.partition("×")[0]) == pytest.approx(row.loc[on, "speedup"] / row.loc[off, "speedup"], rel=0.01)
+    assert here["flips"][on]["tie"]["verdict"] == "faster"
+    measured = set(screened_run.cells["cell"])
+    neighbors = [
+        (cell, name)
+        for cell in measured
+        for name in screened_run.factors
+        if label(tuple(each for each in screened_run.factors if (each in cell_of(cell)) != (each == name))) in measured
+    ]
+    assert len(neighbors) == 4
+    assert [(cell, name) for cell, name in neighbors if name not in here["flips"].get(cell, {})] == []
+
+
+def test_each_step_of_a_screens_model_has_its_interval(screened_run: Run) -> None:
+    data = whatif(screened_run, {})
+    assert data
+    (here,) = data["conditions"]
+    for i, name in enumerate(screened_run.factors):
+        steps = here["steps"][name]
+        assert len(steps) == 2**8
+        for place, (worth, off) in enumerate(steps):
+            begin = (place >> i << (i + 1)) | (place & (2**i - 1))
+            before, after = here["predicted"][begin], here["predicted"][begin | (1 << i)]
+            assert worth == pytest.approx(after[0] / before[0], rel=2e-3)
+            assert off >= 1  # four digits
+    assert any(off > 1 for steps in here["steps"].values() for _, off in steps)
