@@ -1,4 +1,4 @@
-"""`mlp`: one gate-up product over one stored weight, then SiLU and product in one kernel, or all of it in one.
+"""`mlp`: one gate-up product over one stored weight, SiLU and product fused into it or in one kernel after it.
 
 The idea of Liger-Kernel's SwiGLU (arXiv:2410.10989) and of gpt-fast's stacked projections. Where that is faster the
 product is never written: for many tokens on cards since Hopper by tiles, and for a single one, where reading the

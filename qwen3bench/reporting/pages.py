@@ -22,7 +22,7 @@ from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.control_findings import control_list
 from qwen3bench.reporting.finding import Control, Finding, Kind, Level
 from qwen3bench.reporting.findings import findings
-from qwen3bench.reporting.lookup import LATENCY, MEMORY, device, directory, factors, level
+from qwen3bench.reporting.lookup import BASELINE, LATENCY, MEMORY, device, directory, factors, level
 from qwen3bench.reporting.screen_table import screen_section
 from qwen3bench.reporting.stacking import Stack, stack
 from qwen3bench.reporting.switch_table import switch_table
@@ -127,6 +127,7 @@ def page_content(run: Run, found: list[Finding]) -> dict[str, Any]:
         "environment": tables.mapping_table(run.environment or {}, ("what", "value")),
         "config": tables.mapping_table(run.config, ("option", "value")),
         "max_rows": _MARKDOWN_ROWS,
+        "kept": [BASELINE, *start.values()],
         "words": PAGE,
     }
 

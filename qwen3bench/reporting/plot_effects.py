@@ -163,16 +163,15 @@ def by_condition(run: Run) -> Plot | None:
     if len(frames) < 2:
         return None
     told = [(condition, effects[effects["verdict"] != NoVerdict.NOISE]) for condition, effects in frames]
-    title = (
-        _by_condition_title(
-            told, names, _helped_by(run), sum(len(effects) for _, effects in frames) == sum(len(e) for _, e in told)
-        )
-        if any(len(effects) for _, effects in told)
-        else NOISY_EVERYWHERE
-    )
     others = others_beside(pd.concat([effects for _, effects in frames]))
+    title = NOISY_EVERYWHERE
     if others == UNLIKE:
         title = OTHERS_DIFFER.format(place="condition")
+    elif any(len(effects) for _, effects in told):
+        helped = _helped_by(run)
+        everywhere, in_places = _faster(told, [name for name in names if name not in helped])
+        quiet = sum(len(effects) for _, effects in frames) == sum(len(effects) for _, effects in told)
+        title = by_condition_title(everywhere, in_places, helped, others, quiet=quiet)
     note = device(run) + each_switch_beside(others) * (others not in (AVERAGE, UNLIKE))
     noisy = any(control_findings.noise(run, condition) > 0 for condition, _ in frames)
     note += NOISE_NOT_COUNTED if noisy else ""
@@ -219,15 +218,14 @@ def _helped_by(run: Run) -> dict[str, str]:
     return {pair.small: pair.large for pair in pairs if isinstance(pair, Pair) and only_with(pair)}
 
 
-def _by_condition_title(
-    frames: list[tuple[Condition, pd.DataFrame]], names: list[str], helped_by: dict[str, str], every: bool
-) -> str:
+def _faster(frames: list[tuple[Condition, pd.DataFrame]], names: list[str]) -> tuple[list[str], list[str]]:
+    """Which switches are faster under all conditions, and which under some and not under others."""
+
     def verdicts(name: str) -> set[str]:
         return {str(effects.loc[name, "verdict"]) for _, effects in frames if name in effects.index}
 
-    alone = [name for name in names if name not in helped_by]
-    everywhere = [name for name in alone if verdicts(name) == {Verdict.FASTER}]
+    everywhere = [name for name in names if verdicts(name) == {Verdict.FASTER}]
     turns = [
-        name for name in alone if Verdict.FASTER in verdicts(name) and verdicts(name) & {Verdict.SAME, Verdict.SLOWER}
+        name for name in names if Verdict.FASTER in verdicts(name) and verdicts(name) & {Verdict.SAME, Verdict.SLOWER}
     ]
-    return by_condition_title(everywhere, turns, helped_by, quiet=every)
+    return everywhere, turns

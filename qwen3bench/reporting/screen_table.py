@@ -66,12 +66,12 @@ def _ranked(run: Run, condition: Condition, found: Sequence[Finding]) -> Table |
     on = set(cell_of(chosen[0].subject)) if chosen else None
     names.sort(key=lambda name: -math.log(by_kind["main"][name].estimate))
     table = []
-    for place, name in enumerate(names, start=1):
+    for name in names:
         each = [by_kind[kind][name] for kind in kinds]
         effects = [_heard(run, condition, row) for row in each]
         advice = worth_word(None if on is None else name in on, [effect.verdict for effect in effects])
-        fields = [Entry(worth(effect), effect.estimate) for effect in effects]
-        table.append([Entry(str(place), float(place)), Entry(name, name), *fields, Entry(advice, advice)])
+        alone, average, last = (Entry(worth(effect), effect.estimate) for effect in effects)
+        table.append([Entry(name, name), average, Entry(advice, advice), alone, last])
     return Table(SCREEN_HEADINGS, table)
 
 

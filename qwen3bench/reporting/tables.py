@@ -82,6 +82,10 @@ class Table:
         """Per column, whether it holds numbers, to be set flush right."""
         return [any(row[i].number for row in self.rows) for i in range(len(self.headings))]
 
+    def cut(self, most: int, kept: Sequence[str] = ()) -> list[list[Entry]]:
+        """The first `most` rows, and of the others those that begin with one of `kept`."""
+        return [*self.rows[:most], *(row for row in self.rows[most:] if row[0].text in kept)]
+
 
 def ranking_table(cells: pd.DataFrame, basics: bool = False) -> Table:
     """Cells of one condition, the fastest first, those that failed at the end, as they have no rank.

@@ -58,7 +58,7 @@ def test_a_card_shows_the_numbers_of_its_cell(small: Callable[..., Run]) -> None
 def test_controls_of_a_card_and_of_other_answers_are_the_ticks_of_the_list(full_run: Run) -> None:
     ticks = sum(outcome_of(control) == ControlOutcome.PASSED for control in control_list(full_run))
     for card in cards(full_run, findings(full_run)):
-        found = re.match(r"All (\d+) controls passed; (\d+) more of the run are of other answers\.", card.sure)
+        found = re.match(r"All (\d+) controls passed; (\d+) more concern other answers\.", card.sure)
         assert found, card.sure
         assert int(found[1]) + int(found[2]) == ticks
 

@@ -12,8 +12,9 @@ import pytest
 from qwen3bench.analysis.run import Run
 from qwen3bench.config import catalogue as optimizations
 from qwen3bench.errors import UserError
-from qwen3bench.reporting.pages import about, write_report
-from qwen3bench.reporting.templates import markdown
+from qwen3bench.reporting.findings import findings
+from qwen3bench.reporting.pages import about, page_content, write_report
+from qwen3bench.reporting.templates import markdown, render
 
 Lines = list[dict[str, Any]]
 
@@ -48,6 +49,18 @@ def page(written: Path) -> str:
 @pytest.fixture(scope="module")
 def text(written: Path) -> str:
     return (written / "report.md").read_text("utf-8")
+
+
+def test_a_table_that_is_cut_in_markdown_keeps_the_baseline_and_the_recommended_cell(
+    run_of: Callable[[Lines], Run], record_lines: Callable[..., Lines]
+) -> None:
+    run = run_of(record_lines(("flash", "tie")))
+    content = page_content(run, findings(run)) | {"max_rows": 1}
+    (cells,) = re.findall(r"## What if(.*?) rows; all", render("report.md.jinja", content), re.DOTALL)
+    fastest, *others = re.findall(r"^\| ([\w+]+) \| [\d.]+ \|", cells, re.MULTILINE)
+    assert {fastest, *others} == {fastest, "baseline", "+".join(content["cards"][0].switches)}
+    assert "baseline" in others
+    assert cells.endswith(f"{1 + len(others)} of 4")
 
 
 def test_each_switch_is_explained_once(page: str, text: str) -> None:

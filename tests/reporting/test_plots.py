@@ -177,7 +177,7 @@ def test_noise_tells_nothing_in_the_title_over_conditions(full_run: Run) -> None
     with figures.style():
         plot = by_condition(run)
         assert plot is not None
-        assert plot.title == "Faster wherever it is not noisy: flash and norm"  # mlp and mask gain less
+        assert plot.title == "Faster on average wherever it is not noisy: flash and norm"  # mlp and mask gain less
         labels = [text.get_text() for text in plot.figure.axes[0].get_legend().get_texts()]
         assert [label.startswith("Noisy: ") for label in labels] == [True, False, True, False]
         aa["ratio"], aa["noisy"] = 2.0, True
@@ -192,7 +192,7 @@ def test_a_switch_that_helps_only_beside_another_is_not_faster_everywhere() -> N
     with figures.style():
         plot = by_condition(load_run(REFERENCE / "h200-ablate-1x2048"))
     assert plot is not None
-    assert plot.title == "Faster in every condition: flash, mlp and norm; only together: mask with flash"
+    assert plot.title == "Faster on average in every condition: flash, mlp and norm; only together: mask with flash"
 
 
 def test_the_pareto_front_holds_what_nothing_equals_or_beats() -> None:

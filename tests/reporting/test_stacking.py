@@ -25,7 +25,7 @@ def test_interactions_are_sentences_and_what_ran_is_a_table(run: Run) -> None:
     assert found
     assert len(found.sentences) == 1
     assert found.sentences[0].startswith("mask helps only with flash: 1.04")
-    assert found.note == "2 other pairs of 3: a smaller joint effect, or none that is shown."
+    assert found.note == "2 other pairs of 3: a smaller joint effect, or none shown."
     assert found.halves
     (row,) = found.halves.rows
     assert [entry.text for entry in row[:2]] == ["mask", "flash"]

@@ -47,6 +47,14 @@ def test_a_single_cell_keeps_its_columns(cells: pd.DataFrame) -> None:
     assert not table.constants
 
 
+def test_a_table_that_is_cut_keeps_the_rows_that_are_asked_for(cells: pd.DataFrame) -> None:
+    table = ranking_table(cells)
+    names = column(table, "cell")
+    shown = [row[0].text for row in table.cut(5, ["baseline", names[0]])]
+    assert shown == [*names[:5], "baseline"]
+    assert table.cut(len(names), ["baseline"]) == table.rows
+
+
 def test_missing_values_are_empty_and_sort_last(cells: pd.DataFrame) -> None:
     lost = cells.copy()
     lost.loc[lost["cell"] == "flash", ["latency_s", "speedup", "status"]] = [None, None, "oom"]

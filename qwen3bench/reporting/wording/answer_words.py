@@ -33,7 +33,7 @@ def how_sure(told: Passed, of_run: int, copies: list[tuple[float, float, float]]
     if told.held and told.passed == told.held:
         controls = f"All {count(told.passed, 'control')} passed" if told.passed > 1 else "The control passed"
     if others := (of_run - told.held) * bool(told.held):
-        controls += f"; {others:,} more of the run {'is' if others == 1 else 'are'} of other answers"
+        controls += f"; {others:,} more {'concerns' if others == 1 else 'concern'} other answers"
     apart = "".join(f" Two copies of the baseline read {ratio(*each)}." for each in copies)
     return f"{controls}.{apart} Measured in {blocks}."
 

@@ -14,7 +14,7 @@ PAGE = {
     "answer": "Turn on **{switches}**: **{gain}** as fast as the baseline ({interval}).",
     "effects": "How many times as fast with the switch on as with it off, {others}.",
     "shading": "Effect of each switch on latency. Shaded by size, gray: the same within the band, dashed: not decided.",
-    "open": "If the estimates stay, these settings in the command decide.",
+    "open": "If the estimates hold, these settings added to the command decide.",
     "what_if": "Every number was measured. Beside each switch stands how many times as fast the model is once it is "
     "turned on or off from here. Of twenty such intervals, about one misses the true value.",
     "what_if_screen": "What is marked as predicted comes from the fit, all else was measured. Beside each switch "
@@ -28,7 +28,7 @@ PAGE = {
     "Maximum error: in float32. KL (nats) and top-1 agreement: in the run's dtype.",
     "ran": "What ran in the cells of these pairs",
     "screen": "Each switch alone (the others off), on average over the others, and last (the others on). The average "
-    "ranks them. All three are of a model of main effects and pairs, fitted to the cells that were measured.",
+    "ranks them. All three come from main effects and pairs, fitted to the measured cells.",
     "confirmed": "What was predicted to be fastest, beside what was measured",
     "over": "How many times as fast with the switch on, by run and condition",
     "cut": "{most} of {total} rows; all of them are in report.html and in the csv files.",
@@ -40,12 +40,11 @@ TRAINED = (
 GAIN_HEADING = "× as fast as the baseline"
 HALVES_HEADINGS = ["switch", "beside", "with it on (× as fast)", "with it off (× as fast)", "joint effect"]
 SCREEN_HEADINGS = [
-    "rank",
     "switch",
-    "alone (× as fast)",
     "on average (× as fast)",
-    "last, beside all others (× as fast)",
     "turn on?",
+    "alone (× as fast)",
+    "last, beside all others (× as fast)",
 ]
 CONFIRMED_HEADINGS = ["cell", "predicted (× as fast)", "measured (× as fast)", "prediction"]
 # What the toggles say of a cell that was not measured.
@@ -88,7 +87,7 @@ def held_word(agrees: bool | None, *, tested: bool, in_screen: bool) -> str:
     """Whether a prediction held."""
     if agrees is None:
         return "not measured"
-    word = "missed" if not agrees else "holds" if tested else "too wide to tell"
+    word = "missed" if not agrees else "holds" if tested else "agrees, too wide to test"
     return word + (", measured in the screen" if in_screen else "")
 
 
@@ -101,7 +100,7 @@ def pairs_left(left: int, pairs: int, told: int) -> str:
     """Of the interactions that no sentence tells."""
     if not told:
         return f"No interaction of {count(pairs, 'pair')} is shown."
-    return f"{count(left, 'other pair')} of {pairs}: a smaller joint effect, or none that is shown." if left else ""
+    return f"{count(left, 'other pair')} of {pairs}: a smaller joint effect, or none shown." if left else ""
 
 
 def effects_left_out(verdicts: Mapping[str, int], untold: Mapping[str, int]) -> str:

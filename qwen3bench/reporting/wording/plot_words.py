@@ -7,6 +7,7 @@ from typing import Any
 
 from qwen3bench.record.states import Verdict
 from qwen3bench.reporting.finding import Effect
+from qwen3bench.reporting.lookup import AVERAGE
 from qwen3bench.reporting.units import count, listing, percent, ratio, seconds, size
 from qwen3bench.reporting.wording.sentences import band_words
 
@@ -90,12 +91,16 @@ def interactions_title(shown: int, pairs: int, most: Effect | None) -> str:
 
 
 def by_condition_title(
-    everywhere: Sequence[str], in_places: Sequence[str], helped_by: Mapping[str, str], *, quiet: bool
+    everywhere: Sequence[str], in_places: Sequence[str], helped_by: Mapping[str, str], others: str, *, quiet: bool
 ) -> str:
-    """Which switches are faster in all conditions, which in some alone, and which only with another one on."""
-    steady = "faster in every condition" if quiet else "faster wherever it is not noisy"
+    """Which switches are faster in all conditions, which in some alone, and which only with another one on.
+
+    `others`: what the other switches do meanwhile.
+    """
+    faster = "faster on average" if others == AVERAGE else "faster"
+    steady = f"{faster} {'in every condition' if quiet else 'wherever it is not noisy'}"
     pairs = [f"{small} with {large}" for small, large in helped_by.items()]
-    parts = [(steady, everywhere), ("faster only in places", in_places), ("only together", pairs)]
+    parts = [(steady, everywhere), (f"{faster} only in places", in_places), ("only together", pairs)]
     return sentence_of(parts, NO_STEADY_GAIN)
 
 

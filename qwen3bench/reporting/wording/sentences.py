@@ -5,6 +5,7 @@ One claim a sentence, and no more than its verdict supports.
 
 from __future__ import annotations
 
+from qwen3bench.record.design import cell_of
 from qwen3bench.record.states import Verdict
 from qwen3bench.reporting.finding import (
     Advice,
@@ -241,15 +242,26 @@ def choice_notes(finding: Finding, choice: Choice) -> list[str]:
     notes = []
     if choice.alike:
         other, *more = choice.alike
-        cells, each = (f"{count(len(choice.alike), 'other cell')} are", "Each") if more else (f"{other} is", "It")
-        kept = "takes no less memory" if choice.by_memory else "has no fewer switches"
+        alike = f"as fast within {band_words(finding.width)}"
+        kept = "None saves memory" if more else "It saves no memory"
+        if not choice.by_memory:
+            kept = "None has fewer switches" if more else "It has no fewer switches"
         if choice.more_bytes > 0:
-            kept = f"takes {'at least ' * bool(more)}{size(choice.more_bytes)} more memory"
-        notes.append(f"{cells} as fast within {band_words(finding.width)}. {each} {kept}.")
+            kept = f"{'Each takes at least' if more else 'It takes'} {size(choice.more_bytes)} more memory"
+        cells = f"{count(len(choice.alike), 'other cell')} are {alike}{_named(finding, choice)}"
+        notes.append(f"{cells if more else f'{other} is {alike}'}. {kept}.")
     if choice.unsure:
         verb = "is" if len(choice.unsure) == 1 else "are"
-        notes.append(f"That {listing(list(choice.unsure), 3)} {verb} slower is not shown.")
+        notes.append(f"Whether {listing(list(choice.unsure), 3)} {verb} slower is not known.")
     return notes
+
+
+def _named(finding: Finding, choice: Choice) -> str:
+    """Of cells as fast as the recommended one: that with the fewest switches where it has fewer, else the first few."""
+    least = min(choice.alike, key=lambda cell: len(cell_of(cell)))
+    if len(cell_of(least)) < len(cell_of(finding.subject)):
+        return f", {least} with the fewest switches"
+    return f": {listing(list(choice.alike), 3)}"
 
 
 def _switch(finding: Finding, beside: Beside) -> str:
@@ -274,14 +286,14 @@ def _switch(finding: Finding, beside: Beside) -> str:
 
 def _fitted(finding: Finding, fitted: Fitted) -> str:
     text = f"{fitted.cells} of {fitted.every:,} cells were screened{_where(finding)}."
-    left = f"{100 * fitted.rms:.2g} % of a latency"
+    off = f"off by {100 * fitted.rms:.2g} % of a latency"
     if fitted.matters is None:
         return f"{text} Whether main effects and pairs describe them is not known: too few cells or blocks tell."
     p = p_value(fitted.p) if fitted.p < LEAST_P else f"= {p_value(fitted.p)}"
     if fitted.matters:
-        text += f" Interactions of three switches matter: main effects and pairs leave {left} over (p {p})."
+        text += f" Interactions of three switches matter: main effects and pairs are {off} (p {p})."
         return f"{text} The intervals hold what these may do."
-    return f"{text} Main effects and pairs describe them, and leave {left} over (p {p})."
+    return f"{text} Main effects and pairs describe them, {off} (p {p})."
 
 
 def _confirmed(finding: Finding, found: BestCell) -> str:
@@ -292,6 +304,8 @@ def _confirmed(finding: Finding, found: BestCell) -> str:
     where = "Measured in the screen" if found.in_screen else "Measured since"
     text += f" {where}: {_interval(found.measured)}."
     if not found.missed and not found.tested:
+        if found.predicted.lo <= found.measured.estimate <= found.predicted.hi:
+            return f"{text} That lies within the predicted interval, though the intervals are too wide to test it."
         return f"{text} The intervals are too wide to tell whether that holds."
     if not found.missed:
         return f"{text} The prediction holds."
@@ -354,7 +368,7 @@ def _advised(advice: Advice, finding: Finding) -> str:
         return text if advice.reach is None else f"{text} Ten minutes tell it to about ±{percent(advice.reach)}."
     how_long = f", in about {duration_words(advice.seconds)}" if advice.seconds is not None else ""
     if finding.kind == Kind.UNDECIDED:
-        return f"If the estimates stay, {command_of(advice)} decides{how_long}."
+        return f"If the estimates hold, {command_of(advice)} decides{how_long}."
     return f"To tell: {command_of(advice)}{how_long}."
 
 

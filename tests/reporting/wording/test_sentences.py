@@ -38,7 +38,7 @@ from qwen3bench.reporting.finding import (
 )
 from qwen3bench.reporting.findings import findings
 from qwen3bench.reporting.over_runs import dependent, effects_over, limits, over_findings
-from qwen3bench.reporting.wording.sentences import FLASH_AND_MASK, METHOD, sentence, worth, worth_said
+from qwen3bench.reporting.wording.sentences import FLASH_AND_MASK, METHOD, choice_notes, sentence, worth, worth_said
 
 REFERENCE = Path(__file__).parents[3] / "results" / "reference"
 Lines = list[dict[str, Any]]
@@ -46,6 +46,20 @@ PREFILL = "prefill 1×2048 graph"
 GAIN = {"estimate": 1.2712, "lo": 1.2653, "hi": 1.2771, "verdict": "faster"}
 LOSS = {"estimate": 0.8982, "lo": 0.8965, "hi": 0.8994, "verdict": "slower"}
 MORE = Advice(("measure.min_processes=8", "measure.max_seconds=120"), 530.0)
+
+
+@pytest.mark.parametrize(
+    ("alike", "said"),
+    [
+        (("a+b+c+d", "d", "b+c"), "3 other cells are as fast within ±1 %, d with the fewest switches."),
+        (("a+b+c+d", "d+e+f", "b+c+d", "a+b+f"), "4 other cells are as fast within ±1 %: a+b+c+d, d+e+f and 2 more."),
+        (("d",), "d is as fast within ±1 %."),
+    ],
+)
+def test_of_cells_as_fast_that_with_the_fewest_switches_is_named(alike: tuple[str, ...], said: str) -> None:
+    choice = Choice(times=Times(1.0), alike=alike, by_memory=True, more_bytes=0)
+    (note,) = choice_notes(Finding(Kind.ANSWER, "a+b+c", PREFILL, detail=choice), choice)
+    assert note == f"{said} {'None saves' if len(alike) > 1 else 'It saves no'} memory."
 
 
 def half(verdict: str, estimate: float) -> Effect:
@@ -115,7 +129,7 @@ SNAPSHOTS = [
             detail=OpenEffects((Effect("mask", 1.018, 1.010, 1.026, "undecided"),)),
         ),
         "Undecided: mask 1.018× (prefill 1×2048 graph). "
-        "If the estimates stay, measure.min_processes=8 measure.max_seconds=120 decides, in about 9 minutes.",
+        "If the estimates hold, measure.min_processes=8 measure.max_seconds=120 decides, in about 9 minutes.",
     ),
     (
         Finding(Kind.FAILURE, "tie", verdict="oom", detail=Failed(("tie",), (PREFILL,), "no room")),
