@@ -35,7 +35,7 @@ class Comparison:
     - `only`: what one run alone holds, in words
     - `lost`: cells that are ok in A and not in B, though B measures their workload and runtime, in words; those that
       confirm a screen are not among them, as each run chooses its own
-    - `unlike`: sizes, model and dtype in which what is compared differs, in words
+    - `unlike`: sizes, model, dtype and threads of one CPU in which what is compared differs, in words
     - `warnings`: what makes a run less than it should be, in words: unfinished, noisy
     - `doubts`: why the runs cannot tell whether something got slower by the `tolerance`
     """
@@ -191,6 +191,11 @@ def _unlike(a: Run, b: Run) -> list[str]:
     for name in ("model", "dtype", "batch_size", "prompt_tokens", "new_tokens"):
         pairs = both[[f"{name}_a", f"{name}_b"]].dropna().drop_duplicates().itertuples(index=False, name=None)
         said += [f"{name} {old} and {new}" for old, new in pairs if old != new]
+    there = [name for name in dict.fromkeys(both["workload"]) if (name in a.last_logits) != (name in b.last_logits)]
+    said += [f"logits_to_keep {name in a.last_logits:d} and {name in b.last_logits:d}" for name in there]
+    same_cpu = a.record.run.device == b.record.run.device and None not in (a.threads, b.threads)
+    if same_cpu and a.threads != b.threads:
+        said.append(f"threads {a.threads} and {b.threads}")
     return said
 
 

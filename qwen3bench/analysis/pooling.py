@@ -155,7 +155,14 @@ def _made_with(run: Run) -> dict[str, Any]:
 
 def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     keys = [key for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
-    return [f"{key}: {a.get(key)!r:.40} and {b.get(key)!r:.40}" for key in keys]
+    return [f"{key}: {_short(a.get(key), b.get(key))} and {_short(b.get(key), a.get(key))}" for key in keys]
+
+
+def _short(value: Any, other: Any) -> str:
+    """A value in words, of a long one the part in which it differs from the other."""
+    text, beside = repr(value), repr(other)
+    start = next((i for i, (one, another) in enumerate(zip(text, beside, strict=False)) if one != another), 0) - 10
+    return f"…{text[start : start + 30]}" if len(text) > 40 and start > 10 else text[:40]
 
 
 def _parts(runs: Sequence[Run], machines: Sequence[str] | None) -> list[CardRun]:

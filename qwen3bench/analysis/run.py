@@ -86,6 +86,19 @@ class Run:
         return {where: idle_switches(found) for where, found in by_place.items() if where[0] not in PARTLY_SEEN}
 
     @property
+    def threads(self) -> int | None:
+        """How many threads of one operation computed on a CPU; None on a card, whose own they are, or where unknown."""
+        threads = self.environment.get("torch_threads")
+        return threads if isinstance(threads, int) and self.config.get("device") == "cpu" else None
+
+    @property
+    def last_logits(self) -> frozenset[str]:
+        """The workloads that compute the last token's logits alone."""
+        workloads = self.config.get("workload")
+        sizes = workloads.items() if isinstance(workloads, dict) else ()
+        return frozenset(name for name, each in sizes if isinstance(each, dict) and each.get("logits_to_keep") == 1)
+
+    @property
     def finished(self) -> bool:
         """Whether the run came to its end; a partial one can be read too."""
         return any(line.status == EndStatus.FINISHED for line in self.record.of(EndLine))

@@ -85,9 +85,10 @@ def busy_line(shares: dict[str, float], timed_by_host: bool) -> str | None:
 
 
 def busy_with(shares: dict[str, float]) -> str:
-    """That the machine is busy, and with what."""
+    """That the machine is busy, and with what, as far as that can be named."""
     named = [f"{name} {share:.0%}" for name, share in shares.items() if share >= _NAMED]
-    return f"this machine is busy ({listing(named, _MOST)} of its {psutil.cpu_count() or 1} cores)"
+    what = f" ({listing(named, _MOST)} of its {psutil.cpu_count() or 1} cores)" if named else ""
+    return f"this machine is busy{what}"
 
 
 def card_line(telemetry: Telemetry, *, here: bool = True) -> str | None:

@@ -42,6 +42,7 @@ def fewer_threads(neighbors: Neighbors, usual: int) -> FewerThreads | None:
     """
     host = Host.here()
     cores = host.cores if host.cores is not None and usual <= host.cores else len(host.cpus)
+    usual = min(usual, len(host.cpus))  # OMP_NUM_THREADS may ask for more: they share CPUs on an idle machine, too
     if usual == 1:
         return None
     while neighbors.busy_cores() >= QUIET and neighbors.looked_s < LOOK_S:

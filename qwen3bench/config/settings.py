@@ -237,7 +237,7 @@ class Settings:
             "devices": [*self.devices] or None,
             "cluster": self.cluster and {"address": self.cluster},
             "dtype": self.dtype,
-            "threads": self.threads,
+            **({} if self.threads == "auto" else {"threads": self.threads}),  # older records lack it
             "seed": self.seed,
             "weights": self.weights,
             "opt": {name: dict(options) for name, options in self.opts.items()},

@@ -39,10 +39,8 @@ class Condition:
 def conditions(run: Run) -> list[Condition]:
     """Conditions of a run in the order of its cells table."""
     first = run.cells.drop_duplicates(["workload", "runtime"])
-    workloads = run.config.get("workload") or {}
-    asked = {name: sizes.get("logits_to_keep") for name, sizes in workloads.items()}
     return [
-        Condition(str(row.workload), str(row.runtime), _sizes(row, asked.get(row.workload) == 1))
+        Condition(str(row.workload), str(row.runtime), _sizes(row, row.workload in run.last_logits))
         for row in first.itertuples()
     ]
 

@@ -32,27 +32,32 @@ from qwen3bench.reporting.findings_cells import failures, missing
 from qwen3bench.reporting.findings_effects import joint
 from qwen3bench.reporting.lookup import AVERAGE, LATENCY, band, level, rows, terms
 from qwen3bench.reporting.tables import Entry, Table, drop_empty
+from qwen3bench.reporting.units import count
 from qwen3bench.reporting.wording.sentences import band_words, copies_words, only_with, worth
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
-_WHERE = ("model", "device", "dtype")  # part of a condition's name only where the runs differ in them
+_CELLS_WHERE = ("model", "device", "dtype")
+_WHERE = (*_CELLS_WHERE, "threads")  # part of a condition's name only where the runs differ in them
 
 
 def effects_over(runs: Sequence[Run]) -> pd.DataFrame:
     """Main effects on latency of all runs, one row per run, workload, runtime and switch.
 
-    Columns: run (from 1), model, device, dtype, workload, runtime, batch_size, prompt_tokens, blocks, processes, noisy,
-    control (of the baseline's copies, in words), condition, others (what the other switches do, see
-    `lookup.others_beside`), term, estimate, lo, hi, verdict.
+    Columns: run (from 1), model, device, dtype, threads (of a CPU, in words), workload, runtime, batch_size,
+    prompt_tokens, logits (in words, where not of all tokens), blocks, processes, noisy, control (of the baseline's
+    copies, in words), condition, others (what the other switches do, see `lookup.others_beside`), term, estimate, lo,
+    hi, verdict.
     """
     lines: list[dict[str, Any]] = []
     for number, run in enumerate(runs, start=1):
         for condition in conditions(run):
             cell = rows(condition.select(run.cells))[0]
-            same = {key: getattr(cell, key) for key in (*_WHERE, "batch_size", "prompt_tokens")}
+            same = {key: getattr(cell, key) for key in (*_CELLS_WHERE, "batch_size", "prompt_tokens")}
             where = {"run": number, **same, "workload": condition.workload, "runtime": condition.runtime}
+            where |= {"threads": "" if run.threads is None else count(run.threads, "thread")}
+            where |= {"logits": "last logits" if condition.workload in run.last_logits else ""}
             timed = condition.select(run.samples)
             where |= {key: timed[of].nunique() for key, of in (("blocks", "block"), ("processes", "process"))}
             where |= {"noisy": control_findings.noise(run, condition) > 0}
@@ -66,9 +71,10 @@ def effects_over(runs: Sequence[Run]) -> pd.DataFrame:
     frame = pd.DataFrame(lines)
     for key in _WHERE if lines else ():
         if frame[key].nunique(dropna=False) > 1:
-            frame["differs"] = frame.get("differs", "") + ", " + frame[key].astype(str)
+            told = frame[key].astype(str)
+            frame["differs"] = frame.get("differs", "") + told.where(told == "", ", " + told)
     if "differs" in frame:
-        frame["condition"] = frame["condition"] + " (" + frame.pop("differs").str.removeprefix(", ") + ")"
+        frame["condition"] += frame.pop("differs").map(lambda told: told and f" ({told.removeprefix(', ')})")
     return frame
 
 

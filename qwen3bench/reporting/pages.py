@@ -186,10 +186,10 @@ def about(run: Run) -> list[tuple[str, str]]:
 
 def _threads(run: Run) -> str:
     """How many threads computed on a CPU, of as many cores as there are; empty on a card, whose own they are."""
-    threads, cores = (run.environment.get(key) for key in ("torch_threads", "usable_cores"))
-    if run.config.get("device") != "cpu" or threads is None:
+    cores = run.environment.get("usable_cores")
+    if run.threads is None:
         return ""
-    return f"{threads} on {cores} cores" if cores else str(threads)
+    return f"{run.threads} on {cores} cores" if cores else str(run.threads)
 
 
 def switches(runs: Iterable[Run]) -> list[tuple[str, str]]:

@@ -86,12 +86,14 @@ def trends(effects: pd.DataFrame, names: Sequence[str], width: float) -> Plot | 
     note = trends_note(effects["run"].nunique(), width)
     keys = [
         key
-        for key in ("workload", "batch_size", "runtime", "model", "device", "dtype", "others")
+        for key in ("workload", "batch_size", "logits", "runtime", "model", "device", "dtype", "threads", "others")
         if key in ("workload", "runtime") or effects[key].nunique() > 1
     ]
     labels = [
         " ".join(
-            f"batch {value}" if key == "batch_size" else str(value) for key, value in zip(keys, where, strict=True)
+            f"batch {value}" if key == "batch_size" else str(value)
+            for key, value in zip(keys, where, strict=True)
+            if value != ""
         )
         for where in effects[keys].itertuples(index=False)
     ]

@@ -7,12 +7,14 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from qwen3bench.analysis.comparison import compare
 from qwen3bench.analysis.run import load_run
 from qwen3bench.compare import main
 from qwen3bench.config.cli import main as compose_and
@@ -228,6 +230,20 @@ def test_runs_of_different_sizes_pass_no_gate(write_run: Write, capsys: pytest.C
     status, text = output(capsys, a, b)
     assert status == 0
     assert "Warning: A and B measure different things: prompt_tokens 128 and 512." in section(text, "Verdict")
+
+
+def test_runs_of_other_logits_or_threads_measure_different_things(write_run: Write) -> None:
+    """Beside other work a run on the same CPU takes fewer threads. Another CPU is told as the environment's."""
+    run = load_run(write_run("run", **FEW))
+    last = replace(run, config={**run.config, "workload": {"prefill": {"logits_to_keep": 1}}})
+    assert compare(run, last).unlike == ["logits_to_keep 0 and 1"]
+    one, two = (replace(run, config={"device": "cpu"}, environment={"torch_threads": n}) for n in (1, 2))
+    assert compare(two, one).unlike == ["threads 2 and 1"]
+    assert compare(one, replace(one)).unlike == compare(two, replace(one, environment={})).unlike == []
+    assert compare(two, replace(one, config={"device": "cuda"})).unlike == []
+    other_cpu = load_run(write_run("other", **FEW))
+    other_cpu.record.run = replace(other_cpu.record.run, device="another CPU")
+    assert compare(two, replace(other_cpu, config=one.config, environment=one.environment)).unlike == []
 
 
 @pytest.mark.parametrize("tolerance", ["3", "3%", "0", "-0.1", "nan", "1"])

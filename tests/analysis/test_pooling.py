@@ -119,6 +119,7 @@ def test_kinds_of_cards_are_a_comparison(make: Callable[..., Run]) -> None:
         ({"fingerprint": {"code": "1"}}, "code: '0' and '1'"),
         ({"fingerprint": {"code": "0", "torch": "9"}}, "torch: None and '9'"),
         ({"fingerprint": {"code": "0", "device": "a CPU, 1 threads"}}, "device: None and 'a CPU, 1 threads'"),
+        ({"config": {"workload": {"prefill": {"logits_to_keep": 1}}}}, "workload.prefill.logits_to_keep: None and 1"),
     ],
 )
 def test_another_question_is_refused(make: Callable[..., Run], changed: dict[str, Any], said: str) -> None:
@@ -127,6 +128,15 @@ def test_another_question_is_refused(make: Callable[..., Run], changed: dict[str
     with pytest.raises(UserError, match="do not ask the same question") as refused:
         pool([a, b])
     assert said in str(refused.value)
+
+
+def test_of_long_values_the_part_that_differs_is_named(make: Callable[..., Run]) -> None:
+    a, b = make("a", "m", "GPU-1"), make("b", "n", "GPU-2", seed=1)
+    for run, threads in ((a, 2), (b, 1)):
+        device = f"Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz, {threads} threads"
+        run.record.run = replace(run.record.run, fingerprint={"code": "0", "device": device})
+    with pytest.raises(UserError, match=r"device: ….{1,20}, 2 threads' and ….{1,20}, 1 threads'"):
+        pool([a, b])
 
 
 def test_where_it_was_measured_and_written_is_not_the_question(make: Callable[..., Run]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from qwen3bench.campaign.neighbors import Neighbors, busy_line, card_line
+from qwen3bench.campaign.neighbors import Neighbors, busy_line, busy_with, card_line
 from qwen3bench.record.lines import Telemetry
 
 
@@ -55,6 +55,12 @@ def test_a_busy_machine_is_named_with_what_it_costs() -> None:
     assert str(busy_line(shares, timed_by_host=False)).endswith(
         " cores). Getting ready takes up to 2.0 times as long here; times on the device are not affected"
     )
+
+
+@pytest.mark.parametrize("shares", [{}, {"firefox": 0.004}])
+def test_what_is_small_beside_many_cores_or_unseen_is_not_named(shares: dict[str, float]) -> None:
+    """Half of a core of 128 is too much for a thread there, and no share of the machine to name."""
+    assert busy_with(shares) == "this machine is busy"
 
 
 def test_who_else_uses_the_card_is_said() -> None:

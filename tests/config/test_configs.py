@@ -196,6 +196,13 @@ def test_only_a_prefill_can_leave_out_logits() -> None:
         compose(["workload=decode", "+workload.decode.logits_to_keep=1"])
 
 
+def test_what_an_older_record_lacks_is_left_out_where_it_changes_nothing() -> None:
+    """Such a finished run is known again by a multirun, and compares as the same."""
+    assert "threads" not in compose([]).to_dict()
+    assert compose(["threads=2"]).to_dict()["threads"] == 2
+    assert settings_from(compose([]).to_dict()).threads == "auto"
+
+
 def test_a_sixth_optimization_needs_one_yaml_file_and_comes_last(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     import shutil
 

@@ -108,6 +108,33 @@ def test_what_differs_between_runs_becomes_part_of_the_condition(runs: list[Run]
         runs[0].cells["device"] = runs[1].cells["device"].iloc[0]
 
 
+def test_threads_of_a_cpu_that_differ_become_part_of_the_condition(runs: list[Run]) -> None:
+    """A multirun beside other work: some points have all threads, some fewer. Old records do not say."""
+    config = {**runs[0].config, "device": "cpu"}
+    two, one, old = (
+        replace(run, config=config, environment={"torch_threads": threads})
+        for run, threads in zip(runs, (2, 1, None), strict=True)
+    )
+    told = [f"prefill 1×{n} graph{more}" for n, more in ((128, " (2 threads)"), (512, " (1 thread)"), (2048, ""))]
+    assert effects_over([two, one, old])["condition"].unique().tolist() == told
+    assert effects_over([two, replace(one, environment=two.environment)])["condition"].iloc[0] == "prefill 1×128 graph"
+
+
+def test_another_number_of_threads_and_other_logits_are_lines_of_their_own(runs: list[Run]) -> None:
+    last = {"device": "cpu", "workload": {"prefill": {"logits_to_keep": 1}}}
+    threads = [replace(run, config={"device": "cpu"}, environment={"torch_threads": n}) for n in (1, 2) for run in runs]
+    logits = [*runs, *(replace(run, config={**run.config, **last}) for run in runs)]
+    for several, names in (
+        (threads, ["prefill graph 1 thread", "prefill graph 2 threads"]),
+        (logits, ["prefill graph", "prefill last logits graph"]),
+    ):
+        with figures.style():
+            plot = trends(effects_over(several), NAMES, 0.01)
+        assert plot is not None
+        (legend,) = [found for axes in plot.figure.axes if (found := axes.get_legend())]
+        assert sorted(text.get_text() for text in legend.get_texts()) == names
+
+
 def test_trends_need_three_lengths(runs: list[Run]) -> None:
     frame = effects_over(runs)
     with figures.style():
