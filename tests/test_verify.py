@@ -43,6 +43,18 @@ def test_a_named_cell_is_judged_beside_the_baseline(capsys: pytest.CaptureFixtur
     assert re.findall(r"^(\S+) +ok ", capsys.readouterr().out, re.MULTILINE) == ["baseline", "flash+mask"]
 
 
+def test_it_judges_with_the_threads_that_are_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_to: list[int] = []
+    monkeypatch.setattr("qwen3bench.worker.session.usable_cpus", lambda: (0, 1, 2))
+    monkeypatch.setattr("qwen3bench.worker.session.torch.set_num_threads", set_to.append)
+    assert verify.main([*TINY, "+opt=tie", "threads=3"]) == 0
+    assert set_to[0] == 3
+    assert verify.main([*TINY, "+opt=tie", "threads=4"]) == 1
+    assert "threads=4: 3 CPUs may be used here" in capsys.readouterr().err
+
+
 def test_a_narrow_terminal_breaks_no_number(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,8 +131,14 @@ def _asked(run: Run, advice: Advice | None) -> str:
     """The run's command with the settings that would give an answer, each in place of what it had."""
     if not (advice and advice.settings):
         return ""
-    keys = {setting.partition("=")[0] for setting in advice.settings}
-    kept = [word for word in _measured_with(run) if word.lstrip("+").partition("=")[0] not in keys]
+    asked = {key: value.split(",") for key, _, value in (setting.partition("=") for setting in advice.settings)}
+    kept = []
+    for word in _measured_with(run):
+        key = word.lstrip("+").partition("=")[0]
+        group, *inner = key.split(".")
+        of_another = group in ("workload", "runtime") and len(inner) > 1 and inner[0] not in asked.get(group, inner)
+        if key not in asked and not of_another:
+            kept.append(word)
     return shlex.join([*kept, *advice.settings])
 
 

@@ -49,7 +49,7 @@ class Session:
         self._bank: Bank | None = before._bank if before is not None and same else None
         self._gate: Gate | None = None
         self._gradient_gate: GradientGate | None = None
-        _take_threads(settings)
+        take_threads(settings)
         self.cores_left = _cores_left(settings)
         torch.set_grad_enabled(False)
 
@@ -150,7 +150,7 @@ class Session:
         forget_counters()
 
 
-def _take_threads(settings: Settings) -> None:
+def take_threads(settings: Settings) -> None:
     """Use as many threads in an operation as are asked for; where none are, one for a small model on a CPU.
 
     Raises `UserError` where they would share CPUs with each other.

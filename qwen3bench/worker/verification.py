@@ -14,6 +14,7 @@ from qwen3bench.worker.device import device_here, emulates_bfloat16, is_out_of_m
 from qwen3bench.worker.equivalence.gate import Gate
 from qwen3bench.worker.equivalence.gradient_gate import GradientGate
 from qwen3bench.worker.peers import gradients_of_peer, judge_peer, require_peer
+from qwen3bench.worker.session import take_threads
 from qwen3bench.worker.workloads import workload_sizes
 
 
@@ -21,7 +22,8 @@ class Verification:
     """The gate for the cells of `settings`, whose `device` is then the one present.
 
     Judges on random weights of the gate's own, whatever `weights` says: what is compared are functions. Raises
-    `UserError` where these weights cannot be loaded, or a cell cannot be built on them.
+    `UserError` where these weights cannot be loaded, or a cell cannot be built on them, and where there are fewer CPUs
+    than threads.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -30,6 +32,7 @@ class Verification:
         for cell in filter(is_peer, settings.labels):
             require_peer(cell, settings.device)
         device, dtype = use_device(settings.device), getattr(torch, settings.dtype)
+        take_threads(settings)
         if settings.weights != "random":  # what a run of these weights would refuse
             bank = Bank(settings.model, settings.weights, device, dtype, settings.seed, settings.opts)
             for cell in settings.labels:

@@ -1,5 +1,6 @@
 import io
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -150,6 +151,22 @@ def test_a_setting_in_an_advice_stands_once(record_lines: Callable[..., Lines], 
     lines[1]["command"] += ["measure.min_processes=2", "run.dir=results/x"]
     assert card_of(run_of(lines)).advice.split().count("measure.min_processes=4") == 1
     assert "min_processes=2" not in card_of(run_of(lines)).advice
+
+
+def test_what_would_tell_of_one_workload_leaves_out_what_is_set_of_another(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    """Else the command is refused: it would set an option of a prefill that is not in it."""
+    lines = record_lines(factors=("flash", "tie"), workloads=("prefill", "decode"), copy_shift=0.02)
+    words = ["opt=[flash,tie]", "design=full", "workload=[prefill,decode]", "workload.prefill.logits_to_keep=1"]
+    lines[1]["command"] = ["python", "-m", "qwen3bench", *words, "model=tiny"]
+    run = run_of(lines)
+    commands = {card.condition.workload: card.advice for card in cards(run, findings(run))}
+    assert ["logits_to_keep=1" in commands[workload] for workload in ("prefill", "decode")] == [True, False]
+    for workload, command in commands.items():
+        asked: list[Settings] = []
+        assert main(shlex.split(command)[3:], run=lambda settings, *_, asked=asked: asked.append(settings) or 0) == 0
+        assert list(asked[0].workloads) == [workload]
 
 
 def test_a_run_of_the_baseline_alone_says_what_it_takes(
