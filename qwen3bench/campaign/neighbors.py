@@ -121,7 +121,8 @@ def _look() -> _Look:
                 others[process.pid, process.create_time()] = process.name(), used_s
     cpus = psutil.cpu_times(percpu=True)
     usable = [cpus[cpu] for cpu in usable_cpus() if cpu < len(cpus)]
-    busy_s = sum(sum(each) - each.idle - getattr(each, "iowait", 0.0) - getattr(each, "guest", 0.0) for each in usable)
+    not_busy = ("idle", "iowait", "guest", "guest_nice")  # guests are in `user` and `nice`, too
+    busy_s = sum(sum(each) - sum(getattr(each, name, 0.0) for name in not_busy) for each in usable)
     steal_s = sum(getattr(each, "steal", 0.0) for each in usable)
     return _Look(time.monotonic(), others, busy_s, steal_s, own_s)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import namedtuple
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -177,6 +178,21 @@ def test_only_what_others_take_of_our_own_cpus_counts(monkeypatch: pytest.Monkey
     other.times.user = 23.0
     assert neighbors.looked_s == 10.0
     assert neighbors.busy_cores() == pytest.approx(0.3)
+
+
+def test_the_time_of_guests_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host of virtual machines counts theirs as `user` or `nice` as well (proc(5))."""
+    times = namedtuple("times", "user nice system idle iowait guest guest_nice")
+    clock = SimpleNamespace(monotonic=lambda: clock.now, now=0.0)
+    rows = [times(0, 0, 0, 0, 0, 0, 0)]
+    place = "qwen3bench.campaign.neighbors"
+    monkeypatch.setattr(f"{place}.time", clock)
+    monkeypatch.setattr(f"{place}.usable_cpus", lambda: (0,))
+    monkeypatch.setattr(f"{place}.psutil.process_iter", lambda: [])
+    monkeypatch.setattr(f"{place}.psutil.cpu_times", lambda percpu: rows)
+    neighbors = Neighbors()
+    clock.now, rows[0] = 10.0, times(user=2.0, nice=3.0, system=0, idle=4.0, iowait=1.0, guest=2.0, guest_nice=3.0)
+    assert neighbors.busy_cores() == pytest.approx(0.5)
 
 
 class Row(tuple[float, ...]):
