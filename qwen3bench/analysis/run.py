@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class Run:
             if line.cell in measured
         ]
 
-    @property
+    @cached_property
     def idle(self) -> dict[tuple[str, str], dict[str, int]]:
         """The switches that change nothing that runs, by workload and runtime: see `idle_switches`."""
         by_place: dict[tuple[str, str], dict[str, EvidenceLine]] = {}

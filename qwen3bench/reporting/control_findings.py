@@ -10,7 +10,7 @@ import pandas as pd
 
 from qwen3bench.analysis.controls import beyond_noise
 from qwen3bench.record.lines import BlockLine, ConfirmBlockLine, GradientsLine
-from qwen3bench.record.states import BlockState, CellStatus
+from qwen3bench.record.states import BlockState, CellStatus, Verdict
 from qwen3bench.reporting.advice import more_processes
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.finding import Check, Control, ControlOutcome, Finding, Kind, Level, NoVerdict, Passed
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
 _JUDGED = (ControlOutcome.PASSED, ControlOutcome.FAILED, ControlOutcome.UNSURE)
+_NOT_SHOWN = (Verdict.SAME, Verdict.UNDECIDED, NoVerdict.NOISE)  # no difference is
 _MANY_LEFT_OUT = 0.05  # of the visits: a quiet machine slows hardly any
 _BUSY_ENOUGH = 0.9  # below this share of GPU work, eager latency is to a good part the host's
 
@@ -81,10 +82,29 @@ def heard(run: Run, condition: Condition, verdict: str, estimate: float) -> str:
     return verdict if told else NoVerdict.NOISE
 
 
+def heard_effect(run: Run, condition: Condition, effect: Any) -> str:
+    """The verdict of a term that is `heard`; `idle` where it shows no difference and a switch of it changes nothing."""
+    verdict = heard(run, condition, effect.verdict, effect.estimate)
+    return NoVerdict.IDLE if verdict in _NOT_SHOWN and _is_idle(run, condition, effect.term) else verdict
+
+
 def heard_effects(run: Run, condition: Condition, effects: pd.DataFrame) -> pd.DataFrame:
     """Effects on latency with the verdicts that are `heard`."""
-    verdicts = [heard(run, condition, row.verdict, row.estimate) for row in rows(effects)]
+    verdicts = [heard_effect(run, condition, row) for row in rows(effects)]
     return effects.assign(verdict=pd.Series(verdicts, effects.index, dtype=object))
+
+
+def idle_effects(run: Run, condition: Condition, effects: pd.DataFrame) -> pd.DataFrame:
+    """Effects on latency with their verdicts, `idle` as in `heard_effect`; the noise is not looked at."""
+    idle = effects["term"].map(lambda term: _is_idle(run, condition, term)).astype(bool)
+    idle &= effects["verdict"].isin(_NOT_SHOWN)
+    return effects.assign(verdict=effects["verdict"].astype(object).mask(idle, str(NoVerdict.IDLE)))
+
+
+def _is_idle(run: Run, condition: Condition, term: str) -> bool:
+    names = term.split(":")
+    idle = run.idle.get((condition.workload, condition.runtime), {})
+    return len(names) <= 2 and not idle.keys().isdisjoint(names)  # larger interactions are counted, not told
 
 
 def _equivalence(run: Run) -> Iterator[Finding]:

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from qwen3bench.record.files import write_atomic
 from qwen3bench.record.states import Verdict
+from qwen3bench.reporting.finding import NoVerdict
 
 INK, MUTED, RULE, PAPER = "#1f1f1f", "#6b6b6b", "#dedede", "#ffffff"
 BLUE, ORANGE, GREEN, GRAY = "#0072b2", "#d55e00", "#009e73", "#8a8a8a"
@@ -42,6 +43,7 @@ VERDICTS: dict[str, tuple[str, str, bool]] = {
     Verdict.SLOWER: ("s", ORANGE, True),
     Verdict.MORE: ("s", ORANGE, True),
     Verdict.SAME: ("D", GRAY, True),
+    NoVerdict.IDLE: ("D", GRAY, False),
     Verdict.UNDECIDED: ("o", INK, False),
 }
 SERIES = (

@@ -41,10 +41,14 @@ class Level(StrEnum):
 
 
 class NoVerdict(StrEnum):
-    """What is said where the analysis has no verdict: no interval, or two copies of the baseline as far apart."""
+    """What is said where the analysis has no verdict: no interval, or two copies of the baseline as far apart.
+
+    `IDLE`: of a switch that changes nothing that runs, where no difference is shown.
+    """
 
     MISSING = "missing"
     NOISE = "noise"
+    IDLE = "changes nothing"
 
 
 class NoAnswer(StrEnum):
@@ -301,6 +305,7 @@ class Regime:
     same: int = 0
     undecided: int = 0
     noise: int = 0
+    idle: int = 0
     others: str = AVERAGE
 
 
@@ -346,6 +351,11 @@ class Finding:
     width: float = 0.01
     noisy: bool = False
     run: int = 0
+
+
+def undecided_by_holm(effect: Finding | Effect) -> bool:
+    """Whether an effect is undecided though its interval leaves out 1: verdicts are corrected, intervals are not."""
+    return effect.verdict == Verdict.UNDECIDED and (effect.lo > 1 or effect.hi < 1)
 
 
 def verdict_of(lo: float, hi: float, width: float) -> Verdict | NoVerdict:

@@ -93,7 +93,7 @@ def _effect(run: Run, condition: Condition, kind: Kind, row: Any, detail: Detail
         row.estimate,
         row.lo,
         row.hi,
-        control_findings.heard(run, condition, row.verdict, row.estimate),
+        control_findings.heard_effect(run, condition, row),
         detail,
         width=band(run),
         noisy=_noisy(run, condition),

@@ -59,9 +59,7 @@ def undecided(run: Run, condition: Condition) -> Iterator[Finding]:
     pairs = _judged(run, condition, joint_effects[joint_effects["term"].str.count(":") == 1])
     for effects, of_pairs in ((main, False), (pairs, True)):
         unknown = [
-            effect
-            for effect in effects
-            if control_findings.heard(run, condition, effect.verdict, effect.estimate) == Verdict.UNDECIDED
+            effect for effect in effects if control_findings.heard_effect(run, condition, effect) == Verdict.UNDECIDED
         ]
         blind = [effect for effect in unknown if not is_number(effect.lo)]
         known = [effect for effect in unknown if is_number(effect.lo)]

@@ -117,6 +117,7 @@ def over_findings(effects: pd.DataFrame, names: Sequence[str], width: float) -> 
                 same=verdicts[Verdict.SAME],
                 undecided=verdicts[Verdict.UNDECIDED],
                 noise=verdicts[NoVerdict.NOISE],
+                idle=verdicts[NoVerdict.IDLE],
                 others=others,
             )
             yield Finding(Kind.REGIME, name, detail=regime, width=width)

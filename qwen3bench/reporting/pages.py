@@ -19,7 +19,7 @@ from qwen3bench.record.states import BlockState, StopReason
 from qwen3bench.reporting import figures, plot_waterfall, plots, tables
 from qwen3bench.reporting.answer import cards, not_told
 from qwen3bench.reporting.conditions import Condition, conditions
-from qwen3bench.reporting.control_findings import control_list
+from qwen3bench.reporting.control_findings import control_list, idle_effects
 from qwen3bench.reporting.finding import Control, Finding, Kind, Level
 from qwen3bench.reporting.findings import findings
 from qwen3bench.reporting.lookup import BASELINE, LATENCY, MEMORY, device, directory, factors, level
@@ -159,6 +159,8 @@ def _section(run: Run, condition: Condition) -> ConditionSection:
     tables_of_effects = []
     for metric, heading in _EFFECT_HEADINGS.items():
         chosen = effects[effects["metric"] == metric]
+        if metric == LATENCY:
+            chosen = idle_effects(run, condition, chosen)
         if chosen["estimate"].notna().any():
             tables_of_effects.append((heading, tables.effects_table(chosen)))
     drawn = [figures.save(plot, directory(run) / "plots") for plot in plots.condition_plots(run, condition)]

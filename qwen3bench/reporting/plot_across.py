@@ -33,6 +33,7 @@ _SIGNS: dict[str, str] = {
     Verdict.SAME: "=",
     Verdict.UNDECIDED: "?",
     NoVerdict.NOISE: "~",
+    NoVerdict.IDLE: "∅",
 }
 _UNKNOWN = "–"
 
@@ -71,7 +72,11 @@ def _regimes_title(effects: pd.DataFrame, names: Sequence[str]) -> str:
         return OTHERS_DIFFER.format(place="run")
     seen = {name: set(quiet.loc[quiet["term"] == name, "verdict"]) for name in names}
     turning = [name for name in names if {Verdict.FASTER, Verdict.SLOWER} <= seen[name]]
-    fading = [name for name in names if {Verdict.FASTER, Verdict.SAME} <= seen[name] and name not in turning]
+    fading = [
+        name
+        for name in names
+        if Verdict.FASTER in seen[name] and seen[name] & {Verdict.SAME, NoVerdict.IDLE} and name not in turning
+    ]
     steady = [name for name in names if seen[name] == {Verdict.FASTER}]
     return map_title(steady, fading, turning, quiet=len(quiet) == len(effects))
 

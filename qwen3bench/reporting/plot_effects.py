@@ -69,8 +69,10 @@ _COLUMN = 48  # characters of a legend's entry of which two stand side by side
 
 def forest(run: Run, condition: Condition) -> Plot | None:
     """Main effects and the largest interactions on latency, with intervals and the band of no effect."""
-    main = terms(run, condition, LATENCY, "main")
-    joint = terms(run, condition, LATENCY, "interaction")
+    main, joint = (
+        control_findings.idle_effects(run, condition, terms(run, condition, LATENCY, kind))
+        for kind in ("main", "interaction")
+    )
     if main.empty and joint.empty:
         return None
     worth_a_row = joint[(joint["term"].str.count(":") == 1) | joint["verdict"].isin((Verdict.FASTER, Verdict.SLOWER))]
@@ -226,6 +228,8 @@ def _faster(frames: list[tuple[Condition, pd.DataFrame]], names: list[str]) -> t
 
     everywhere = [name for name in names if verdicts(name) == {Verdict.FASTER}]
     turns = [
-        name for name in names if Verdict.FASTER in verdicts(name) and verdicts(name) & {Verdict.SAME, Verdict.SLOWER}
+        name
+        for name in names
+        if Verdict.FASTER in verdicts(name) and verdicts(name) & {Verdict.SAME, Verdict.SLOWER, NoVerdict.IDLE}
     ]
     return everywhere, turns

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwen3bench.record.states import Verdict
-from qwen3bench.reporting.finding import Beside, Finding, Kind, Pair
+from qwen3bench.reporting.finding import Beside, Finding, Kind, NoVerdict, Pair, undecided_by_holm
 from qwen3bench.reporting.lookup import AVERAGE, UNLIKE
 from qwen3bench.reporting.units import is_number, ratio, times
 from qwen3bench.reporting.wording.sentences import only_with, only_with_note, verdict_word
 
 _DARKEST = 45  # % of the color behind the largest effect, on which text can still be read
-_LOOKS: dict[str, str] = {Verdict.FASTER: "gain", Verdict.SLOWER: "loss", Verdict.SAME: "same"}
+_LOOKS: dict[str, str] = {Verdict.FASTER: "gain", Verdict.SLOWER: "loss", Verdict.SAME: "same", NoVerdict.IDLE: "same"}
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,15 @@ class Field:
 
 @dataclass(frozen=True)
 class SwitchTable:
-    """Conditions, and for each switch its fields in that order; `others`: what the other switches do, in words."""
+    """Conditions, and for each switch its fields in that order; `others`: what the other switches do, in words.
+
+    `corrected`: whether an effect is undecided though its interval leaves out 1.
+    """
 
     conditions: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Field, ...]], ...]
     others: str
+    corrected: bool
 
 
 def switch_table(found: Sequence[Finding]) -> SwitchTable | None:
@@ -60,7 +64,8 @@ def switch_table(found: Sequence[Finding]) -> SwitchTable | None:
         places = [(by_place.get((name, condition)), only.get((name, condition), "")) for condition in where]
         rows.append((name, tuple(_field(effect, largest, note) if effect else Field() for effect, note in places)))
     others = {f.detail.others for f in effects if isinstance(f.detail, Beside) and is_number(f.estimate)}
-    return SwitchTable(where, tuple(rows), others.pop() if len(others) == 1 else UNLIKE if others else AVERAGE)
+    said = others.pop() if len(others) == 1 else UNLIKE if others else AVERAGE
+    return SwitchTable(where, tuple(rows), said, any(map(undecided_by_holm, effects)))
 
 
 def _field(finding: Finding, largest: float, note: str) -> Field:

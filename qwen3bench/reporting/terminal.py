@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 MAX_LINES = 25  # one screen, what is told beside the summary included
 _WIDTH = 100
 _MAX_ROWS = 9  # of the table
-_MARKS: dict[str, str] = {Verdict.SAME: "=", Verdict.UNDECIDED: "?", NoVerdict.NOISE: "~", NoVerdict.MISSING: ""}
+_MARKS: dict[str, str] = {Verdict.SAME: "=", Verdict.UNDECIDED: "?", NoVerdict.NOISE: "~", NoVerdict.IDLE: "∅"}
 Estimate = tuple[float, float, float, str]  # ratio, its interval, its verdict
 Rows = dict[str, list[Estimate | None]]  # one estimate for each condition
 
@@ -256,7 +256,9 @@ def _shown(run: Run) -> Shown:
         for name in run.factors
         if name in told
     }
-    marks = marks_of(band(run), noisy=any(control_findings.noise(run, condition) for condition in found))
+    noisy = any(control_findings.noise(run, condition) for condition in found)
+    idle = any(each and each[3] == NoVerdict.IDLE for estimates in switches.values() for each in estimates)
+    marks = marks_of(band(run), noisy=noisy, idle=idle)
     title = ""
     if switches:
         others = {others_beside(frame) for frame in main.values() if len(frame)}
@@ -286,7 +288,7 @@ def _main_effect(run: Run, condition: Condition, main: Any, name: str) -> Estima
     if not found:
         return None
     row = found[0]
-    return row.estimate, row.lo, row.hi, control_findings.heard(run, condition, row.verdict, row.estimate)
+    return row.estimate, row.lo, row.hi, control_findings.heard_effect(run, condition, row)
 
 
 def _speedup(run: Run, condition: Condition, cell: str) -> Estimate | None:

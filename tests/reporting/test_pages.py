@@ -63,6 +63,19 @@ def test_a_table_that_is_cut_in_markdown_keeps_the_baseline_and_the_recommended_
     assert cells.endswith(f"{1 + len(others)} of 4")
 
 
+@pytest.mark.parametrize(("lo", "times"), [(0.99, 0), (1.01, 1)])
+def test_a_verdict_that_is_corrected_is_explained_once_beside_intervals_that_are_not(
+    run_of: Callable[[Lines], Run], record_lines: Callable[..., Lines], lo: float, times: int
+) -> None:
+    run = run_of(record_lines(("flash", "tie")))
+    effects = run.effects.copy()
+    effects.loc[effects["term"] == "tie", ["estimate", "lo", "hi", "verdict"]] = [1.02, lo, 1.04, "undecided"]
+    run = replace(run, effects=effects)
+    content = page_content(run, findings(run))
+    for name in ("report.md", "report.html"):
+        assert render(f"{name}.jinja", content).count(content["words"]["holm"]) == times
+
+
 def test_each_switch_is_explained_once(page: str, text: str) -> None:
     for name in ("flash", "tie", "mask"):
         what = optimizations.described(name)

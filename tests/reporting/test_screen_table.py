@@ -19,10 +19,12 @@ from qwen3bench.analysis.run import Run, load_run
 from qwen3bench.compare import main
 from qwen3bench.reporting.answer import cards
 from qwen3bench.reporting.conditions import conditions
-from qwen3bench.reporting.finding import BestCell, Check, Control, Finding, Fitted, Kind
+from qwen3bench.reporting.control_findings import idle_effects
+from qwen3bench.reporting.finding import BestCell, Check, Control, Finding, Fitted, Kind, OpenEffects
 from qwen3bench.reporting.findings import findings
 from qwen3bench.reporting.pages import write_report
 from qwen3bench.reporting.screen_table import screen_section
+from qwen3bench.reporting.switch_table import switch_table
 from qwen3bench.reporting.terminal import terminal_summary
 from qwen3bench.reporting.whatif import whatif
 from qwen3bench.reporting.wording.sentences import sentence
@@ -216,6 +218,64 @@ def test_a_prediction_without_a_useful_interval_is_not_said_to_hold(screened_run
     said = sentence(replace(found[0], detail=beside))
     assert said.endswith("The intervals are too wide to tell whether that holds.")
     assert wide.held is None
+
+
+def undecided_effects(run: Run, *terms: str, lo: float) -> Run:
+    """The run with these terms undecided in all kinds of effects on latency."""
+    effects = run.effects.copy()
+    of_terms = effects["term"].isin(terms) & (effects["metric"] == "latency_s")
+    effects.loc[of_terms, ["estimate", "lo", "hi", "verdict"]] = [1.02, lo, 1.04, "undecided"]
+    return replace(run, effects=effects)
+
+
+def test_what_changes_nothing_that_runs_is_called_so_in_each_table_and_is_not_open(
+    run_of: Callable[[Any], Run], record_lines: Lines, nine: tuple[str, ...]
+) -> None:
+    lines = record_lines(nine, screen=True, memory=False)
+    looked = next(line for line in lines if line["type"] == "evidence" and line["cell"] == "baseline")
+    looked["output"] = "a"
+    lines.insert(-1, {**looked, "cell": "gemv"})
+    run = undecided_effects(run_of(lines), "rope", "gemv", "flash:gemv", "flash:rope", lo=0.99)
+    found = findings(run)
+    section, table = screen_section(run, conditions(run)[0], found), switch_table(found)
+    assert section is not None
+    assert table is not None
+    by_name = {row[0].text: [entry.text for entry in row[1:]] for row in section.switches.rows}
+    assert [text.removeprefix("1.02× [0.99, 1.04] ") for text in by_name["gemv"]] == ["changes nothing"] * 4
+    assert by_name["rope"][:2] == ["1.02× [0.99, 1.04] undecided", "not known"]
+    words = {name: fields[0].word for name, fields in table.rows}
+    assert (words["gemv"], words["rope"]) == ("changes nothing", "undecided")
+    latency = run.effects[run.effects["metric"] == "latency_s"]
+    told = idle_effects(run, conditions(run)[0], latency).set_index(["term", "kind"])["verdict"]
+    assert told["gemv", "main"] == told["flash:gemv", "interaction"] == "changes nothing"
+    open_terms = {effect.term for f in found if isinstance(f.detail, OpenEffects) for effect in f.detail.effects}
+    assert open_terms == {"rope", "flash:rope"}
+    effects = run.effects.assign(verdict="slower")
+    (shown,) = [f for f in findings(replace(run, effects=effects)) if (f.kind, f.subject) == (Kind.SWITCH, "gemv")]
+    assert shown.verdict == "slower"
+
+
+@pytest.mark.parametrize(("lo", "corrected"), [(0.99, False), (1.01, True)])
+def test_an_undecided_effect_whose_interval_leaves_out_1_is_explained(
+    screened_run: Run, lo: float, corrected: bool
+) -> None:
+    run = undecided_effects(screened_run, "rope", lo=lo)
+    section, table = screen_section(run, conditions(run)[0], findings(run)), switch_table(findings(run))
+    assert section is not None
+    assert table is not None
+    assert section.corrected == table.corrected == corrected
+
+
+def test_a_predicted_cell_that_the_screen_measured_too_is_said_to_have_two_numbers(
+    run_of: Callable[[Any], Run], record_lines: Lines, confirming: Lines, nine: tuple[str, ...]
+) -> None:
+    lines = record_lines(nine, screen=True, memory=False, evidence=False)
+    every = "+".join(nine)
+    run = run_of(confirming(lines, {BEST: (1.58, 1.57, 1.59), every: (1.57, 1.56, 1.58)}, {BEST: 1.578, every: 1.57}))
+    section = screen_section(run, conditions(run)[0], findings(run))
+    assert section is not None
+    assert section.confirmed is not None
+    assert section.confirmed.note == f"Measured again here, so the screen's number differs: {every}."
 
 
 def test_a_whole_design_has_no_such_section(full_run: Run) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from qwen3bench.record.states import StopReason, Verdict
+from qwen3bench.reporting.finding import NoVerdict
 from qwen3bench.reporting.units import count, listing
 
 # What stands over tables and toggles, by the name that the templates use.
@@ -13,7 +14,9 @@ PAGE = {
     "gain": "as fast as the baseline",
     "answer": "Turn on **{switches}**: **{gain}** as fast as the baseline ({interval}).",
     "effects": "How many times as fast with the switch on as with it off, {others}.",
-    "shading": "Effect of each switch on latency. Shaded by size, gray: the same within the band, dashed: not decided.",
+    "shading": "Effect of each switch on latency. Shaded by size, gray: the same, dashed: not decided.",
+    "holm": "Undecided beside an interval without 1: verdicts are corrected for the number of effects (Holm), "
+    "intervals are not.",
     "open": "If the estimates hold, these settings added to the command decide.",
     "what_if": "Every number was measured. Beside each switch stands how many times as fast the model is once it is "
     "turned on or off from here. Of twenty such intervals, about one misses the true value.",
@@ -74,6 +77,8 @@ def single_token_words(options: str) -> str:
 
 def worth_word(on: bool | None, verdicts: Sequence[str]) -> str:
     """Whether to turn a switch on: as the recommended cell has it (None: there is none), else by its verdicts."""
+    if set(verdicts) == {NoVerdict.IDLE}:
+        return NoVerdict.IDLE
     if on:
         return "on"
     if Verdict.FASTER not in verdicts and Verdict.SLOWER in verdicts:
@@ -89,6 +94,11 @@ def held_word(agrees: bool | None, *, tested: bool, in_screen: bool) -> str:
         return "not measured"
     word = "missed" if not agrees else "holds" if tested else "agrees, too wide to test"
     return word + (", measured in the screen" if in_screen else "")
+
+
+def measured_again(cells: Sequence[str]) -> str:
+    """Under predictions beside what was measured: of cells that the screen measured before, in other blocks."""
+    return f"Measured again here, so the screen's number differs: {listing([*cells], 3)}." if cells else ""
 
 
 def what_if_words(*, screen: bool) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qwen3bench.record.states import Verdict
-from qwen3bench.reporting.finding import Effect
+from qwen3bench.reporting.finding import Effect, NoVerdict
 from qwen3bench.reporting.lookup import AVERAGE
 from qwen3bench.reporting.units import count, listing, percent, ratio, seconds, size
 from qwen3bench.reporting.wording.sentences import band_words
@@ -28,6 +28,7 @@ MAP_MARKS: dict[str, str] = {
     "=": "same within {band}",
     "?": "undecided",
     "~": "within the noise",
+    "∅": "changes nothing",
     "–": "no verdict",
 }
 
@@ -45,10 +46,11 @@ def noisy_title(title: str, *, noisy: bool = True) -> str:
 
 def effects_title(names: Mapping[str, Sequence[str]], width: float) -> str:
     """Which switches have which verdict."""
-    words = {
+    words: dict[str, str] = {
         Verdict.FASTER: "faster",
         Verdict.SLOWER: "slower",
         Verdict.SAME: f"same within {band_words(width)}",
+        NoVerdict.IDLE: NoVerdict.IDLE,
         Verdict.UNDECIDED: "undecided",
     }
     parts = [(said, names.get(verdict, ())) for verdict, said in words.items()]
@@ -100,7 +102,7 @@ def by_condition_title(
     faster = "faster on average" if others == AVERAGE else "faster"
     steady = f"{faster} {'in every condition' if quiet else 'wherever it is not noisy'}"
     pairs = [f"{small} with {large}" for small, large in helped_by.items()]
-    parts = [(steady, everywhere), (f"{faster} only in places", in_places), ("only together", pairs)]
+    parts = [(steady, everywhere), ("faster only in places", in_places), ("only together", pairs)]
     return sentence_of(parts, NO_STEADY_GAIN)
 
 

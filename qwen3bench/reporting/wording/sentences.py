@@ -189,6 +189,7 @@ _VERDICT_WORDS: dict[str, str] = {
     Verdict.SAME: "same",
     Verdict.UNDECIDED: "undecided",
     NoVerdict.NOISE: "within the noise",
+    NoVerdict.IDLE: NoVerdict.IDLE,
 }
 
 
@@ -275,6 +276,7 @@ def _switch(finding: Finding, beside: Beside) -> str:
         Verdict.SAME: f"{name} changes latency by less than {band_words(finding.width)}: {interval}",
         Verdict.UNDECIDED: f"{name} is undecided: {interval}",
         NoVerdict.NOISE: f"{name} shows no more than the noise: {interval}",
+        NoVerdict.IDLE: f"{name} changes nothing that runs: {interval}",
     }
     text = words.get(finding.verdict, f"{name} reads {interval}, without a verdict")
     text += f", {beside.others}{_where(finding)}."
@@ -558,6 +560,8 @@ def _regime(finding: Finding, regime: Regime) -> str:
         parts.append(f"undecided in {regime.undecided}")
     if regime.noise:
         parts.append(f"within the noise in {regime.noise}")
+    if regime.idle:
+        parts.append(f"without any effect on what runs in {regime.idle}")
     return f"{finding.subject}{beside} is {listing(parts)}."
 
 

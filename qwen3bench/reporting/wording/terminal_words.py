@@ -72,10 +72,10 @@ def failed_controls(number: int) -> str:
     return f"{count(number, 'control')} failed; the report says which, and what it means."
 
 
-def marks_of(band: float, *, noisy: bool) -> str:
-    """What the marks of the table mean; that of noise where there is some."""
-    noise = ", ~ within the noise" if noisy else ""
-    return f"(= the same within ±{100 * band:g}{FIXED}%, ? undecided{noise})"
+def marks_of(band: float, *, noisy: bool, idle: bool) -> str:
+    """What the marks of the table mean; those of noise and of what changes nothing where there is some."""
+    more = ", ~ within the noise" * noisy + ", ∅ changes nothing" * idle
+    return f"(= the same within ±{100 * band:g}{FIXED}%, ? undecided{more})"
 
 
 def switches_title(others: str, marks: str) -> str:
