@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
 _ROWS_NAMED = 64  # cells that have room for a row of their own
+_LABEL = 0.05  # of an axis: what a number beside a point takes
 _FRONT_NAMED = 6  # cells of a Pareto front that its legend has room for
 
 
@@ -139,16 +140,28 @@ def memory_latency(run: Run, condition: Condition) -> Plot | None:
     if peer.any():
         axes.scatter(x[peer], y[peer], s=60, marker="^", color=INK, label="other implementation", zorder=4)
     named = list(dict.fromkeys([*front["cell"][:_FRONT_NAMED], *cells["cell"][peer]]))
-    for number, cell in enumerate(named, 1):  # below and left of the front no cell lies
-        (place,) = np.flatnonzero(cells["cell"] == cell)
-        label_point(axes, str(number), (x[place], y[place]))
+    for number, cell in enumerate(named, 1):
         axes.plot([], [], " ", label=f"{number}: {cell}")
-    axes.margins(0.08, 0.16)
+    axes.margins(0.14, 0.16)
     keep_in_view(axes, x)
+    places = [int(np.flatnonzero(cells["cell"] == cell)[0]) for cell in named]
+    for point, numbers in _labels(axes, [(float(x[place]), float(y[place])) for place in places]).items():
+        label_point(axes, numbers, point)  # below and left of the front no cell lies
     axes.set_xlabel(latency_axis(x_unit.symbol, level(run), _samples(cells)))
     axes.set_ylabel(f"peak allocated memory ({y_unit.symbol})")
     figure.legend(loc="outside right center")
     return Plot(f"memory-{condition.slug}", figure, title, front_alt(len(cells), list(front["cell"])))
+
+
+def _labels(axes: Axes, points: list[tuple[float, float]]) -> dict[tuple[float, float], str]:
+    """Numbers of the points from 1, by where they stand: one label for those whose labels would touch."""
+    width, height = np.ptp(axes.get_xlim()), np.ptp(axes.get_ylim())
+    labels: dict[tuple[float, float], str] = {}
+    for number, (x, y) in enumerate(points, 1):
+        near = (at for at in labels if max(abs(at[0] - x) / width, abs(at[1] - y) / height) < _LABEL)
+        at = next(near, (x, y))
+        labels[at] = f"{labels[at]}, {number}" if at in labels else str(number)
+    return labels
 
 
 def pareto_front(cells: pd.DataFrame, width: float) -> pd.DataFrame:

@@ -65,7 +65,7 @@ def waterfall(run: Run, condition: Condition, metric: str) -> Plot | None:
         axes.annotate(unit.text(value * unit.size), (x, value), (0, 3), textcoords="offset points", ha="center")
     axes.set_xticks(range(len(shares) + 2), [BASELINE, *shares["term"], "all on"])
     axes.grid(visible=False, axis="x")
-    axes.margins(y=0.12)
+    axes.margins(y=0.12 if latency else 0.2)
     axes.set_ylabel(f"{what} ({unit.symbol})")
     axes.set_xlabel(SHAPLEY if screen_of(run, condition) is None else SHAPLEY_OF_MODEL)
     name = f"waterfall-{'latency' if latency else 'memory'}-{condition.slug}"
@@ -88,7 +88,7 @@ def _steps(axes: Axes, shares: pd.DataFrame, levels: list[float], latency: bool,
             zorder=2,
         )
         axes.plot([i - 0.31, i + 1.31], [before, before], color=MUTED, linewidth=0.7)
-        text = times(share, row.lo, row.hi) if latency else signed_bytes(share)
+        text = times(share, row.lo, row.hi) if latency else signed_bytes(share).replace(" ", "\n")  # a bar is narrow
         axes.annotate(text, (i + 1, high), (0, 3), textcoords="offset points", ha="center")
     axes.plot([len(shares) - 0.31, len(shares) + 1.31], [levels[-1] / unit.size] * 2, color=MUTED, linewidth=0.7)
 

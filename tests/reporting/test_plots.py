@@ -2,6 +2,7 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,40 @@ def test_another_implementation_is_named_and_each_cell_drawn_once(full_run: Run)
     dots = [[each for each in part.collections if isinstance(each, PathCollection)] for part in (axes, right)]
     points = [sum(len(each.get_offsets()) for each in kinds) for kinds in dots]
     assert points == [len(run.cells) + len(front), len(run.cells)]  # the front has rings around
+
+
+def labels_of(plot: Plot) -> list[Any]:
+    """The boxes of the texts within a drawn plot's axes, none of which may touch another."""
+    plot.figure.draw_without_rendering()
+    (axes,) = plot.figure.axes
+    found = [text.get_window_extent() for text in axes.texts if text.get_text()]
+    assert not [(a, b) for a, b in combinations(found, 2) if a.overlaps(b)]
+    return found
+
+
+def test_points_of_a_front_that_are_close_have_one_label(full_run: Run) -> None:
+    condition = conditions(full_run)[0]
+    cells = condition.select(full_run.cells).set_index("cell", drop=False)
+    fastest, beside = "flash+tie+mlp+mask+norm", "flash+tie+mask+norm"
+    cells.loc[fastest, "peak_allocated_bytes"] += 14_336
+    cells.loc[beside, "latency_s"] = 1.002 * cells.loc[fastest, "latency_s"]
+    with figures.style():
+        plot = memory_latency(replace(full_run, cells=cells.reset_index(drop=True)), condition)
+    assert plot is not None
+    assert f"Pareto front: {fastest} and {beside}" in plot.alt
+    assert len(labels_of(plot)) == 1
+
+
+def test_small_shares_of_memory_of_nine_switches_have_labels_apart(
+    run_of: Callable[[Any], Run], record_lines: Callable[..., Any], nine: tuple[str, ...]
+) -> None:
+    run = run_of(record_lines(nine, screen=True, evidence=False, blocks=2))
+    small = run.effects["metric"].eq("peak_allocated_bytes") & run.effects["kind"].eq("shapley")
+    run = replace(run, effects=run.effects.assign(estimate=run.effects["estimate"].mask(small, -7.96 * 2**20)))
+    with figures.style():
+        plot = waterfall(run, conditions(run)[0], "peak_allocated_bytes")
+    assert plot is not None
+    assert len(labels_of(plot)) == 9 + 2
 
 
 @pytest.fixture
