@@ -213,7 +213,7 @@ def test_a_prediction_without_a_useful_interval_is_not_said_to_hold(screened_run
     assert isinstance(found[0].detail, BestCell)
     wide = replace(found[0].detail, missed=(), still_missed=False, tested=False)
     inside = sentence(replace(found[0], detail=wide))
-    assert inside.endswith("That lies within the predicted interval, though the intervals are too wide to test it.")
+    assert inside.endswith("That lies within the predicted interval, though the intervals are too wide for a test.")
     beside = replace(wide, predicted=replace(wide.predicted, hi=wide.predicted.lo))
     said = sentence(replace(found[0], detail=beside))
     assert said.endswith("The intervals are too wide to tell whether that holds.")

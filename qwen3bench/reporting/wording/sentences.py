@@ -307,7 +307,7 @@ def _confirmed(finding: Finding, found: BestCell) -> str:
     text += f" {where}: {_interval(found.measured)}."
     if not found.missed and not found.tested:
         if found.predicted.lo <= found.measured.estimate <= found.predicted.hi:
-            return f"{text} That lies within the predicted interval, though the intervals are too wide to test it."
+            return f"{text} That lies within the predicted interval, though the intervals are too wide for a test."
         return f"{text} The intervals are too wide to tell whether that holds."
     if not found.missed:
         return f"{text} The prediction holds."
