@@ -55,6 +55,7 @@ def test_it_judges_with_the_threads_that_are_asked_for(
     assert "threads=4: 3 CPUs may be used here" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_narrow_terminal_breaks_no_number(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -191,6 +191,7 @@ def test_narrow_intervals_take_more_processes(measure: Measure) -> None:
     assert stops["eager"].processes in (3, 4)
 
 
+@pytest.mark.slow
 def test_the_blocks_are_shared_among_as_many_processes_as_it_takes(measure: Measure) -> None:
     limits = ("measure.target=null", "measure.min_processes=null", "measure.min_blocks=20", "measure.max_blocks=20")
     done = measure(*FULL, "device=cuda", "runtime=graph", *limits, "measure.blocks_per_process=50")

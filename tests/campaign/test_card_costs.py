@@ -213,6 +213,7 @@ def test_how_long_a_run_takes_is_said_before_it_measures(finished: Said) -> None
     assert holds(whole_s, finished.from_announcement_s)
 
 
+@pytest.mark.slow
 def test_looks_that_take_longer_say_that_getting_ready_does(finished: Said) -> None:
     wheres = dict.fromkeys(finished.shape.processes, SoFar())
     assert holds(finished.corrected.timing_s(wheres), finished.took_s("time") + 5.0)

@@ -42,6 +42,7 @@ def test_one_bit_in_one_cell_is_enough(measure: Measure) -> None:
     assert not idle(done)
 
 
+@pytest.mark.slow
 def test_it_is_told_before_the_timing_and_a_continued_run_tells_it_too(measure: Measure) -> None:
     stopped = measure(*FULL, faults=[{**SAME}, {"does": "error", "op": "ceilings", "status": "refused"}])
     assert (stopped.status, stopped.err.count(SAID)) == (1, 1)

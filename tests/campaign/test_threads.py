@@ -274,6 +274,7 @@ def test_a_run_that_goes_on_keeps_its_threads(
     assert launch.finished_status(replace(small_settings(), dir=done.directory)) == 0
 
 
+@pytest.mark.slow
 def test_threads_that_its_command_named_stay_too(
     measure: Measure, others: Callable[[float], None], small_settings: Callable[..., Settings]
 ) -> None:

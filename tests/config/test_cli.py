@@ -429,6 +429,7 @@ def test_cfg_job_shows_the_composed_config() -> None:
     assert shown.stdout.index("  flash:") < shown.stdout.index("  tie:")
 
 
+@pytest.mark.slow
 def test_tab_completion_completes_groups_and_options() -> None:
     assert _python("-sc", "query=bash", COMP_LINE="qwen3bench measure=").stdout.split() == [
         f"measure={name}" for name in sorted(choices("measure"))

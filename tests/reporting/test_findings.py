@@ -456,6 +456,7 @@ def test_nothing_is_recommended_when_nothing_is_shown_to_be_faster(small_run: Ru
     assert only(run, Kind.TOGETHER).verdict == "undecided"
 
 
+@pytest.mark.slow
 def test_no_command_is_given_that_nobody_would_wait_for(
     record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
 ) -> None:

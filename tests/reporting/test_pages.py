@@ -51,6 +51,7 @@ def text(written: Path) -> str:
     return (written / "report.md").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_a_table_that_is_cut_in_markdown_keeps_the_baseline_and_the_recommended_cell(
     run_of: Callable[[Lines], Run], record_lines: Callable[..., Lines]
 ) -> None:
@@ -199,6 +200,7 @@ def test_what_has_no_answer_ends_with_settings(page: str) -> None:
         assert all("<code>" in item for item in row.split("<li>")[1:])
 
 
+@pytest.mark.slow
 def test_a_small_run_has_a_small_page(record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]) -> None:
     pair = write_report(run_of(record_lines(factors=("flash",)))).read_text("utf-8")
     assert 'id="toggles"' not in pair

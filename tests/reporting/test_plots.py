@@ -136,6 +136,7 @@ def test_the_largest_share_is_named_where_it_is_apart_from_the_next(full_run: Ru
     assert ("the largest share is that of norm" in plot.title) == named
 
 
+@pytest.mark.slow
 def test_no_title_names_one_of_cells_that_are_alike(full_run: Run) -> None:
     """Half of the cells differ from others in `tie` alone, which cannot change latency."""
     cells = [cell for cell in full_run.cells["cell"].unique() if "+" in cell]

@@ -94,6 +94,7 @@ def test_a_switch_that_helps_without_the_other_too_is_not_named(
     assert [line for line in printed(run) if "helps only" in line] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [40, 60, 72])
 def test_a_narrow_terminal_breaks_no_number(full_run: Run, width: int) -> None:
     lines = printed(full_run, width)

@@ -162,8 +162,9 @@ def test_compiles_whole_without_breaks(size: WorkloadSize) -> None:
     assert (logits - expected).abs().max() <= 1e-4
 
 
+@pytest.mark.slow
 @each_peer
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gate_accepts_it(tiny: ModelConfig, peer: str, dtype: torch.dtype) -> None:
     verdict = judge_peer(
         Gate(

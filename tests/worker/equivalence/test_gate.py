@@ -59,7 +59,8 @@ def rejected(gate: Gate, cells: list[tuple[str, ...]]) -> dict[str, str | None]:
 OWN = [WorkloadSize("prefill", 1, 16, 0), WorkloadSize("decode", 2, 20, 1), WorkloadSize("generate", 1, 9, 7)]
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 20))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
 def test_no_right_cell_is_rejected(seed: int) -> None:
     cells = [*CELLS, ("rope",), ("residual",), (*FIVE, "rope", "residual", "qkv")]
     assert rejected(gate_of(seed=seed, workloads=OWN), cells) == {}
@@ -147,6 +148,7 @@ def test_each_call_of_a_workload_has_other_tokens_and_their_own_logits_are_compa
     assert not torch.equal(prompts[1], prompts[2])
 
 
+@pytest.mark.slow
 def test_the_whole_vocabulary_is_judged_where_a_workload_is() -> None:
     gate = gate_of(replace(TINY, vocab_size=9000), workloads=OWN[:1])
     widths: set[int] = set()

@@ -22,6 +22,7 @@ def gate_of(dtype: torch.dtype = torch.float32) -> Gate:
     return Gate(TINY, device="cpu", dtype=dtype, workloads=WORKLOADS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gate_that_keeps_products_says_the_same_and_computes_a_part(dtype: torch.dtype) -> None:
     keeping, plain = gate_of(dtype), gate_of(dtype)
