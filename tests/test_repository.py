@@ -60,6 +60,7 @@ def test_a_run_is_its_record_and_what_is_derived_from_it(run: Path, committed: l
     assert {path.suffix for path in pages} == ({".md", ".svg"} if run.name in SHOWN else set())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.parent.relative_to(REFERENCE).as_posix())
 def test_a_run_holds_a_command_that_works(record: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -203,10 +203,12 @@ def holds(said_s: float, took_s: float) -> bool:
     return took_s / FACTOR <= said_s <= took_s * FACTOR
 
 
+@pytest.mark.slow
 def test_how_long_looks_take(said: Said) -> None:
     assert holds(said.looking_s, said.took_s(LOOKS))
 
 
+@pytest.mark.slow
 def test_how_long_a_run_takes_is_said_before_it_measures(finished: Said) -> None:
     forecast, wheres = finished.forecast, dict.fromkeys(finished.shape.processes, SoFar())
     whole_s = finished.looking_s + forecast.passes_s() + forecast.timing_s(wheres)
@@ -235,6 +237,7 @@ def test_a_training_run_is_not_said_to_be_over_in_its_first_block(tmp_path: Path
     )  # 6 visits of two steps of 0.16 to 0.53 s
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_what_processes_took_corrects_what_is_left(tmp_path: Path, processes: int) -> None:
     shape = SHAPES["the same beside two other runs"]

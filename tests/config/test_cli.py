@@ -344,6 +344,7 @@ def test_multirun_into_a_named_directory(run: Callable[[Settings], int], runs: R
     assert list(Path.cwd().iterdir()) == []  # no empty directories, as these runs wrote nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("results", "status", "ran"),
     [([0, 3, 0], 3, 3), ([3, 1, 0], 1, 3), ([0, 0, 0], 0, 3), ([0, 130, 0], 130, 2), ([143, 0, 0], 143, 1)],

@@ -208,6 +208,7 @@ def without_a_mask(peer: TransformersModel) -> None:
         layer.self_attn.is_causal = False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", [wrong_eps, one_layer_louder, off_by_one, without_a_mask])
 def test_the_gate_rejects_a_broken_one(tiny: ModelConfig, mistake: Callable[[TransformersModel], None]) -> None:
     gate = Gate(tiny, device="cpu", dtype=torch.float32)

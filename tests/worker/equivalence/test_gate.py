@@ -287,6 +287,7 @@ def with_layers(monkeypatch: pytest.MonkeyPatch, depth: int, make: Callable[...,
     return verdict
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [0, 3, 5, 6, 9])
 def test_a_layer_that_is_made_otherwise_is_judged(monkeypatch: pytest.MonkeyPatch, layer: int) -> None:
     def block(index: int, *given: Any) -> nn.Module:
@@ -297,6 +298,7 @@ def test_a_layer_that_is_made_otherwise_is_judged(monkeypatch: pytest.MonkeyPatc
     assert verdict.checks["float32_max_ratio"] > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [0, 3, 9])
 def test_a_layer_of_the_same_class_with_another_attribute_is_judged(
     monkeypatch: pytest.MonkeyPatch, layer: int

@@ -565,6 +565,7 @@ def is_right(gate: Gate, label: str) -> bool:
     return gate.judge_cell(cell_of(label)).equivalent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_each_mutant_is_rejected_by_a_wide_margin(gate: Gate, name: str) -> None:
     assert is_right(gate, MUTANTS[name][0])
@@ -575,6 +576,7 @@ def test_each_mutant_is_rejected_by_a_wide_margin(gate: Gate, name: str) -> None
     assert verdict.checks.get("float32_max_ratio", float("inf")) > 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HIDDEN_IN_BFLOAT16)
 def test_a_check_in_bfloat16_alone_is_blind(bfloat_gate: Gate, name: str) -> None:
     assert judged(bfloat_gate, name).equivalent
