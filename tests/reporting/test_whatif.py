@@ -1,13 +1,17 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from qwen3bench.analysis.frames import block_matrix
 from qwen3bench.analysis.run import Run
 from qwen3bench.record.design import cell_of, label
+from qwen3bench.reporting.findings_cells import ratios_over
 from qwen3bench.reporting.whatif import as_script, whatif
+from qwen3bench.reporting.wording.sentences import worth_said
 
 Lines = list[dict[str, Any]]
 
@@ -92,6 +96,17 @@ def test_cells_that_share_no_block_are_compared_by_their_speedups(screened_run: 
     ]
     assert len(neighbors) == 4
     assert [(cell, name) for cell, name in neighbors if name not in here["flips"].get(cell, {})] == []
+
+
+def test_cells_that_confirm_a_screen_are_compared_in_their_own_blocks(screened_run: Run) -> None:
+    data = whatif(screened_run, {})
+    assert data
+    off, on = "flash+mlp+mask+norm", "flash+tie+mlp+mask+norm"
+    (samples,) = (samples for samples in screened_run.rounds if {off, on} <= {*samples["cell"]})
+    blocks = block_matrix(samples, screened_run.cells["cell"].tolist())
+    (effect,) = ratios_over(screened_run, blocks, off, [on])
+    said = data["conditions"][0]["flips"][off]["tie"]
+    assert said["latency"] == worth_said(replace(effect, verdict=said["verdict"]))
 
 
 def test_each_step_of_a_screens_model_has_its_interval(screened_run: Run) -> None:
