@@ -38,10 +38,13 @@ class Bank:
         self.options = options
         weights = load_weights(source, config, device=device, dtype=dtype, seed=seed)
         head, embedding = weights[HEAD], weights[EMBEDDING]
-        self.weights = {**weights, HEAD: head.clone() if head.data_ptr() == embedding.data_ptr() else head}
+        shared = head.data_ptr() == embedding.data_ptr()
+        self.weights = {**weights, HEAD: head.clone() if shared else head}
+        self._tied = weights if shared else self.weights  # with the copy each cell that ties would compare the two
 
     def build(self, cell: Cell) -> Qwen3Model:
         """The model of a cell, its parameters views on the bank."""
-        model = build_model(self.config, {name: self.options.get(name, {}) for name in cell}, self.weights)
+        weights = self._tied if "tie" in cell else self.weights
+        model = build_model(self.config, {name: self.options.get(name, {}) for name in cell}, weights)
         model.may_train_shared = True  # `training` puts the weights back
         return model

@@ -18,7 +18,9 @@ from pathlib import Path
 
 from qwen3bench.record.host import usable_cpus
 
-SHARE = 0.02  # of a value: twice the scatter of an idle machine, so that it would stand out
+# Of a value. An idle machine's own services took 2 to 4 % of every third value of 0.2 s, which read 1 to 4 % more, while
+# values scattered by 7 %. Taking these again cost a third of a run's time.
+SHARE = 0.05
 OTHERS_SHARE = (
     0.25  # of all our cores' time: on a sibling thread or in a shared cache it slows a value, untouched itself
 )

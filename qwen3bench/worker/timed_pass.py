@@ -14,7 +14,7 @@ from qwen3bench.record.messages import Pace, Preparation, Prepare, Timed, TimedV
 from qwen3bench.worker.clock import LONG_S, TimedValue, inner_repeats, time_device, time_host, visit_repeats
 from qwen3bench.worker.disturbance import CoreTimes, Waits, Watch
 from qwen3bench.worker.pauses import unpaused
-from qwen3bench.worker.runtimes import InvalidCell, Launch
+from qwen3bench.worker.runtimes import InvalidCell, Launch, require_finite
 from qwen3bench.worker.session import Session
 from qwen3bench.worker.workloads import keeping_output
 
@@ -52,12 +52,15 @@ class TimedPass:
         self.watch = None if self.runtime.on_device_clock else Watch()
 
     def prepare(self, asked: Prepare) -> Preparation:
-        """Build a cell on the bank, warm it up, capture it. Raises `InvalidCell` where its logits are not finite."""
+        """Build a cell on the bank, warm it up, capture it. Raises `InvalidCell` where its logits are not finite.
+
+        In eager on a CPU it is not launched once launches are known to be long: evidence has looked at its logits.
+        """
         cell, copy = asked.cell, asked.copy
         model = self.session.on_bank(cell, self.workload.size.name)
         outputs: list[torch.Tensor] = []
         on_device_clock = self.runtime.on_device_clock
-        if not asked.launch and self.runtime.name == "eager":
+        if self.runtime.name == "eager" and (self._told or not asked.launch):
             self.ready[cell, copy] = PreparedCell(model, self.workload.steps(model))
             return Preparation()
         if not on_device_clock:
@@ -73,10 +76,7 @@ class TimedPass:
         launches = [step.launch for step in prepared]
         if on_device_clock:  # to make it ready the graph was replayed
             logits = outputs.pop()
-        if not bool(torch.isfinite(logits).all()):
-            raise InvalidCell(
-                f"its {self.workload.output} not finite (NaN or infinity), so its latency would mean nothing"
-            )
+        require_finite(logits, self.workload.output)
         self.ready[cell, copy] = PreparedCell(prepared_model.model, launches)
         self.pace = None
         if self.session.device.type == "cpu" and not on_device_clock:  # it got ready alone
@@ -132,10 +132,19 @@ class TimedPass:
         launch_s = [
             self.launch_s.get(cell) or seconds_of(each.launches, self.session.synchronize)
             for cell, each in self.ready.items()
+            if cell in self.launch_s or not self._told
         ]
         pace = pace_of(launch_s, all(len(each.launches) == 1 for each in self.ready.values()))
-        trains = self.workload.size.precision is not None  # where the first step of a visit finds other moments
-        return replace(pace, untimed=trains or self.session.device.type != "cpu" or min(launch_s) < LONG_S)
+        return replace(pace, untimed=self._trains or self.session.device.type != "cpu" or min(launch_s) < LONG_S)
+
+    @property
+    def _told(self) -> bool:
+        """Whether the launches of one cell tell the pace of all: so long that none is untimed and nothing repeated."""
+        return not self._trains and min(self.launch_s.values(), default=0.0) >= LONG_S
+
+    @property
+    def _trains(self) -> bool:
+        return self.workload.size.precision is not None  # where the first step of a visit finds other moments
 
     def _take(self, launches: Sequence[Launch], pace: Pace) -> Take:
         self.workload.restore()

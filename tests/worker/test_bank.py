@@ -47,6 +47,12 @@ def test_the_head_is_a_copy_of_the_embedding_for_cells_without_tie(bank: Bank) -
     assert bank.weights[HEAD].data_ptr() != bank.weights[EMBEDDING].data_ptr()
 
 
+def test_of_a_head_that_is_the_embedding_nothing_is_compared(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "equal", lambda *_: pytest.fail("seconds, for a matrix of 600 MB in each cell"))
+    model = bank.build(("tie",))
+    assert model.out_head.weight is model.tok_emb.weight
+
+
 def test_every_cell_reads_the_same_addresses(bank: Bank) -> None:
     one, other = (dict(bank.build(cell).named_parameters()) for cell in ((), ("flash", "norm")))
     assert {name: p.data_ptr() for name, p in one.items()} == {name: p.data_ptr() for name, p in other.items()}

@@ -62,6 +62,13 @@ def test_evidence_names_what_ran(opened: Ask) -> None:
     assert evidence.tied_storage is False
 
 
+def test_evidence_of_logits_that_are_not_finite_is_refused(ask: Ask, overflowing: Settings) -> None:
+    ask("open", config=overflowing.to_dict())
+    with pytest.raises(CellFailure, match="logits are not finite") as caught:
+        ask("evidence", cell="baseline", workload="prefill", runtime="eager")
+    assert caught.value.status == "invalid"
+
+
 @pytest.mark.slow
 def test_what_computes_something_else_once_compiled_is_invalid(
     ask: Ask, small_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch

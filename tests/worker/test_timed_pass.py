@@ -131,6 +131,20 @@ def test_a_cell_gets_ready_without_a_launch_where_none_is_asked_for(opened: Ask,
     assert sample.latency_s > 0
 
 
+@pytest.mark.parametrize(("seconds", "launched"), [(0.2, False), (0.01, True)])
+def test_a_long_launch_tells_the_pace_for_cells_that_are_not_launched(
+    opened: Ask, worker: Worker, seconds: float, launched: bool
+) -> None:
+    opened("enter", workload="prefill", runtime="eager", cell="baseline")
+    opened("prepare", cell="baseline", copy=0)
+    worker.timed_pass.launch_s["baseline", 0] = seconds
+    with torch.profiler.profile() as profile:
+        opened("prepare", cell="flash", copy=0)
+    assert any(event.name == "aten::mm" for event in profile.events()) == launched
+    found = opened("visit", cell="flash", copy=0, repeats=None)
+    assert (found.repeats == 1, found.untimed) == (not launched, None if launched else False)
+
+
 def test_one_generated_token_has_no_time_between_tokens(ask: Ask, small_settings: Callable[..., Settings]) -> None:
     settings = small_settings("workload=generate", "new_tokens=1", "prompt_tokens=4").resolved("cpu")
     ask("open", config=settings.to_dict())
