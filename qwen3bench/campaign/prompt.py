@@ -12,8 +12,8 @@ from qwen3bench.record.messages import CellFailure, TimeForward
 from qwen3bench.record.reader import Record
 
 LENGTHS = (16, 32, 64, 128)  # tokens; more would not change which switch pays, and multiplies what the gate takes
-FORWARDS = 11  # of a prompt, for each cell, in all passes of a run: gate and evidence 2, getting ready 3, six blocks
-BLOCKS = 6  # of these forwards, where a run has no more
+FORWARDS = 11  # of a prompt, for each cell, in all passes of a run: gate and evidence 2, getting ready 1, eight blocks
+BLOCKS = 8  # of these forwards, where a run has no more
 RUN_S = 360.0  # that a full run of 32 cells takes, decoding too
 ALLOWED_S = 150.0  # of these, for all forwards of the prompt
 

@@ -119,10 +119,10 @@ def test_the_line_says_why_and_what_it_costs() -> None:
 @pytest.mark.parametrize(
     ("overrides", "blocks", "each"),
     [
-        ([], 12, 4),
-        (["measure.blocks_per_process=3"], 12, 3),
-        (["measure.max_blocks=8"], 8, 4),
-        (["measure.max_seconds=9"], 6, 2),
+        ([], 16, 4),
+        (["measure.blocks_per_process=3"], 16, 3),
+        (["measure.max_blocks=9"], 9, 4),
+        (["measure.max_seconds=9"], 8, 2),
     ],
 )
 def test_it_takes_more_blocks_beside_others(overrides: list[str], blocks: int, each: int) -> None:
@@ -134,7 +134,7 @@ def test_more_blocks_are_said_to_take_longer() -> None:
     settings = compose(["device=cpu", "design=full"]).resolved("cpu")
     choice = PromptLine(prompt_tokens=16, limit_s=0.4, forward_s={"16": 0.5})
     alone_s, beside_s = (seconds_ahead(each, 3.0, choice) for each in (settings, beside_others(settings, 1)))
-    assert beside_s - alone_s == pytest.approx(6 * 33 * 0.5 * 1.4, rel=0.1)  # decoding too
+    assert beside_s - alone_s == pytest.approx(8 * 33 * 0.5 * 1.4, rel=0.1)  # decoding too
 
 
 class Process:

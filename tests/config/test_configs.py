@@ -233,9 +233,9 @@ def test_cuda_and_cpu_settle_what_auto_leaves_open() -> None:
     assert (cuda.target("graph"), cuda.target("compile"), cuda.target("eager")) == (0.0025, 0.0025, 0.01)
     assert cpu.target("compile") == 0.01
     assert compose(["measure.target=0.02"]).resolved("cuda").target("graph") == 0.02
-    assert (cuda.limit_s("graph", 6, 5), cpu.limit_s("eager", 6, 3)) == (60, 30)
+    assert (cuda.limit_s("graph", 8, 5), cpu.limit_s("eager", 8, 3)) == (60, 30)
     assert compose(["workload=train", "model=tiny"]).resolved("cpu").time_allowed_s == 18
-    assert cuda.limit_s("graph", 5, 5) == cuda.limit_s("graph", 6, 4) == math.inf
+    assert cuda.limit_s("graph", 7, 5) == cuda.limit_s("graph", 8, 4) == math.inf
     assert compose(["measure.max_seconds=7"]).resolved("cuda").limit_s("graph", 0, 0) == 7
 
 
@@ -306,7 +306,7 @@ def test_the_resolved_config_gives_the_settings_back(device: str | None) -> None
         ("analysis.band=.nan", "analysis.band must be"),
         ("report.memory_limit_gib=lots", "report.memory_limit_gib must be a number"),
         ("measure.step_timeout_s=3e6", "measure.step_timeout_s must be a number above 0 and below 1e\\+06"),
-        ("measure.max_blocks=2", "measure.max_blocks=2 is below min_blocks=6"),
+        ("measure.max_blocks=2", "measure.max_blocks=2 is below min_blocks=8"),
         ("measure=3", "a group is set to the name of an option"),
         ("model.num_heads=3", "num_heads=3 is no multiple"),
         ("model.num_layers=many", "model.num_layers must be"),
