@@ -18,8 +18,8 @@ from pathlib import Path
 
 from qwen3bench.record.host import usable_cpus
 
-# Of a value. An idle machine's own services took 2 to 4 % of every third value of 0.2 s, which read 1 to 4 % more, while
-# values scattered by 7 %. Taking these again cost a third of a run's time.
+# Of a value. Services of an idle machine took 2 to 4 % of every third value of 0.2 s. These read 1 to 4 % more, while
+# values scattered by 7 %; taking them again cost a third of a run's time.
 SHARE = 0.05
 OTHERS_SHARE = (
     0.25  # of all our cores' time: on a sibling thread or in a shared cache it slows a value, untouched itself
