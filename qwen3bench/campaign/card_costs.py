@@ -254,12 +254,10 @@ def whole_run_s(settings: Settings) -> float:
     forecast = CardForecast(settings, at_once=1 if trained else 10)
     wheres = dict.fromkeys(product(settings.workloads, settings.runtimes), SoFar())
     steps = looks(settings, wheres, compared(settings))
-    then: list[Request[Any]] = [
-        VerifyGradients(cell=cell, workload=name) for name in trained for cell in settings.labels
-    ]
-    then += [step for step in steps if getattr(step, "workload", None) in trained]
+    then = [step for step in steps if getattr(step, "workload", None) in trained]
     beside = [step for step in steps if getattr(step, "workload", None) not in trained]
-    verify = [Verify(cell=cell) for cell in settings.labels]
+    verify: list[Request[Any]] = [Verify(cell=cell) for cell in settings.labels]
+    verify += [VerifyGradients(cell=cell, workload=name) for name in trained for cell in settings.labels]
     shares = shared_out([*verify, *beside], settings.factors, MAX_AT_ONCE)
     shares, then = (shares, then) if len(shares) > 1 else ([], [*verify, *beside, *then])
     return forecast.pace.start_s + forecast.looking_s(shares, then) + forecast.passes_s() + forecast.timing_s(wheres)

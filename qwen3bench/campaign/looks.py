@@ -8,7 +8,7 @@ from typing import Any
 
 from qwen3bench.config.settings import Settings
 from qwen3bench.record.design import Cell, design_cells, label, neighbours
-from qwen3bench.record.messages import CollectEvidence, MeasureMemory, Request, Verify
+from qwen3bench.record.messages import CollectEvidence, MeasureMemory, Request, Verify, VerifyGradients
 
 _MIN_SHARE = 4  # cells; fewer are looked at before another process has started
 MAX_AT_ONCE = 8  # processes that look at cells side by side: each computes the gate's reference anew
@@ -46,7 +46,7 @@ def looks(settings: Settings, wheres: Iterable[tuple[str, str]], beside: Iterabl
 def shared_out(steps: Iterable[Request[Any]], factors: Sequence[str], at_once: int) -> list[list[Request[Any]]]:
     """The steps of each process: those of a cell together, cells with the same kernels together.
 
-    The gate's verdicts come first, as its weights go before a cell is alone.
+    The gates' verdicts come first, as their weights go before a cell is alone.
     """
     of_cells: dict[str, list[Request[Any]]] = {}
     for step in steps:
@@ -56,7 +56,8 @@ def shared_out(steps: Iterable[Request[Any]], factors: Sequence[str], at_once: i
     if len(cells) > size:
         cells.sort(key=lambda cell: [name not in cell.split("+") for name in factors])
     shares = [cells[start : start + size] for start in range(0, len(cells), size)]
+    gates = Verify | VerifyGradients
     return [
-        sorted((step for cell in share for step in of_cells[cell]), key=lambda step: not isinstance(step, Verify))
+        sorted((step for cell in share for step in of_cells[cell]), key=lambda step: not isinstance(step, gates))
         for share in shares
     ]

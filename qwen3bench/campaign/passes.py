@@ -275,7 +275,7 @@ class Campaign:
         fit = self._fit_at_once * len(self._lanes)
         # Evidence of training holds times, which would be of the others' making.
         beside = [step for step in self._looks() if not self._trains(step)] if fit >= self._max_at_once else []
-        steps = [*(Verify(cell=cell) for cell in self._settings.labels), *beside]
+        steps = [*(Verify(cell=cell) for cell in self._settings.labels), *self._gradients(), *beside]
         return shared_out(filter(self._state.is_left, steps), self._settings.factors, self._max_at_once)
 
     @property

@@ -181,9 +181,10 @@ def _steps(settings: Settings) -> tuple[list[list[Request[Any]]], list[Request[A
     trained = [name for name, sizes in settings.workloads.items() if sizes.precision is not None]
     every = looks(settings, product(settings.workloads, settings.runtimes), compared(settings))
     beside = [step for step in every if step.workload not in trained]  # type: ignore[attr-defined]
-    then: list[Request[Any]] = [VerifyGradients(cell=c, workload=name) for name in trained for c in settings.labels]
-    then += [step for step in every if step.workload in trained]  # type: ignore[attr-defined]
-    return shared_out([*(Verify(cell=c) for c in settings.labels), *beside], settings.factors, 8), then
+    then = [step for step in every if step.workload in trained]  # type: ignore[attr-defined]
+    gates: list[Request[Any]] = [Verify(cell=c) for c in settings.labels]
+    gates += [VerifyGradients(cell=c, workload=name) for name in trained for c in settings.labels]
+    return shared_out([*gates, *beside], settings.factors, 8), then
 
 
 @pytest.fixture(params=SHAPES)

@@ -25,12 +25,13 @@ from qwen3bench.record.lines import (
     EagerLine,
     EvidenceLine,
     FailureLine,
+    GradientsLine,
     MemoryLine,
     ProcessLine,
     Telemetry,
     VerifyLine,
 )
-from qwen3bench.record.messages import CollectEvidence, MeasureMemory, Request, Verify
+from qwen3bench.record.messages import CollectEvidence, MeasureMemory, Request, Verify, VerifyGradients
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("titles_told")]
 
@@ -90,6 +91,28 @@ def test_memory_and_evidence_are_looked_at_by_the_processes_that_verified(
     last_look = max(i for i, (_, each) in enumerate(asked) if isinstance(each, CollectEvidence))
     timed = {line.pid for line in done.record.of(ProcessLine) if line.purpose == "time"}
     assert not timed & {pid for pid, _ in asked[:last_look]}
+
+
+def test_gradients_are_judged_side_by_side_and_evidence_of_training_is_alone(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each once; evidence holds times, which would be of the others' making."""
+    asked: list[tuple[int, Request[Any]]] = []
+    send = WorkerProcess.send
+
+    def noted(self: WorkerProcess, request: Request[Any]) -> None:
+        asked.append((self.pid, request))
+        send(self, request)
+
+    monkeypatch.setattr(WorkerProcess, "send", noted)
+    done = measure(*ON_A_CARD, "workload=train")
+    assert done.status == 0
+    judged = {each.cell: pid for pid, each in asked if isinstance(each, VerifyGradients)}
+    assert len(judged) == len(done.record.of(GradientsLine)) == 16
+    assert len(set(judged.values())) == 4
+    looks = [(pid, i) for i, (pid, each) in enumerate(asked) if isinstance(each, CollectEvidence)]
+    assert len({pid for pid, _ in looks}) == 1
+    assert min(i for _, i in looks) > max(i for i, (_, each) in enumerate(asked) if isinstance(each, VerifyGradients))
 
 
 def test_cells_that_do_not_fit_together_are_looked_at_alone(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
