@@ -1,21 +1,18 @@
 """About how long a run takes on a GPU: processes that start, looks at cells, compiling, blocks. All times in seconds.
 
-Constants are of Qwen3-0.6B on one NVIDIA H200 with 16 cores, PyTorch 2.11, read off the times in the records of four
-runs: 32 cells in a graph (twice), two cells beside two peers compiled, two cells beside three peers in training. Of
-fifteen committed runs on H100s they tell the whole time to between 0.8 and 1.25 times. What a run finds out takes their
-place (`CardPace`), and what its processes took (`SoFar`).
+Constants are of Qwen3-0.6B on one NVIDIA H200 with 16 cores, PyTorch 2.11, read off the times in committed records,
+whose whole time they tell within 1.5 times. What a run finds out takes their place (`CardPace`), and what its processes
+took (`SoFar`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
 from qwen3bench.campaign.looks import MAX_AT_ONCE, compared, looks, shared_out
-from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.config.settings import Settings
 from qwen3bench.record.design import is_peer
 from qwen3bench.record.messages import CollectEvidence, MeasureMemory, Request, Verify, VerifyGradients
@@ -23,52 +20,39 @@ from qwen3bench.record.vendor import vendor_of
 
 REPORT_S = 5.0  # to analyze and to draw
 
-# Once in each process: imports, kernels compiled or loaded, the reference that cells are judged by.
-_GATE_ONCE_S, _LOOK_ONCE_S, _GRADIENTS_ONCE_S = 10.0, 10.0, 6.0
-_LOOK_S = 0.5  # one verdict, peak or piece of evidence after that: eight processes took 41 s, 20 looks each
-_GRADIENTS_S = 2.0  # the gradient gate's verdict on a cell: five in 16 s
-_TRAINED = 4  # steps in a look at training
-_LAUNCHED = 3  # times that another look launches what is timed from Python: it counts where that is many forwards
-BUILD_S = 0.04  # to build a cell on weights that are loaded
-_COUNT_S = 0.075  # to count a cell's parameters: 32 in 2.4 s
-_CEILINGS_S = 3.0  # a copy, a product and a few passes in eager
-
-# torch.compile, first with nothing cached, in the looks; then with its code on disk, in each process that times.
-_COMPILER_S, _REGION_S, _LAYER_S = 5.0, 3.0, 1.0  # the first in a process; of ours one region; of a peer each layer
-_COMPILER_WARM_S, _REGION_WARM_S, _LAYER_WARM_S = 3.5, 0.4, 0.33  # 33 of ours 12 to 15 s; two peers 12 to 31 s
-_BACKWARD = 2.0  # times as much where backward is compiled, too: a guess, as nobody has measured it
-
-_ENTER_S = 3.0  # a process takes the settings, loads the weights, fills a cache
+# Looks at cells, and getting ready to time them
+_LOOKS_S = 20.0  # before a process's first look: imports, kernels compiled or loaded, the reference of the gate
+_LOOK_S = 0.5  # a verdict, a peak or a piece of evidence: eight processes took 41 s, 20 looks each
+_READY_S = 13.0  # of processes side by side before their first cell: five or ten took 14 to 22 s, for 5 to 65 cells
 _PEER_S = 3.0  # more for each of the processes side by side, which import another implementation at once
-_CAPTURE_S = 0.06  # of a cell in each of the processes side by side: ten took 19 s for 33 cells, five took 9 s
+_LAUNCHES = 3  # from Python: to look at what is timed, to make a cell ready
+_REGION_S, _LAYER_S = 3.0, 1.0  # to compile ours, by its one region, and each layer of a peer
+_LAYER_CACHED_S = 0.33  # with its code on disk: two peers of 28 layers took 12 to 31 s; ours then loads at once
 
-_REACHED = 0.8  # of the vendor's figure in a large product
-_MEAN_SHARE = 0.3  # of that, in the mean over cells: 14 ms a prefill of 2048 tokens, 0.3 s a training step of 8 × 2048
-_FLOAT32 = 12.0  # times as long as in 16 bit: 67 TFLOP/s of an H100 without TF32
-_LAYER_LEAST_S = {"eager": 1.2e-3}  # of a forward, where launching it from Python takes longer than computing it
-_LAYER_LEAST_GRAPH_S = 0.15e-3  # of a token
+# Blocks
+_MEAN_SHARE = 0.24  # of the vendor's figure, in the mean over cells: 14 ms a prefill of 2048 tokens
+_LAYER_EAGER_S = 1.2e-3  # a layer's least, where launching it from Python takes longer than computing it
+_LAYER_GRAPH_S = 0.15e-3  # the same of a graph, for a single token
 _VISIT_S = 20e-3  # that the values of a visit fill, behind one launch that is not timed
-_CONFIRMED = 5  # cells of a round that confirms a screen, the baseline among them
 _H100 = "NVIDIA H100 80GB HBM3"
-_SLOWER = (0.5, 4.0)  # what one pass may say of the next ones
+_SLOWER = (0.5, 4.0)  # what the looks may say of what comes
 
 
 @dataclass(frozen=True)
 class CardPace:
     """What a run knows of its machine, else that of one H200 with 16 cores.
 
-    `start_s`: until a process has imported PyTorch and taken the settings. `load_s`: to load the weights.
-    `flops_per_s`: of a large product in 16 bit. `slower`: times as long as said, which the looks at cells took.
+    `start_s`: until a process has imported PyTorch and taken the settings. `flops_per_s`: of a large product in 16 bit.
+    `slower`: times as long as said, which the looks at cells took.
     """
 
     start_s: float = 11.0
-    load_s: float = 0.5
     flops_per_s: float = field(default_factory=lambda: reached_by(_H100))
     slower: float = 1.0
 
     def after(self, took_s: float, said_s: float) -> CardPace:
-        """The pace, once looks at cells took so long where `said_s` was said; the same where that says little."""
-        if said_s < _GATE_ONCE_S:
+        """The pace, once looks at cells took so long where `said_s` was said; the same where none was left."""
+        if not said_s:
             return self
         least, most = _SLOWER
         return replace(self, slower=min(most, max(least, self.slower * took_s / said_s)))
@@ -78,7 +62,7 @@ def reached_by(device: str) -> float:
     """Operations a second of a large 16-bit product on a device of this name; of one that is not known an H100's."""
     vendor = vendor_of(device) or vendor_of(_H100)
     assert vendor is not None
-    return _REACHED * vendor.flops_per_s
+    return vendor.flops_per_s
 
 
 @dataclass(frozen=True)
@@ -108,36 +92,13 @@ class CardForecast:
 
     def _looks_s(self, steps: Sequence[Request[Any]]) -> float:
         """What one process takes for these steps."""
-        compiled = any(getattr(step, "runtime", None) == "compile" for step in steps)
-        looks_at = any(isinstance(step, MeasureMemory | CollectEvidence) for step in steps)
-        once_s = _GATE_ONCE_S * any(isinstance(step, Verify) for step in steps)
-        once_s += _GRADIENTS_ONCE_S * any(isinstance(step, VerifyGradients) for step in steps)
-        once_s += _LOOK_ONCE_S * looks_at + _COMPILER_S * compiled
-        return self.pace.slower * (once_s + sum(map(self._step_s, steps)))
-
-    def _step_s(self, step: Request[Any]) -> float:
-        if isinstance(step, VerifyGradients):
-            return _GRADIENTS_S
-        took_s = _LOOK_S
-        if isinstance(step, MeasureMemory | CollectEvidence):
-            took_s = max(took_s, _LAUNCHED * self._host_s(step.workload))
-            if self._trains(step.workload):
-                took_s += _TRAINED * self._launch_s(step.workload, step.runtime)
-            if isinstance(step, MeasureMemory):
-                took_s += self.pace.load_s
-            if step.runtime == "compile" and (isinstance(step, MeasureMemory) or self._trains(step.workload)):
-                took_s += self._compile_s(step.cell, step.workload, cold=isinstance(step, MeasureMemory))
-        return took_s
-
-    def _compile_s(self, cell: str, workload: str, *, cold: bool) -> float:
-        """What compiling a cell takes: ours by its region, a peer layer by layer."""
-        region_s, layer_s = (_REGION_S, _LAYER_S) if cold else (_REGION_WARM_S, _LAYER_WARM_S)
-        took_s = layer_s * self.settings.model.num_layers if is_peer(cell) else region_s
-        return took_s * (_BACKWARD if self._trains(workload) else 1.0)
-
-    def passes_s(self) -> float:
-        """What else comes before the first block."""
-        return _CEILINGS_S + _COUNT_S * len(self.settings.labels)
+        took_s = _LOOKS_S * bool(steps) + _LOOK_S * len(steps)
+        for step in steps:
+            if isinstance(step, MeasureMemory | CollectEvidence):
+                took_s += _LAUNCHES * self._launch_s(step.workload, "eager")
+            if isinstance(step, MeasureMemory) and step.runtime == "compile":  # evidence finds it compiled
+                took_s += _LAYER_S * self.settings.model.num_layers if is_peer(step.cell) else _REGION_S
+        return self.pace.slower * took_s
 
     # The pass that times
 
@@ -147,45 +108,41 @@ class CardForecast:
         return of_all_s / self.cards + self.after_s()
 
     def after_s(self) -> float:
-        """What comes after that pass: of a screen the round that confirms it, and the report."""
-        return self._confirmation_s() + REPORT_S
+        """What comes after that pass: the report, and of a screen a round that confirms it, whose blocks are short."""
+        settings = self.settings
+        if settings.design != "screen" or not settings.factors:
+            return REPORT_S
+        wheres = product(settings.workloads, settings.runtimes)
+        ready_s = sum(settings.min_processes(where[1]) * self.setup_s(*where) for where in wheres)
+        return self.pace.slower * _LOOKS_S + ready_s / self.cards + REPORT_S
 
     def left_s(self, workload: str, runtime: str, known: SoFar) -> float:
         """What a workload and runtime still takes: halfway between the least and the most, and to get ready."""
         settings, measure = self.settings, self.settings.measure
-        least_processes = settings.min_processes(runtime)
-        share_s = settings.time_allowed_s / least_processes
         setup_s = known.setup_s or self.setup_s(workload, runtime)
         block_s = known.measured_s / known.blocks if known.blocks else self.block_s(workload, runtime)
         allowed_s = max(0.0, settings.time_allowed_s - known.measured_s)
-        each_s = max(settings.blocks_per_process * block_s, min(share_s, setup_s))
-        processes = max(0, least_processes - known.processes)
-        blocks_s = max(0, measure.min_blocks - known.blocks) * block_s
-        if measure.max_seconds is None:
-            least_s = max(processes * each_s, blocks_s)
-            return processes * setup_s + (least_s + max(least_s, allowed_s)) / 2
-        each_s = max(block_s, min(each_s, share_s))
-        processes = min(processes, math.ceil(allowed_s / each_s))
-        return processes * setup_s + max(processes * each_s, min(allowed_s, blocks_s))
+        share_s = settings.time_allowed_s / settings.min_processes(runtime)
+        each_s = max(settings.blocks_per_process * block_s, min(share_s, setup_s))  # measured in a process
+        least_s = (settings.min_processes(runtime) - known.processes) * each_s
+        least_s = max(least_s, (measure.min_blocks - known.blocks) * block_s, 0.0)
+        if measure.max_seconds is not None:  # no process has more than its share, and they have no more in all
+            each_s, least_s = max(block_s, min(each_s, share_s)), min(least_s, allowed_s)
+        measured_s = (least_s + max(least_s, allowed_s)) / 2
+        return measured_s * (1 + setup_s / each_s)
 
     def setup_s(self, workload: str, runtime: str) -> float:
         """What one process takes to be ready; of several side by side its part of the time that all take."""
-        cells = [*self.settings.labels, self.settings.labels[0]]  # the baseline a second time
-        beside_peers = any(map(is_peer, cells))
-        enter_s = _ENTER_S + self.pace.load_s
-        launch_s = 2 * len(cells) * self._launch_s(workload, runtime)  # one to warm up and one to look at
+        settings = self.settings
+        peers, together = sum(map(is_peer, settings.labels)), 1
+        ready_s = _READY_S + (len(settings.labels) + 1) * _LAUNCHES * self._launch_s(workload, "eager")
         if runtime == "compile":
-            compiling_s = sum(self._compile_s(cell, workload, cold=False) for cell in cells)
-            waiting_s = self.pace.start_s / self.settings.min_processes(runtime)  # the last waits until one has started
-            return self.pace.slower * (enter_s + _COMPILER_WARM_S + compiling_s) + waiting_s + launch_s
-        wanted = sum(self.settings.min_processes(name) for _, name in self._wheres if name != "compile")
-        together = max(1, min(self.at_once * self.cards, wanted))
-        rounds = math.ceil(wanted / together)
-        capture_s = max(_CAPTURE_S * together, 2 * self._host_s(workload))  # a pass to warm up, and the one captured
-        at_work_s = enter_s + _PEER_S * together * beside_peers + capture_s * len(cells)
-        # Those of the first round were started while cells were looked at.
-        starting_s = self.pace.start_s * (rounds - 1) / rounds
-        return (self.pace.slower * at_work_s + starting_s) / together + launch_s / min(together, self.cards)
+            ready_s += peers * _LAYER_CACHED_S * settings.model.num_layers
+        else:
+            others = [name for name in settings.runtimes if name != "compile"]
+            wanted = len(settings.workloads) * sum(map(settings.min_processes, others))
+            together = min(self.at_once * self.cards, wanted)
+        return self.pace.slower * (ready_s / together + _PEER_S * bool(peers))
 
     def block_s(self, workload: str, runtime: str) -> float:
         """A block: a visit of each cell and of the baseline's copy."""
@@ -197,55 +154,15 @@ class CardForecast:
         sizes, model = self.settings.workloads[workload], self.settings.model
         prompt, new = sizes.prompt_tokens or 1, sizes.new_tokens
         tokens = {"decode": 1, "generate": prompt + new}.get(workload, prompt)
-        operations = sizes.batch_size * tokens * (2 * _matrices(model) + _attention(model) * (prompt + new))
-        in_float32 = (sizes.precision or self.settings.dtype) in ("fp32", "float32")
-        rate = _MEAN_SHARE * self.pace.flops_per_s / (_FLOAT32 if in_float32 else 1.0)
-        if self._trains(workload):  # backward's products are twice the forward's
-            operations *= 3
-        least_s = self._forwards(workload) * model.num_layers * _LAYER_LEAST_S.get(runtime, _LAYER_LEAST_GRAPH_S)
-        return max(least_s, operations / rate)
-
-    def _host_s(self, workload: str) -> float:
-        """To launch one timed value from Python."""
-        return self._forwards(workload) * self.settings.model.num_layers * _LAYER_LEAST_S["eager"]
-
-    def _forwards(self, workload: str) -> int:
-        """Forwards of one timed value; backward is as long as two."""
-        new_tokens = self.settings.workloads[workload].new_tokens
-        return 3 if self._trains(workload) else 1 + new_tokens if workload == "generate" else 1
-
-    def _confirmation_s(self) -> float:
-        """A round that confirms a screen: its cells are judged, looked at and timed as those before."""
-        if self.settings.design != "screen" or not self.settings.factors:
-            return 0.0
-        cells = tuple(self.settings.labels[:_CONFIRMED])
-        settings = replace(self.settings, measured=cells, peers={}, design="screen")
-        again = replace(self, settings=settings)
-        steps = looks(settings, self._wheres, ())
-        looking_s = again.looking_s([], [*(Verify(cell=cell) for cell in cells), *steps])
-        timing_s = sum(again.left_s(workload, runtime, SoFar()) for workload, runtime in self._wheres)
-        return self.pace.start_s + looking_s + timing_s / self.cards
-
-    # Helpers
-
-    @property
-    def _wheres(self) -> list[tuple[str, str]]:
-        return [*product(self.settings.workloads, self.settings.runtimes)]
-
-    def _trains(self, workload: str) -> bool:
-        return self.settings.workloads[workload].precision is not None
-
-
-def _matrices(model: ModelConfig) -> int:
-    """The elements of a model's weight matrices."""
-    heads = 2 * model.num_heads + 2 * model.num_kv_heads  # queries and out, keys and values
-    block = model.emb_dim * (heads * model.head_dim + 3 * model.hidden_dim)
-    return model.num_layers * block + model.emb_dim * model.vocab_size
-
-
-def _attention(model: ModelConfig) -> int:
-    """Operations of attention's two products for each query and key, masked ones too."""
-    return 4 * model.num_layers * model.num_heads * model.head_dim
+        logits = {"decode": 1, "generate": new}.get(workload, sizes.logits_to_keep or prompt)
+        attention = 2 * model.num_heads * model.head_dim * (prompt + new)  # masked pairs, too
+        products = model.num_layers * tokens * (model.block_weights + attention)
+        products += logits * model.vocab_size * model.emb_dim
+        forwards = 1 + new if workload == "generate" else 1
+        if sizes.precision is not None:  # it trains: backward's products are twice the forward's
+            products, forwards = 3 * products, 3
+        least_s = forwards * model.num_layers * (_LAYER_EAGER_S if runtime == "eager" else _LAYER_GRAPH_S)
+        return max(least_s, 2 * sizes.batch_size * products / (_MEAN_SHARE * self.pace.flops_per_s))
 
 
 def whole_run_s(settings: Settings) -> float:
@@ -260,4 +177,4 @@ def whole_run_s(settings: Settings) -> float:
     verify += [VerifyGradients(cell=cell, workload=name) for name in trained for cell in settings.labels]
     shares = shared_out([*verify, *beside], settings.factors, MAX_AT_ONCE)
     shares, then = (shares, then) if len(shares) > 1 else ([], [*verify, *beside, *then])
-    return forecast.pace.start_s + forecast.looking_s(shares, then) + forecast.passes_s() + forecast.timing_s(wheres)
+    return forecast.pace.start_s + forecast.looking_s(shares, then) + forecast.timing_s(wheres)

@@ -15,7 +15,7 @@ from typing import Any
 
 from qwen3bench.analysis.effective import PARTLY_SEEN, by_switch, idle_switches
 from qwen3bench.campaign.blocks import Blocks
-from qwen3bench.campaign.card_costs import BUILD_S, CardForecast, CardPace
+from qwen3bench.campaign.card_costs import CardForecast, CardPace
 from qwen3bench.campaign.confirmation import Confirmation
 from qwen3bench.campaign.context import RunContext
 from qwen3bench.campaign.forecast import announcement, seconds_ahead
@@ -152,12 +152,11 @@ class Campaign:
         settings, state = self._settings, self._state
         if not self._cuda:
             return seconds_ahead(settings, build_s, state.prompt)
-        load_s = max(0.0, build_s - BUILD_S * len(settings.labels))
-        pace = replace(self._pace, load_s=load_s, flops_per_s=state.flops_per_s or self._pace.flops_per_s)
+        pace = replace(self._pace, flops_per_s=state.flops_per_s or self._pace.flops_per_s)
         trains = any(sizes.precision is not None for sizes in settings.workloads.values())
         at_once = 1 if trains else self._max_ready // len(self._lanes)  # what a step holds may fill the card
         state.forecast = CardForecast(settings, pace, at_once, len(self._lanes))
-        return self._looking_s() + state.forecast.passes_s() + self._timing_s()
+        return self._looking_s() + self._timing_s()
 
     def _looking_s(self) -> float:
         """About how long the looks at cells take that are left, as they are shared out."""
@@ -184,7 +183,7 @@ class Campaign:
         if forecast is not None:
             pace = forecast.pace.after(time.monotonic() - started, said_s)
             self._state.forecast = replace(forecast, pace=pace, at_once=self._at_once)
-            self._progress.expect(forecast.passes_s() + self._timing_s())
+            self._progress.expect(self._timing_s())
 
     def _passes(self) -> None:
         for lane in self._lanes:

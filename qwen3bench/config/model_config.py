@@ -65,6 +65,12 @@ class ModelConfig:
         if self.head_dim % 2:
             raise UserError(f"model.head_dim={self.head_dim} is odd; rotary embedding rotates pairs")
 
+    @property
+    def block_weights(self) -> int:
+        """Elements of a block's weight matrices."""
+        heads = 2 * self.num_heads + 2 * self.num_kv_heads  # q and out, k and v
+        return self.emb_dim * (heads * self.head_dim + 3 * self.hidden_dim)
+
     @classmethod
     def from_hf(cls, hf: dict[str, Any], name: str = "qwen3", source: str = "config.json") -> ModelConfig:
         """The shape that a Hugging Face config.json describes.

@@ -76,21 +76,15 @@ def forward_flops(config: ModelConfig, batch_size: int, queries: int, pairs: int
     afterwards computes queries × keys), and the head computes `logits` positions of each sequence.
     """
     attention = 4 * config.head_dim * config.num_heads * pairs  # q kᵀ and its product with v
-    per_sequence = config.num_layers * (2 * queries * _block_matrices(config) + attention)
+    per_sequence = config.num_layers * (2 * queries * config.block_weights + attention)
     return batch_size * (per_sequence + 2 * logits * config.emb_dim * config.vocab_size)
-
-
-def _block_matrices(config: ModelConfig) -> int:
-    """Elements of a block's weight matrices."""
-    heads = 2 * config.num_heads + 2 * config.num_kv_heads  # q and out, k and v
-    return config.emb_dim * (heads * config.head_dim + 3 * config.hidden_dim)
 
 
 def _forward_bytes(config: ModelConfig, tied: bool, size: WorkloadSize, shape: ForwardShape, dtype_bytes: int) -> int:
     """Weights once, the residual stream into and out of each block, cached keys and values, the logits."""
     layers, width = config.num_layers, config.emb_dim
     norms = 2 * width + 2 * config.head_dim
-    weights = layers * (_block_matrices(config) + norms) + width + config.vocab_size * width
+    weights = layers * (config.block_weights + norms) + width + config.vocab_size * width
     tokens = size.batch_size * shape.queries
     rows = 0 if tied else min(tokens, config.vocab_size) * width
     stream = 2 * layers * tokens * width

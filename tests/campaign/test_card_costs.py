@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ import pytest
 from records import write_record
 
 from qwen3bench.campaign import launch, passes
-from qwen3bench.campaign.card_costs import CardForecast, CardPace, SoFar, reached_by, whole_run_s
+from qwen3bench.campaign.card_costs import REPORT_S, CardForecast, CardPace, SoFar, reached_by, whole_run_s
 from qwen3bench.campaign.looks import compared, looks, shared_out
 from qwen3bench.campaign.progress import Reporter, duration
 from qwen3bench.campaign.state import RunState
 from qwen3bench.config.cli import compose
 from qwen3bench.config.settings import Settings, settings_from
-from qwen3bench.record.lines import BlockLine, PassLine, ProcessLine, SessionLine
+from qwen3bench.record.lines import BlockLine, ConfirmStopLine, EndLine, PassLine, ProcessLine, SessionLine
 from qwen3bench.record.messages import Request, Verify, VerifyGradients
 from qwen3bench.record.reader import Record, read_record
 
@@ -42,6 +43,8 @@ TRAIN = (
     "measure=quick",
 )
 LOOKS = "verify, memory, evidence"
+REFERENCE = Path(__file__).parents[2] / "results" / "reference"
+COMMITTED = [path.parent for path in sorted(REFERENCE.glob("*/samples.jsonl.xz"))]
 FACTOR = 1.5  # within which a forecast holds
 
 
@@ -63,7 +66,7 @@ class Shape:
     passes_s: dict[str, float]
     processes: dict[tuple[str, str], list[Process]]
 
-    @property
+    @cached_property
     def settings(self) -> Settings:
         return compose(self.overrides).resolved("cuda")
 
@@ -204,19 +207,16 @@ def holds(said_s: float, took_s: float) -> bool:
     return took_s / FACTOR <= said_s <= took_s * FACTOR
 
 
-@pytest.mark.slow
 def test_how_long_looks_take(said: Said) -> None:
     assert holds(said.looking_s, said.took_s(LOOKS))
 
 
-@pytest.mark.slow
 def test_how_long_a_run_takes_is_said_before_it_measures(finished: Said) -> None:
     forecast, wheres = finished.forecast, dict.fromkeys(finished.shape.processes, SoFar())
-    whole_s = finished.looking_s + forecast.passes_s() + forecast.timing_s(wheres)
+    whole_s = finished.looking_s + forecast.timing_s(wheres)
     assert holds(whole_s, finished.from_announcement_s)
 
 
-@pytest.mark.slow
 def test_looks_that_take_longer_say_that_getting_ready_does(finished: Said) -> None:
     wheres = dict.fromkeys(finished.shape.processes, SoFar())
     assert holds(finished.corrected.timing_s(wheres), finished.took_s("time") + 5.0)
@@ -268,13 +268,38 @@ def test_a_slower_card_a_longer_prompt_and_more_cells_take_longer() -> None:
     assert reached_by("a card that nobody knows") == reached_by("NVIDIA H200")
 
 
+def test_a_prefill_of_the_last_logits_leaves_out_the_heads_product() -> None:
+    """Which is 155 M of 830 M multiply-adds a token; eight sequences, so that computing takes longest."""
+
+    def block_s(*overrides: str) -> float:
+        sizes = ("workload=prefill", "batch_size=8", "prompt_tokens=2048", *overrides)
+        return CardForecast(compose(sizes).resolved("cuda")).block_s("prefill", "graph")
+
+    assert block_s("prefill.logits_to_keep=1") == pytest.approx((830 - 155) / 830 * block_s(), rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", COMMITTED, ids=lambda run: str(run.name))
+def test_how_long_committed_runs_took(run: Path) -> None:
+    """From the command on, by their first settings alone."""
+    record = read_record(run)
+    settings = settings_from(record.run.config)
+    said_s = whole_run_s(settings)
+    if settings.design == "screen" and not record.of(ConfirmStopLine):  # all that it predicts was measured
+        said_s -= CardForecast(settings).after_s() - REPORT_S
+    begun, ended = record.of(SessionLine)[0], record.of(EndLine)[-1]
+    assert begun.time is not None
+    assert ended.time is not None
+    assert holds(said_s, ended.time - (begun.started or begun.time))
+
+
 @pytest.mark.parametrize("name", FINISHED)
 def test_cfg_says_what_the_run_says(name: str) -> None:
     """Before a device is known, an H100 or H200 is meant."""
     settings = SHAPES[name].settings
     forecast = CardForecast(settings)
     wheres = dict.fromkeys(product(settings.workloads, settings.runtimes), SoFar())
-    run_s = forecast.looking_s(*_steps(settings)) + forecast.passes_s() + forecast.timing_s(wheres)
+    run_s = forecast.looking_s(*_steps(settings)) + forecast.timing_s(wheres)
     assert whole_run_s(settings) == pytest.approx(forecast.pace.start_s + run_s)
 
 
@@ -309,9 +334,9 @@ def test_a_run_corrects_its_forecast_by_its_looks_and_by_its_first_process(
     assert f"about {duration(first)}\n" in done.err
     forecast = CardForecast(settings_from(done.record.run.config))
     assert whole_run_s(forecast.settings) == pytest.approx(first + forecast.pace.start_s, rel=0.1)  # loads at once
-    fast = replace(forecast, pace=CardPace(load_s=0.0, slower=0.5))  # half of what was said is the least
+    fast = replace(forecast, pace=CardPace(slower=0.5))  # half of what was said is the least
     known = dict.fromkeys(product(("prefill", "decode"), ("graph",)), SoFar())
-    assert looked == pytest.approx(fast.passes_s() + fast.timing_s(known), rel=0.01)
+    assert looked == pytest.approx(fast.timing_s(known), rel=0.01)
     assert fast.timing_s(known) < forecast.timing_s(known) - 1
     known["prefill", "graph"] = SoFar(setup_s=0.1)
     assert ready == pytest.approx(fast.timing_s(known), abs=1.0)

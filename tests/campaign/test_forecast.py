@@ -18,7 +18,7 @@ def test_a_screen_says_how_many_cells_how_good_and_how_long() -> None:
     assert "21 pairs" in text
     assert "2^(7-1) G=ABCDEF; the baseline and all on among the cells" in text
     assert "D-efficiency 0.994; variance of a main effect up to 1.03 times" in text
-    assert "6 minutes on an H100" in text
+    assert "4 minutes on an H100" in text
     assert "told only together" not in text
 
 
