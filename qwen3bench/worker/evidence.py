@@ -26,6 +26,7 @@ from qwen3bench.model.qwen3 import Qwen3Model
 from qwen3bench.record.messages import Evidence
 from qwen3bench.worker.compile_counters import compiled_graphs, graph_breaks
 from qwen3bench.worker.costs import forwards
+from qwen3bench.worker.runtimes import require_finite
 from qwen3bench.worker.workloads import Workload, WorkloadSize, keeping_output
 
 SEPARATE = "separate operations"
@@ -94,7 +95,7 @@ def collect(
     where a CPU runs compiled code, which no profile sees.
     `recompiles` counts graphs compiled while looking, which a warm cell has no reason for; `graph_breaks` all
     since `forget_compilations`; both are None where nothing is compiled. Raises RuntimeError where a forced
-    attention backend cannot run.
+    attention backend cannot run, and on a CPU `InvalidCell` where what a step returns is not finite.
     """
     device = model.tok_emb.weight.device
     compiled = runtime == "compile"
@@ -111,6 +112,7 @@ def collect(
         operations = Counter[str]()
         if on_cpu:
             operations = operations_of(steps[i])
+            require_finite(outputs[0], workload.output)
         elif backend is None:
             operations = operations_of_a_forward(model, workload, i)
         backends.append(backend or attention_backend((), operations, compiled))
@@ -145,10 +147,14 @@ def operations_of_a_forward(model: Decoder, workload: Workload, step: int) -> Co
     return operations_of(workload.forwards(asked.first_block_alone())[step])
 
 
+def last_tokens(output: Tensor) -> Tensor:
+    """The last tokens' logits (b, t, vocabulary); a loss as it is."""
+    return output[:, -COMPARED:] if output.dim() > 1 else output
+
+
 def output_hash(output: Tensor) -> str:
     """A hash of a loss, or of the last tokens' logits (b, t, vocabulary): equal where all their bits are."""
-    last = output[:, -COMPARED:] if output.dim() > 1 else output
-    raw = last.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+    raw = last_tokens(output).detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
     return hashlib.blake2b(raw, digest_size=8).hexdigest()
 
 

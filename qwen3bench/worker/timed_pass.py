@@ -13,6 +13,7 @@ from qwen3bench.model.decoder import Decoder
 from qwen3bench.record.messages import Pace, Preparation, Prepare, Timed, TimedVisit, Visit
 from qwen3bench.worker.clock import LONG_S, TimedValue, inner_repeats, time_device, time_host, visit_repeats
 from qwen3bench.worker.disturbance import CoreTimes, Waits, Watch
+from qwen3bench.worker.evidence import last_tokens
 from qwen3bench.worker.pauses import unpaused
 from qwen3bench.worker.runtimes import InvalidCell, Launch, require_finite
 from qwen3bench.worker.session import Session
@@ -63,20 +64,23 @@ class TimedPass:
         if self.runtime.name == "eager" and (self._told or not asked.launch):
             self.ready[cell, copy] = PreparedCell(model, self.workload.steps(model))
             return Preparation()
-        if not on_device_clock:
+        eager_s = 0.0
+        for step in self.workload.steps(model) if not on_device_clock else ():
             started = time.perf_counter()
-            for step in self.workload.steps(model):
-                logits = step()
-            eager_s = time.perf_counter() - started
+            logits = step()
+            eager_s += time.perf_counter() - started
+            require_finite(logits, self.workload.output)
         prepared_model = self.runtime.prepare_model(model)
         steps = self.workload.steps(prepared_model.model)
         if on_device_clock:  # a graph's logits can be read after its replay
             steps = [keeping_output(step, outputs) for step in steps]
-        prepared = [self.runtime.prepare(step) for step in steps]
-        launches = [step.launch for step in prepared]
-        if on_device_clock:  # to make it ready the graph was replayed
-            logits = outputs.pop()
-        require_finite(logits, self.workload.output)
+        prepared = []
+        for step in steps:
+            prepared.append(self.runtime.prepare(step))
+            if on_device_clock:  # to make it ready the graph was replayed
+                require_finite(outputs[0], self.workload.output)
+        outputs.clear()
+        launches = [each.launch for each in prepared]
         self.ready[cell, copy] = PreparedCell(prepared_model.model, launches)
         self.pace = None
         if self.session.device.type == "cpu" and not on_device_clock:  # it got ready alone
@@ -94,7 +98,7 @@ class TimedPass:
         change is put back as it was.
 
         Where a pause of the process or the machine struck, it is made again once. Raises `InvalidCell` where something
-        was compiled meanwhile.
+        was compiled meanwhile, and on the host's clock where what the last launch returned is not finite.
         """
         launches = self.ready[asked.cell, asked.copy].launches
         compilations = self.runtime.compilations()
@@ -155,7 +159,8 @@ class TimedPass:
         self.watch.find_threads()
         cores, started = self.watch.core_times(), time.perf_counter()
         found = []
-        timed = time_host(launches, pace, self.session.synchronize)
+        outputs: list[object] = []
+        timed = time_host([*launches[:-1], keeping_output(launches[-1], outputs)], pace, self.session.synchronize)
         before, since_s = self.watch.waits(), time.perf_counter()
         for value in timed:
             now_s, after = time.perf_counter(), self.watch.waits()
@@ -164,6 +169,9 @@ class TimedPass:
         taken = self.watch.core_times().since(cores)
         if taken.disturb(time.perf_counter() - started, len(self.watch.cpus), self.session.cores_left):
             found = [replace(value, disturbed=True) for value in found]
+        for output in outputs:
+            if isinstance(output, torch.Tensor):  # a replay returns nothing
+                require_finite(last_tokens(output), self.workload.output)
         return Take(began, found, taken)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from qwen3bench.model.cache import KVCache
 from qwen3bench.model.decoder import Decoder, Forward
 
 Step = Callable[[], Tensor]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -132,10 +134,10 @@ class Workload:
         return self.steps(model)
 
 
-def keeping_output(step: Step, outputs: list[Tensor]) -> Step:
+def keeping_output(step: Callable[[], T], outputs: list[T]) -> Callable[[], T]:
     """The step, its output the one in `outputs`."""
 
-    def run() -> Tensor:
+    def run() -> T:
         outputs.clear()  # first, or two of them would be in memory at once
         outputs.append(step())
         return outputs[0]

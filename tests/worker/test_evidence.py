@@ -36,7 +36,7 @@ from qwen3bench.worker.evidence import (
     output_hash,
     split_note,
 )
-from qwen3bench.worker.runtimes import GraphRuntime, Runtime
+from qwen3bench.worker.runtimes import GraphRuntime, InvalidCell, Runtime
 from qwen3bench.worker.training import TrainingWorkload
 from qwen3bench.worker.workloads import Workload, WorkloadSize
 
@@ -153,6 +153,7 @@ class _Steps:
     """A workload of three steps made by hand, of which only the outer two are looked at."""
 
     size = WorkloadSize("generate", 2, 9, 3)
+    output = "logits are"
 
     def steps(self, model: Qwen3Model) -> list[Callable[[], Tensor]]:
         x = torch.ones(1, 4, 4, 8)
@@ -169,6 +170,14 @@ def test_generation_names_the_backends_of_prefill_and_step_and_counts_the_step()
     assert found.attention_backend == "math, FlashAttention"
     assert found.kernels == {"_scaled_dot_product_flash_attention_for_cpu": 1, "cos": 1}
     assert found.kernel_launches == 2
+
+
+def test_a_prefill_of_generation_that_is_not_finite_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = _Steps()
+    prefill, *later = work.steps(build_model(SMALL))
+    monkeypatch.setattr(work, "steps", lambda model: [lambda: torch.nan * prefill(), *later])
+    with pytest.raises(InvalidCell, match="not finite"):
+        collect(build_model(SMALL), work)  # type: ignore[arg-type]
 
 
 def test_generation_has_one_argmax_a_step() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qwen3bench.config.choices import options_of
 from qwen3bench.config.settings import Settings
+from qwen3bench.model.decoder import Decoder
 from qwen3bench.record.messages import CellFailure, Pace, Preparation
 from qwen3bench.worker import timed_pass
 from qwen3bench.worker.clock import TimedValue
@@ -21,6 +22,7 @@ from qwen3bench.worker.runtimes import PreparedStep, Runtime
 from qwen3bench.worker.serve import Worker
 from qwen3bench.worker.session import Session
 from qwen3bench.worker.timed_pass import PreparedCell
+from qwen3bench.worker.workloads import Step
 
 Ask = Callable[..., Any]
 
@@ -202,3 +204,49 @@ def test_eager_is_never_reported_as_compiled(ask: Ask, settings: Settings, op: s
         with pytest.raises(CellFailure, match="eager") as failed:
             ask(op, **({"cell": "flash", "copy": 0} if op == "prepare" else where))
     assert failed.value.status == "invalid"
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_each_step_of_what_is_generated_is_looked_at(
+    opened: Ask, worker: Worker, monkeypatch: pytest.MonkeyPatch, on_device: bool
+) -> None:
+    if on_device:
+        monkeypatch.setattr(Session, "runtime", lambda session, name: Replayed(torch.device("cpu")))
+    opened("enter", workload="generate", runtime="eager", cell="baseline")
+    workload = worker.timed_pass.workload
+    usual = workload.steps
+
+    def steps(model: Decoder) -> list[Step]:
+        first, *later = usual(model)
+        return [lambda: torch.inf * first(), *later]
+
+    monkeypatch.setattr(workload, "steps", steps)
+    with pytest.raises(CellFailure, match="logits are not finite"):
+        opened("prepare", cell="baseline", copy=0)
+
+
+@pytest.mark.parametrize("workload", ["prefill", "decode", "generate"])
+def test_a_cell_that_is_no_longer_finite_when_it_is_timed_is_invalid(
+    opened: Ask, worker: Worker, workload: str
+) -> None:
+    opened("enter", workload=workload, runtime="eager", cell="baseline")
+    opened("prepare", cell="baseline", copy=0)
+    assert opened("visit", cell="baseline", copy=0, repeats=2).samples
+    with torch.no_grad():
+        worker.timed_pass.ready["baseline", 0].model.final_norm.weight[0] = torch.nan
+    with pytest.raises(CellFailure, match="logits are not finite") as caught:
+        opened("visit", cell="baseline", copy=0, repeats=2)
+    assert caught.value.status == "invalid"
+
+
+def test_a_step_whose_gradients_are_not_finite_is_never_timed(
+    ask: Ask, worker: Worker, small_settings: Callable[..., Settings]
+) -> None:
+    """Its loss is finite until the weights have been changed by them."""
+    ask("open", config=small_settings("workload=train", "prompt_tokens=4").resolved("cpu").to_dict())
+    ask("enter", workload="train", runtime="eager", cell="baseline")
+    ask("prepare", cell="baseline", copy=0)
+    weight = worker.timed_pass.ready["baseline", 0].model.final_norm.weight
+    weight.register_hook(lambda gradient: torch.nan * gradient)
+    with pytest.raises(CellFailure, match="loss is not finite"):
+        ask("visit", cell="baseline", copy=0, repeats=1)
