@@ -17,6 +17,7 @@ from qwen3bench.record.design import BASELINE
 FEW = 3  # cells that are predicted to be fastest are measured; a block of them takes a tenth of a screen's
 TELLING = 1.10  # a prediction that may be further off tells little of which cell is best
 _METRIC = "peak_allocated_bytes"
+_WIDEST = 300.0  # half of an interval of log speed-up: from about 700 on exp is no number, and either tells nothing
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def candidates(
     close = max(1, int((table["hi"] >= table["lo"].iloc[0]).sum()))
     best = table.head(FEW)
     half = special.stdtrit(best["df"], 1 - 0.025 / close) * best["se"]
-    half = np.where(best["se"] > 0, half, 0.0)
+    half = np.minimum(np.where(best["se"] > 0, half, 0.0), _WIDEST)
     log = np.log(best["speedup"])
     ends = np.exp(log - half), np.exp(log + half)
     return [

@@ -203,6 +203,16 @@ def test_without_an_interval_nothing_is_predicted_and_nothing_missed() -> None:
     assert not predicted.is_tested_by(unknown)
 
 
+def test_two_blocks_that_tell_next_to_nothing_give_intervals_that_can_be_recorded() -> None:
+    cells = cells_of(9)
+    samples = samples_of(cells, planted(cells, EFFECTS), 1.0).assign(copy=0)
+    samples["cell"] = ["+".join(n for n in NAMES[:9] if row[n]) or "baseline" for row in samples.to_dict("records")]
+    best = candidates(samples[samples["block"] < 2], NAMES[:9])
+    assert len(best) == 3
+    assert max(each.hi for each in best) > 1e100
+    assert all(0 < each.lo < each.speedup < each.hi < np.inf for each in best)
+
+
 def test_cells_measured_since_correct_the_next_choice() -> None:
     """What is fitted again with a cell that turned out slow no longer has it first."""
     cells = cells_of(9)
