@@ -173,6 +173,11 @@ class BestCell:
             return None
         return not self.still_missed
 
+    @property
+    def inside(self) -> bool:
+        """Whether what was measured lies within the predicted interval."""
+        return self.measured is not None and self.predicted.lo <= self.measured.estimate <= self.predicted.hi
+
 
 @dataclass(frozen=True)
 class Pair:

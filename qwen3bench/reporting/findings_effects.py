@@ -20,7 +20,6 @@ from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.finding import Beside, Detail, Effect, Finding, Kind, LogitsAtPeak, Pair, Saving, verdict_of
 from qwen3bench.reporting.findings_cells import times_of
 from qwen3bench.reporting.lookup import (
-    AVERAGE,
     BASELINE,
     LATENCY,
     MEMORY,
@@ -28,6 +27,7 @@ from qwen3bench.reporting.lookup import (
     band,
     factors,
     of_peers,
+    others_meanwhile,
     rows,
     samples_of_usable,
     terms,
@@ -80,8 +80,8 @@ def each_switch(run: Run) -> Iterator[Finding]:
     for name in factors(run):
         for condition in conditions(run):
             for row in rows(condition.select(main[main["term"] == name])):
-                others = others_of(row.reason)
-                beside = Beside(others or AVERAGE, row.reason.removeprefix(others).removeprefix("; "))
+                others = others_meanwhile(run, row.reason)
+                beside = Beside(others, row.reason.removeprefix(others).removeprefix("; "))
                 yield _effect(run, condition, Kind.SWITCH, row, beside)
 
 

@@ -71,10 +71,16 @@ def terms(run: Run, condition: Condition, metric: str, kind: str) -> pd.DataFram
     return chosen.astype({"estimate": float, "lo": float, "hi": float})
 
 
-def others_beside(main: pd.DataFrame) -> str:
-    """What the other switches do where these main effects are told: averaged over, all off, all on, or unlike."""
-    found = set(main.loc[main["estimate"].notna(), "reason"].map(others_of)) or {""}
-    return (found.pop() or AVERAGE) if len(found) == 1 else UNLIKE
+def others_meanwhile(run: Run, reason: str) -> str:
+    """What the other switches do where a main effect with this reason is told; empty where the run has no others."""
+    return others_of(reason) or (AVERAGE if len(factors(run)) > 1 else "")
+
+
+def others_beside(run: Run, main: pd.DataFrame) -> str:
+    """The same of several main effects: averaged over, all off, all on, or unlike."""
+    reasons = {*main.loc[main["estimate"].notna(), "reason"]} or {""}
+    found = {others_meanwhile(run, reason) for reason in reasons}
+    return found.pop() if len(found) == 1 else UNLIKE
 
 
 def samples_of_usable(run: Run, condition: Condition) -> pd.DataFrame:

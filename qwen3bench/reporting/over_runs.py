@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from qwen3bench.analysis.contrasts import others_of
 from qwen3bench.record.states import Verdict
 from qwen3bench.reporting import control_findings
 from qwen3bench.reporting.conditions import conditions
@@ -30,7 +29,7 @@ from qwen3bench.reporting.finding import (
 )
 from qwen3bench.reporting.findings_cells import failures, missing
 from qwen3bench.reporting.findings_effects import joint
-from qwen3bench.reporting.lookup import AVERAGE, LATENCY, band, level, rows, terms
+from qwen3bench.reporting.lookup import AVERAGE, LATENCY, band, level, others_meanwhile, rows, terms
 from qwen3bench.reporting.tables import Entry, Table, drop_empty
 from qwen3bench.reporting.units import count
 from qwen3bench.reporting.wording.sentences import band_words, copies_words, only_with, worth
@@ -63,8 +62,8 @@ def effects_over(runs: Sequence[Run]) -> pd.DataFrame:
             where |= {"noisy": control_findings.noise(run, condition) > 0}
             where |= {"control": ", ".join(map(copies_words, control_findings.copies(run, condition)))}
             for effect in rows(control_findings.heard_effects(run, condition, terms(run, condition, LATENCY, "main"))):
-                others = others_of(effect.reason) or AVERAGE
-                named = str(condition) if others == AVERAGE else f"{condition}, {others}"
+                others = others_meanwhile(run, effect.reason)
+                named = str(condition) if others in (AVERAGE, "") else f"{condition}, {others}"
                 where |= {"condition": named, "others": others}
                 values = {key: getattr(effect, key) for key in ("term", "estimate", "lo", "hi", "verdict")}
                 lines.append(where | values)

@@ -78,7 +78,8 @@ def _regimes_title(effects: pd.DataFrame, names: Sequence[str]) -> str:
         if Verdict.FASTER in seen[name] and seen[name] & {Verdict.SAME, NoVerdict.IDLE} and name not in turning
     ]
     steady = [name for name in names if seen[name] == {Verdict.FASTER}]
-    return map_title(steady, fading, turning, quiet=len(quiet) == len(effects))
+    others = next(iter(effects["others"]))
+    return map_title(steady, fading, turning, others, quiet=len(quiet) == len(effects))
 
 
 def trends(effects: pd.DataFrame, names: Sequence[str], width: float) -> Plot | None:

@@ -79,11 +79,11 @@ def forest(run: Run, condition: Condition) -> Plot | None:
     size = np.log(worth_a_row["estimate"]).abs().sort_values(ascending=False, kind="stable").index
     shown_main = main.loc[np.log(main["estimate"]).sort_values(ascending=False, kind="stable").index]
     shown = pd.concat([shown_main, joint.loc[size[: max(0, _MAX_TERMS - len(main))]]])
-    others = "" if others_beside(main) == AVERAGE else each_switch_beside(others_beside(main))
-    note = f"{condition}; {device(run)}; n = {blocks_of(run, condition)}{others}"
+    others = others_beside(run, main) if len(main) else ""
+    note = f"{condition}; {device(run)}; n = {blocks_of(run, condition)}{each_switch_beside(others)}"
     if left_out := len(main) + len(joint) - len(shown):
         note += interactions_left_out(left_out)
-    title = _noisy(run, condition, _forest_title(main if len(main) else joint, band(run)))
+    title = _noisy(run, condition, _forest_title(main if len(main) else joint, others, band(run)))
     figure = new_figure(title, note, 1.6 + 0.27 * len(shown))
     axes = figure.subplots()
     width = band(run)
@@ -102,11 +102,11 @@ def forest(run: Run, condition: Condition) -> Plot | None:
     return Plot(f"effects-{condition.slug}", figure, title, effects_alt(rows(shown_main)))
 
 
-def _forest_title(effects: pd.DataFrame, width: float) -> str:
+def _forest_title(effects: pd.DataFrame, others: str, width: float) -> str:
     """Which switches have which verdict, those that are faster by their size."""
     ordered = effects.sort_values("estimate", ascending=False, kind="stable")
     names = {str(verdict): list(found) for verdict, found in ordered.groupby("verdict", sort=False)["term"]}
-    return effects_title(names, width)
+    return effects_title(names, others, width)
 
 
 def _verdict_handles(verdicts: pd.Series) -> list[Line2D]:
@@ -165,7 +165,7 @@ def by_condition(run: Run) -> Plot | None:
     if len(frames) < 2:
         return None
     told = [(condition, effects[effects["verdict"] != NoVerdict.NOISE]) for condition, effects in frames]
-    others = others_beside(pd.concat([effects for _, effects in frames]))
+    others = others_beside(run, pd.concat([effects for _, effects in frames]))
     title = NOISY_EVERYWHERE
     if others == UNLIKE:
         title = OTHERS_DIFFER.format(place="condition")
@@ -201,7 +201,7 @@ def by_condition(run: Run) -> Plot | None:
             edgecolor=color,
             zorder=3,
         )
-        where = f"{condition}, {others_beside(effects)}" if others == UNLIKE else str(condition)
+        where = f"{condition}, {others_beside(run, effects)}" if others == UNLIKE else str(condition)
         handle = f"{_noisy(run, condition, where)} (n = {blocks_of(run, condition)})"
         axes.scatter([], [], marker=shape, s=34, color=color, label=handle)
     keep_in_view(axes, [1, *(estimate for _, effects in frames for estimate in effects["estimate"])])

@@ -181,7 +181,7 @@ def _answer(run: Run, condition: Condition, width: int, form: Form) -> list[str]
 def _prediction(run: Run, condition: Condition) -> list[str]:
     """Whether what a screen predicts to be best was measured so."""
     details = [finding.detail for finding in screened(run, condition)]
-    return [prediction_words(each.held) for each in details if isinstance(each, BestCell)]
+    return [prediction_words(each) for each in details if isinstance(each, BestCell)]
 
 
 def _facts(row: Any, form: Form) -> list[str]:
@@ -261,8 +261,8 @@ def _shown(run: Run) -> Shown:
     marks = marks_of(band(run), noisy=noisy, idle=idle)
     title = ""
     if switches:
-        others = {others_beside(frame) for frame in main.values() if len(frame)}
-        others_said = others.pop() if len(others) == 1 and len(run.factors) > 1 else ""
+        others = {others_beside(run, frame) for frame in main.values() if len(frame)}
+        others_said = others.pop() if len(others) == 1 else ""
         title = switches_title(others_said, marks)
     names = [str(cell) for cell in dict.fromkeys(run.cells[of_peers(run.cells)]["cell"])]
     if not switches:

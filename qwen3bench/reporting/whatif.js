@@ -32,13 +32,19 @@
     const cell = boxes.filter(({ box }) => box.checked).map(({ label }) => label).join("+") || "baseline";
     const place = boxes.reduce((sum, { box }, i) => sum + (box.checked ? 2 ** i : 0), 0);
     const model = here.predicted[place];
-    const { predicted, unmeasured } = data.words;
+    const { predicted, unmeasured, idle } = data.words;
     const facts = here.cells[cell] ?? (model ? { [`speed-up, ${predicted}`]: said(model), status: unmeasured } : { status: unmeasured });
-    const guess = (worth) => worth && { latency: `${said(worth).replace("×", "× as fast")}, ${predicted}` };
+    const guess = (worth, label) => {
+      if (!worth) return undefined;
+      const [, low, high] = worth;
+      const shown = (low > 1 || high < 1) && (low < 1 - data.band || high > 1 + data.band);
+      const word = here.idle.includes(label) && !shown ? `, ${idle}` : "";
+      return { latency: `${said(worth).replace("×", "× as fast")}, ${predicted}${word}` };
+    };
     name.textContent = cell;
     shown.replaceChildren(...Object.entries(facts).map(([key, text]) => made("div", {}, made("dt", {}, key), made("dd", {}, text))));
     for (const { label, box, flip } of boxes) {
-      const change = here.flips[cell]?.[label] ?? guess(step(here, label, place));
+      const change = here.flips[cell]?.[label] ?? guess(step(here, label, place), label);
       const turned = box.checked ? "turn off" : "turn on";
       flip.className = `flip ${change?.verdict ?? ""}`;
       flip.textContent = `${turned}: ${change ? [change.latency, change.memory].filter(Boolean).join(", ") : unmeasured}`;

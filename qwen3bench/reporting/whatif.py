@@ -11,7 +11,7 @@ from qwen3bench.analysis.frames import block_matrix
 from qwen3bench.record.design import BASELINE, cell_of, label
 from qwen3bench.reporting import control_findings
 from qwen3bench.reporting.conditions import Condition, conditions
-from qwen3bench.reporting.finding import Effect, verdict_of
+from qwen3bench.reporting.finding import Effect, NoVerdict, verdict_of
 from qwen3bench.reporting.findings_cells import ratios_over
 from qwen3bench.reporting.findings_screen import screen_of
 from qwen3bench.reporting.lookup import MEMORY, band, factors, of_peers, rows, usable
@@ -35,7 +35,8 @@ def whatif(run: Run, start: dict[str, str]) -> Data | None:
         return None
     shown = [_condition(run, condition, start.get(str(condition), "baseline")) for condition in conditions(run)]
     shown = [each for each in shown if each["flips"] or each["predicted"]]
-    return {"switches": factors(run), "conditions": shown, "words": TOGGLES} if shown else None
+    words = {**TOGGLES, "idle": str(NoVerdict.IDLE)}
+    return {"switches": factors(run), "conditions": shown, "words": words, "band": band(run)} if shown else None
 
 
 def as_script(data: Data) -> str:
@@ -62,6 +63,7 @@ def _condition(run: Run, condition: Condition, start: str) -> Data:
         "flips": _flips(run, condition),
         "predicted": _predicted(run, condition),
         "steps": _steps(run, condition),
+        "idle": sorted(run.idle.get((condition.workload, condition.runtime), {})),
     }
 
 
@@ -153,8 +155,8 @@ def _flips(run: Run, condition: Condition) -> dict[str, dict[str, dict[str, str]
                 float(memory[on]) - float(memory[off]) if is_number(memory[on]) and is_number(memory[off]) else math.nan
             )
             back = replace(effect, estimate=1 / effect.estimate, lo=1 / effect.hi, hi=1 / effect.lo)
-            flips.setdefault(off, {})[name] = _flip(run, condition, effect, change)
-            flips.setdefault(on, {})[name] = _flip(run, condition, back, -change)
+            flips.setdefault(off, {})[name] = _flip(run, condition, name, effect, change)
+            flips.setdefault(on, {})[name] = _flip(run, condition, name, back, -change)
     return flips
 
 
@@ -176,7 +178,9 @@ def _ends(row: Any) -> tuple[float, float, float]:
     return speedup, lo, hi
 
 
-def _flip(run: Run, condition: Condition, effect: Effect, change: float) -> dict[str, str]:
-    verdict = control_findings.heard(run, condition, verdict_of(effect.lo, effect.hi, band(run)), effect.estimate)
+def _flip(run: Run, condition: Condition, name: str, effect: Effect, change: float) -> dict[str, str]:
+    """What flipping a switch gives, in words; `change` is of memory, in bytes."""
+    judged = replace(effect, term=name, verdict=verdict_of(effect.lo, effect.hi, band(run)))
+    verdict = control_findings.heard_effect(run, condition, judged)
     told = {"latency": worth_said(replace(effect, verdict=verdict)), "verdict": str(verdict)}
     return told | ({"memory": signed_bytes(change)} if change else {})

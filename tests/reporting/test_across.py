@@ -144,10 +144,10 @@ def test_trends_need_three_lengths(runs: list[Run]) -> None:
         assert trends(frame[frame["run"] < 3], NAMES, 0.01) is None
         plot = regimes(frame, NAMES, 0.01)
         assert plot is not None
-        assert plot.title == "Faster wherever it is not noisy: flash"
+        assert plot.title == "Faster on average wherever it is not noisy: flash"
         plot = regimes(frame[~frame["noisy"]], NAMES, 0.01)
         assert plot is not None
-        assert plot.title == "Faster everywhere: flash"
+        assert plot.title == "Faster on average everywhere: flash"
 
 
 def test_a_map_of_too_many_rows_says_so(runs: list[Run]) -> None:

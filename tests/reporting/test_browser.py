@@ -3,6 +3,7 @@
 import csv
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,19 @@ def test_a_comparison_fits_a_phone_and_breaks_no_number(browser: Any, written: P
     opened.goto(page.as_uri())
     assert opened.evaluate("document.documentElement.scrollWidth") <= 390
     assert opened.locator("span").evaluate("number => number.getClientRects().length") == 1
+    opened.close()
+
+
+def test_a_predicted_step_of_what_changes_nothing_that_runs_says_so(browser: Any, screened_run: Run) -> None:
+    run = replace(screened_run)
+    vars(run)["idle"] = {("prefill", "graph"): {"tie": 3, "flash": 3}}  # flash is predicted to be faster
+    opened = browser.new_page()
+    opened.goto(write_report(run).as_uri())
+    toggle(opened, {name: name == "norm" for name in run.factors})
+    said = {name: opened.locator(f"#flip-{name}").inner_text() for name in ("flash", "tie", "mlp")}
+    assert said["tie"].endswith("], predicted, changes nothing")
+    assert said["flash"].endswith("], predicted")
+    assert said["mlp"].endswith("], predicted")
     opened.close()
 
 

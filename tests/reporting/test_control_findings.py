@@ -225,7 +225,7 @@ def test_visits_that_other_work_slowed_are_counted_and_said_beside_the_answer(
     run = run_of(lines)
     (finding,) = of_check(run, Check.LEFT_OUT)
     assert (detail(finding).number, detail(finding).total) == (len(visits[::every]), len(visits))
-    assert "which no estimate counts" in sentence(finding)
+    assert sentence(finding).endswith("which no estimate counts (prefill 1×512 graph).")
     (card,) = cards(run, findings(run))
     assert any("which no estimate counts" in note for note in card.notes) is many
 

@@ -1,6 +1,7 @@
 """No finding may claim what a verdict does not support; `wording` is tested beside this."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -46,6 +47,7 @@ from qwen3bench.reporting.over_runs import effects_over, over_findings
 from qwen3bench.reporting.pages import write_report
 from qwen3bench.reporting.plot_across import regimes
 from qwen3bench.reporting.plot_effects import by_condition, forest
+from qwen3bench.reporting.switch_table import switch_table
 from qwen3bench.reporting.wording.sentences import sentence
 
 Lines = list[dict[str, Any]]
@@ -366,7 +368,9 @@ def test_where_conditions_tell_different_things_each_says_which(
     (legend,) = together.figure.findobj(Legend)
     assert legend.get_window_extent().x1 <= together.figure.bbox.x1
     assert "each switch with the others off" in noted(alone.figure)
-    assert "each switch" not in noted(whole.figure)
+    assert "each switch on average over the others" in noted(whole.figure)
+    assert "on average" in whole.title
+    assert "on average" not in alone.title
     frame = effects_over([run])
     assert sorted(frame["others"].unique()) == ["on average over the others", "with the others off"]
     assert len(list(over_findings(frame, ["flash"], 0.01))) == 2
@@ -374,6 +378,27 @@ def test_where_conditions_tell_different_things_each_says_which(
         plot = regimes(frame, ["flash", "mlp", "mask"], 0.01)
     assert plot is not None
     assert plot.title == "What the other switches do differs from run to run"
+
+
+def test_a_single_switch_has_no_others_to_average_over(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    run = run_of(record_lines(factors=("flash",), workloads=("prefill", "decode")))
+    found = findings(run)
+    (first, _) = of_kind(found, Kind.SWITCH)
+    assert re.fullmatch(r"flash on is 1.18\d× \[.*\] as fast as off \(prefill 1×512 graph\)\.", sentence(first))
+    table = switch_table(found)
+    assert table is not None
+    assert table.others == ""
+    frame = effects_over([run])
+    with figures.style():
+        plots = [by_condition(run), forest(run, conditions(run)[0]), regimes(frame, ["flash"], 0.01)]
+    assert [plot.title for plot in plots if plot] == [
+        "Faster in every condition: flash",
+        "Faster: flash",
+        "Faster everywhere: flash",
+    ]
+    assert sentence(next(over_findings(frame, ["flash"], 0.01))).startswith("flash is faster in all 2 conditions")
 
 
 def noted(figure: Figure) -> str:

@@ -52,7 +52,7 @@ def test_a_full_run_has_every_plot(full_run: Run) -> None:
 @pytest.mark.slow
 def test_titles_state_what_is_seen(full_run: Run) -> None:
     found = drawn(full_run)
-    assert found["effects-prefill-graph"].title == "Faster: norm, flash, mask and mlp; same within ±1 %: tie"
+    assert found["effects-prefill-graph"].title == "Faster on average: norm, flash, mask and mlp; same within ±1 %: tie"
     assert re.match(r"32 cells take 4\.5\d+ ms to 7\.2\d+ ms; the baseline", found["cells-prefill-graph"].title)
     assert "interact; flash and mask are worth more together" in found["interactions-prefill-graph"].title
     assert "tie, −296.8 MiB" in found["waterfall-memory-prefill-graph"].title

@@ -28,6 +28,7 @@ from qwen3bench.reporting.switch_table import switch_table
 from qwen3bench.reporting.terminal import terminal_summary
 from qwen3bench.reporting.whatif import whatif
 from qwen3bench.reporting.wording.sentences import sentence
+from qwen3bench.reporting.wording.terminal_words import prediction_words
 
 Lines = Callable[..., list[dict[str, Any]]]
 
@@ -89,7 +90,7 @@ def test_the_toggles_have_every_cell_and_say_what_is_predicted(screened_run: Run
     assert low <= value <= high
     assert value == pytest.approx(1.18, abs=0.01)
     assert shown["predicted"][1 + 16][0] == pytest.approx(1.50, abs=0.01)  # flash+norm
-    assert data["words"] == {"predicted": "predicted", "unmeasured": "not measured"}
+    assert data["words"] == {"predicted": "predicted", "unmeasured": "not measured", "idle": "changes nothing"}
     assert len(json.dumps(data)) < 60_000
 
 
@@ -218,6 +219,9 @@ def test_a_prediction_without_a_useful_interval_is_not_said_to_hold(screened_run
     said = sentence(replace(found[0], detail=beside))
     assert said.endswith("The intervals are too wide to tell whether that holds.")
     assert wide.held is None
+    told = [prediction_words(each) for each in (wide, beside, replace(wide, measured=None))]
+    assert told[0] == "agrees with the prediction, too wide to test"
+    assert told[1:] == ["too wide to test the prediction", "the predicted best has no speed-up"]
 
 
 def undecided_effects(run: Run, *terms: str, lo: float) -> Run:
@@ -248,6 +252,9 @@ def test_what_changes_nothing_that_runs_is_called_so_in_each_table_and_is_not_op
     latency = run.effects[run.effects["metric"] == "latency_s"]
     told = idle_effects(run, conditions(run)[0], latency).set_index(["term", "kind"])["verdict"]
     assert told["gemv", "main"] == told["flash:gemv", "interaction"] == "changes nothing"
+    data = whatif(run, {})
+    assert data
+    assert data["conditions"][0]["idle"] == ["gemv"]
     open_terms = {effect.term for f in found if isinstance(f.detail, OpenEffects) for effect in f.detail.effects}
     assert open_terms == {"rope", "flash:rope"}
     effects = run.effects.assign(verdict="slower")

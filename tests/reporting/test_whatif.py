@@ -39,6 +39,27 @@ def test_every_measured_cell_is_there_with_what_each_flip_gives(run: Run) -> Non
     }
 
 
+@pytest.mark.parametrize("planted", [True, False])
+def test_a_flip_of_what_changes_nothing_that_runs_says_so_unless_it_shows_a_difference(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run], planted: bool
+) -> None:
+    lines = record_lines(factors=("flash", "tie"))
+    seen = {line["cell"]: line for line in lines if line["type"] == "evidence"}
+    for cell, without in (("flash", "baseline"), ("flash+tie", "tie")):
+        seen[without]["output"] = without
+        seen[cell].update({**seen[without], "cell": cell})
+    for line in [line for line in lines if line["type"] == "sample" and not planted]:
+        line["latency_s"] = 1.0 + line["block"] % 2
+    data = whatif(run_of(lines), {})
+    assert data
+    (here,) = data["conditions"]
+    assert here["idle"] == ["flash"]
+    verdicts = [here["flips"][cell]["flash"]["verdict"] for cell in ("baseline", "flash", "tie", "flash+tie")]
+    assert verdicts == (["faster", "slower"] * 2 if planted else ["changes nothing"] * 4)
+    assert here["flips"]["baseline"]["flash"]["latency"].endswith("]" if planted else "], changes nothing")
+    assert here["flips"]["baseline"]["tie"]["verdict"] == "same"
+
+
 def test_a_flip_and_its_way_back_are_each_others_inverse(run: Run) -> None:
     data = whatif(run, {})
     assert data

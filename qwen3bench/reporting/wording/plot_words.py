@@ -39,16 +39,20 @@ def sentence_of(parts: Sequence[tuple[str, Sequence[str]]], otherwise: str) -> s
     return title[0].upper() + title[1:]
 
 
+def _on_average(words: str, others: str) -> str:
+    return f"{words} on average" if others == AVERAGE else words
+
+
 def noisy_title(title: str, *, noisy: bool = True) -> str:
     """The title, with a warning before it where the condition is noisy."""
     return title if not noisy else f"Noisy: {title}"
 
 
-def effects_title(names: Mapping[str, Sequence[str]], width: float) -> str:
-    """Which switches have which verdict."""
+def effects_title(names: Mapping[str, Sequence[str]], others: str, width: float) -> str:
+    """Which switches have which verdict; `others`: what the other switches do meanwhile."""
     words: dict[str, str] = {
-        Verdict.FASTER: "faster",
-        Verdict.SLOWER: "slower",
+        Verdict.FASTER: _on_average("faster", others),
+        Verdict.SLOWER: _on_average("slower", others),
         Verdict.SAME: f"same within {band_words(width)}",
         NoVerdict.IDLE: NoVerdict.IDLE,
         Verdict.UNDECIDED: "undecided",
@@ -69,8 +73,8 @@ def interactions_left_out(number: int) -> str:
 
 
 def each_switch_beside(others: str) -> str:
-    """To follow a note: what the other switches do."""
-    return f"; each switch {others}"
+    """To follow a note: what the other switches do; nothing where there are none."""
+    return f"; each switch {others}" if others else ""
 
 
 def effect_axis(level: str, width: float, hollow: str = "") -> str:
@@ -99,8 +103,7 @@ def by_condition_title(
 
     `others`: what the other switches do meanwhile.
     """
-    faster = "faster on average" if others == AVERAGE else "faster"
-    steady = f"{faster} {'in every condition' if quiet else 'wherever it is not noisy'}"
+    steady = f"{_on_average('faster', others)} {'in every condition' if quiet else 'wherever it is not noisy'}"
     pairs = [f"{small} with {large}" for small, large in helped_by.items()]
     parts = [(steady, everywhere), ("faster only in places", in_places), ("only together", pairs)]
     return sentence_of(parts, NO_STEADY_GAIN)
@@ -110,9 +113,12 @@ def by_condition_alt(title: str) -> str:
     return f"Main effects by workload and runtime. {title}."
 
 
-def map_title(steady: Sequence[str], fading: Sequence[str], turning: Sequence[str], *, quiet: bool) -> str:
-    """Over several runs: which switches are faster everywhere, which the same in places, which change sign."""
-    said = "faster everywhere" if quiet else "faster wherever it is not noisy"
+def map_title(steady: Sequence[str], fading: Sequence[str], turning: Sequence[str], others: str, *, quiet: bool) -> str:
+    """Over several runs: which switches are faster everywhere, which the same in places, which change sign.
+
+    `others`: what the other switches do meanwhile.
+    """
+    said = f"{_on_average('faster', others)} {'everywhere' if quiet else 'wherever it is not noisy'}"
     parts = [(said, steady), ("the same in places", fading), ("changes sign", turning)]
     return sentence_of(parts, NO_STEADY_GAIN)
 

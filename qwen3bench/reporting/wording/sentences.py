@@ -279,7 +279,7 @@ def _switch(finding: Finding, beside: Beside) -> str:
         NoVerdict.IDLE: f"{name} changes nothing that runs: {interval}",
     }
     text = words.get(finding.verdict, f"{name} reads {interval}, without a verdict")
-    text += f", {beside.others}{_where(finding)}."
+    text += f"{beside.others and f', {beside.others}'}{_where(finding)}."
     return f"{text} Taken for granted: {beside.reason}." if beside.reason else text
 
 
@@ -306,7 +306,7 @@ def _confirmed(finding: Finding, found: BestCell) -> str:
     where = "Measured in the screen" if found.in_screen else "Measured since"
     text += f" {where}: {_interval(found.measured)}."
     if not found.missed and not found.tested:
-        if found.predicted.lo <= found.measured.estimate <= found.predicted.hi:
+        if found.inside:
             return f"{text} That lies within the predicted interval, though the intervals are too wide for a test."
         return f"{text} The intervals are too wide to tell whether that holds."
     if not found.missed:
@@ -509,13 +509,13 @@ def _process_words(finding: Finding, control: Control) -> str:
     return f"{text} Effects are taken within blocks, and intervals count what processes do to them."
 
 
-def _block_words(_: Finding, control: Control) -> str:
+def _block_words(finding: Finding, control: Control) -> str:
     if control.check == Check.FLAGGED:
         reasons = listing(list(control.names)) or "no reason recorded"
         return f"{count(control.number, 'block')} measured under a disturbance that stayed: {reasons}."
     if control.check == Check.LEFT_OUT:
         text = f"Other work slowed {control.number} of {count(control.total, 'visit')}"
-        return f"{text} ({100 * control.number / control.total:.2g} %), which no estimate counts."
+        return f"{text}, {100 * control.number / control.total:.2g} %, which no estimate counts{_where(finding)}."
     text = f"{control.number} of {count(control.total, 'block')} ended at the card's power limit, with lower clocks."
     return f"{text} Cells that draw more power are slowed more there, as they would be in use."
 
@@ -547,7 +547,7 @@ def _regime(finding: Finding, regime: Regime) -> str:
         return (
             f"{small} helps only with {large} in {count(regime.total, 'condition')}. An average over both hides that."
         )
-    beside = "" if regime.others == AVERAGE else f", {regime.others},"
+    beside = "" if regime.others in (AVERAGE, "") else f", {regime.others},"
     parts = []
     for verdict, effects in ((Verdict.FASTER, regime.faster), (Verdict.SLOWER, regime.slower)):
         if effects:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 
+from qwen3bench.reporting.finding import BestCell
 from qwen3bench.reporting.units import FIXED, count, listing, percent
 
 UNFINISHED = "this run has not finished: what is here is what was measured until now."
@@ -90,6 +91,10 @@ def only_helps_with(small: str, large: str, places: Iterable[str]) -> str:
     return f"{small} helps only with {large} on ({listing(list(places))})."
 
 
-def prediction_words(held: bool | None) -> str:
+def prediction_words(found: BestCell) -> str:
     """Whether what a screen predicts to be best was measured so."""
-    return {True: "as predicted", False: "predictions missed", None: "prediction not tested"}[held]
+    if found.measured is None:
+        return "the predicted best has no speed-up"
+    if found.held is None:
+        return "agrees with the prediction, too wide to test" if found.inside else "too wide to test the prediction"
+    return "as predicted" if found.held else "predictions missed"
