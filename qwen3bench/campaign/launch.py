@@ -30,7 +30,7 @@ from qwen3bench.campaign.passes import Campaign
 from qwen3bench.campaign.progress import Reporter, duration
 from qwen3bench.campaign.prompt import as_recorded, choose_prompt, is_open, said
 from qwen3bench.campaign.state import RunState
-from qwen3bench.campaign.threads import beside_others, fewer_threads, recorded_threads, threads_line
+from qwen3bench.campaign.threads import fewer_threads, recorded_threads, threads_line, with_fewer
 from qwen3bench.campaign.worker_pool import ProcessNumbers, Seat, StartWorker, WorkerPool
 from qwen3bench.campaign.worker_process import WorkerHandle, WorkerProcess
 from qwen3bench.config.choices import OWN_FOLDER
@@ -336,7 +336,7 @@ def _campaign(
             fewer = fewer_threads(neighbors, identity.environment.get("torch_threads") or 1)
         if fewer is not None:
             reporter.note(threads_line(fewer))
-            settings = beside_others(settings, fewer.threads)
+            settings = with_fewer(settings, fewer)
             resolved, identity = continuation.identified(settings, worker, directory)
     choice = None
     if is_open(settings) and resolved.device == "cpu":
@@ -373,7 +373,8 @@ def _campaign(
         context = RunContext(settings, writer, reporter, state, pool, cards=lanes.__len__)
         lanes.add(Lane(context, card.monitor, card.title, card.socket))
     card_bytes = None if found.get("mig") else found.get("device_memory_bytes")  # of a part nothing is known
-    return Campaign(lanes, card_bytes, pace, neighbors if fewer is None else None)
+    told = fewer is not None and fewer.quota is None  # what else works here
+    return Campaign(lanes, card_bytes, pace, None if told else neighbors)
 
 
 def _may_spare_cores(settings: Settings, done: Record | None) -> bool:

@@ -1,4 +1,7 @@
-"""How many threads measure on a CPU, where nobody says: as many as find a core that other work leaves free."""
+"""How many threads measure on a CPU, where nobody says: as many as find a core that other work leaves free.
+
+And no more than the control group has time for, as all of them are stopped once that is spent.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +26,15 @@ _BLOCKS = 2  # times as many, a choice: all cells of five switches then take ten
 
 @dataclass(frozen=True)
 class FewerThreads:
-    """Threads that measure in place of `usual`, and the share of all cores that others take, by their names."""
+    """Threads that measure in place of `usual`, and the share of all cores that others take, by their names.
+
+    `quota`: the CPUs' worth of time that is the reason, where others are not.
+    """
 
     threads: int
     usual: int
     shares: dict[str, float]
+    quota: float | None = None
 
 
 def free_threads(usual: int, cores: int, busy_cores: float) -> int:
@@ -36,7 +43,7 @@ def free_threads(usual: int, cores: int, busy_cores: float) -> int:
 
 
 def fewer_threads(neighbors: Neighbors, usual: int) -> FewerThreads | None:
-    """How many threads measure where other work takes cores; None where all of the `usual` ones do.
+    """How many threads measure where other work or a quota takes cores; None where all of the `usual` ones do.
 
     Where somebody works, it looks for `LOOK_S` in all.
     """
@@ -48,6 +55,10 @@ def fewer_threads(neighbors: Neighbors, usual: int) -> FewerThreads | None:
     while neighbors.busy_cores() >= QUIET and neighbors.looked_s < LOOK_S:
         time.sleep(min(_LOOK_AGAIN_S, max(0.0, LOOK_S - neighbors.looked_s)))
     threads = free_threads(usual, cores, neighbors.busy_cores())
+    quota = math.inf if host.cpu_quota is None else host.cpu_quota
+    if threads == usual > quota:
+        return FewerThreads(max(1, int(quota)), usual, {}, quota)
+    threads = max(1, int(min(threads, quota)))
     return FewerThreads(threads, usual, neighbors.shares()) if threads < usual else None
 
 
@@ -55,7 +66,13 @@ def threads_line(found: FewerThreads) -> str:
     """Why fewer threads measure, and what to ask for else."""
     threads = f"{found.threads} thread{'s' * (found.threads > 1)}"
     instead = f"threads={found.usual} takes all"
-    return f"{busy_with(found.shares)}, so it measures with {threads} in place of {found.usual}. {instead}"
+    why = busy_with(found.shares) if found.quota is None else f"a quota allows {found.quota:g} CPUs' worth of time"
+    return f"{why}, so it measures with {threads} in place of {found.usual}. {instead}"
+
+
+def with_fewer(settings: Settings, found: FewerThreads) -> Settings:
+    """The settings with fewer threads: `beside_others` where these are the reason."""
+    return beside_others(settings, found.threads) if found.quota is None else replace(settings, threads=found.threads)
 
 
 def beside_others(settings: Settings, threads: int) -> Settings:

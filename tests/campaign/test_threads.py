@@ -15,7 +15,15 @@ import pytest
 from qwen3bench.campaign import launch, threads
 from qwen3bench.campaign.forecast import seconds_ahead
 from qwen3bench.campaign.neighbors import Neighbors
-from qwen3bench.campaign.threads import LOOK_S, FewerThreads, beside_others, fewer_threads, free_threads, threads_line
+from qwen3bench.campaign.threads import (
+    LOOK_S,
+    FewerThreads,
+    beside_others,
+    fewer_threads,
+    free_threads,
+    threads_line,
+    with_fewer,
+)
 from qwen3bench.config.cli import compose
 from qwen3bench.config.settings import Settings
 from qwen3bench.record.host import Host
@@ -109,10 +117,37 @@ def test_half_of_the_cores_are_threads_of_the_other_half(monkeypatch: pytest.Mon
         assert found.threads == expected
 
 
+@pytest.mark.parametrize(
+    ("quota", "busy", "expected", "reason"),
+    [
+        (1.0, 0.03, 1, 1.0),  # docker run --cpus=1
+        (1.5, 0.03, 1, 1.5),
+        (0.4, 0.03, 1, 0.4),
+        (2.0, 0.03, None, None),
+        (float("inf"), 0.03, None, None),
+        (1.0, 1.0, 1, None),  # others are a reason to measure more blocks, too
+    ],
+)
+def test_threads_are_no_more_than_a_quota_has_time_for(
+    monkeypatch: pytest.MonkeyPatch, quota: float, busy: float, expected: int | None, reason: float | None
+) -> None:
+    host = Host(cpus=(0, 1), cores=2, cpu_quota=quota, memory_limit_bytes=None, governor=None, variables={})
+    monkeypatch.setattr(Host, "here", classmethod(lambda cls: host))
+    found = fewer_threads(Others(lambda _: busy, LOOK_S), 2)
+    assert (found and found.threads, found and found.quota) == (expected, reason)
+    if found:
+        settings = compose(("model=tiny",))
+        blocks = with_fewer(settings, found).measure.min_blocks
+        assert blocks == settings.measure.min_blocks * (1 if reason else 2)
+        assert with_fewer(settings, found).threads == expected
+
+
 def test_the_line_says_why_and_what_it_costs() -> None:
     line = threads_line(FewerThreads(1, 2, {"firefox": 0.25}))
     assert line.startswith("this machine is busy (firefox 25% of its ")
     assert line.endswith(" cores), so it measures with 1 thread in place of 2. threads=2 takes all")
+    quota = "a quota allows 1.5 CPUs' worth of time, so it measures with 1 thread in place of 2. threads=2 takes all"
+    assert threads_line(FewerThreads(1, 2, {}, 1.5)) == quota
     assert "with 6 threads in place of 8. threads=8 takes" in threads_line(FewerThreads(6, 8, {"x": 0.2}))
 
 
