@@ -10,8 +10,8 @@ import pandas as pd
 from scipy import special
 
 from qwen3bench.analysis.contrasts import cell_label, contrasts, every_cell
-from qwen3bench.analysis.effects import predictions
 from qwen3bench.analysis.frames import block_matrix, factor_columns
+from qwen3bench.analysis.predictions import predictions
 from qwen3bench.record.design import BASELINE
 
 FEW = 3  # cells that are predicted to be fastest are measured; a block of them takes a tenth of a screen's

@@ -10,9 +10,9 @@ import pandas as pd
 from qwen3bench.analysis.cells import cells_table
 from qwen3bench.analysis.confirm import MeasuredSpeedup, Prediction, measured_speedups
 from qwen3bench.analysis.controls import aa_control, noise_of
-from qwen3bench.analysis.effects import left_over, predicted_steps, predictions
 from qwen3bench.analysis.frames import analysis_setting, used_samples
 from qwen3bench.analysis.least_squares import LackOfFit
+from qwen3bench.analysis.predictions import left_over, predicted_steps, predictions
 from qwen3bench.record.design import BASELINE, is_peer
 from qwen3bench.record.reader import Record
 from qwen3bench.record.rounds import ROUNDS, chosen_in, round_of

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from scipy import special
 
-from qwen3bench.analysis.effects import model_shares, process_shares
+from qwen3bench.analysis.effects import process_shares
 from qwen3bench.analysis.frames import analysis_setting, block_matrix
+from qwen3bench.analysis.predictions import model_shares
 from qwen3bench.record.states import Verdict
 from qwen3bench.reporting import control_findings
 from qwen3bench.reporting.advice import more_blocks, more_cells, more_processes, within_reason

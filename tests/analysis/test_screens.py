@@ -16,8 +16,9 @@ from qwen3bench.analysis.confirm import (
     within_memory,
 )
 from qwen3bench.analysis.contrasts import contrasts, every_cell, shapley_contrasts
-from qwen3bench.analysis.effects import effects, left_over, predicted_steps, predictions
+from qwen3bench.analysis.effects import effects
 from qwen3bench.analysis.least_squares import effect_regressors, fit_of, lack_of_fit, with_model_error
+from qwen3bench.analysis.predictions import left_over, predicted_steps, predictions
 from qwen3bench.analysis.variance import clustered
 from qwen3bench.record.screen import Rules, Wish, screen
 
