@@ -210,6 +210,7 @@ def test_a_cell_that_broke_fails(write_run: Write, capsys: pytest.CaptureFixture
     assert status == 3
     assert "| mlp | prefill | graph | ok | oom |" in section(text, "Status")
     assert "mlp is oom (prefill, graph)." in section(text, "Verdict")
+    assert "Something is no longer ok." in section(text, "Verdict")
 
 
 @pytest.mark.slow
@@ -218,6 +219,7 @@ def test_a_cell_that_is_no_longer_measured_fails(write_run: Write, capsys: pytes
     status, text = output(capsys, a, b, *GATE)
     assert status == 3
     assert "flash (prefill, graph) is no longer measured." in section(text, "Verdict")
+    assert "Something is no longer measured." in section(text, "Verdict")
     assert output(capsys, b, a, *GATE)[0] == 4  # nothing to compare but the baseline
     assert output(capsys, a, b)[0] == 0
 

@@ -23,7 +23,12 @@ def headline(comparison: Comparison) -> str:
     by = _share(comparison.tolerance)
     told = len(comparison.judged)
     if comparison.regressed:
-        return "Something got slower, is no longer ok or is no longer measured."
+        parts = (
+            ("got slower", len(comparison.slower)),
+            ("is no longer ok", len(comparison.failed)),
+            ("is no longer measured", len(comparison.lost)),
+        )
+        return f"Something {' and something '.join(words for words, number in parts if number)}."
     if comparison.doubts:
         return f"These runs cannot tell whether something got slower by {by}."
     return f"Nothing got slower by {by}: all {told} that are compared are shown to have lost less."
