@@ -36,6 +36,7 @@ from qwen3bench.reporting.wording.page_words import (
     TRAINED,
     compiled_words,
     single_token_words,
+    stack_words,
     what_if_words,
 )
 from qwen3bench.reporting.wording.sentences import FLASH_AND_MASK, METHOD, OPENING, command_of, control_mark, sentence
@@ -111,6 +112,7 @@ def page_content(run: Run, found: list[Finding]) -> dict[str, Any]:
         ]
         if data
         else [],
+        "stack_words": stack_words(screen=bool(run.screens)),
         "stacks": [each for each in stacks if each.plot or each.stack],
         "controls": [(control_mark(f.detail), sentence(f)) for f in control_list(run) if isinstance(f.detail, Control)],
         "sections": sections,

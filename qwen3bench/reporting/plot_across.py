@@ -89,7 +89,7 @@ def trends(effects: pd.DataFrame, names: Sequence[str], width: float) -> Plot | 
         return None
     columns = min(3, len(names))
     lines = len(names) // columns + 1  # a panel at least is spare, for the legend
-    note = trends_note(effects["run"].nunique(), width)
+    note = trends_note(effects["run"].nunique(), width, effects["verdict"])
     keys = [
         key
         for key in ("workload", "batch_size", "logits", "runtime", "model", "device", "dtype", "threads", "others")

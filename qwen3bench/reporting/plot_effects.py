@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
+from matplotlib.transforms import ScaledTranslation
 
 from qwen3bench.record.states import Verdict
 from qwen3bench.reporting import control_findings
@@ -42,7 +43,6 @@ from qwen3bench.reporting.lookup import (
 from qwen3bench.reporting.units import times
 from qwen3bench.reporting.wording.plot_words import (
     DECIDED_MARK,
-    HOLLOW,
     JOINT_EFFECT,
     NOISE_NOT_COUNTED,
     NOISY_EVERYWHERE,
@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
 _MAX_TERMS = 24  # rows that a page has room for
+_UNDER_AXIS = 0.42  # inches from the axis to what stands below its numbers and its label
 _COLUMN = 48  # characters of a legend's entry of which two stand side by side
 
 
@@ -97,7 +98,7 @@ def forest(run: Run, condition: Condition) -> Plot | None:
     axes.set_yticks(range(len(shown)), [term.replace(":", " : ") for term in shown["term"]])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel(effect_axis(level(run), width))
+    axes.set_xlabel(effect_axis(level(run), width, pairs=len(shown) > len(shown_main)))
     axes.legend(handles=_verdict_handles(shown["verdict"]), loc="best")
     return Plot(f"effects-{condition.slug}", figure, title, effects_alt(rows(shown_main)))
 
@@ -187,7 +188,7 @@ def by_condition(run: Run) -> Plot | None:
         shape, color = SERIES[place % len(SERIES)]
         rows = [i for i, name in enumerate(names) if name in effects.index]
         chosen = effects.loc[[names[i] for i in rows]]
-        decided = ~chosen["verdict"].isin((Verdict.UNDECIDED, NoVerdict.NOISE))
+        decided = chosen["verdict"].isin((Verdict.FASTER, Verdict.SLOWER, Verdict.SAME))
         offset = (place - (len(frames) - 1) / 2) * step
         y = np.array(rows) + offset
         bars = [chosen["estimate"] - chosen["lo"], chosen["hi"] - chosen["estimate"]]
@@ -208,9 +209,12 @@ def by_condition(run: Run) -> Plot | None:
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.45, -0.55)
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel(effect_axis(level(run), width, HOLLOW[noisy]))
+    hollow = pd.concat([effects["verdict"] for _, effects in frames])
+    axes.set_xlabel(effect_axis(level(run), width, [*hollow]))
     longest = max(len(str(text)) for text in axes.get_legend_handles_labels()[1])
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.13), ncols=1 if longest > _COLUMN else 2, fontsize=8.5)
+    under = axes.transAxes + ScaledTranslation(0, -_UNDER_AXIS, figure.dpi_scale_trans)
+    columns = 1 if longest > _COLUMN else 2
+    axes.legend(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=under, ncols=columns, fontsize=8.5)
     return Plot("effects-by-condition", figure, title, by_condition_alt(title))
 
 

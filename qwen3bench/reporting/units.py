@@ -69,6 +69,8 @@ def ratio(value: float, lo: float = math.nan, hi: float = math.nan) -> str:
     if lo * _USELESS < value or hi > value * _USELESS:
         return f"{value:.2f}× [no useful interval]"
     decimals = interval_decimals(lo, hi)
+    if round(lo, decimals) == 0:  # no ratio is
+        return f"{value:.2f}× [no useful interval]"
     return f"{value:.{decimals}f}× [{lo:.{decimals}f}, {hi:.{decimals}f}]"
 
 

@@ -369,6 +369,8 @@ def test_where_conditions_tell_different_things_each_says_which(
     assert legend.get_window_extent().x1 <= together.figure.bbox.x1
     assert "each switch with the others off" in noted(alone.figure)
     assert "each switch on average over the others" in noted(whole.figure)
+    assert whole.figure.axes[0].get_xlabel().startswith("× as fast when switched on (pairs: joint effect), 95 %")
+    assert alone.figure.axes[0].get_xlabel().startswith("× as fast when switched on, 95 %")
     assert "on average" in whole.title
     assert "on average" not in alone.title
     frame = effects_over([run])
@@ -393,12 +395,18 @@ def test_a_single_switch_has_no_others_to_average_over(
     frame = effects_over([run])
     with figures.style():
         plots = [by_condition(run), forest(run, conditions(run)[0]), regimes(frame, ["flash"], 0.01)]
+    assert plots[0]
+    plots[0].figure.draw_without_rendering()
+    (axes,) = plots[0].figure.axes
+    assert axes.get_legend().get_window_extent().y1 < axes.xaxis.label.get_window_extent().y0
     assert [plot.title for plot in plots if plot] == [
         "Faster in every condition: flash",
         "Faster: flash",
         "Faster everywhere: flash",
     ]
-    assert sentence(next(over_findings(frame, ["flash"], 0.01))).startswith("flash is faster in all 2 conditions")
+    assert sentence(next(over_findings(frame, ["flash"], 0.01))).startswith(
+        "flash, the only switch of its run, is faster in all 2 conditions"
+    )
 
 
 def noted(figure: Figure) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.collections import PathCollection
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
@@ -186,6 +187,25 @@ def test_noise_tells_nothing_in_the_title_over_conditions(full_run: Run) -> None
         plot = by_condition(replace(full_run, controls=replace(full_run.controls, aa=aa)))
     assert plot is not None
     assert plot.title.startswith("Noisy everywhere")
+
+
+def test_marks_of_what_changes_nothing_are_hollow_and_the_axis_says_so(full_run: Run) -> None:
+    run = replace(full_run)
+    vars(run)["idle"] = {(condition.workload, condition.runtime): {"tie": 16} for condition in conditions(run)}
+    with figures.style():
+        plots = [by_condition(each) for each in (run, full_run)]
+    marks = []
+    for plot in plots:
+        assert plot is not None
+        (axes,) = plot.figure.axes
+        dots = [dot for dot in axes.collections if isinstance(dot, PathCollection) and len(dot.get_offsets())]
+        marks.append({to_hex(face) for dot in dots for face in dot.get_facecolor()})
+        assert (
+            ("hollow: " in axes.get_xlabel())
+            == ("hollow: changes nothing; " in axes.get_xlabel())
+            == (plot is plots[0])
+        )
+    assert marks[0] - marks[1] == {figures.PAPER}
 
 
 @pytest.mark.slow

@@ -194,7 +194,13 @@ def test_a_screen_of_one_block_has_a_page_and_predicts_nothing(
 @pytest.mark.slow
 def test_the_report_has_its_section_and_marks_shares_as_the_models(screened_run: Run) -> None:
     page = write_report(screened_run).read_text("utf-8")
-    for text in ("Which switches pay", "of the model fitted to the screen", "leave off: nowhere shown to be faster"):
+    assert "which multiply to it" not in page  # shares of a fit multiply to what the fit says
+    for text in (
+        "Which switches pay",
+        "The last bar was measured",
+        "of the model fitted to the screen",
+        "leave off: nowhere shown to be faster",
+    ):
         assert text in page
     markdown = (screened_run.record.path.parent / "report.md").read_text("utf-8")
     assert "## Which switches pay" in markdown

@@ -104,7 +104,7 @@ def test_words_for_counts_lists_and_shares() -> None:
     assert percent(0.0025) == "0.25 %"
 
 
-@pytest.mark.parametrize(("lo", "hi"), [(0.0, 2.0), (1e-9, 7e21), (1.3, 200.0)])
+@pytest.mark.parametrize(("lo", "hi"), [(0.0, 2.0), (1e-9, 7e21), (1.3, 200.0), (0.036, 130.0)])
 def test_an_interval_that_tells_nothing_is_said_to(lo: float, hi: float) -> None:
     assert ratio(1.344, lo, hi) == "1.34× [no useful interval]"
 

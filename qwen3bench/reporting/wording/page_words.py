@@ -27,6 +27,8 @@ PAGE = {
     "parts": "Launched from Python one by one, each behind a synchronize: they do not add up to a step.",
     "stack": "The waterfall splits the gain of all on into Shapley shares, which multiply to it. To judge one switch, "
     "take its average above; for one combination, the row that was measured.",
+    "stack_screen": "The waterfall shows the Shapley shares of the model fitted to the screen, which multiply to what "
+    "it says of all on. The last bar was measured. To judge one switch, take its average above.",
     "errors": "How far each cell's logits are from the reference, the same function in float64 by code of its own. "
     "Maximum error: in float32. KL (nats) and top-1 agreement: in the run's dtype.",
     "ran": "What ran in the cells of these pairs",
@@ -104,6 +106,11 @@ def measured_again(cells: Sequence[str]) -> str:
 def what_if_words(*, screen: bool) -> str:
     """What stands over the toggles."""
     return PAGE["what_if_screen" if screen else "what_if"]
+
+
+def stack_words(*, screen: bool) -> str:
+    """What stands over the waterfalls."""
+    return PAGE["stack_screen" if screen else "stack"]
 
 
 def pairs_left(left: int, pairs: int, told: int) -> str:

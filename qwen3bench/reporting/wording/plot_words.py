@@ -18,7 +18,11 @@ NOISE_NOT_COUNTED = "; what is no more than the noise does not count in the titl
 TIMES_AS_FAST = "× as fast when switched on"
 JOINT_EFFECT = "joint effect (×, above 1: worth more together)"
 DECIDED_MARK = "* shown to be worth more or less together; without: not shown"
-HOLLOW = {False: "undecided", True: "undecided or noise"}  # marks, by whether a condition is noisy
+HOLLOW: dict[str, str] = {
+    Verdict.UNDECIDED: "undecided",
+    NoVerdict.NOISE: "noise",
+    NoVerdict.IDLE: NoVerdict.IDLE,
+}  # what marks that are not filled say, by verdict
 SHAPLEY = "Shapley share of each switch, the mean over all orders of switching on; the largest first"
 SHAPLEY_OF_MODEL = f"{SHAPLEY},\nof the model fitted to the screen"
 INTENSITY = "arithmetic intensity (FLOP per byte that must be moved)"
@@ -77,10 +81,16 @@ def each_switch_beside(others: str) -> str:
     return f"; each switch {others}" if others else ""
 
 
-def effect_axis(level: str, width: float, hollow: str = "") -> str:
-    """What the axis of effects is, its bars, its `hollow` marks and its gray band."""
-    marks = f"hollow: {hollow}; " if hollow else ""
-    return f"{TIMES_AS_FAST}, {level} interval; {marks}gray: {band_words(width)}"
+def effect_axis(level: str, width: float, hollow: Sequence[str] = (), *, pairs: bool = False) -> str:
+    """What the axis of effects is, also of `pairs`, its bars, its `hollow` marks and its gray band."""
+    what = f"{TIMES_AS_FAST}{' (pairs: joint effect)' * pairs}"
+    return f"{what}, {level} interval; {hollow_words(hollow)}gray: {band_words(width)}"
+
+
+def hollow_words(verdicts: Iterable[str]) -> str:
+    """What hollow marks say, by the verdicts that are so drawn."""
+    said = [words for verdict, words in HOLLOW.items() if verdict in set(verdicts)]
+    return f"hollow: {' or '.join(said)}; " if said else ""
 
 
 def interactions_alt(title: str) -> str:
@@ -135,8 +145,9 @@ def map_alt(title: str) -> str:
     return f"Effect of every switch under every condition. {title}."
 
 
-def trends_note(runs: int, width: float) -> str:
-    return f"n = {count(runs, 'run')}; bars: intervals; gray: {band_words(width)}; hollow: {HOLLOW[True]}"
+def trends_note(runs: int, width: float, hollow: Iterable[str]) -> str:
+    """How many runs, what bars and the gray band are, and what hollow marks say by their verdicts."""
+    return f"n = {count(runs, 'run')}; bars: intervals; {hollow_words(hollow)}gray: {band_words(width)}"
 
 
 def trends_title(first: int, last: int, most: str) -> str:

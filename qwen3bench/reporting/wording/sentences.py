@@ -547,7 +547,7 @@ def _regime(finding: Finding, regime: Regime) -> str:
         return (
             f"{small} helps only with {large} in {count(regime.total, 'condition')}. An average over both hides that."
         )
-    beside = "" if regime.others in (AVERAGE, "") else f", {regime.others},"
+    beside = "" if regime.others == AVERAGE else f", {regime.others or 'the only switch of its run'},"
     parts = []
     for verdict, effects in ((Verdict.FASTER, regime.faster), (Verdict.SLOWER, regime.slower)):
         if effects:
