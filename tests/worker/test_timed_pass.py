@@ -147,6 +147,29 @@ def test_a_long_launch_tells_the_pace_for_cells_that_are_not_launched(
     assert (found.repeats == 1, found.untimed) == (not launched, None if launched else False)
 
 
+def test_one_launch_that_was_held_up_does_not_call_launches_long(opened: Ask, worker: Worker) -> None:
+    """All cells would be timed without a launch before, at the pace of long ones."""
+    opened("enter", workload="prefill", runtime="eager", cell="baseline")
+    workload = worker.timed_pass.workload
+    usual, held_up_s = workload.steps, [0.3]
+
+    def steps(model: Decoder) -> list[Step]:
+        (step,) = usual(model)
+
+        def held_up() -> Tensor:
+            time.sleep(held_up_s.pop() if held_up_s else 0.0)
+            return step()
+
+        return [held_up]
+
+    workload.steps = steps  # type: ignore[method-assign]
+    opened("prepare", cell="baseline", copy=0)
+    opened("prepare", cell="flash", copy=0)
+    found = opened("visit", cell="flash", copy=0, repeats=None)
+    assert set(worker.timed_pass.launch_s) == {("baseline", 0), ("flash", 0)}
+    assert found.untimed is None
+
+
 def test_one_generated_token_has_no_time_between_tokens(ask: Ask, small_settings: Callable[..., Settings]) -> None:
     settings = small_settings("workload=generate", "new_tokens=1", "prompt_tokens=4").resolved("cpu")
     ask("open", config=settings.to_dict())
