@@ -32,7 +32,9 @@ from qwen3bench.reporting.findings_effects import joint
 from qwen3bench.reporting.lookup import AVERAGE, LATENCY, band, level, others_meanwhile, rows, terms
 from qwen3bench.reporting.tables import Entry, Table, drop_empty
 from qwen3bench.reporting.units import count
-from qwen3bench.reporting.wording.sentences import band_words, copies_words, only_with, worth
+from qwen3bench.reporting.wording.control_words import copies_words
+from qwen3bench.reporting.wording.ratio_words import band_words, worth
+from qwen3bench.reporting.wording.sentences import only_with
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run

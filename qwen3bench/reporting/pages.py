@@ -30,6 +30,7 @@ from qwen3bench.reporting.tables import Table
 from qwen3bench.reporting.templates import render
 from qwen3bench.reporting.units import duration_words
 from qwen3bench.reporting.whatif import as_script, whatif
+from qwen3bench.reporting.wording.control_words import control_mark
 from qwen3bench.reporting.wording.page_words import (
     PAGE,
     STOPPED,
@@ -39,7 +40,7 @@ from qwen3bench.reporting.wording.page_words import (
     stack_words,
     what_if_words,
 )
-from qwen3bench.reporting.wording.sentences import FLASH_AND_MASK, METHOD, OPENING, command_of, control_mark, sentence
+from qwen3bench.reporting.wording.sentences import FLASH_AND_MASK, METHOD, OPENING, command_of, sentence
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run

@@ -13,8 +13,8 @@ from qwen3bench.reporting.control_findings import aa_series, drifts, processes_a
 from qwen3bench.reporting.figures import BLUE, MUTED, ORANGE, PAPER, RULE, SERIES, Plot, new_figure
 from qwen3bench.reporting.lookup import band, device, level, rows
 from qwen3bench.reporting.units import is_number
+from qwen3bench.reporting.wording.control_words import drift_words
 from qwen3bench.reporting.wording.plot_words import copies_axis, copies_title, drift_axis, processes_title
-from qwen3bench.reporting.wording.sentences import drift_words
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run

@@ -25,7 +25,7 @@ from qwen3bench.reporting.templates import render
 from qwen3bench.reporting.units import SECONDS, count, is_number, ratio, unit_for
 from qwen3bench.reporting.wording import pool_words
 from qwen3bench.reporting.wording.page_words import PAGE
-from qwen3bench.reporting.wording.sentences import band_words
+from qwen3bench.reporting.wording.ratio_words import band_words
 
 _ROWS = 200  # of a table in report.md; the page holds all
 _FEW = 3  # machines: with fewer, Student's t is over twice as wide as with many

@@ -25,7 +25,8 @@ from qwen3bench.reporting.wording.page_words import (
     measured_again,
     worth_word,
 )
-from qwen3bench.reporting.wording.sentences import sentence, worth
+from qwen3bench.reporting.wording.ratio_words import worth
+from qwen3bench.reporting.wording.sentences import sentence
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run

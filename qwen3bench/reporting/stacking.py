@@ -13,7 +13,8 @@ from qwen3bench.reporting.lookup import LATENCY, factors, terms, usable
 from qwen3bench.reporting.tables import Entry, Table, evidence_table
 from qwen3bench.reporting.units import ratio
 from qwen3bench.reporting.wording.page_words import HALVES_HEADINGS, pairs_left
-from qwen3bench.reporting.wording.sentences import sentence, worth
+from qwen3bench.reporting.wording.ratio_words import worth
+from qwen3bench.reporting.wording.sentences import sentence
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run

@@ -10,7 +10,8 @@ from qwen3bench.record.states import Verdict
 from qwen3bench.reporting.finding import Beside, Finding, Kind, NoVerdict, Pair, undecided_by_holm
 from qwen3bench.reporting.lookup import AVERAGE, UNLIKE
 from qwen3bench.reporting.units import is_number, ratio, times
-from qwen3bench.reporting.wording.sentences import only_with, only_with_note, verdict_word
+from qwen3bench.reporting.wording.ratio_words import verdict_word
+from qwen3bench.reporting.wording.sentences import only_with, only_with_note
 
 _DARKEST = 45  # % of the color behind the largest effect, on which text can still be read
 _LOOKS: dict[str, str] = {Verdict.FASTER: "gain", Verdict.SLOWER: "loss", Verdict.SAME: "same", NoVerdict.IDLE: "same"}

@@ -18,7 +18,7 @@ from qwen3bench.reporting.lookup import MEMORY, band, factors, of_peers, rows, u
 from qwen3bench.reporting.tables import signed_bytes
 from qwen3bench.reporting.units import is_number, ratio, seconds, significant, size
 from qwen3bench.reporting.wording.page_words import TOGGLES
-from qwen3bench.reporting.wording.sentences import worth_said
+from qwen3bench.reporting.wording.ratio_words import worth_said
 
 if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run

@@ -11,7 +11,7 @@ from qwen3bench.analysis.run import Run
 from qwen3bench.record.design import cell_of, label
 from qwen3bench.reporting.findings_cells import ratios_over
 from qwen3bench.reporting.whatif import as_script, whatif
-from qwen3bench.reporting.wording.sentences import worth_said
+from qwen3bench.reporting.wording.ratio_words import worth_said
 
 Lines = list[dict[str, Any]]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from qwen3bench.reporting.finding import Passed
 from qwen3bench.reporting.units import count, duration_words, listing, ratio
-from qwen3bench.reporting.wording.sentences import FEW_PASSES
+from qwen3bench.reporting.wording.control_words import FEW_PASSES
 
 NOTHING_HERE = "Nothing was measured here."
 _SCOPE = "They hold for this {device}, these versions and these sizes. Another prompt length is another experiment."

@@ -9,7 +9,7 @@ from qwen3bench.record.states import Verdict
 from qwen3bench.reporting.finding import Effect, NoVerdict
 from qwen3bench.reporting.lookup import AVERAGE
 from qwen3bench.reporting.units import count, listing, percent, ratio, seconds, size
-from qwen3bench.reporting.wording.sentences import band_words
+from qwen3bench.reporting.wording.ratio_words import band_words
 
 NO_STEADY_GAIN = "No switch is shown to be faster everywhere"
 OTHERS_DIFFER = "What the other switches do differs from {place} to {place}"

@@ -12,10 +12,8 @@ from qwen3bench.reporting.finding import (
     Against,
     Beside,
     BestCell,
-    Check,
     Choice,
     Control,
-    ControlOutcome,
     Effect,
     Failed,
     Finding,
@@ -39,17 +37,17 @@ from qwen3bench.reporting.units import (
     LEAST_P,
     count,
     duration_words,
-    interval_decimals,
     is_number,
     listing,
     p_value,
     percent,
-    ratio,
     seconds,
     significant,
     size,
     times,
 )
+from qwen3bench.reporting.wording.control_words import control_words
+from qwen3bench.reporting.wording.ratio_words import band_words, interval, where_words
 
 # Kind → heading, in the order in which they are read.
 HEADINGS = {
@@ -82,7 +80,6 @@ METHOD = (
     "the data support neither that nor a difference. Peak memory is taken in a pass of its own, with one cell alone on "
     "the device."
 )
-FEW_PASSES = "one to three passes of each cell"  # as the look at eager takes that a run in a graph has
 FLASH_AND_MASK = (
     "Why flash and mask belong together: a fused kernel that is told of causality skips the blocked half of a prompt's "
     "scores. One that is given a mask tensor computes them all, and FlashAttention's takes none. With mask on there is "
@@ -117,13 +114,13 @@ def _said(finding: Finding) -> str:
             return _pair(finding, pair)
         case Saving() as saving:
             free = f" and leaves latency the same within {band_words(finding.width)}" if saving.free else ""
-            return f"{finding.subject} saves {size(saving.saved_bytes)} of peak memory{free}{_where(finding)}."
+            return f"{finding.subject} saves {size(saving.saved_bytes)} of peak memory{free}{where_words(finding)}."
         case LogitsAtPeak(logits_bytes, beside_parameters):
-            many = f"{size(logits_bytes)} of {size(beside_parameters)} beside the parameters{_where(finding)}"
+            many = f"{size(logits_bytes)} of {size(beside_parameters)} beside the parameters{where_words(finding)}"
             text = f"Every cell peaks at the logits of all positions, batch × tokens × vocabulary: {many}."
             return f"{text} No switch changes these; prefill.logits_to_keep=1 leaves them out."
         case Against(other, best_of):
-            text = f"{finding.subject} {_fast(finding, other)}{_where(finding)}."
+            text = f"{finding.subject} {_fast(finding, other)}{where_words(finding)}."
             return text + (f" {other} is the fastest of {best_of} other implementations here." if best_of > 1 else "")
         case OpenEffects() as unsure:
             return _open(finding, unsure)
@@ -137,7 +134,7 @@ def _said(finding: Finding) -> str:
             text = f"{passed} of {count(held, 'control')} passed."
             return text + (f" The interval of {count(unsure, 'control')} reaches beyond its limit." if unsure else "")
         case Control() as control:
-            return _control(finding, control)
+            return control_words(finding, control)
         case Regime() as regime:
             return _regime(finding, regime)
     return _other(finding)
@@ -150,73 +147,33 @@ def _other(finding: Finding) -> str:
     if finding.kind == Kind.INTERACTION:
         a, b = finding.subject.split(":")
         much = "more" if finding.estimate > 1 else "less"
-        return f"{a} and {b} are worth {much} together: joint effect {_interval(finding)}{_where(finding)}."
+        return f"{a} and {b} are worth {much} together: joint effect {interval(finding)}{where_words(finding)}."
     raise ValueError(f"no words for {finding}")
 
 
 # Speed
 
 
-def band_words(width: float) -> str:
-    """The band inside which nothing is told from nothing, such as `±1 %`."""
-    return f"±{100 * width:g} %"
-
-
-def _interval(finding: Finding | Effect) -> str:
-    return ratio(finding.estimate, finding.lo, finding.hi)
-
-
-def worth(effect: Finding | Effect) -> str:
-    """An effect on latency for a table of how many times as fast: `1.27× [1.26, 1.28]`, `1.00× [0.99, 1.01] same`."""
-    return f"{_interval(effect)} {verdict_word(effect.verdict)}".rstrip() if _interval(effect) else "not measured"
-
-
-def worth_said(effect: Finding | Effect) -> str:
-    """The same where no heading says what the ratio is of: `0.90× as fast [0.89, 0.91]`, and a word for its verdict."""
-    gain, _, interval = _interval(effect).partition(" ")
-    said = f"{gain} as fast {interval}".rstrip()
-    return ", ".join(filter(None, (said, verdict_word(effect.verdict)))) if gain else "not measured"
-
-
-def verdict_word(verdict: str) -> str:
-    """What a verdict adds to a ratio: nothing where the ratio says it itself, above or below 1."""
-    return _VERDICT_WORDS.get(verdict, "no verdict")
-
-
-_VERDICT_WORDS: dict[str, str] = {
-    Verdict.FASTER: "",
-    Verdict.SLOWER: "",
-    Verdict.SAME: "same",
-    Verdict.UNDECIDED: "undecided",
-    NoVerdict.NOISE: "within the noise",
-    NoVerdict.IDLE: NoVerdict.IDLE,
-}
-
-
-def _where(finding: Finding) -> str:
-    return f" ({finding.condition})" if finding.condition else ""
-
-
 def _fast(finding: Finding, other: str) -> str:
     """`is 1.27× [1.26, 1.28] as fast as …`, or what else the verdict supports."""
-    interval = _interval(finding)
+    gain = interval(finding)
     words: dict[str, str] = {
-        Verdict.FASTER: f"is {interval} as fast as {other}",
-        Verdict.SLOWER: f"is {interval} as fast as {other}",
-        Verdict.SAME: f"is as fast as {other} within {band_words(finding.width)}: {interval}",
-        Verdict.UNDECIDED: f"against {other} is undecided: {interval}",
-        NoVerdict.NOISE: f"against {other} shows no more than the noise: {interval}",
+        Verdict.FASTER: f"is {gain} as fast as {other}",
+        Verdict.SLOWER: f"is {gain} as fast as {other}",
+        Verdict.SAME: f"is as fast as {other} within {band_words(finding.width)}: {gain}",
+        Verdict.UNDECIDED: f"against {other} is undecided: {gain}",
+        NoVerdict.NOISE: f"against {other} shows no more than the noise: {gain}",
     }
-    return words.get(finding.verdict, f"reads {interval} as fast as {other}, without an interval")
+    return words.get(finding.verdict, f"reads {gain} as fast as {other}, without an interval")
 
 
 def _together(finding: Finding, taken: Times) -> str:
     if finding.subject == BASELINE:
         rate = f", {significant(taken.tokens_per_s)} tokens/s" if is_number(taken.tokens_per_s) else ""
-        return f"The baseline takes {seconds(taken.latency_s)}{rate}{_where(finding)}."
+        return f"The baseline takes {seconds(taken.latency_s)}{rate}{where_words(finding)}."
     if not is_number(taken.baseline_s):
-        return f"{finding.subject} takes {seconds(taken.latency_s)}{_where(finding)}. The baseline has no latency."
-    text = f"{finding.subject} {_fast(finding, 'the baseline')}{_where(finding)}."
+        return f"{finding.subject} takes {seconds(taken.latency_s)}{where_words(finding)}. The baseline has no latency."
+    text = f"{finding.subject} {_fast(finding, 'the baseline')}{where_words(finding)}."
     text += f" Latency goes from {seconds(taken.baseline_s)} to {seconds(taken.latency_s)}."
     return text
 
@@ -234,7 +191,7 @@ def _chosen(finding: Finding, choice: Choice) -> str:
     }
     if choice.none:
         return nothing[choice.none]
-    text = f"Switch on {finding.subject}{within}: {_interval(finding)} as fast as the baseline ({where})."
+    text = f"Switch on {finding.subject}{within}: {interval(finding)} as fast as the baseline ({where})."
     return " ".join([text, *choice_notes(finding, choice)])
 
 
@@ -268,18 +225,18 @@ def _named(finding: Finding, choice: Choice) -> str:
 def _switch(finding: Finding, beside: Beside) -> str:
     if not is_number(finding.estimate):
         because = f": {beside.reason}" if beside.reason else ""
-        return f"{finding.subject} is not known{_where(finding)}{because}."
-    interval, name = _interval(finding), finding.subject
+        return f"{finding.subject} is not known{where_words(finding)}{because}."
+    gain, name = interval(finding), finding.subject
     words: dict[str, str] = {
-        Verdict.FASTER: f"{name} on is {interval} as fast as off",
-        Verdict.SLOWER: f"{name} on is {interval} as fast as off",
-        Verdict.SAME: f"{name} changes latency by less than {band_words(finding.width)}: {interval}",
-        Verdict.UNDECIDED: f"{name} is undecided: {interval}",
-        NoVerdict.NOISE: f"{name} shows no more than the noise: {interval}",
-        NoVerdict.IDLE: f"{name} changes nothing that runs: {interval}",
+        Verdict.FASTER: f"{name} on is {gain} as fast as off",
+        Verdict.SLOWER: f"{name} on is {gain} as fast as off",
+        Verdict.SAME: f"{name} changes latency by less than {band_words(finding.width)}: {gain}",
+        Verdict.UNDECIDED: f"{name} is undecided: {gain}",
+        NoVerdict.NOISE: f"{name} shows no more than the noise: {gain}",
+        NoVerdict.IDLE: f"{name} changes nothing that runs: {gain}",
     }
-    text = words.get(finding.verdict, f"{name} reads {interval}, without a verdict")
-    text += f"{beside.others and f', {beside.others}'}{_where(finding)}."
+    text = words.get(finding.verdict, f"{name} reads {gain}, without a verdict")
+    text += f"{beside.others and f', {beside.others}'}{where_words(finding)}."
     return f"{text} Taken for granted: {beside.reason}." if beside.reason else text
 
 
@@ -287,7 +244,7 @@ def _switch(finding: Finding, beside: Beside) -> str:
 
 
 def _fitted(finding: Finding, fitted: Fitted) -> str:
-    text = f"{fitted.cells} of {fitted.every:,} cells were screened{_where(finding)}."
+    text = f"{fitted.cells} of {fitted.every:,} cells were screened{where_words(finding)}."
     off = f"off by {100 * fitted.rms:.2g} % of a latency"
     if fitted.matters is None:
         return f"{text} Whether main effects and pairs describe them is not known: too few cells or blocks tell."
@@ -299,12 +256,12 @@ def _fitted(finding: Finding, fitted: Fitted) -> str:
 
 
 def _confirmed(finding: Finding, found: BestCell) -> str:
-    text = f"Predicted to be fastest of all {found.every:,}: {finding.subject}, {_interval(found.predicted)}"
-    text += f" as fast as the baseline{_where(finding)}."
+    text = f"Predicted to be fastest of all {found.every:,}: {finding.subject}, {interval(found.predicted)}"
+    text += f" as fast as the baseline{where_words(finding)}."
     if found.measured is None:
         return f"{text} It has no measured speed-up, so it is not recommended."
     where = "Measured in the screen" if found.in_screen else "Measured since"
-    text += f" {where}: {_interval(found.measured)}."
+    text += f" {where}: {interval(found.measured)}."
     if not found.missed and not found.tested:
         if found.inside:
             return f"{text} That lies within the predicted interval, though the intervals are too wide for a test."
@@ -332,7 +289,7 @@ def idle_words(name: str, condition: str, pairs: int) -> str:
 
 def _pair(finding: Finding, pair: Pair) -> str:
     with_it, without = (times(half.estimate, half.lo, half.hi) for half in (pair.with_it, pair.without))
-    numbers = f"{with_it} with it, {without} without{_where(finding)}."
+    numbers = f"{with_it} with it, {without} without{where_words(finding)}."
     pays = pair.with_it.verdict, pair.without.verdict
     if only_with(pair):
         return f"{pair.small} helps only with {pair.large}: {numbers}"
@@ -356,7 +313,7 @@ def only_with_note(pair: Pair) -> str:
 def _open(finding: Finding, unsure: OpenEffects) -> str:
     named = listing([f"{e.term} {times(e.estimate, e.lo, e.hi)}" for e in unsure.effects])
     what = "Undecided interactions" if unsure.pairs else "Undecided"
-    return f"{what}: {named}{_where(finding)}." + (" One block gives no interval." if unsure.blind else "")
+    return f"{what}: {named}{where_words(finding)}." + (" One block gives no interval." if unsure.blind else "")
 
 
 def command_of(advice: Advice) -> str:
@@ -392,150 +349,11 @@ def _missing(finding: Finding, missing: Missing) -> str:
     return {
         Lack.END: "This run has not finished. The page shows what was measured until now.",
         Lack.LATENCY: f"Without any latency: {listing(named) or 'every workload'}.",
-        Lack.CELLS: f"{count(len(named), 'cell')} of {missing.total} without a latency: {said}{_where(finding)}.",
+        Lack.CELLS: f"{count(len(named), 'cell')} of {missing.total} without a latency: {said}{where_words(finding)}.",
         Lack.LINES: f"The record is damaged: {'; '.join(named)}.",
         Lack.EFFECTS: "No run holds an effect on latency that could be estimated.",
         Lack.ONE_BAND: f"Verdicts are by different bands and intervals ({said}). The page shows the first run's.",
     }[missing.lack]
-
-
-# Controls
-
-
-def control_mark(control: Control) -> str:
-    """For a list: passed, failed, or neither."""
-    return {ControlOutcome.PASSED: "✓", ControlOutcome.FAILED: "✗"}.get(control.outcome, "–")
-
-
-def _control(finding: Finding, control: Control) -> str:
-    words = {
-        Check.EQUIVALENCE: _equivalence_words,
-        Check.GRADIENTS: _gradient_words,
-        Check.VERIFIED: _equivalence_words,
-        Check.AA: _aa_words,
-        Check.TIE_LATENCY: _tie_words,
-        Check.TIE_MEMORY: _head_words,
-        Check.DRIFT: _drift_words,
-        Check.PROCESSES: _process_words,
-        Check.ONE_PROCESS: _process_words,
-        Check.FLAGGED: _block_words,
-        Check.LEFT_OUT: _block_words,
-        Check.POWER_CAP: _block_words,
-        Check.HOST: _host_words,
-        Check.NOISY_RUNS: _noisy_words,
-    }
-    return words[control.check](finding, control)
-
-
-def _equivalence_words(_: Finding, control: Control) -> str:
-    if control.outcome == ControlOutcome.FAILED:
-        return f"Not verified to compute the baseline's function: {listing(list(control.names))}."
-    return f"Equivalence: all {count(control.number, 'verified cell')} compute the baseline's function."
-
-
-def _gradient_words(_: Finding, control: Control) -> str:
-    return f"Gradients: all {count(control.number, 'verified cell')} train as the baseline does."
-
-
-def _aa_words(finding: Finding, control: Control) -> str:
-    if control.outcome == ControlOutcome.ABSENT:
-        return "A/A: no second copy of the baseline was timed."
-    limit, read = f"{100 * control.limit:g} %", f"{_interval(finding)}{_where(finding)}"
-    if control.outcome == ControlOutcome.FAILED:
-        mend = "Measure again in more processes, on a quiet machine."
-        if control.runtime == "compile":
-            mend = "Measure in more processes, as each compiled model chose its kernels for itself."
-        text = f"Noisy: two copies of the baseline differ, and read {read}. The limit is ±{limit}."
-        return f"{text} Differences of that size and less mean nothing. {mend}"
-    text = f"A/A: two copies of the baseline read {read}. The limit is ±{limit}."
-    if control.outcome == ControlOutcome.PASSED:
-        return text
-    if not is_number(finding.lo):
-        return f"{text} One block gives no interval, so nothing shows whether they agree."
-    return f"{text} As far as this run can tell, they agree within {_seen(finding)}."
-
-
-def copies_words(finding: Finding) -> str:
-    """What the A/A control of a condition came to, in a few words; none where it passed."""
-    outcome = finding.detail.outcome if isinstance(finding.detail, Control) else None
-    if outcome == ControlOutcome.UNSURE:
-        return f"copies agree within {_seen(finding)}" if is_number(finding.lo) else "no interval"
-    return "noisy" if outcome == ControlOutcome.FAILED else ""
-
-
-def _seen(finding: Finding) -> str:
-    """The farther end of the interval of a ratio that should be 1."""
-    return percent(max(finding.hi - 1, 1 - finding.lo))
-
-
-def _tie_words(finding: Finding, control: Control) -> str:
-    if control.outcome == ControlOutcome.ABSENT:
-        if control.number:
-            return "Negative control: the effect of tie has no interval. More blocks give one."
-        return "Negative control: this run has no effect of tie. design=full with tie among the switches has one."
-    text = f"Negative control: tie cannot change latency, and reads {_interval(finding)}{_where(finding)}."
-    outcome = (
-        "Its interval holds 1."
-        if control.outcome == ControlOutcome.PASSED
-        else ("Its interval leaves out 1, so effects of that size mean nothing.")
-    )
-    return f"{text} {outcome}"
-
-
-def _head_words(_: Finding, control: Control) -> str:
-    what = f"the head's {size(control.limit)} ({int(control.limit):,} bytes) of parameters"
-    if control.outcome == ControlOutcome.FAILED:
-        return f"Positive control: tie should save {what}. It does not when added to {listing(list(control.names))}."
-    return f"Positive control: tie saves exactly {what} in {count(control.number, 'pair')} of cells."
-
-
-def drift_words(finding: Finding) -> str:
-    """By how much latency moves while a process is timed, with its interval."""
-    decimals = interval_decimals(100 * finding.lo, 100 * finding.hi)
-    said = (f"{100 * value:+.{decimals}f}" for value in (finding.estimate, finding.lo, finding.hi))
-    total, lo, hi = (text.replace("-", "−") for text in said)
-    return f"from a process's first block to its last, latency moved by {total} % [{lo}, {hi}]"
-
-
-def _drift_words(finding: Finding, _: Control) -> str:
-    return f"Drift: {drift_words(finding)}{_where(finding)}. Effects are taken within blocks."
-
-
-def _process_words(finding: Finding, control: Control) -> str:
-    if control.check == Check.ONE_PROCESS:
-        text = f"Timed in one process: {listing(list(control.names))}."
-        return f"{text} Intervals leave out what differs between processes, so a second run need not confirm them."
-    text = f"Processes: the slowest takes {percent(finding.estimate)} more time than the fastest{_where(finding)}."
-    return f"{text} Effects are taken within blocks, and intervals count what processes do to them."
-
-
-def _block_words(finding: Finding, control: Control) -> str:
-    if control.check == Check.FLAGGED:
-        reasons = listing(list(control.names)) or "no reason recorded"
-        return f"{count(control.number, 'block')} measured under a disturbance that stayed: {reasons}."
-    if control.check == Check.LEFT_OUT:
-        text = f"Other work slowed {control.number} of {count(control.total, 'visit')}"
-        return f"{text}, {100 * control.number / control.total:.2g} %, which no estimate counts{_where(finding)}."
-    text = f"{control.number} of {count(control.total, 'block')} ended at the card's power limit, with lower clocks."
-    return f"{text} Cells that draw more power are slowed more there, as they would be in use."
-
-
-def _host_words(finding: Finding, control: Control) -> str:
-    if control.outcome == ControlOutcome.ABSENT:
-        if control.runtime == "graph":
-            return "Host: graph replays are device time. runtime=eager,graph shows how far the host holds them up."
-        return "Host: eager latency holds the host's launches. On CUDA, runtime=eager,graph shows how much they are."
-    shares = zip(control.names, control.shares, strict=True)
-    said = listing([f"{percent(min(1.0, share))} of the time ({name})" for name, share in shares])
-    few = f" (eager by {FEW_PASSES})" if control.runtime == "graph" else ""
-    text = f"Under eager the GPU works {said} in {finding.subject}, by graph over eager latency{few}."
-    if min(control.shares) < control.limit:
-        text += " The rest is the host launching kernels, so eager effects are not kernel time."
-    return text
-
-
-def _noisy_words(_: Finding, control: Control) -> str:
-    return f"Noisy, where only effects larger than the noise count: {'; '.join(control.names)}."
 
 
 # Over several runs

@@ -38,7 +38,8 @@ from qwen3bench.reporting.finding import (
 )
 from qwen3bench.reporting.findings import findings
 from qwen3bench.reporting.over_runs import dependent, effects_over, limits, over_findings
-from qwen3bench.reporting.wording.sentences import FLASH_AND_MASK, METHOD, choice_notes, sentence, worth, worth_said
+from qwen3bench.reporting.wording.ratio_words import worth, worth_said
+from qwen3bench.reporting.wording.sentences import FLASH_AND_MASK, METHOD, choice_notes, sentence
 
 REFERENCE = Path(__file__).parents[3] / "results" / "reference"
 Lines = list[dict[str, Any]]
