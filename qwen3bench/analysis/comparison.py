@@ -19,6 +19,7 @@ from qwen3bench.record.typed import flat
 
 TOLERANCE = 0.03  # of a latency: less than that, few would hold a change back for
 _KEYS = ["cell", *PLACE]
+_MOST = 6  # of what one run alone has, named; the cells of a screen are 64
 # Settings that say where results go or how they are shown, not what was measured.
 _NOT_COMPARED = ("run.", "resume", "report.")
 
@@ -164,7 +165,8 @@ def _only(a: Run, b: Run) -> list[str]:
             theirs = set(other.cells[column])
             alone = [str(v) for v in dict.fromkeys(run.cells[column]) if v not in theirs]
             if alone:
-                said.append(f"{what}{'s' if len(alone) > 1 else ''} in {name} alone: {', '.join(alone)}")
+                named = [*alone[:_MOST], *[f"{len(alone) - _MOST} more"] * (len(alone) > _MOST)]
+                said.append(f"{what}{'s' if len(alone) > 1 else ''} in {name} alone: {', '.join(named)}")
     if differ := set(a.factors) ^ set(b.factors):
         text = "an effect is an average over the others, so effects are not compared"
         said.append(f"not both vary {', '.join(sorted(differ))}: {text}")

@@ -13,7 +13,7 @@ from qwen3bench.analysis.comparison import Comparison
 from qwen3bench.analysis.regression import Change
 from qwen3bench.record.design import BASELINE
 from qwen3bench.reporting.templates import render
-from qwen3bench.reporting.units import BYTES, SECONDS, p_value, ratio, unit_for
+from qwen3bench.reporting.units import BYTES, SECONDS, listing, p_value, ratio, unit_for
 from qwen3bench.reporting.wording.comparison_words import (
     MEMORY,
     NO_DIFFERENCE,
@@ -26,6 +26,7 @@ from qwen3bench.reporting.wording.comparison_words import (
 
 _WHERE = ("workload", "runtime")
 _RATIOS = (Compared.SPEEDUP, Compared.PEER)
+_MOST = 6  # of a list's entries: the cells of a screen are 64
 Show = Callable[[Any], str]
 
 
@@ -112,4 +113,6 @@ def _part(title: str, text: str, table: pd.DataFrame, shown: Mapping[str, Show])
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, list) and len(value) > _MOST:
+        return listing([*map(str, value)], _MOST)
     return "—" if value is None else str(value)

@@ -87,7 +87,7 @@ def trends(effects: pd.DataFrame, names: Sequence[str], width: float) -> Plot | 
     lengths = sorted(effects["prompt_tokens"].dropna().astype(int).unique())
     if len(lengths) < 3:
         return None
-    columns = min(3, len(names))
+    columns = min(3, len(names) + 1)
     lines = len(names) // columns + 1  # a panel at least is spare, for the legend
     note = trends_note(effects["run"].nunique(), width, effects["verdict"])
     keys = [

@@ -352,6 +352,20 @@ def test_what_one_run_lacks_is_said(write_run: Write, capsys: pytest.CaptureFixt
     assert "cells in A alone: tie, flash+tie" in text
 
 
+def test_the_cells_of_a_screen_are_counted_and_not_all_named(
+    write_run: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"cell{number}" for number in range(64)]
+    a, b = write_run("a", config={"design": {"measured": names}}), write_run("b", factors=("flash",))
+    _, text = output(capsys, a, b)
+    row = next(line for line in text.splitlines() if line.startswith("| design.measured |"))
+    assert "cell4 and 59 more" in row
+    assert "cell5" not in row
+    (alone,) = re.findall(r"cells in A alone: (.*?);", section(text, "Not in both"))
+    assert alone.endswith("more")
+    assert len(alone.split(", ")) == 7
+
+
 def test_an_average_is_not_compared_with_what_is_none(write_run: Write, capsys: pytest.CaptureFixture[str]) -> None:
     worth = {"flash": 1.2, "flash:norm": 1.2}
     factors, few = ("flash", "mask", "norm"), ["baseline", "flash", "mask", "norm"]

@@ -141,6 +141,7 @@ def test_trends_need_three_lengths(runs: list[Run]) -> None:
         whole = trends(frame, NAMES, 0.01)
         assert whole is not None
         assert whole.title.startswith("Effects from 128 to 2048 prompt tokens")
+        assert len(whole.figure.axes) == 3  # two switches and a place for the legend
         assert trends(frame[frame["run"] < 3], NAMES, 0.01) is None
         plot = regimes(frame, NAMES, 0.01)
         assert plot is not None

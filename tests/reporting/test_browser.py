@@ -283,6 +283,7 @@ def test_a_comparison_fits_a_phone_and_breaks_no_number(browser: Any, written: P
     page = tmp_path / "comparison.html"
     assert main([str(written), str(written), "--html", str(page)]) == 0
     row = f"<table><tr><td>prompt_tokens<td><span>2048</span><td>{'a' * 64}</table>"
+    row += f"<p>{'flash+' * 12}norm</p>"
     text = page.read_text("utf-8").replace("<h1>", f"{row}<h1>{'results/reference/' * 3}")
     page.write_text(text, "utf-8")
     opened = browser.new_page(viewport={"width": 390, "height": 800})
