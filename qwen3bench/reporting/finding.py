@@ -11,6 +11,7 @@ from enum import StrEnum
 
 from qwen3bench.record.states import Verdict
 from qwen3bench.reporting.lookup import AVERAGE
+from qwen3bench.reporting.units import tells
 
 
 class Kind(StrEnum):
@@ -175,8 +176,9 @@ class BestCell:
 
     @property
     def inside(self) -> bool:
-        """Whether what was measured lies within the predicted interval."""
-        return self.measured is not None and self.predicted.lo <= self.measured.estimate <= self.predicted.hi
+        """Whether what was measured lies within the predicted interval, where that is of use."""
+        useful = tells(self.predicted.estimate, self.predicted.lo, self.predicted.hi)
+        return self.measured is not None and useful and self.predicted.lo <= self.measured.estimate <= self.predicted.hi
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,15 @@ from rich.text import Text
 from qwen3bench.record.states import CellStatus, Verdict
 from qwen3bench.reporting import control_findings
 from qwen3bench.reporting.conditions import Condition, conditions
-from qwen3bench.reporting.finding import BestCell, ControlOutcome, NoVerdict, Pair, verdict_of
+from qwen3bench.reporting.finding import (
+    BestCell,
+    ControlOutcome,
+    Effect,
+    NoVerdict,
+    Pair,
+    undecided_by_holm,
+    verdict_of,
+)
 from qwen3bench.reporting.findings_cells import recommended
 from qwen3bench.reporting.findings_effects import joint
 from qwen3bench.reporting.findings_screen import screened
@@ -60,8 +68,9 @@ if TYPE_CHECKING:
 
 MAX_LINES = 25  # one screen, what is told beside the summary included
 _WIDTH = 100
-_MAX_ROWS = 9  # of the table
+_MAX_ROWS = 12  # of the table: as many as the largest screen has switches
 _MARKS: dict[str, str] = {Verdict.SAME: "=", Verdict.UNDECIDED: "?", NoVerdict.NOISE: "~", NoVerdict.IDLE: "∅"}
+_DIRECTIONS = (Verdict.FASTER, Verdict.SLOWER)
 Estimate = tuple[float, float, float, str]  # ratio, its interval, its verdict
 Rows = dict[str, list[Estimate | None]]  # one estimate for each condition
 
@@ -218,6 +227,11 @@ def _warnings(run: Run) -> Iterator[str]:
 # The table
 
 
+def _largest(estimates: Sequence[Estimate | None]) -> float:
+    """The largest effect that has a direction, in log; 0 where none has."""
+    return max((abs(math.log(each[0])) for each in estimates if each and each[3] in _DIRECTIONS), default=0.0)
+
+
 def _tables(shown: Shown, width: int) -> Iterator[list[str]]:
     """The tables as lines, shorter each time: without that of peers, with fewer switches, and none at last."""
     yield _laid_out(shown, width, _MAX_ROWS)
@@ -240,9 +254,11 @@ def _laid_out(shown: Shown, width: int, most: int) -> list[str]:
 
 
 def _some(table: Rows, heads: Sequence[str], width: int, most: int) -> list[str]:
-    """The first `most` rows of a table; a line counts those that are left."""
+    """At most `most` rows of a table, the largest effects with a direction first; a line counts what is left."""
     more = len(table) - most
-    return effect_lines(dict(list(table.items())[:most]), heads, width) + [left(more, Left.ROW)] * (more > 0)
+    chosen = sorted(table, key=lambda name: -_largest(table[name]))[:most]
+    kept = {name: estimates for name, estimates in table.items() if name in chosen}
+    return effect_lines(kept, heads, width) + [left(more, Left.ROW)] * (more > 0)
 
 
 def _shown(run: Run) -> Shown:
@@ -258,7 +274,10 @@ def _shown(run: Run) -> Shown:
     }
     noisy = any(control_findings.noise(run, condition) for condition in found)
     idle = any(each and each[3] == NoVerdict.IDLE for estimates in switches.values() for each in estimates)
-    marks = marks_of(band(run), noisy=noisy, idle=idle)
+    corrected = any(
+        undecided_by_holm(Effect(name, *each)) for name, estimates in switches.items() for each in estimates if each
+    )
+    marks = marks_of(band(run), noisy=noisy, idle=idle, corrected=corrected)
     title = ""
     if switches:
         others = {others_beside(run, frame) for frame in main.values() if len(frame)}

@@ -27,6 +27,7 @@ from qwen3bench.reporting.screen_table import screen_section
 from qwen3bench.reporting.switch_table import switch_table
 from qwen3bench.reporting.terminal import terminal_summary
 from qwen3bench.reporting.whatif import whatif
+from qwen3bench.reporting.wording.page_words import held_word
 from qwen3bench.reporting.wording.sentences import sentence
 from qwen3bench.reporting.wording.terminal_words import prediction_words
 
@@ -225,9 +226,19 @@ def test_a_prediction_without_a_useful_interval_is_not_said_to_hold(screened_run
     said = sentence(replace(found[0], detail=beside))
     assert said.endswith("The intervals are too wide to tell whether that holds.")
     assert wide.held is None
-    told = [prediction_words(each) for each in (wide, beside, replace(wide, measured=None))]
+    endless = replace(wide, predicted=replace(wide.predicted, lo=1e-9, hi=1e9))
+    assert sentence(replace(found[0], detail=endless)).endswith(
+        "The intervals are too wide to tell whether that holds."
+    )
+    told = [prediction_words(each) for each in (wide, beside, endless, replace(wide, measured=None))]
     assert told[0] == "agrees with the prediction, too wide to test"
-    assert told[1:] == ["too wide to test the prediction", "the predicted best has no speed-up"]
+    assert told[1:3] == ["too wide to test the prediction"] * 2
+    assert told[3] == "the predicted best has no speed-up"
+
+
+def test_a_row_of_a_prediction_that_no_test_tells_agrees_only_where_its_interval_is_of_use() -> None:
+    said = [held_word(True, tested=False, useful=useful, in_screen=False) for useful in (True, False)]
+    assert said == ["agrees, too wide to test", "too wide to test"]
 
 
 def undecided_effects(run: Run, *terms: str, lo: float) -> Run:

@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -184,3 +185,27 @@ def test_copies_differ_by_what_the_report_reads(
     run = run_of(record_lines(factors=("flash",), copy_shift=shift))
     apart = abs(run.controls.aa["ratio"].iloc[0] - 1)
     assert f"two copies of the baseline differ by {100 * apart:.0f} %" in " ".join(printed(run)).replace("\xa0", " ")
+
+
+def test_rows_that_have_no_room_are_those_without_a_direction(
+    record_lines: Callable[..., Lines], run_of: RunOf
+) -> None:
+    lines = printed(run_of(record_lines()), beside=15)
+    names = [line.split()[0] for line in lines if re.match(r"\w+ +[01]\.\d", line)]
+    assert names == ["flash", "mask", "norm"]  # not mlp, the smallest with a direction, nor tie
+    assert "2 more rows in the report" in lines
+
+
+def test_a_question_mark_beside_an_interval_without_1_is_explained(full_run: Run) -> None:
+    assert not any("Holm" in line for line in printed(full_run))
+    effects = full_run.effects.copy()
+    norm = (effects["term"] == "norm") & (effects["kind"] == "main") & (effects["metric"] == "latency_s")
+    effects.loc[norm, "verdict"] = "undecided"
+    said = " ".join(" ".join(printed(replace(full_run, effects=effects))).split())
+    assert "? undecided, by Holm also where an interval leaves out 1)" in said
+
+
+def test_all_ten_switches_of_training_have_a_row(record_lines: Callable[..., Lines], run_of: RunOf) -> None:
+    ten = ("flash", "tie", "mlp", "mask", "norm", "rope", "residual", "qkv", "flce", "recompute")
+    lines = printed(run_of(record_lines(ten, screen=True, workloads=("train",), memory=False, evidence=False)))
+    assert {line.split()[0] for line in lines if re.match(r"\w+ +[01]\.\d", line)} == set(ten)

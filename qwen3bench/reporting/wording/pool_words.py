@@ -70,7 +70,7 @@ def machines_differ(keys: list[str]) -> str:
 POOL = {
     "pooled": "How many times as fast with the switch on, over all machines",
     "pooled_ratios": "How many times as fast a cell is as another, over all machines",
-    "of_cards": "Latency of each card, which is not pooled",
+    "of_cards": "Latency of each machine and card",
     "unlike": "What is not the same on all machines",
 }
 UNFINISHED, NOISY = "has not finished", "is noisy: two copies of its baseline differ"

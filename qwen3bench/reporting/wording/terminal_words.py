@@ -73,9 +73,13 @@ def failed_controls(number: int) -> str:
     return f"{count(number, 'control')} failed; the report says which, and what it means."
 
 
-def marks_of(band: float, *, noisy: bool, idle: bool) -> str:
-    """What the marks of the table mean; those of noise and of what changes nothing where there is some."""
-    more = ", ~ within the noise" * noisy + ", ∅ changes nothing" * idle
+def marks_of(band: float, *, noisy: bool, idle: bool, corrected: bool) -> str:
+    """What the marks of the table mean; those of noise and of what changes nothing where there is some.
+
+    `corrected`: whether some effect is undecided though its interval leaves out 1.
+    """
+    more = ", by Holm also where an interval leaves out 1" * corrected
+    more += ", ~ within the noise" * noisy + ", ∅ changes nothing" * idle
     return f"(= the same within ±{100 * band:g}{FIXED}%, ? undecided{more})"
 
 
