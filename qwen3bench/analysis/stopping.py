@@ -14,12 +14,11 @@ from qwen3bench.analysis.variance import clustered_mean
 from qwen3bench.record.lines import SampleLine
 from qwen3bench.record.states import StopReason
 
+_CONFIDENCE = 0.95  # of the intervals that `measure.target` is about
 _MIN_DF = 5  # of the pooled error; with fewer a variance that happens to look small ends the measuring too early
 
 
-def half_widths(
-    samples: pd.DataFrame | Sequence[SampleLine], factors: Sequence[str], confidence: float = 0.95
-) -> dict[str, float]:
+def half_widths(samples: pd.DataFrame | Sequence[SampleLine], factors: Sequence[str]) -> dict[str, float]:
     """The relative half-width of each main effect's interval; infinite where it is not known yet.
 
     `samples`: one workload and runtime, finished blocks alone, as a DataFrame or the record's sample lines
@@ -44,7 +43,7 @@ def half_widths(
         return {}
     if cells == [BASELINE]:
         alone = clustered_mean(matrix.log_s[BASELINE].to_numpy(), matrix.process)
-        return {BASELINE: _relative(float(alone.half_width(confidence)), float(alone.df))}
+        return {BASELINE: _relative(float(alone.half_width(_CONFIDENCE)), float(alone.df))}
     found = None
     codes = factor_columns(cells, factors)
     own = ~codes.isna().any(axis=1).to_numpy()
@@ -62,7 +61,7 @@ def half_widths(
     if found is None:  # neither the main effects nor a speed-up can be told, however long it takes
         return {}
     df = float(np.max(found.df))
-    return {name: _relative(half, df) for name, half in zip(names, found.half_width(confidence), strict=True)}
+    return {name: _relative(half, df) for name, half in zip(names, found.half_width(_CONFIDENCE), strict=True)}
 
 
 @dataclass(frozen=True)

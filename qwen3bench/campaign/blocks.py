@@ -18,6 +18,7 @@ from qwen3bench.campaign.monitor import disturbances, flags
 from qwen3bench.campaign.room import too_many
 from qwen3bench.campaign.scheduler import CardLostError, Steps
 from qwen3bench.campaign.state import Place, Timing, Where
+from qwen3bench.campaign.worker_pool import prepare
 from qwen3bench.record.card import Card
 from qwen3bench.record.design import BASELINE, block_order
 from qwen3bench.record.lines import BlockLine, CompileLine, SampleLine, StopLine, VisitLine
@@ -82,7 +83,7 @@ class Blocks:
                     at_once = 1
                     break
                 if len(together) == 1:
-                    self._time_alone(together[0])
+                    self._workers.drive(self.alone(together[0]))
                 self.stop_what_is_known()
 
     def stop_what_is_known(self) -> None:
@@ -95,10 +96,6 @@ class Blocks:
             elif reason := self._reason_to_stop(where):
                 self._stop(where, reason)
 
-    def _time_alone(self, where: Where) -> None:
-        """One process, made ready and timed with none beside it."""
-        self._workers.drive(self.alone(where))
-
     def alone(self, where: Where) -> Steps[None]:
         """The steps of one process, made ready and timed with none beside it on this card."""
         if self._timings[where].stopped or not self._context.cells(where):
@@ -109,7 +106,7 @@ class Blocks:
             self._workers.end()
 
     def standing_by(self, place: int, where: Where, setup_s: float) -> Steps[bool]:
-        """The steps of a process that stands by in this place of `WorkerPool.prepare`; False where something failed."""
+        """The steps of a process that stands by in this place of `prepare`; False where something failed."""
         if self._timings[where].stopped:
             return True
         if not self._workers.take(place):
@@ -206,7 +203,7 @@ class Blocks:
         names = ", ".join(dict.fromkeys(" ".join(where) for where in wheres))
         title = f"preparing {names} in {len(wheres)} processes at a time"
         with self._progress.part(title, sum(map(len, shares)) - len(shares)) as stage:
-            for request in self._workers.prepare(shares):
+            for request in prepare([self._workers], [shares]):
                 if isinstance(request, Prepare):
                     stage.step(request.cell)
         self._workers.start_ahead(1)

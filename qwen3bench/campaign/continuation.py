@@ -132,7 +132,7 @@ def refuse_changed(done: Record, settings: Settings, identity: Identity, directo
         return
     keys = config_differences(done.run.config, settings.to_dict())
     words = [f"the configuration ({'; '.join(keys)})" if keys and w == "the configuration" else w for w in changed]
-    advice = f"or continue it as it was with {_override('resume', directory)} alone" if keys else ""
+    advice = f"or continue it as it was with {_override_of(directory)} alone" if keys else ""
     raise UserError(
         f"{directory}: cannot be continued, as {', '.join(words)} changed since it began\n"
         f"start a new run with another run.dir {advice}".rstrip()
@@ -156,7 +156,7 @@ def recorded_settings(done: Record, directory: Path) -> Settings:
     for key, value in _named_by_record_alone(done.run):
         raise UserError(
             f"{directory}: its record asks for {key}={value!r:.60}, which configs/ does not have\n"
-            f"if you trust it, give the whole command that began it, with {_override('resume', directory)}"
+            f"if you trust it, give the whole command that began it, with {_override_of(directory)}"
         )
     try:
         return settings_from({**done.run.config, "resume": str(directory)})
@@ -184,14 +184,14 @@ def resume_command(directory: Path) -> str:
     """The line that continues this run."""
     own = own_config_dir()
     folder = f"--config-dir {shlex.quote(str(own))} " if own else ""
-    return f"python -m qwen3bench {folder}{_override('resume', directory)}"
+    return f"python -m qwen3bench {folder}{_override_of(directory)}"
 
 
-def _override(key: str, path: Path) -> str:
-    """KEY=PATH as the shell, Hydra and OmegaConf want it quoted."""
+def _override_of(path: Path) -> str:
+    """resume=PATH as the shell, Hydra and OmegaConf want it quoted."""
     text = str(path)
     if not _PLAIN_PATH.fullmatch(text):
         # Hydra takes backslashes literally but before its own quote; OmegaConf reads ${…}.
         text = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + ('\\"' if m[2] else ""), text).replace("${", "\\${")
         text = f'"{text}"'
-    return shlex.quote(f"{key}={text}")
+    return shlex.quote(f"resume={text}")

@@ -12,7 +12,7 @@ from qwen3bench.campaign.blocks import Blocks
 from qwen3bench.campaign.context import RunContext
 from qwen3bench.campaign.scheduler import CardLostError, Orders, Scheduler, Steps
 from qwen3bench.campaign.state import Where
-from qwen3bench.campaign.worker_pool import NoWorkerError, WorkerPool, prepare_on, side_by_side
+from qwen3bench.campaign.worker_pool import NoWorkerError, WorkerPool, prepare, side_by_side
 from qwen3bench.record.card import Card
 from qwen3bench.record.messages import Prepare, Request
 from qwen3bench.record.states import Purpose
@@ -129,9 +129,7 @@ class Lanes:
             self.first.workers.drive(begin(self.first, job))
 
     def side_by_side(self, shares: Sequence[Sequence[Request[Any]]]) -> Iterator[tuple[Request[Any], Any]]:
-        """`WorkerPool.side_by_side`, the shares dealt out to the cards in turn."""
-        if len(self) == 1:
-            return self.first.workers.side_by_side(shares)
+        """The requests of all shares and their answers, the shares dealt out to the cards in turn."""
         return side_by_side([lane.workers for lane in self], shares)
 
     def start_ahead(self, count: int) -> None:
@@ -214,7 +212,7 @@ class Lanes:
         title = f"preparing {names} in {count} processes on {len(here)} cards"
         total = sum(len(share) - 1 for mine in shares for share in mine)
         with self.first.context.progress.part(title, total) as stage:
-            for request in prepare_on([lane.workers for lane in here], shares):
+            for request in prepare([lane.workers for lane in here], shares):
                 if isinstance(request, Prepare):
                     stage.step(request.cell)
         for lane in here:

@@ -203,14 +203,6 @@ class WorkerPool:
 
     # Several side by side
 
-    def side_by_side(self, shares: Sequence[Sequence[Request[Any]]]) -> Iterator[tuple[Request[Any], Any]]:
-        """The requests of all shares and their answers as they come: of the worker at work and of those beside it.
-
-        A share ends with its first failure, as that may be of the others' making: only asking again, alone, tells. All
-        workers but the one at work have ended afterwards.
-        """
-        yield from side_by_side([self], shares)
-
     def share_out(self, shares: Sequence[Sequence[Request[Any]]]) -> dict[WorkerHandle, Sequence[Request[Any]]]:
         """Each share with its worker: that at work for the first, and one beside it for each other."""
         if not shares:
@@ -227,13 +219,6 @@ class WorkerPool:
         for worker in workers:
             if worker is not self._worker:
                 worker.end()
-
-    def prepare(self, shares: Sequence[Sequence[Request[Any]]]) -> Iterator[Request[Any]]:
-        """The requests of all shares as they are answered, each share by a fresh worker.
-
-        A worker that has answered all of its share stands by until `take`; one that failed has ended.
-        """
-        yield from prepare_on([self], [shares])
 
     def stand_by(self, shares: Sequence[Sequence[Request[Any]]]) -> dict[WorkerHandle, Sequence[Request[Any]]]:
         """Each share with a fresh worker, which stands by in its place."""
@@ -311,7 +296,11 @@ class WorkerPool:
 def side_by_side(
     pools: Sequence[WorkerPool], shares: Sequence[Sequence[Request[Any]]]
 ) -> Iterator[tuple[Request[Any], Any]]:
-    """`WorkerPool.side_by_side` over several cards, the shares dealt out in turn."""
+    """The requests of all shares and their answers as they come: of the workers at work and of those beside them.
+
+    Shares are dealt out to the cards in turn. One ends with its first failure, as that may be of the others' making:
+    only asking again, alone, tells. All workers but those at work have ended afterwards.
+    """
     homes: dict[WorkerHandle, WorkerPool] = {}
     queues: dict[WorkerHandle, Sequence[Request[Any]]] = {}
     for place, pool in enumerate(pools):
@@ -332,10 +321,11 @@ def side_by_side(
             pool.end_beside(worker for worker, home in homes.items() if home is pool)
 
 
-def prepare_on(
-    pools: Sequence[WorkerPool], shares: Sequence[Sequence[Sequence[Request[Any]]]]
-) -> Iterator[Request[Any]]:
-    """`WorkerPool.prepare` on several cards, each with shares of its own."""
+def prepare(pools: Sequence[WorkerPool], shares: Sequence[Sequence[Sequence[Request[Any]]]]) -> Iterator[Request[Any]]:
+    """The requests of all shares as they are answered, each share by a fresh worker; each card has shares of its own.
+
+    A worker that has answered all of its share stands by until `WorkerPool.take`; one that failed has ended.
+    """
     homes: dict[WorkerHandle, WorkerPool] = {}
     queues: dict[WorkerHandle, Sequence[Request[Any]]] = {}
     for pool, mine in zip(pools, shares, strict=True):

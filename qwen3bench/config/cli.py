@@ -41,12 +41,12 @@ def main(argv: Sequence[str] | None, run: Run, finished: Finished = lambda _: No
     return guarded(lambda: _launch(sys.argv[1:] if argv is None else argv, run, finished, about))
 
 
-def compose(argv: Sequence[str] | None = None) -> Settings:
+def compose(argv: Sequence[str]) -> Settings:
     """The settings that a command line without multirun describes, for entries that launch no run.
 
     Raises `UserError` where it describes none.
     """
-    arguments = normalize(sys.argv[1:] if argv is None else argv)
+    arguments = normalize(argv)
     overrides = [argument for argument in arguments if not argument.startswith(OWN_FOLDER)]
     if option := next((override for override in overrides if override.startswith("-")), None):
         raise UserError(f"{option} is not an option here; give KEY=VALUE, as in `model=tiny`")

@@ -65,7 +65,7 @@ def build_model(
     return filled(model, weights, device, dtype)
 
 
-def skeleton(config: ModelConfig, opts: Iterable[str] | Mapping[str, Mapping[str, Any]] = ()) -> Qwen3Model:
+def skeleton(config: ModelConfig, opts: Iterable[str] | Mapping[str, Mapping[str, Any]]) -> Qwen3Model:
     """The model on `meta`, made of the parts that the optimizations leave, without weights."""
     parts = assemble(resolve(opts))
     with torch.device("meta"):

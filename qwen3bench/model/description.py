@@ -15,7 +15,7 @@ _BFLOAT16_BYTES = 2
 _TRAINED = 4  # times the weights: they, their gradients and AdamW's two moments, all in one dtype
 
 
-def description(config: ModelConfig, opts: Iterable[str] | Mapping[str, Mapping[str, Any]] = ()) -> str:
+def description(config: ModelConfig, opts: Iterable[str] | Mapping[str, Mapping[str, Any]]) -> str:
     """Tree, parameter counts and memory of the model with `opts` on, in the layout of the seed document.
 
     Built on `meta`, so any size prints at once. Raises `UserError` for an unknown optimization or a conflict.

@@ -48,7 +48,7 @@ def refuse_shared(model: nn.Module) -> None:
     )
 
 
-def refuse_unreached(model: nn.Module, output: Tensor, apart: Iterable[nn.Module] = ()) -> None:
+def refuse_unreached(model: nn.Module, output: Tensor, apart: Iterable[nn.Module]) -> None:
     """Raise `UserError` where backward from `output` would leave parameters to train without a gradient.
 
     A part whose forward records nothing would do that without a word. `apart` are modules that come after `output`.

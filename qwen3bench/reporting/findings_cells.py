@@ -89,7 +89,7 @@ def recommended(run: Run, condition: Condition) -> Iterator[Finding]:
     baseline = rows(all_cells[all_cells["cell"] == BASELINE])[0]
     others = alike[alike["cell"] != pick.cell]
     choice = Choice(
-        times=times_of(run, pick, baseline),
+        times=times_of(pick, baseline),
         alike=tuple(others["cell"]),
         by_memory=by_memory,
         more_bytes=float((others[MEMORY].astype(float) - getattr(pick, MEMORY)).min()) if by_memory else math.nan,
@@ -127,7 +127,7 @@ def _nothing(run: Run, condition: Condition, choice: Choice, advice: Advice | No
     return Finding(Kind.ANSWER, condition=str(condition), detail=choice, advice=advice, level=level, width=band(run))
 
 
-def times_of(run: Run, row: Any, baseline: Any | None = None) -> Times:
+def times_of(row: Any, baseline: Any | None) -> Times:
     """What a cell takes beside the baseline, where there is one."""
 
     def number(value: Any) -> float:

@@ -59,7 +59,7 @@ def together(run: Run, condition: Condition) -> Iterator[Finding]:
         row.speedup_lo,
         row.speedup_hi,
         "" if alone else control_findings.heard(run, condition, verdict, row.speedup),
-        times_of(run, row, None if alone else good.get(BASELINE)),
+        times_of(row, None if alone else good.get(BASELINE)),
         width=band(run),
         noisy=_noisy(run, condition) and not alone,
     )

@@ -35,8 +35,7 @@ _CELL_COLUMNS: dict[str, tuple[str, str]] = {
     "samples": ("samples", "number"),
     "status": ("status", "text"),
 }
-_CELL_BASICS = ("latency_s", "speedup", "tokens_per_s", "peak_allocated_bytes", "status")
-_CELL_MEASURED = (*_CELL_BASICS[:-1], "parameter_bytes", "status")
+_CELL_MEASURED = ("latency_s", "speedup", "tokens_per_s", "peak_allocated_bytes", "parameter_bytes", "status")
 _EQUIVALENCE_COLUMNS: dict[str, tuple[str, str]] = {
     "equivalent": ("same function", "text"),
     "max_abs_error": ("max error", "number"),
@@ -87,12 +86,9 @@ class Table:
         return [*self.rows[:most], *(row for row in self.rows[most:] if row[0].text in kept)]
 
 
-def ranking_table(cells: pd.DataFrame, basics: bool = False) -> Table:
-    """Cells of one condition, the fastest first, those that failed at the end, as they have no rank.
-
-    `basics` keeps the columns that fit a terminal.
-    """
-    return _ranked(cells, _CELL_BASICS if basics else tuple(_CELL_COLUMNS))
+def ranking_table(cells: pd.DataFrame) -> Table:
+    """Cells of one condition, the fastest first, those that failed at the end, as they have no rank."""
+    return _ranked(cells, tuple(_CELL_COLUMNS))
 
 
 def measured_table(cells: pd.DataFrame) -> Table:

@@ -50,9 +50,9 @@ def least_s(values: Iterable[TimedValue]) -> float:
     return min(taken)
 
 
-def inner_repeats(estimate_s: float, min_value_s: float = MIN_VALUE_S) -> int:
+def inner_repeats(estimate_s: float) -> int:
     """How often work of `estimate_s` seconds is repeated inside one timed value."""
-    return max(1, math.ceil(min_value_s / max(estimate_s, 1e-9)))
+    return max(1, math.ceil(MIN_VALUE_S / max(estimate_s, 1e-9)))
 
 
 def visit_repeats(value_s: float) -> int:

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from qwen3bench.campaign import passes
-from qwen3bench.campaign.worker_pool import WorkerPool
+from qwen3bench.campaign.lanes import Lanes
 from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.record.lines import (
     BlockLine,
@@ -171,7 +171,7 @@ def test_the_card_has_turned_to_another_process_before_one_is_timed(
 
 def test_cells_with_the_same_kernels_go_to_the_same_process(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
     shared: list[list[Verify]] = []
-    monkeypatch.setattr(WorkerPool, "side_by_side", lambda self, shares: shared.extend(shares) or iter(()))
+    monkeypatch.setattr(Lanes, "side_by_side", lambda self, shares: shared.extend(shares) or iter(()))
     assert measure(*ON_A_CARD).status == 0  # all alone, as none was verified beside others
     assert [{("flash" in step.cell, "tie" in step.cell) for step in share} for share in shared] == [
         {(True, True)},
@@ -241,15 +241,15 @@ def test_a_cell_that_could_not_be_built_is_not_verified(measure: Measure) -> Non
 
 
 def test_a_continued_run_verifies_what_is_left(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = WorkerPool.side_by_side
+    whole = Lanes.side_by_side
 
-    def cut_off(self: WorkerPool, shares: Any) -> Any:
+    def cut_off(self: Lanes, shares: Any) -> Any:
         yield from itertools.islice(whole(self, shares), 5)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(10)
 
     with monkeypatch.context() as patched:
-        patched.setattr(WorkerPool, "side_by_side", cut_off)
+        patched.setattr(Lanes, "side_by_side", cut_off)
         begun = measure(*ON_A_CARD)
     assert begun.status == 130
     assert len(begun.record.of(VerifyLine)) == 5
