@@ -13,7 +13,7 @@ from qwen3bench.analysis.run import Run
 from qwen3bench.config import catalogue as optimizations
 from qwen3bench.errors import UserError
 from qwen3bench.reporting.findings import findings
-from qwen3bench.reporting.pages import about, page_content, write_report
+from qwen3bench.reporting.pages import about, open_answers, page_content, write_report
 from qwen3bench.reporting.templates import markdown, render
 
 Lines = list[dict[str, Any]]
@@ -321,3 +321,15 @@ def test_shares_and_errors_say_what_they_are_for(run_of: Any, record_lines: Any,
     for text in (page.read_text(), page.with_suffix(".md").read_text()):
         assert ("splits the gain of all on into Shapley shares" in text) == (len(factors) > 1)  # has a waterfall
         assert "from the reference, the same function in float64" in text
+
+
+def test_what_no_cell_tells_is_not_said_to_hold_if_the_estimates_do(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    names = ["baseline", "flash+tie"]
+    lines = [line for line in record_lines(factors=("flash", "tie")) if line.get("cell") in (None, *names)]
+    lines[0]["cells"] = names
+    ((said, settings, _), *more) = open_answers(findings(run_of(lines)))
+    assert more == []
+    assert said.startswith("The measured cells do not tell what a single switch is worth. To tell: design=full")
+    assert settings == ""
