@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from small_run import SMALL
 
 from qwen3bench.analysis.run import Run, load_run
 from qwen3bench.campaign import launch
@@ -29,17 +30,6 @@ from qwen3bench.record.reader import Record, read_record
 
 Fault = dict[str, Any]
 Start = Callable[[Path], WorkerProcess]
-
-SMALL = (
-    "model=tiny",
-    "workload=prefill",
-    "device=cpu",
-    "measure.target=0.00001",
-    "measure.min_blocks=3",
-    "measure.max_blocks=3",
-    "measure.min_processes=1",
-    "measure.blocks_per_process=2",
-)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_run import SMALL
 
 from qwen3bench.config.cli import compose
 from qwen3bench.config.settings import Settings
@@ -20,16 +21,6 @@ from qwen3bench.record.messages import REQUESTS, decode_reply, encode_request
 from qwen3bench.worker.serve import Worker, serve
 
 Ask = Callable[..., Any]
-SMALL = (
-    "model=tiny",
-    "workload=prefill",
-    "device=cpu",
-    "measure.target=0.00001",
-    "measure.min_blocks=3",
-    "measure.max_blocks=3",
-    "measure.min_processes=1",
-    "measure.blocks_per_process=2",
-)
 
 
 @pytest.fixture(scope="session")
