@@ -14,7 +14,7 @@ POINT = "h100-regimes/single/0"
 
 @pytest.mark.parametrize("name", ["h200-ablate-1x2048", "h200-screen-1x2048", POINT])
 def test_tables_are_the_committed_ones(name: str) -> None:
-    """A graph, a compiled one with a peer, a point of a multirun."""
+    """All cells, a screen, a point of a multirun."""
     run = load_run(REFERENCE / name)
     for table, file in ((run.cells, "cells.csv"), (run.effects, "effects.csv")):
         assert to_csv(table).encode() == (REFERENCE / name / file).read_bytes()
