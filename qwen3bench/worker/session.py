@@ -161,7 +161,8 @@ def take_threads(settings: Settings) -> None:
         return
     if settings.threads > (cpus := len(usable_cpus())):
         raise UserError(
-            f"threads={settings.threads}: {cpus} CPUs may be used here, and more threads wait for each other"
+            f"threads={settings.threads}: {cpus} CPU{'s' * (cpus > 1)} may be used here, and more threads wait "
+            "for each other"
         )
     torch.set_num_threads(settings.threads)
 
