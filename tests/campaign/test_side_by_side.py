@@ -36,6 +36,7 @@ from qwen3bench.record.messages import CollectEvidence, MeasureMemory, Request, 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("titles_told")]
 
 Measure = Callable[..., Any]
+Asked = list[tuple[int, Request[Any]]]
 ON_A_CARD = ("design=full", "opt=flash,tie,mask,norm", "device=cuda", "runtime=graph")
 DIES = {"does": "die"}
 TIMED = (*ON_A_CARD, "workload=prefill,decode", "measure.min_processes=2", "measure.blocks_per_process=1")
@@ -46,6 +47,20 @@ BABBLES = {"does": "raw", "text": "\xff\x00 {]\n"}
 @pytest.fixture(autouse=True)
 def sixteen_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "usable_cores", lambda: 16)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    """Every request that is sent, with the process that it is sent to."""
+    noted: Asked = []
+    send = WorkerProcess.send
+
+    def sent(self: WorkerProcess, request: Request[Any]) -> None:
+        noted.append((self.pid, request))
+        send(self, request)
+
+    monkeypatch.setattr(WorkerProcess, "send", sent)
+    return noted
 
 
 def test_each_cell_is_verified_once_and_the_processes_beside_are_gone(measure: Measure) -> None:
@@ -61,18 +76,8 @@ def test_each_cell_is_verified_once_and_the_processes_beside_are_gone(measure: M
     assert "at a time" not in alone.err
 
 
-def test_memory_and_evidence_are_looked_at_by_the_processes_that_verified(
-    measure: Measure, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_and_evidence_are_looked_at_by_the_processes_that_verified(measure: Measure, asked: Asked) -> None:
     """Evidence of a cell comes right behind its memory; processes that are to time have not been told of a device."""
-    asked: list[tuple[int, Request[Any]]] = []
-    send = WorkerProcess.send
-
-    def noted(self: WorkerProcess, request: Request[Any]) -> None:
-        asked.append((self.pid, request))
-        send(self, request)
-
-    monkeypatch.setattr(WorkerProcess, "send", noted)
     done = measure(*TIMED)
     assert done.status == 0
     assert len(done.record.of(MemoryLine)) == len(done.record.of(EvidenceLine)) == 2 * 16
@@ -93,18 +98,8 @@ def test_memory_and_evidence_are_looked_at_by_the_processes_that_verified(
     assert not timed & {pid for pid, _ in asked[:last_look]}
 
 
-def test_gradients_are_judged_side_by_side_and_evidence_of_training_is_alone(
-    measure: Measure, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_are_judged_side_by_side_and_evidence_of_training_is_alone(measure: Measure, asked: Asked) -> None:
     """Each once; evidence holds times, which would be of the others' making."""
-    asked: list[tuple[int, Request[Any]]] = []
-    send = WorkerProcess.send
-
-    def noted(self: WorkerProcess, request: Request[Any]) -> None:
-        asked.append((self.pid, request))
-        send(self, request)
-
-    monkeypatch.setattr(WorkerProcess, "send", noted)
     done = measure(*ON_A_CARD, "workload=train")
     assert done.status == 0
     judged = {each.cell: pid for pid, each in asked if isinstance(each, VerifyGradients)}
@@ -146,27 +141,19 @@ def test_eager_beside_a_graph_is_timed_once_nothing_else_runs(measure: Measure) 
 
 @pytest.mark.parametrize("at_once", ["alone", "side by side"])
 def test_the_card_has_turned_to_another_process_before_one_is_timed(
-    measure: Measure, monkeypatch: pytest.MonkeyPatch, at_once: str
+    measure: Measure, monkeypatch: pytest.MonkeyPatch, asked: Asked, at_once: str
 ) -> None:
     """Since it was ready. Else some processes would start kernels later than others."""
-    asked: list[tuple[int, str]] = []
-    send = WorkerProcess.send
-
-    def noted(self: WorkerProcess, request: Request[Any]) -> None:
-        asked.append((self.pid, request.op))
-        send(self, request)
-
-    monkeypatch.setattr(WorkerProcess, "send", noted)
     if at_once == "alone":
         monkeypatch.setattr(passes, "usable_cores", lambda: 1)
     done = measure(*TIMED)
     timed = {line.pid for line in done.record.of(ProcessLine) if line.purpose == "time"}
     assert len(timed) >= 4
     for pid in timed:
-        mine = [(i, op) for i, (each, op) in enumerate(asked) if each == pid]
+        mine = [(i, request.op) for i, (each, request) in enumerate(asked) if each == pid]
         ready = max(i for i, op in mine if op == "prepare")
         first_visit = min(i for i, op in mine if op == "visit")
-        assert any(op == "touch" and each != pid for each, op in asked[ready:first_visit])
+        assert any(request.op == "touch" and each != pid for each, request in asked[ready:first_visit])
 
 
 def test_cells_with_the_same_kernels_go_to_the_same_process(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,6 +142,14 @@ def test_threads_are_no_more_than_a_quota_has_time_for(
         assert with_fewer(settings, found).threads == expected
 
 
+def test_a_quota_holds_beside_others_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others leave three of four cores, and the quota has time for one thread."""
+    host = Host(cpus=(0, 1, 2, 3), cores=4, cpu_quota=1.5, memory_limit_bytes=None, governor=None, variables={})
+    monkeypatch.setattr(Host, "here", classmethod(lambda cls: host))
+    found = fewer_threads(Others(lambda _: 1.0, LOOK_S), 4)
+    assert (found and found.threads, found and found.quota) == (1, None)
+
+
 def test_the_line_says_why_and_what_it_costs() -> None:
     line = threads_line(FewerThreads(1, 2, {"firefox": 0.25}))
     assert line.startswith("this machine is busy (firefox 25% of its ")
