@@ -141,9 +141,8 @@ def open_answers(found: list[Finding]) -> list[tuple[str, str, str]]:
     for finding in found:
         if finding.kind not in (Kind.UNDECIDED, Kind.UNTOLD) or not finding.advice:
             continue
-        if (
-            not finding.advice.settings or finding.kind == Kind.UNTOLD
-        ):  # what no cell tells has no estimate that may hold
+        # What no cell tells has no estimate that may hold.
+        if not finding.advice.settings or finding.kind == Kind.UNTOLD:
             said.append((sentence(finding), "", ""))
         else:
             took = finding.advice.seconds
