@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -193,9 +193,12 @@ class WorkerPool:
 
         They also touch the device, after the workers that are ready to time: see `messages.Touch`.
         """
+        for worker in self.ahead:  # side by side: another implementation takes seconds to import
+            with suppress(CellFailure):  # of a dead one, which is told by its answer
+                worker.send(self._opening)
         for worker in list(self.ahead):
             try:
-                worker.ask(self._opening, QUIET_S)
+                worker.receive(self._opening, QUIET_S)
                 worker.ask(Touch(), QUIET_S)
             except (CellFailure, UserError):  # the next start tells why
                 worker.end()
