@@ -11,7 +11,6 @@ from enum import StrEnum
 
 from qwen3bench.record.states import Verdict
 from qwen3bench.reporting.lookup import AVERAGE
-from qwen3bench.reporting.units import tells
 
 
 class Kind(StrEnum):
@@ -173,12 +172,6 @@ class BestCell:
         if self.measured is None or not (self.tested or self.still_missed):
             return None
         return not self.still_missed
-
-    @property
-    def inside(self) -> bool:
-        """Whether what was measured lies within the predicted interval, where that is of use."""
-        useful = tells(self.predicted.estimate, self.predicted.lo, self.predicted.hi)
-        return self.measured is not None and useful and self.predicted.lo <= self.measured.estimate <= self.predicted.hi
 
 
 @dataclass(frozen=True)

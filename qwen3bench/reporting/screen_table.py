@@ -17,7 +17,7 @@ from qwen3bench.reporting.finding import Choice, Effect, Finding, Kind, undecide
 from qwen3bench.reporting.findings_screen import screen_of
 from qwen3bench.reporting.lookup import LATENCY, factors, rows, terms
 from qwen3bench.reporting.tables import Entry, Table
-from qwen3bench.reporting.units import ratio, tells
+from qwen3bench.reporting.units import ratio
 from qwen3bench.reporting.wording.page_words import (
     CONFIRMED_HEADINGS,
     SCREEN_HEADINGS,
@@ -63,14 +63,7 @@ def screen_section(run: Run, condition: Condition, found: Sequence[Finding]) -> 
             Entry(ratio(each.measured.speedup, each.measured.lo, each.measured.hi), each.measured.speedup)
             if each.measured
             else Entry(""),
-            Entry(
-                held_word(
-                    each.agrees,
-                    tested=each.tested,
-                    useful=tells(each.prediction.speedup, each.prediction.lo, each.prediction.hi),
-                    in_screen=each.round == 0,
-                )
-            ),
+            Entry(held_word(each.agrees, tested=each.tested, in_screen=each.round == 0)),
         ]
         for each in result.confirmed
     ]

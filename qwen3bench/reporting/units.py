@@ -66,13 +66,13 @@ def ratio(value: float, lo: float = math.nan, hi: float = math.nan) -> str:
         return ""
     if not (is_number(lo) and is_number(hi)):
         return f"{value:.{interval_decimals(value, value)}f}×"
-    if not tells(value, lo, hi):
+    if not _tells(value, lo, hi):
         return f"{value:.2f}× [no useful interval]"
     decimals = interval_decimals(lo, hi)
     return f"{value:.{decimals}f}× [{lo:.{decimals}f}, {hi:.{decimals}f}]"
 
 
-def tells(value: float, lo: float, hi: float) -> bool:
+def _tells(value: float, lo: float, hi: float) -> bool:
     """Whether the interval of a ratio is of use: no end is a hundred times as far off, or reads as zero."""
     return lo * _USELESS >= value and hi <= value * _USELESS and round(lo, interval_decimals(lo, hi)) > 0
 

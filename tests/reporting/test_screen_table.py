@@ -216,29 +216,24 @@ def test_terminal_and_answer_say_whether_predictions_held(screened_run: Run) -> 
     assert any(note.startswith("Predicted to be fastest of all 512") for note in card.notes)
 
 
-def test_a_prediction_without_a_useful_interval_is_not_said_to_hold(screened_run: Run) -> None:
+def test_of_a_prediction_that_nothing_tests_the_reader_is_told_what_to_rely_on(screened_run: Run) -> None:
     found = [finding for finding in findings(screened_run) if isinstance(finding.detail, BestCell)]
     assert isinstance(found[0].detail, BestCell)
     wide = replace(found[0].detail, missed=(), still_missed=False, tested=False)
-    inside = sentence(replace(found[0], detail=wide))
-    assert inside.endswith("That lies within the predicted interval, though the intervals are too wide for a test.")
-    beside = replace(wide, predicted=replace(wide.predicted, hi=wide.predicted.lo))
-    said = sentence(replace(found[0], detail=beside))
-    assert said.endswith("The intervals are too wide to tell whether that holds.")
     assert wide.held is None
-    endless = replace(wide, predicted=replace(wide.predicted, lo=1e-9, hi=1e9))
-    assert sentence(replace(found[0], detail=endless)).endswith(
-        "The intervals are too wide to tell whether that holds."
+    assert sentence(replace(found[0], detail=wide)).endswith(
+        " Rely on the measured number: the intervals are too wide to tell whether another cell is faster."
     )
-    told = [prediction_words(each) for each in (wide, beside, endless, replace(wide, measured=None))]
-    assert told[0] == "agrees with the prediction, too wide to test"
-    assert told[1:3] == ["too wide to test the prediction"] * 2
-    assert told[3] == "the predicted best has no speed-up"
+    noisy = sentence(replace(found[0], detail=wide, noisy=True))
+    assert "Rely on" not in noisy
+    assert "The intervals are too wide to tell whether that holds." in noisy
+    assert prediction_words(wide) == "rely on this number; another cell may be faster"
+    assert prediction_words(replace(wide, measured=None)) == "the predicted best has no speed-up"
 
 
-def test_a_row_of_a_prediction_that_no_test_tells_agrees_only_where_its_interval_is_of_use() -> None:
-    said = [held_word(True, tested=False, useful=useful, in_screen=False) for useful in (True, False)]
-    assert said == ["agrees, too wide to test", "too wide to test"]
+def test_a_row_of_a_prediction_that_nothing_tests_is_too_wide_to_tell_unless_it_missed() -> None:
+    said = [held_word(agrees, tested=False, in_screen=False) for agrees in (True, False)]
+    assert said == ["too wide to tell", "missed"]
 
 
 def undecided_effects(run: Run, *terms: str, lo: float) -> Run:

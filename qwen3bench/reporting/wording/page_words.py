@@ -90,12 +90,11 @@ def worth_word(on: bool | None, verdicts: Sequence[str]) -> str:
     return "not known" if on is None or Verdict.FASTER not in verdicts else "leave off in this cell"
 
 
-def held_word(agrees: bool | None, *, tested: bool, useful: bool, in_screen: bool) -> str:
-    """Whether a prediction held; `useful`: whether its interval is."""
+def held_word(agrees: bool | None, *, tested: bool, in_screen: bool) -> str:
+    """Whether a prediction held; `tested`: whether the intervals are narrow enough to tell."""
     if agrees is None:
         return "not measured"
-    untested = "agrees, too wide to test" if useful else "too wide to test"
-    word = "missed" if not agrees else "holds" if tested else untested
+    word = "missed" if not agrees else "holds" if tested else "too wide to tell"
     return word + (", measured in the screen" if in_screen else "")
 
 

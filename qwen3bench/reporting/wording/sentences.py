@@ -263,9 +263,9 @@ def _confirmed(finding: Finding, found: BestCell) -> str:
     where = "Measured in the screen" if found.in_screen else "Measured since"
     text += f" {where}: {interval(found.measured)}."
     if not found.missed and not found.tested:
-        if found.inside:
-            return f"{text} That lies within the predicted interval, though the intervals are too wide for a test."
-        return f"{text} The intervals are too wide to tell whether that holds."
+        if finding.noisy:
+            return f"{text} The intervals are too wide to tell whether that holds."
+        return f"{text} Rely on the measured number: the intervals are too wide to tell whether another cell is faster."
     if not found.missed:
         return f"{text} The prediction holds."
     if not found.still_missed:

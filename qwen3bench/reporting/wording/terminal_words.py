@@ -100,5 +100,5 @@ def prediction_words(found: BestCell) -> str:
     if found.measured is None:
         return "the predicted best has no speed-up"
     if found.held is None:
-        return "agrees with the prediction, too wide to test" if found.inside else "too wide to test the prediction"
+        return "rely on this number; another cell may be faster"
     return "as predicted" if found.held else "predictions missed"
