@@ -167,6 +167,16 @@ def test_command_configuration_and_method_are_told(page: str, text: str) -> None
         assert "2025-01-02 03:04 UTC" in content
 
 
+def test_each_command_of_an_answer_stands_alone_under_what_it_is_for(page: str, text: str) -> None:
+    answers = text.partition("## Each switch")[0]
+    copied = re.findall(r'<p class="label">([^<]+)</p>\n<pre class="copy"><code>([^<]+)</code></pre>', page)
+    assert re.findall(r"^(\S.*:)\n\n    (.+)\n\n", answers, re.MULTILINE) == [
+        (html.unescape(label), html.unescape(command)) for label, command in copied
+    ]
+    assert len(re.findall("^    ", answers, re.MULTILINE)) == len(copied) == page.count('<pre class="copy">') > 1
+    assert len({label for label, _ in copied}) > 1
+
+
 def test_both_pages_say_the_same_in_the_same_order(page: str, text: str) -> None:
     order = ["Which switches to turn on", "Each switch", "What if", "Do they stack?", "What went wrong", "All cells"]
     order += ["Controls", "Do the cells compute", "What really ran", "How it was measured", "Environment and conf"]

@@ -13,6 +13,8 @@ PAGE = {
     "nothing": "Nothing was measured.",
     "gain": "as fast as the baseline",
     "answer": "Turn on **{switches}**: **{gain}** as fast as the baseline ({interval}).",
+    "command": "Measure it on your machine:",
+    "python": "Use it in Python:",
     "effects": "How many times as fast with the switch on as with it off{others}.",
     "shading": "Effect of each switch on latency. Shaded by size, gray: the same, dashed: not decided.",
     "holm": "Undecided beside an interval without 1: verdicts are corrected for the number of effects (Holm), "
