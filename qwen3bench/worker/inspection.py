@@ -58,6 +58,7 @@ class Inspection:
 
     def __init__(self, session: Session) -> None:
         self.session = session
+        self._tied: dict[str, bool] = {}  # whether a cell's head is its embedding, once its model has been built
         self._warm: Warm | None = None  # what the memory pass leaves for evidence of the same cell
         self._workload: Workload | None = None  # of the last cell that evidence had to build
 
@@ -68,6 +69,7 @@ class Inspection:
     def parameters(self, cell: str) -> ParameterCounts:
         """The three parameter counts and the bytes, from the model's own tensors."""
         model = self.session.build(cell)
+        self._tied[cell] = is_tied(model)
         return ParameterCounts(
             num_parameters=model.num_parameters,
             num_unique_parameters=model.num_unique_parameters,
@@ -116,10 +118,10 @@ class Inspection:
 
     def cost(self, cell: str, workload: str) -> Cost:
         """The least operations and bytes of one timed value."""
-        model = self.session.build(cell)
-        tied = model.out_head.weight is model.tok_emb.weight
+        if cell not in self._tied:
+            self._tied[cell] = is_tied(self.session.build(cell))
         itemsize = self.session.dtype.itemsize
-        return cell_cost(self.session.settings.model, tied, self.session.size(workload), itemsize)
+        return cell_cost(self.session.settings.model, self._tied[cell], self.session.size(workload), itemsize)
 
     def evidence(self, cell: str, workload: str, runtime: str) -> Evidence:
         """What really ran, from a profile of its own: of what the memory pass left where that was just this cell.
@@ -197,6 +199,11 @@ class Inspection:
             for launch in launches:
                 launch()
         return Warm(where, model, workload, launches, outputs, graph_bytes_of(prepared))
+
+
+def is_tied(model: Decoder) -> bool:
+    """Whether the head is the embedding."""
+    return model.out_head.weight is model.tok_emb.weight
 
 
 def graph_bytes_of(prepared: Sequence[PreparedStep]) -> int | None:
