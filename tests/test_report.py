@@ -1,5 +1,6 @@
 """`python -m qwen3bench.report` from its command line."""
 
+import json
 import os
 import subprocess
 import sys
@@ -63,6 +64,33 @@ def test_a_partial_run_gives_a_report_that_says_so(
     assert main([str(run / "samples.jsonl")]) == 0
     assert "this run has not finished" in capsys.readouterr().out
     assert "This run has not finished" in (run / "report.md").read_text("utf-8")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("copies", [0, 1], ids=["nothing-known", "effects-known"])
+def test_a_record_without_a_complete_block_gives_a_report_that_says_so(
+    make_run: Callable[..., Path], capsys: pytest.CaptureFixture[str], copies: int
+) -> None:
+    run = make_run("run")
+    record = run / "samples.jsonl"
+    lines = record.read_text("utf-8").splitlines(keepends=True)
+
+    def is_damaged(line: str) -> bool:
+        """Of each block the sample of one cell, by turns: the baseline's copy or flash, else the baseline or flash."""
+        sample = json.loads(line)
+        if sample["type"] != "sample":
+            return False
+        lost = ("flash", 0) if sample["block"] % 2 else ("baseline", copies)
+        return (sample["cell"], sample["copy"]) == lost
+
+    record.write_text("".join(line.replace("latency_s", "latency") if is_damaged(line) else line for line in lines))
+    assert main([str(run)]) == 0
+    out, err = capsys.readouterr()
+    assert "the record is damaged in" in out
+    said = "No speed-up is known, as no block holds every cell and the baseline's copy"
+    assert said in " ".join(out.split())
+    assert err == ""
+    assert said in (run / "report.md").read_text("utf-8")
 
 
 def test_what_a_killed_report_left_is_cleared_away(make_run: Callable[..., Path]) -> None:

@@ -20,6 +20,10 @@ from qwen3bench.errors import UserError
 _MAX_FACTORS = 12  # 4,095 terms
 
 
+class NoWholeBlockError(UserError):
+    """No block holds a visit that counts to every cell, so nothing is compared within a block."""
+
+
 @dataclass(frozen=True)
 class Question:
     """Of which factors' effects on which column is asked; the columns of blocks and of their processes."""
@@ -109,7 +113,10 @@ class CellTable:
 
 
 def by_cell(samples: pd.DataFrame, asked: Question) -> CellTable:
-    """The values of long-form samples by cell. Raises `UserError` where these cannot answer what is asked."""
+    """The values of long-form samples by cell.
+
+    Raises `UserError` where these cannot answer what is asked, `NoWholeBlockError` where no block compares the cells.
+    """
     rows = _checked(samples, asked)
     factors, value, block, process, log = asked.factors, asked.value, asked.block, asked.process, asked.log
     code = rows[list(factors)].to_numpy(dtype=np.int64) @ (1 << np.arange(len(factors)))
@@ -125,7 +132,7 @@ def by_cell(samples: pd.DataFrame, asked: Question) -> CellTable:
     visits = visits.loc[:, visits.notna().mean() >= 0.5]  # a cell that most blocks lack is a missing cell
     visits = visits.dropna()
     if visits.empty:
-        raise UserError("no block holds every cell; there is nothing to compare within a block")
+        raise NoWholeBlockError("no block holds every cell; there is nothing to compare within a block")
     if process is not None and process in rows:
         names = rows.groupby(block)[process].first().fillna(-1)
     else:
@@ -135,7 +142,7 @@ def by_cell(samples: pd.DataFrame, asked: Question) -> CellTable:
     if is_time(value):
         table, widened = counted_visits(table, _judged(rows, visits, keys, names), keys)
         if table.empty:
-            raise UserError("other work slowed most visits; there is nothing to compare within a block")
+            raise NoWholeBlockError("other work slowed most visits; there is nothing to compare within a block")
     cells = tuple(cell[c] for c in table.columns.to_numpy())
     return CellTable(factors, cells, table.to_numpy(), names.loc[table.index].to_numpy(), [], widened)
 

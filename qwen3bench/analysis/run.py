@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from qwen3bench.analysis.cell_table import NoWholeBlockError
 from qwen3bench.analysis.cells import cells_table
 from qwen3bench.analysis.controls import Controls, controls
 from qwen3bench.analysis.effective import PARTLY_SEEN, compare_effective, idle_switches
@@ -195,7 +197,8 @@ def _all_effects(record: Record, cells: pd.DataFrame, samples: pd.DataFrame) -> 
         found = {}
         for metric in _TIMES:
             if metric in here and here[metric].notna().any():
-                found[metric] = effects(here, factors, metric, block="block", band=band, confidence=confidence)
+                with suppress(NoWholeBlockError):  # as of a damaged record: there is no effect to tell
+                    found[metric] = effects(here, factors, metric, block="block", band=band, confidence=confidence)
         for metric in _BYTES:
             known = rows.dropna(subset=[metric])
             if len(known):

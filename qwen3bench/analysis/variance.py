@@ -57,8 +57,8 @@ def clustered(y: Array, process: NDArray[Any], contrasts: Array, widening: Array
 
     `process` (blocks,) names the process of each block; with a single one the blocks are the clusters. Block
     effects (drift) leave with each block's mean. Every contrast sums to zero over the cells. A visit that is left out
-    is NaN (see `completed`); each block holds more than half of the cells. `widening` (…): of the errors, for what was
-    left out (see `outliers.widening`).
+    is NaN (see `completed`); each block holds more than half of the cells. Of no block estimates are NaN. `widening`
+    (…): of the errors, for what was left out (see `outliers.widening`).
 
     The error is that of the classical analysis of variance of a randomized block design, contrast × process
     (Montgomery, chapter 4; Kalibera & Jones, Rigorous Benchmarking in Reasonable Time, 2013: replicate at the
@@ -92,7 +92,7 @@ class Clustered:
         self._counted = _Counted(y, group)
         y = _completed(y, group, self._counted)
         self._y = y - y.mean(axis=-1, keepdims=True)
-        self._mean = self._y.mean(axis=-2)
+        self._mean = self._y.mean(axis=-2) if self._blocks else np.full((*y.shape[:-2], self._cells), np.nan)
         means = _of_clusters(self._y, group, size)
         self._between = (means - self._mean[..., None, :]) * np.sqrt(size)[:, None]
         self._within = self._y - means[..., group, :]
@@ -251,7 +251,7 @@ class _Counted:
         self.empty: NDArray[np.bool_] = visits == 0
         self.between: Array = (visits > 0).sum(axis=-2) - 1.0
         self.within: Array = (~self.missing).sum(axis=-2) - self.between - 1.0
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):  # of no block nothing is known
             self.thinner: Array = len(group) / (size.astype(float) @ ~self.empty)
 
 

@@ -56,6 +56,7 @@ class NoAnswer(StrEnum):
 
     NO_BASELINE = "no_baseline"
     NOISY = "noisy"
+    NO_BLOCK = "no_block"
     NOTHING_FITS = "nothing_fits"
     MEMORY_UNKNOWN = "memory_unknown"
     NOTHING_FASTER = "nothing_faster"

@@ -62,6 +62,9 @@ def recommended(run: Run, condition: Condition) -> Iterator[Finding]:
     if BASELINE not in set(cells["cell"]):
         yield _nothing(run, condition, Choice(NoAnswer.NO_BASELINE))
         return
+    if cells.loc[cells["cell"] != BASELINE, "speedup"].isna().all():
+        yield _nothing(run, condition, Choice(NoAnswer.NO_BLOCK))
+        return
     if control_findings.noise(run, condition):
         yield _nothing(run, condition, Choice(NoAnswer.NOISY), more_processes(run, condition, 2, times=2))
         return
@@ -246,12 +249,13 @@ def _ours_over(run: Run, condition: Condition, cells: pd.DataFrame, peer: str) -
 
 
 def ratios_over(run: Run, blocks: BlockMatrix, over: str, names: list[str]) -> Iterator[Effect]:
-    """How many times as fast as `over` each named cell is, within blocks; without a verdict yet."""
+    """How many times as fast as `over` each named cell is, within blocks that hold both; without a verdict yet."""
     found = blocks.log_ratios(over, names)
     half = found.half_width(analysis_setting(run.record, "confidence"))
     bounds = np.exp([found.estimate, found.estimate - half, found.estimate + half])
     for name, estimate, lo, hi in zip(names, *bounds, strict=True):
-        yield Effect(name, float(estimate), float(lo), float(hi), "")
+        if is_number(estimate):
+            yield Effect(name, float(estimate), float(lo), float(hi), "")
 
 
 def _telling(run: Run, cells: pd.DataFrame) -> list[str]:

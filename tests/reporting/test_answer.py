@@ -181,7 +181,7 @@ def test_a_condition_without_a_latency_has_no_numbers(
     record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
 ) -> None:
     card = card_of(run_of([line for line in record_lines(factors=("flash",)) if line["type"] in ("run", "end")]))
-    assert (card.said, card.facts, card.sure) == ("Nothing was measured here.", (), "")
+    assert (card.said, card.facts, card.sure) == ("No cell has a usable latency from a complete block here.", (), "")
 
 
 def test_what_the_answers_do_not_tell_follows_the_run(small: Callable[..., Run]) -> None:

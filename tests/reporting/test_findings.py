@@ -820,6 +820,22 @@ def test_against_a_peer_one_block_gives_a_number(
     assert ours.verdict == "missing"
 
 
+@pytest.mark.filterwarnings("error")
+def test_of_a_peer_that_no_block_holds_beside_ours_nothing_is_said(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
+) -> None:
+    by_turns = ("flash+tie", "transformers:sdpa")
+    lines = [
+        line
+        for line in with_peer(record_lines(factors=TWO), 1.2)
+        if line["type"] != "sample" or line["cell"] != by_turns[line["block"] % 2]
+    ]
+    found = findings(run_of(lines))
+    assert not of_kind(found, Kind.PEER)
+    (answer,) = of_kind(found, Kind.ANSWER)
+    assert answer.detail == Choice(NoAnswer.NO_BLOCK)
+
+
 @pytest.mark.parametrize(("slower", "verdict"), [(1.2, "faster"), (1.0, "same"), (0.9, "slower")])
 def test_all_on_is_measured_against_a_peer(
     record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run], slower: float, verdict: str

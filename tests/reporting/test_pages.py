@@ -266,7 +266,7 @@ def test_a_run_with_nothing_measured_still_gives_a_page(
     path = write_report(run_of([line for line in record_lines(factors=("flash",)) if line["type"] == "run"]))
     page = path.read_text("utf-8")
     assert "has not finished" in page
-    assert "Nothing was measured here." in page
+    assert "No cell has a usable latency from a complete block here." in page
     assert not Tags(page).open
 
 

@@ -8,7 +8,7 @@ from qwen3bench.reporting.finding import Passed
 from qwen3bench.reporting.units import count, duration_words, listing, ratio
 from qwen3bench.reporting.wording.control_words import FEW_PASSES
 
-NOTHING_HERE = "Nothing was measured here."
+NOTHING_HERE = "No cell has a usable latency from a complete block here."
 _SCOPE = "They hold for this {device}, these versions and these sizes. Another prompt length is another experiment."
 _RANDOM = "The weights are random, so nothing is said about the quality of the output."
 _GRAPH = "Graph replays are device time: what Python and the launches of kernels add on the host is not in them."

@@ -184,6 +184,7 @@ def _chosen(finding: Finding, choice: Choice) -> str:
     nothing = {
         NoAnswer.NO_BASELINE: f"No recommendation for {where}: the baseline has no latency.",
         NoAnswer.NOISY: f"No recommendation for {where}: two copies of the baseline differ too much.",
+        NoAnswer.NO_BLOCK: f"No speed-up is known, as no block holds every cell and the baseline's copy ({where}).",
         NoAnswer.NOTHING_FITS: f"No cell fits{within} ({where}). The smallest is {choice.smallest}: "
         f"{size(choice.smallest_bytes) if is_number(choice.smallest_bytes) else 'unknown'}.",
         NoAnswer.MEMORY_UNKNOWN: f"What fits{within} is unknown, as peak memory was not measured ({where}).",

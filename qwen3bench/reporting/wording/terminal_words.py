@@ -31,7 +31,7 @@ def _copies_differ(apart: float) -> str:
 
 
 def nothing_measured(condition: str) -> str:
-    return f"{condition}: nothing was measured."
+    return f"{condition}: no cell has a usable latency from a complete block."
 
 
 def gain_words(gain: str) -> str:
