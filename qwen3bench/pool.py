@@ -44,11 +44,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the page goes")
     parser.add_argument(
         "--machines",
-        type=lambda text: [name.strip() for name in text.split(",")],
+        type=_names,
         metavar="NAME,NAME,…",
         help="the machine of each run, where a record does not name it, or machines share a name",
     )
     return parser
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name; name the machine of each run, in their order")
+    return names
 
 
 if __name__ == "__main__":

@@ -110,6 +110,8 @@ def test_several_runs_give_one_page_more(
     assert main([str(run) for run in runs] + ["--out", str(tmp_path / "both")]) == 0
     assert "flash" in (tmp_path / "both" / "report.md").read_text("utf-8")
     assert f"Over all runs: {tmp_path / 'both' / 'report.html'}" in capsys.readouterr().out
+    assert main([str(run) for run in runs] + ["--out", str(runs[0])]) == 1
+    assert "holds a run, whose report this would replace" in capsys.readouterr().err
     assert main([str(tmp_path)]) == 0
     assert (tmp_path / "report.html").is_file()
 

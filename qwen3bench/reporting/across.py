@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen3bench.errors import UserError
-from qwen3bench.record.files import write_atomic
+from qwen3bench.record.files import record_file, write_atomic
 from qwen3bench.reporting import figures
 from qwen3bench.reporting.conditions import conditions
 from qwen3bench.reporting.finding import Level
@@ -30,12 +30,9 @@ _ROWS = 200  # of the table in report.md; the page holds all
 def write_overview(runs: Sequence[Run], home: Path) -> Path:
     """Write report.md, report.html and plots/ over several runs into the directory; the path of report.html.
 
-    Raises UserError where the directory cannot be written.
+    Raises `UserError` where the directory cannot be written, or holds a run.
     """
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{home}: cannot be made ({error.strerror}); name another directory with --out") from error
+    make_home(home)
     effects = effects_over(runs)
     names = list(dict.fromkeys(name for run in runs for name in factors(run)))
     width = band(runs[0])
@@ -59,6 +56,16 @@ def write_overview(runs: Sequence[Run], home: Path) -> Path:
         links = [(_link(run, home, name), _described(run)) for run in runs]
         write_atomic(home / name, render(f"over_{name}.jinja", {**content, "runs": links}))
     return home / "report.html"
+
+
+def make_home(home: Path) -> None:
+    """Make the directory of a page over runs. Raises `UserError` where it cannot be made, or holds a run."""
+    if record_file(home):
+        raise UserError(f"{home}: holds a run, whose report this would replace; name another directory with --out")
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{home}: cannot be made ({error.strerror}); name another directory with --out") from error
 
 
 def _link(run: Run, home: Path, name: str) -> str:

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import ArrayLike, NDArray
 
+from qwen3bench.errors import UserError
 from qwen3bench.record.files import write_atomic
 from qwen3bench.record.states import Verdict
 from qwen3bench.reporting.finding import NoVerdict
@@ -152,8 +153,16 @@ def heat(axes: Axes, logs: NDArray[np.float64], texts: dict[tuple[int, int], str
 
 
 def save(plot: Plot, directory: Path) -> SavedPlot:
-    """Write NAME.svg into the directory; the same figure always gives the same bytes."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Write NAME.svg into the directory; the same figure always gives the same bytes.
+
+    Raises `UserError` where the directory cannot be made or written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{directory}: cannot be made ({error.strerror}); check the room on the disk and the permissions"
+        ) from error
     plot.figure.draw_without_rendering()  # laid out at the figure's own dpi, as in every earlier report
     plot.figure.set_layout_engine(None)
     svg = io.BytesIO()

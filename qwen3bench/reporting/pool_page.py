@@ -12,9 +12,9 @@ import pandas as pd
 from qwen3bench.analysis.changes import Compared
 from qwen3bench.analysis.pooling import Pool
 from qwen3bench.analysis.run import Run, to_csv
-from qwen3bench.errors import UserError
 from qwen3bench.record.files import write_atomic
 from qwen3bench.reporting import figures
+from qwen3bench.reporting.across import make_home
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.finding import Effect
 from qwen3bench.reporting.lookup import all_on, band, device, directory, rows
@@ -37,12 +37,7 @@ def write_pool(pool: Pool, home: Path) -> Path:
 
     Raises `UserError` where the directory cannot be written, or holds a run.
     """
-    if any(directory(run).resolve() == home.resolve() for run in pool.runs):
-        raise UserError(f"{home}: holds a run, whose report this would replace; name another directory with --out")
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{home}: cannot be made ({error.strerror}); name another directory with --out") from error
+    make_home(home)
     with figures.style():
         drawn = [machines_plot(pool, condition) for condition in conditions(pool.runs[0])]
         saved = [figures.save(plot, home / "plots") for plot in drawn if plot]

@@ -108,12 +108,22 @@ def test_a_large_spread_is_a_plain_number() -> None:
 def test_it_refuses_what_it_cannot_pool_and_where_it_cannot_write(
     run_on: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    a, b = run_on("a", "left", "GPU-1", 0), run_on("b", "right", "GPU-2", 1)
+    a, b, c = (run_on(name, f"m-{name}", f"GPU-{name}", seed) for seed, name in enumerate("abc"))
     (tmp_path / "file").write_text("")
-    for out, said in ((a, "holds a run"), (str(tmp_path / "file" / "x"), "cannot be made")):
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "plots").write_text("")
+    for out, said in (
+        (a, "holds a run"),
+        (c, "holds a run"),
+        (str(tmp_path / "file" / "x"), "cannot be made"),
+        (str(tmp_path / "half"), f"{tmp_path / 'half' / 'plots'}: cannot be made (File exists); check"),
+    ):
         assert main([a, b, "--out", out]) == 1
         assert said in capsys.readouterr().err
     assert main([a, a, "--out", str(tmp_path / "pool")]) == 0, "a directory named twice is one run"
     assert "one machine" in capsys.readouterr().out
     assert main([a, b, "--out", str(tmp_path / "pool"), "--machines", "left"]) == 1
     assert "--machines names 1 machine for 2 runs" in capsys.readouterr().err
+    for names in (",", "left,"):
+        assert main([a, b, "--out", str(tmp_path / "pool"), "--machines", names]) == 1
+        assert f"'{names}' has an empty name" in capsys.readouterr().err
