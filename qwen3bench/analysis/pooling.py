@@ -26,6 +26,7 @@ _NUMBERS = ("estimate", "se", "df")
 # Settings that say where a run was measured, where it is written or how it is shown, not what is asked.
 _NOT_ASKED = ("run.", "resume", "report.", "hydra.", "device", "threads", "cluster")
 _MAX_NAMED = 6  # differences in an error
+_FIRST = 1000  # samples of a run by which a copy of it is known, as a few may be damaged there
 _OF_MACHINE = ("driver", "os", "cpu", "cpu_cores", "power_limit_w", "memory_bytes", "usable_cpus", "variables")
 POOLED_COLUMNS = [
     *_WHAT,
@@ -133,13 +134,15 @@ def refuse_unlike(runs: Sequence[Run]) -> None:
 
 
 def _refuse_twice(runs: Sequence[Run]) -> None:
+    """Raise `UserError` where two runs share samples: copies of one record, however long or damaged each is."""
     seen: dict[tuple[Any, ...], Run] = {}
     for run in runs:
-        first = run.samples.head(8)
-        key = (run.record.run.created, tuple(first.get("time", ())), tuple(first["latency_s"]))
-        if not first.empty and key in seen:
-            raise UserError(f"{seen[key].path} and {run.path} are the same run; name it once")
-        seen[key] = run
+        first = run.samples.head(_FIRST)
+        times = first["time"] if "time" in first else [None] * len(first)
+        keys = [(run.record.run.created, *sample) for sample in zip(times, first["latency_s"], strict=True)]
+        if other := next((seen[key] for key in keys if key in seen), None):
+            raise UserError(f"{other.path} and {run.path} hold samples of the same run; name one of them")
+        seen |= dict.fromkeys(keys, run)
 
 
 def _asked(run: Run) -> dict[str, Any]:

@@ -147,8 +147,20 @@ def test_where_it_was_measured_and_written_is_not_the_question(make: Callable[..
 
 
 def test_the_same_run_counts_once(make: Callable[..., Run]) -> None:
-    with pytest.raises(UserError, match="are the same run"):
+    with pytest.raises(UserError, match=r"a and .*b hold samples of the same run"):
         pool([make("a", "m", "GPU-1"), make("b", "n", "GPU-2")])
+
+
+def test_a_damaged_or_shorter_copy_of_a_run_is_the_same_run(make: Callable[..., Run]) -> None:
+    whole, copy = make("a", "m", "GPU-1"), make("b", "n", "GPU-2")
+    for samples in (
+        copy.samples.iloc[3:],
+        copy.samples.drop(index=[0, 5]),
+        copy.samples.iloc[: len(copy.samples) // 2],
+    ):
+        for runs in ([whole, replace(copy, samples=samples)], [replace(copy, samples=samples), whole]):
+            with pytest.raises(UserError, match="hold samples of the same run"):
+                pool(runs)
 
 
 def test_what_a_machine_does_not_tell_is_not_pooled(make: Callable[..., Run]) -> None:
