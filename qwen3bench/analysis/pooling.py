@@ -79,7 +79,7 @@ def pool(runs: Sequence[Run], machines: Sequence[str] | None = None) -> Pool:
     """The runs as one analysis; `machines` names the machine of each run, instead of the record.
 
     Raises `UserError` where they do not ask the same question, were measured on different kinds of cards, or do not
-    say on which machine, and where one of them is named twice or tells nothing.
+    say on which machine, and where one of them is named twice, holds no complete block or tells nothing.
     """
     _refuse_twice(runs)
     refuse_unlike(runs)
@@ -175,6 +175,8 @@ def _parts(runs: Sequence[Run], machines: Sequence[str] | None) -> list[CardRun]
     parts = []
     home: dict[str, str] = {}  # a card's machine: the name that it was seen under first
     for number, run in enumerate(runs, start=1):
+        if run.samples.empty:
+            raise UserError(f"{run.path}: no complete block was timed in it; leave it out, or continue it")
         for host, card, here in of_each_card(run):
             machine = host if machines is None else machines[number - 1]
             if machine is None:
@@ -209,7 +211,8 @@ def _reason(values: Sequence[str]) -> str:
 
 def _published(table: pd.DataFrame, found: Nested, confidence: float, band: float, cards: int) -> pd.DataFrame:
     """`POOLED_COLUMNS`."""
-    pooled = _unless(found.pooled, table["reason"].str.startswith("not told").to_numpy(bool))
+    untold = table["reason"].str.startswith("not told").to_numpy(bool)
+    pooled = _unless(found.pooled, untold)
     estimate, lo, hi = _ratios_of(pooled, confidence)
     count = len(found.machines)
     table = table.assign(estimate=estimate, lo=lo, hi=hi, p=pooled.p(), df=count - 1, machines=count, cards=cards)
@@ -218,7 +221,8 @@ def _published(table: pd.DataFrame, found: Nested, confidence: float, band: floa
     )
     table["verdict"] = verdicts(Gains(estimate - 1, lo - 1, hi - 1, table["p_holm"]), band, OF_TIMES)
     for name, spread in (("sd_machines", found.between_machines), ("sd_cards", found.between_cards)):
-        table[name], table[f"{name}_lo"], table[f"{name}_hi"] = spread.sd, spread.lo, spread.hi
+        for column, values in ((name, spread.sd), (f"{name}_lo", spread.lo), (f"{name}_hi", spread.hi)):
+            table[column] = np.where(untold, np.nan, values)
     return table[POOLED_COLUMNS]
 
 

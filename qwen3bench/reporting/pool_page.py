@@ -18,6 +18,7 @@ from qwen3bench.reporting.across import make_home
 from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.finding import Effect
 from qwen3bench.reporting.lookup import all_on, band, device, directory, rows
+from qwen3bench.reporting.over_runs import limits
 from qwen3bench.reporting.pages import about, moment, switches
 from qwen3bench.reporting.plot_machines import machines_plot
 from qwen3bench.reporting.tables import Entry, Table, drop_empty
@@ -26,6 +27,7 @@ from qwen3bench.reporting.units import SECONDS, count, is_number, ratio, unit_fo
 from qwen3bench.reporting.wording import pool_words
 from qwen3bench.reporting.wording.page_words import PAGE
 from qwen3bench.reporting.wording.ratio_words import band_words
+from qwen3bench.reporting.wording.sentences import sentence
 
 _ROWS = 200  # of a table in report.md; the page holds all
 _FEW = 3  # machines: with fewer, Student's t is over twice as wide as with many
@@ -71,10 +73,12 @@ def pool_sentences(pool: Pool) -> Iterator[str]:
     yield pool_words.pool_scope(machines, 0 if on_cpu else len(pool.cards), device(pool.runs[0]))
     for condition in conditions(pool.runs[0]):
         here = condition.select(pool.effects)
-        here = here[here["estimate"].notna()]
         mains = here[here["kind"] == Compared.MAIN]
+        if untold := list(mains.loc[mains["estimate"].isna(), "term"]):
+            yield pool_words.not_told(untold, str(condition))
+        mains = mains[mains["estimate"].notna()]
         together = here[(here["kind"] == Compared.SPEEDUP) & (here["term"] == all_on(pool.runs[0]))]
-        together = together[~together["term"].isin(mains["term"])]
+        together = together[together["estimate"].notna() & ~together["term"].isin(mains["term"])]
         for row in rows(pd.concat([mains, together])):
             effect = Effect(row.term, row.estimate, row.lo, row.hi, row.verdict)
             yield pool_words.pooled_words(effect, str(condition), band_words(band(pool.runs[0])))
@@ -88,12 +92,11 @@ def pool_sentences(pool: Pool) -> Iterator[str]:
 
 
 def pool_warnings(pool: Pool) -> Iterator[str]:
-    """What makes the pool worth less than it looks: runs that are noisy or not finished, unlike machines."""
+    """What makes the pool worth less than it looks: what single runs lack, runs that are noisy, unlike machines."""
+    yield from map(sentence, limits(pool.runs))
     for number, run in enumerate(pool.runs, start=1):
-        if not run.finished:
-            yield pool_words.weak_run(number, pool_words.UNFINISHED)
         if any(row["noisy"] for row in run.controls.aa.to_dict("records")):
-            yield pool_words.weak_run(number, pool_words.NOISY)
+            yield pool_words.noisy_run(number)
     if len(pool.unlike):
         yield pool_words.machines_differ(list(pool.unlike["key"]))
 

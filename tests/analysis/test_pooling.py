@@ -104,6 +104,12 @@ def test_machines_can_be_named_where_the_record_does_not(make: Callable[..., Run
         pool(runs, ["x"])
 
 
+def test_a_run_in_which_nothing_was_timed_is_named(make: Callable[..., Run]) -> None:
+    runs = [make("a", "m", "GPU-1"), make("b", "n", "GPU-2", seed=1, baseline_s={("prefill", "graph"): 0.01}, blocks=0)]
+    with pytest.raises(UserError, match=r"b: no complete block was timed in it; leave it out"):
+        pool(runs)
+
+
 def test_kinds_of_cards_are_a_comparison(make: Callable[..., Run]) -> None:
     runs = [make("a", "m", "GPU-1"), make("b", "n", "GPU-2", seed=1)]
     runs[1].record.run = replace(runs[1].record.run, device="Another")
@@ -170,6 +176,7 @@ def test_what_a_machine_does_not_tell_is_not_pooled(make: Callable[..., Run]) ->
     assert (np.isnan(gone.estimate), gone.reason, gone.verdict) == (True, "not told by every run", "")
     mixed = row(pooled, "main", "flash")
     assert (np.isnan(mixed.estimate), mixed.reason) == (True, "not told in the same way by every run")
+    assert np.isnan([mixed.sd_machines, mixed.sd_machines_lo, mixed.sd_machines_hi]).all(), "of two different things"
     assert np.isfinite(row(pooled, "speedup", "flash").estimate)
 
 

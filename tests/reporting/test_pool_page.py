@@ -20,11 +20,12 @@ def run_on(tmp_path: Path, record_lines: Lines) -> Callable[..., str]:
     """Writes a run of three switches that one card of a machine measured; gives its directory."""
 
     def write(name: str, host: str, card: str, seed: int, **options: Any) -> str:
-        finished = options.pop("finished", True)
+        finished, failed = options.pop("finished", True), options.pop("failed", ())
         lines = record_lines(**{"factors": ("flash", "tie", "norm"), "seed": seed, **options})
         for line in lines:
             if line["type"] == "process":
                 line |= {"host": host, "card": card}
+        lines[-1:-1] = [{"type": "failure", "cell": cell, "status": "crashed", "reason": "as told"} for cell in failed]
         return str(write_record(tmp_path / name, lines if finished else lines[:-1]))
 
     return write
@@ -83,10 +84,25 @@ def test_two_machines_are_said_to_be_few_and_weak_runs_are_named(
     assert main([*runs, "--out", str(tmp_path / "pool")]) == 0
     said = capsys.readouterr().out
     assert "2 machines are few" in said
-    assert said.startswith("Warning: Run 1 has not finished.\nWarning: Run 2 is noisy")
+    assert said.startswith("Warning: Run 1: This run has not finished.")
+    assert "Warning: Run 2: It is noisy" in said
     text = text_of(tmp_path / "pool" / "report.md")
-    assert "Run 1 has not finished." in text
-    assert "Run 2 is noisy: two copies of its baseline differ." in text
+    assert "Run 1: This run has not finished." in text
+    assert "Run 2: It is noisy: two copies of its baseline differ." in text
+
+
+def test_what_a_run_lacks_is_said_beside_what_is_not_pooled_for_it(
+    run_on: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [run_on(f"run{n}", f"m{n}", f"GPU-{n}", n, failed=["norm"] * n) for n in range(2)]
+    record = Path(runs[0]) / "samples.jsonl"
+    lines = record.read_bytes().splitlines(keepends=True)
+    record.write_bytes(b"".join([*lines[:-2], b"torn\n", *lines[-2:]]))
+    assert main([*runs, "--out", str(tmp_path / "pool")]) == 0
+    said = capsys.readouterr().out
+    assert "Warning: Run 1: The record is damaged" in said
+    assert "Warning: Run 2: norm has status crashed" in said
+    assert "Nothing is pooled of flash, tie and norm: not all runs tell that" in said
 
 
 def test_of_a_single_switch_its_effect_is_told_once(

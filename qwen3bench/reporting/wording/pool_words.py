@@ -56,9 +56,15 @@ def few_machines(machines: int) -> str:
     return f"{text} Each machine more helps much."
 
 
-def weak_run(run: int, what: str) -> str:
+def noisy_run(run: int) -> str:
     """What makes one run of a pool less than it should be."""
-    return f"Run {run} {what}."
+    return f"Run {run}: It is noisy: two copies of its baseline differ."
+
+
+def not_told(terms: list[str], where: str) -> str:
+    """Of which switches nothing is pooled, why, and what would mend that."""
+    text = f"Nothing is pooled of {listing(terms)}: not all runs tell that, or not over the same cells ({where})."
+    return f"{text} Leave out runs that lack cells, or measure them again."
 
 
 def machines_differ(keys: list[str]) -> str:
@@ -73,7 +79,6 @@ POOL = {
     "of_cards": "Latency of each machine and card",
     "unlike": "What is not the same on all machines",
 }
-UNFINISHED, NOISY = "has not finished", "is noisy: two copies of its baseline differ"
 
 
 def machines_title(machines: int) -> str:
