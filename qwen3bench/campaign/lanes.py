@@ -175,7 +175,7 @@ class Lanes:
         def begin(lane: Lane, where: Where) -> Steps[None]:
             return lane.blocks.alone(where)
 
-        self._scheduler(begin).run(lines, group)
+        self._scheduler(begin).run(lines, own=_dealt(group, lines))  # what a lost card leaves is needed still
 
     def _together(self, group: Sequence[Where], lines: Sequence[Lane], at_once: int) -> bool:
         """Processes that get ready side by side on all cards; False where one failed, and no card is to blame."""
@@ -184,7 +184,7 @@ class Lanes:
             chunk = [where for where in group[start : start + size] if not timings[where].stopped]
             if not chunk:
                 continue
-            here = {line: chunk[place :: len(lines)] for place, line in enumerate(lines)}
+            here = _dealt(chunk, lines)
             setup_s = self._get_ready(here)
             whole: list[bool] = []
 
@@ -223,6 +223,18 @@ class Lanes:
 
     def _scheduler(self, begin: Callable[[Lane, J], Steps[Any]]) -> Scheduler[Lane, J]:
         return Scheduler(Orders(begin, self.leave_out, self.first.workers.timeout_s))
+
+
+def _dealt(wheres: Iterable[Where], lines: Sequence[Lane]) -> dict[Lane, list[Where]]:
+    """Which card gets which processes: those of a workload and runtime over all cards, or its numbers were one card's.
+
+    And each card about as many as the others.
+    """
+    here: dict[Lane, list[Where]] = {line: [] for line in lines}
+    for where in wheres:
+        line = min(lines, key=lambda each: (here[each].count(where), len(here[each])))
+        here[line].append(where)
+    return here
 
 
 def _groups(left: Sequence[Where]) -> list[list[Where]]:

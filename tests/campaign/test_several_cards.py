@@ -84,6 +84,7 @@ def test_both_cards_time_whole_blocks_and_none_is_lost_or_doubled(
     assert set(used["host"]) == {"here"}
     assert set(used.groupby(["workload", "runtime", "block"])["process"].nunique()) == {1}
     assert all(card == cards[process] for process, card in zip(used["process"], used["card"], strict=True))
+    assert set(used.groupby("workload")["card"].nunique()) == {2}  # else a workload's numbers were those of one card
     share = used.drop_duplicates(["workload", "block"])["card"].value_counts(normalize=True)
     assert share.min() >= 0.35
     assert len(done.record.of(VerifyLine)) == len(done.record.of(ParametersLine)) == 8
