@@ -24,12 +24,14 @@ from qwen3bench.record.lines import (
     CostLine,
     EvidenceLine,
     FailureLine,
+    GradientsLine,
     Line,
     MemoryLine,
     ParametersLine,
     RunLine,
     VerifyLine,
 )
+from qwen3bench.record.messages import Judgment
 from qwen3bench.record.reader import Record
 from qwen3bench.record.rounds import CONFIRM
 from qwen3bench.record.states import CellStatus
@@ -80,6 +82,8 @@ def cells_table(record: Record, samples: pd.DataFrame | None = None) -> pd.DataF
     )
     for kind, fields, keys in of_cells:
         table = _add(table, record.frame(kind), fields, keys)
+    for wrong in (line for line in record.of(GradientsLine) if not line.equivalent):
+        table.loc[(table["cell"] == wrong.cell) & (table["workload"] == wrong.workload), "equivalent"] = False
     _weights_as_trained(table)
     compiled = record.frame(CompileLine)
     if {"seconds", *_KEYS} <= set(compiled):
@@ -148,6 +152,8 @@ def _status(record: Record, table: pd.DataFrame, samples: pd.DataFrame) -> tuple
     of_screen = (line for line in record.of(FailureLine) if line.pass_ != CONFIRM)
     failures = {(line.cell, line.workload, line.runtime): line for line in of_screen}
     verified = {line.cell: line for line in record.of(VerifyLine)}
+    trained = {(line.cell, line.workload): line for line in record.of(GradientsLine)}
+    training = {workload for _, workload in trained}
     timed = samples.loc[samples["copy"] == 0, _KEYS].drop_duplicates()
     measured = set(timed.itertuples(index=False, name=None))
     status: list[str | None] = []
@@ -155,14 +161,16 @@ def _status(record: Record, table: pd.DataFrame, samples: pd.DataFrame) -> tuple
     for cell, workload, runtime in table[_KEYS].itertuples(index=False, name=None):
         keys = [(cell, w, r) for w in (None, workload) for r in (None, runtime)]
         failed = next((failures[key] for key in keys if key in failures), None)
-        check = verified.get(cell)
+        checks: list[Judgment | None] = [verified.get(cell)] if verified else []
+        checks += [trained.get((cell, workload))] if workload in training else []
+        wrong = next((check for check in checks if check and not check.equivalent), None)
         state: CellStatus | None
         why: str | None
         if failed:
             state, why = failed.status, failed.reason
-        elif check and not check.equivalent:
-            state, why = CellStatus.NOT_EQUIVALENT if check.ran else CellStatus.CRASHED, check.reason
-        elif verified and not check and (cell, workload, runtime) in measured:
+        elif wrong:
+            state, why = CellStatus.NOT_EQUIVALENT if wrong.ran else CellStatus.CRASHED, wrong.reason
+        elif None in checks and (cell, workload, runtime) in measured:
             state, why = CellStatus.NOT_EQUIVALENT, "not known to be: the record has lost what the gate said of it"
         elif (cell, workload, runtime) in measured:
             state, why = CellStatus.OK, None

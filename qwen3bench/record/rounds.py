@@ -18,6 +18,7 @@ from qwen3bench.record.lines import (
     CostLine,
     EvidenceLine,
     FailureLine,
+    GradientsLine,
     Line,
     MemoryLine,
     ParametersLine,
@@ -40,7 +41,7 @@ _OF_ROUND: dict[type[Line], Any] = {
     StopLine: ConfirmStopLine,
 }
 _OF_CELLS = (
-    *(ProcessLine, ParametersLine, VerifyLine, MemoryLine, EvidenceLine),
+    *(ProcessLine, ParametersLine, VerifyLine, GradientsLine, MemoryLine, EvidenceLine),
     *(CostLine, CeilingLine, CompileLine, FailureLine),
 )
 

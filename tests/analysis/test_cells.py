@@ -190,6 +190,22 @@ def test_cells_that_failed_keep_their_reason_and_get_no_speedup(write_run: Write
     assert pd.isna(row(cells, "mlp")["tokens_per_s"])
 
 
+def test_a_cell_whose_gradients_are_wrong_or_not_known_to_be_right_is_not_ok(write_run: Write) -> None:
+    labels = ["baseline", "flash", "tie", "flash+tie"]
+    judged = [{"type": "gradients", "cell": cell, "workload": "train", "equivalent": True} for cell in labels[:2]]
+    judged.append({**judged[0], "cell": "tie", "equivalent": False, "reason": "out_head.weight: 3 > 2"})
+    places = {("prefill", "eager"): 0.01, ("train", "eager"): 0.03}
+    cells = table(write_run(factors=("flash", "tie"), baseline_s=places, extra=judged)).set_index(["workload", "cell"])
+    trained = cells.loc["train"].loc[labels]
+    assert trained["status"].to_list() == ["ok", "ok", "not_equivalent", "not_equivalent"]
+    assert cells.loc[("train", "tie"), "reason"] == "out_head.weight: 3 > 2"
+    assert "lost" in cells.loc[("train", "flash+tie"), "reason"]
+    assert trained["speedup"].notna().to_list() == [True, True, False, False]
+    assert trained["equivalent"].to_list() == [True, True, False, True]
+    assert (cells.loc["prefill", "status"] == "ok").all()
+    assert cells.loc["prefill", "equivalent"].all()
+
+
 def test_without_a_baseline_nothing_has_a_speedup(write_run: Write) -> None:
     failure = {"type": "failure", "cell": "baseline", "status": "crashed", "reason": "signal 9"}
     assert table(write_run(factors=FACTORS, extra=[failure]))["speedup"].isna().all()
