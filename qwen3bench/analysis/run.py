@@ -143,14 +143,16 @@ def load_runs(path: str | Path) -> list[Run]:
 def of_each_card(run: Run) -> list[tuple[str | None, str | None, Run]]:
     """Machine, card, and the run as what this card alone measured; None where the record does not name them.
 
-    Cells and effects are recomputed from its samples. The controls stay those of the whole run.
+    Cells and effects are recomputed from its samples. The controls stay those of the whole run. A process whose line
+    the record has lost was on the one place that there is; where there are several, its samples count for none.
     """
     if run.samples.empty:
         return [(None, None, run)]
     places = run.samples[["host", "card"]].astype(object).where(run.samples[["host", "card"]].notna(), None)
-    different = list(dict.fromkeys(places.itertuples(index=False, name=None)))
-    if len(different) == 1:
-        return [(*different[0], run)]
+    unnamed = (None, None)
+    different = [place for place in dict.fromkeys(places.itertuples(index=False, name=None)) if place != unnamed]
+    if len(different) < 2:
+        return [(*(different or [unnamed])[0], run)]
     found = []
     for host, card in different:
         here = [place == (host, card) for place in places.itertuples(index=False, name=None)]

@@ -91,6 +91,20 @@ def test_a_run_over_two_cards_is_taken_apart(make: Callable[..., Run]) -> None:
     )
 
 
+def test_a_process_whose_line_is_lost_is_no_card_of_its_own(make: Callable[..., Run]) -> None:
+    def without(run: Run, process: int) -> Run:
+        lost = run.samples["process"] == process
+        return replace(run, samples=run.samples.assign(**{k: run.samples[k].mask(lost) for k in ("host", "card")}))
+
+    one, other = without(make("a", "m", "GPU-1"), 0), make("b", "n", "GPU-2", seed=1)
+    assert pool([one, other]).cards == [("m", "GPU-1"), ("n", "GPU-2")]
+    both = without(make("c", "l", "GPU-3", second="GPU-4", seed=2, blocks=18), 2)
+    pooled = pool([both, other])
+    assert pooled.cards == [("l", "GPU-3"), ("l", "GPU-4"), ("n", "GPU-2")]
+    assert {*pooled.parts[0].run.samples["process"]} == {0}
+    assert {*pooled.parts[1].run.samples["process"]} == {1}
+
+
 def test_one_card_under_two_names_of_a_machine_is_one_machine(make: Callable[..., Run]) -> None:
     assert pool([make("a", "m", "GPU-1"), make("b", "renamed", "GPU-1", seed=1)]).machine_names == ["m"]
 
