@@ -1,9 +1,8 @@
-"""When a run has measured enough."""
+"""How well effects are known while a run measures: what its stopping rule goes by."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -12,7 +11,6 @@ from qwen3bench.analysis.contrasts import contrasts, term_name
 from qwen3bench.analysis.frames import BASELINE, block_matrix, factor_columns, undisturbed, with_judged_visits
 from qwen3bench.analysis.variance import clustered_mean
 from qwen3bench.record.lines import SampleLine
-from qwen3bench.record.states import StopReason
 
 _CONFIDENCE = 0.95  # of the intervals that `measure.target` is about
 _MIN_DF = 5  # of the pooled error; with fewer a variance that happens to look small ends the measuring too early
@@ -62,35 +60,6 @@ def half_widths(samples: pd.DataFrame | Sequence[SampleLine], factors: Sequence[
         return {}
     df = float(np.max(found.df))
     return {name: _relative(half, df) for name, half in zip(names, found.half_width(_CONFIDENCE), strict=True)}
-
-
-@dataclass(frozen=True)
-class Limits:
-    """When measuring is to end: `target` is the relative half-width asked of every main effect."""
-
-    target: float
-    max_seconds: float
-    min_blocks: int = 6
-    min_processes: int = 3
-    max_blocks: int | None = None
-
-
-def stop_reason(
-    half_width: Mapping[str, float], blocks: int, processes: int, measured_s: float, limits: Limits
-) -> StopReason | None:
-    """Why measuring ends now; None while it goes on.
-
-    `TARGET`: every half-width is at or below it, after enough blocks and processes (NVIDIA nvbench's stdrel
-    criterion: noise below a limit after a minimum of samples, or a time-out).
-    """
-    enough = blocks >= limits.min_blocks and processes >= limits.min_processes
-    if enough and half_width and all(width <= limits.target for width in half_width.values()):
-        return StopReason.TARGET
-    if measured_s >= limits.max_seconds:
-        return StopReason.MAX_SECONDS
-    if limits.max_blocks is not None and blocks >= limits.max_blocks:
-        return StopReason.MAX_BLOCKS
-    return None
 
 
 def _table(samples: Sequence[SampleLine]) -> pd.DataFrame:

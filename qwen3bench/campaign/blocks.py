@@ -1,36 +1,32 @@
-"""The pass that times: blocks in fresh processes, until every workload and runtime is known well enough."""
+"""The pass that times: blocks in fresh processes, until `replication` says that every workload and runtime is known."""
 
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from qwen3bench.analysis.stopping import Limits, half_widths, stop_reason
 from qwen3bench.campaign.card_costs import REPORT_S
 from qwen3bench.campaign.context import RunContext
-from qwen3bench.campaign.forecast import Shortfall, processes_for, what_it_takes
+from qwen3bench.campaign.forecast import what_it_takes
 from qwen3bench.campaign.live_effects import LiveEffects
 from qwen3bench.campaign.monitor import disturbances, flags
+from qwen3bench.campaign.replication import Replication
 from qwen3bench.campaign.room import too_many
 from qwen3bench.campaign.scheduler import CardLostError, Steps
 from qwen3bench.campaign.state import Place, Timing, Where
 from qwen3bench.campaign.worker_pool import prepare
 from qwen3bench.record.card import Card
 from qwen3bench.record.design import BASELINE, block_order
-from qwen3bench.record.lines import BlockLine, CompileLine, SampleLine, StopLine, VisitLine
+from qwen3bench.record.lines import BlockLine, CompileLine, SampleLine, VisitLine
 from qwen3bench.record.messages import CellFailure, Enter, Prepare, Request, Surroundings, TimedVisit, Visit
 from qwen3bench.record.states import BlockState, CellStatus, Purpose, StopReason
 from qwen3bench.record.typed import fields_of
 
-MEASURED_PER_SETUP = 1.0  # of the time that a process takes to be ready, so much again is measured in it at least
 PAUSED = "paused (its process was stopped, or the machine suspended)"  # of a block's flags
 MAX_TAKES = 3  # of a visit: of a machine that is busy half of the time seven in eight are then undisturbed
-QUICK_S = 0.5  # of judging whether enough is known: after each block where it takes no longer
-_JUDGING_SHARE = 0.05  # of the time that may go to it, else: 10^6 samples take seconds
 _PASS = "time"
 
 
@@ -44,22 +40,15 @@ class Blocks:
         self._workers = context.workers
         self._progress = context.progress
         self._timings = context.state.timings
+        self._replication = {where: Replication(context.settings, where, each) for where, each in self._timings.items()}
         self._effects = LiveEffects(context.settings, context.state)
         self._told: set[Where] = set()  # of which the first effects are
         self._spent_s = 0.0  # measured in the present process: other cards measure the same meanwhile
 
     @property
     def processes_needed(self) -> list[Where]:
-        """The workload and runtime of each process that comes next, in turn: the least that a run takes.
-
-        Where these were not enough, as many more as the target takes, and at most as many again: what a few processes
-        tell of the scatter between them is not to be relied on further.
-        """
-        needed = {
-            where: max(1, self._min_processes(where) - len(timing.processes), self._more_processes(where))
-            for where, timing in self._timings.items()
-            if not timing.stopped
-        }
+        """The workload and runtime of each process that comes next, in turn."""
+        needed = {where: each.processes_needed for where, each in self._open.items()}
         turns = range(max(needed.values(), default=0))
         return [where for turn in turns for where, count in needed.items() if turn < count]
 
@@ -88,12 +77,8 @@ class Blocks:
 
     def stop_what_is_known(self) -> None:
         """Stop what is known well enough, or cannot be measured any more."""
-        for where, timing in self._timings.items():
-            if timing.stopped:
-                continue
-            if not self._context.cells(where):
-                self._stop(where, StopReason.FAILED)
-            elif reason := self._reason_to_stop(where):
+        for where, each in self._open.items():
+            if reason := each.reason_to_stop() if self._context.cells(where) else StopReason.FAILED:
                 self._stop(where, reason)
 
     def alone(self, where: Where) -> Steps[None]:
@@ -213,9 +198,9 @@ class Blocks:
 
     def _blocks(self, where: Where, setup_s: float) -> Steps[bool]:
         """Up to `blocks_per_process` blocks in the present worker, ready after `setup_s`; False where a cell failed."""
-        measure, timing = self._settings.measure, self._timings[where]
+        known, timing = self._replication[where], self._timings[where]
         timing.setup_s = setup_s
-        more_s = setup_s if self._has_the_minimum(where) else 0.0
+        more_s = setup_s if known.has_the_least else 0.0
         timing.more_s += more_s
         self._spent_s = 0.0
         if self._context.state.forecast is not None:  # which knows how long blocks take before there is one
@@ -225,18 +210,10 @@ class Blocks:
                 return False
             if timing.stopped:  # by what another card told
                 break
-            if reason := self._reason_to_stop(where):
+            if reason := known.reason_to_stop():
                 self._stop(where, reason)
                 break
-            # A share of the time and of the blocks for each process, or there might never be a second one.
-            share_s = self._settings.time_allowed_s / self._min_processes(where)
-            # Kalibera & Jones, sec. 6: the dearer a process is to set up, the more is measured in each.
-            enough = self._spent_s >= min(share_s, MEASURED_PER_SETUP * setup_s)
-            if enough and blocks >= self._settings.blocks_per_process:
-                break
-            if blocks >= measure.max_blocks / self._min_processes(where):
-                break
-            if measure.max_seconds and self._spent_s >= share_s:
+            if known.is_process_done(blocks, self._spent_s, setup_s):
                 break
         return True
 
@@ -320,7 +297,7 @@ class Blocks:
         order = block_order(self._context.cells(where), self._settings.seed, workload, runtime, block, attempt)
         taken: list[tuple[VisitLine, list[SampleLine]]] = []
         timing, spare = self._timings[where], len(order)  # takes: a block lasts at most twice as long for them
-        with self._progress.part(self._block_title(where), len(order)) as stage:
+        with self._progress.part(f"timing {workload} {runtime}, block {timing.blocks + 1}", len(order)) as stage:
             for position, (cell, copy) in enumerate(order):
                 stage.step(cell)
                 with self._context.failing(_PASS, Place(cell, *where)) as outcome:
@@ -354,123 +331,34 @@ class Blocks:
                     return None
         return taken
 
-    # Stopping
+    # What is known
 
-    def _min_processes(self, where: Where) -> int:
-        return self._settings.min_processes(where[1])
-
-    def _has_the_minimum(self, where: Where) -> bool:
-        """Whether as many processes and blocks are measured as a run takes at least."""
-        timing, measure = self._timings[where], self._settings.measure
-        return len(timing.processes) >= self._min_processes(where) and timing.blocks >= measure.min_blocks
-
-    def _more_processes(self, where: Where) -> int:
-        """How many more processes the least blocks or the target take, at most as many again as there were."""
-        timing, lacking = self._timings[where], self._settings.measure.min_blocks - self._timings[where].blocks
-        processes = len(timing.processes)
-        if timing.blocks and lacking > 0:
-            return min(processes, math.ceil(lacking * processes / timing.blocks))
-        if not self._has_the_minimum(where):
-            return 0
-        return min(processes, processes_for(self._widest(where)[1], processes))
-
-    def _widest(self, where: Where) -> tuple[str, float]:
-        """The effect that is known least, and its half-width over the target."""
-        name, width = max(self._widths(where).items(), key=lambda item: item[1], default=("", math.inf))
-        return name, width / self._settings.target(where[1])
+    @property
+    def _open(self) -> dict[Where, Replication]:
+        """What is still measured."""
+        return {where: each for where, each in self._replication.items() if not each.timing.stopped}
 
     def _say_what_it_takes(self) -> None:
         """What an answer takes where the processes that a run takes at least did not give one."""
-        for where, timing in self._timings.items():
-            if timing.stopped or not self._has_the_minimum(where):
-                continue
-            name, over = self._widest(where)
-            lack = Shortfall(
-                term=name,
-                over=over,
-                target=self._settings.target(where[1]),
-                more=processes_for(over, len(timing.processes)),
-                measured_s=timing.measured_s / len(timing.processes),
-                setup_s=timing.setup_s,
-                spent_s=timing.measured_s,
-                left_s=self._settings.time_allowed_s - timing.measured_s,
-            )
-            self._progress.note(what_it_takes(where, lack))
-            mine_to_end = self._settings.measure.max_seconds is None  # else somebody asked for the time
-            if mine_to_end and lack.takes_s > lack.left_s and self._effects.decided(where):
-                self._stop(where, StopReason.OUT_OF_REACH)
-
-    def _reason_to_stop(self, where: Where) -> StopReason | None:
-        timing, measure = self._timings[where], self._settings.measure
-        if not timing.blocks:
-            return None
-        limits = Limits(
-            target=self._settings.target(where[1]),
-            max_seconds=self._settings.limit_s(where[1], timing.blocks, len(timing.processes)),
-            min_blocks=measure.min_blocks,
-            min_processes=self._min_processes(where),
-            max_blocks=measure.max_blocks,
-        )
-        return stop_reason(self._widths(where), timing.blocks, len(timing.processes), timing.measured_s, limits)
-
-    def _widths(self, where: Where) -> dict[str, float]:
-        """The half-width of each effect; of a run so large that this takes long, as it was a while ago."""
-        timing, started = self._timings[where], time.monotonic()
-        if started >= timing.judged_until:
-            timing.widths = half_widths(timing.samples, self._settings.factors)
-            took_s = time.monotonic() - started
-            if took_s > QUICK_S:
-                timing.judged_until = started + took_s / _JUDGING_SHARE
-        return timing.widths
+        mine_to_end = self._settings.measure.max_seconds is None  # else somebody asked for the time
+        for where, each in self._open.items():
+            if lack := each.shortfall():
+                self._progress.note(what_it_takes(where, lack))
+                if mine_to_end and lack.takes_s > lack.left_s and self._effects.decided(where):
+                    self._stop(where, StopReason.OUT_OF_REACH)
 
     def _stop(self, where: Where, reason: StopReason) -> None:
-        timing = self._timings[where]
-        timing.stopped = True
-        self._context.writer.append(
-            StopLine(
-                workload=where[0],
-                runtime=where[1],
-                reason=reason,
-                half_width=self._half_widths(timing),
-                blocks=timing.blocks,
-                processes=len(timing.processes),
-                measured_s=timing.measured_s,
-                more_s=timing.more_s,
-            )
-        )
-
-    def _half_widths(self, timing: Timing) -> dict[str, float | None]:
-        """As the stopping rule sees them; what is not known yet is None, as JSON has no infinity."""
-        if not timing.samples:
-            return {}
-        widths = half_widths(timing.samples, self._settings.factors)
-        return {name: width if math.isfinite(width) else None for name, width in widths.items()}
-
-    def _block_title(self, where: Where) -> str:
-        return f"timing {' '.join(where)}, block {self._timings[where].blocks + 1}"
+        self._context.writer.append(self._replication[where].stop(reason))
 
     def _expect(self) -> None:
         """The run is expected to end when each workload and runtime is known well enough, and what follows is done."""
-        forecast = self._context.state.forecast
+        forecast, setup_s = self._context.state.forecast, max(each.setup_s for each in self._timings.values())
+        left_s = (
+            each.left_s(setup_s) if forecast is None else forecast.left_s(*where, each.timing.so_far)
+            for where, each in self._open.items()
+        )
         after_s = REPORT_S if forecast is None else forecast.after_s()
-        self._progress.expect(sum(map(self._left_s, self._timings)) / self._context.cards() + after_s)
-
-    def _left_s(self, where: Where) -> float:
-        """About how long a workload and runtime still takes: halfway between the least and the most."""
-        timing, measure = self._timings[where], self._settings.measure
-        if timing.stopped:
-            return 0.0
-        if (forecast := self._context.state.forecast) is not None:
-            return forecast.left_s(*where, timing.so_far)
-        setup_s = timing.setup_s or max(each.setup_s for each in self._timings.values())
-        a_block_s = timing.measured_s / timing.blocks if timing.blocks else 0.0
-        most = self._settings.limit_s(where[1], measure.min_blocks, self._min_processes(where))
-        most -= timing.measured_s
-        least = max(0, measure.min_blocks - timing.blocks) * a_block_s
-        if measure.max_seconds:
-            least = min(least, most)
-        processes = max(0, self._min_processes(where) - len(timing.processes))
-        return processes * setup_s + max(0.0, least + max(least, most)) / 2
+        self._progress.expect(sum(left_s) / self._context.cards() + after_s)
 
 
 def _company(left: list[Where], at_once: int) -> tuple[list[Where], list[Where]]:

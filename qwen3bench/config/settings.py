@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -207,18 +206,12 @@ class Settings:
             return self.measure.blocks_per_process
         return 3 if self.device.startswith("cuda") else 2
 
-    def limit_s(self, runtime: str, blocks: int, processes: int) -> float:
-        """How many seconds are allowed for measuring, of which getting processes ready is no part.
-
-        Unless `measure.max_seconds` says how many, it takes as long as it takes until there are intervals.
-        """
-        measure = self.measure
-        enough = blocks >= measure.min_blocks and processes >= self.min_processes(runtime)
-        return self.time_allowed_s if enough or measure.max_seconds is not None else math.inf
-
     @property
     def time_allowed_s(self) -> float:
-        """How many seconds each workload and runtime is measured, unless its intervals take longer or less."""
+        """How many seconds each workload and runtime is measured, unless its intervals take longer or less.
+
+        Getting processes ready is no part of it.
+        """
         if self.measure.max_seconds is not None:
             return self.measure.max_seconds
         if self.device.startswith("cuda"):

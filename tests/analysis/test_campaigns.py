@@ -11,8 +11,11 @@ from qwen3bench.analysis.contrasts import contrasts, every_cell, shapley_contras
 from qwen3bench.analysis.effects import effects
 from qwen3bench.analysis.frames import BlockMatrix
 from qwen3bench.analysis.significance import ALPHA, holm
-from qwen3bench.analysis.stopping import Limits, half_widths, stop_reason
+from qwen3bench.analysis.stopping import half_widths
 from qwen3bench.analysis.variance import clustered, replicated
+from qwen3bench.campaign.replication import Replication
+from qwen3bench.campaign.state import Timing
+from qwen3bench.config.cli import compose
 
 CAMPAIGNS = 2_000
 PER_PROCESS = 3
@@ -268,7 +271,8 @@ def test_one_percent_is_found_at_one_percent_noise_in_six_blocks(name: str) -> N
 @pytest.mark.parametrize("target", [0.002, 0.003, 0.005])
 @pytest.mark.parametrize("processes", [2, 3])
 def test_intervals_cover_when_their_width_ends_the_campaign(target: float, processes: int) -> None:
-    limits = Limits(target=target, max_seconds=1.0, min_processes=processes, max_blocks=24)
+    limits = ("min_blocks=6", f"min_processes={processes}", f"target={target}", "max_blocks=24")
+    settings = compose([f"measure.{limit}" for limit in limits])
     y = simulate(RNG(10), 24 // PER_PROCESS, process_noise=0.003, drift=0.002)
     covered = np.zeros(CAMPAIGNS)
     false = np.zeros(CAMPAIGNS, dtype=bool)
@@ -276,13 +280,11 @@ def test_intervals_cover_when_their_width_ends_the_campaign(target: float, proce
     for blocks in range(6, 24 + 1):
         found = clustered(y[going, :blocks], process_of(blocks), PLAN)
         half = found.half_width(0.95)
-        stops = np.array(
-            [
-                stop_reason(dict(zip("abcde", widths[:5], strict=True)), blocks, -(-blocks // PER_PROCESS), 0.0, limits)
-                is not None
-                for widths in np.expm1(half)
-            ]
-        )
+        stops = []
+        for widths in np.expm1(half):
+            known = dict(zip("abcde", widths[:5], strict=True))
+            timing = Timing(blocks=blocks, processes={*process_of(blocks)}, widths=known, judged_until=np.inf)
+            stops.append(Replication(settings, ("prefill", "graph"), timing).reason_to_stop() is not None)
         now = np.flatnonzero(going)[stops]
         covered[now] = (np.abs(found.estimate) <= half)[stops].mean(axis=1)
         false[now] = (holm(found.p()[stops]) < ALPHA).any(axis=1)

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from qwen3bench.analysis.run import load_run
-from qwen3bench.analysis.stopping import Limits, half_widths, stop_reason
+from qwen3bench.analysis.stopping import half_widths
 from qwen3bench.record.lines import SampleLine
 from qwen3bench.record.reader import read_record
 
 Write = Callable[..., Path]
-LIMITS = Limits(target=0.0025, max_seconds=60.0, max_blocks=20)
 
 
 def test_half_widths_are_those_of_the_published_intervals(write_run: Write) -> None:
@@ -57,23 +56,3 @@ def test_peers_alone_give_no_half_width(write_run: Write) -> None:
 
 def test_nothing_measured_has_no_half_width() -> None:
     assert half_widths([], ["flash"]) == {}
-    assert stop_reason({}, 0, 0, 0.0, LIMITS) is None
-
-
-@pytest.mark.parametrize(
-    ("widths", "blocks", "processes", "measured_s", "reason"),
-    [
-        ({"a": 0.002, "b": 0.0025}, 6, 3, 1.0, "target"),
-        ({"a": 0.002, "b": 0.0026}, 6, 3, 1.0, None),
-        ({"a": 0.001}, 5, 3, 1.0, None),
-        ({"a": 0.001}, 6, 2, 1.0, None),
-        ({"a": 0.001}, 6, 3, 60.0, "target"),
-        ({"a": np.inf}, 6, 3, 60.0, "max_seconds"),
-        ({}, 0, 0, 60.0, "max_seconds"),
-        ({"a": 0.01}, 20, 4, 1.0, "max_blocks"),
-    ],
-)
-def test_stop_reason(
-    widths: dict[str, float], blocks: int, processes: int, measured_s: float, reason: str | None
-) -> None:
-    assert stop_reason(widths, blocks, processes, measured_s, LIMITS) == reason

@@ -189,7 +189,7 @@ def measure(
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "qwen3bench.campaign.blocks.MEASURED_PER_SETUP", 0.0
+        "qwen3bench.campaign.replication.MEASURED_PER_SETUP", 0.0
     )  # else how many blocks depends on the clock
 
     def command(

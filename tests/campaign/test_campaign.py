@@ -121,8 +121,8 @@ def test_where_judging_takes_long_it_is_not_done_after_each_block(
         time.sleep(0.02)
         return half_widths(samples, factors)
 
-    monkeypatch.setattr("qwen3bench.campaign.blocks.half_widths", counted)
-    monkeypatch.setattr("qwen3bench.campaign.blocks.QUICK_S", quick_s)
+    monkeypatch.setattr("qwen3bench.campaign.replication.half_widths", counted)
+    monkeypatch.setattr("qwen3bench.campaign.replication.QUICK_S", quick_s)
     done = measure(*FULL, "measure.max_blocks=12", "measure.min_blocks=12", "measure.blocks_per_process=12")
     (stop,) = done.record.of(StopLine)
     assert (stop.blocks, set(stop.half_width)) == (12, {"flash", "tie"})
@@ -140,7 +140,7 @@ def test_a_process_measures_as_long_as_it_took_to_be_ready(measure: Measure, mon
         await_ahead(workers)
 
     monkeypatch.setattr(WorkerPool, "await_ahead", slowly)
-    monkeypatch.setattr("qwen3bench.campaign.blocks.MEASURED_PER_SETUP", 1.0)
+    monkeypatch.setattr("qwen3bench.campaign.replication.MEASURED_PER_SETUP", 1.0)
     limits = ("measure.max_seconds=2", "measure.target=1e-9", "measure.max_blocks=1000", "measure.min_blocks=2")
     done = measure(*FULL, *limits, "measure.min_processes=2", "measure.blocks_per_process=1")
     (stop,) = done.record.of(StopLine)

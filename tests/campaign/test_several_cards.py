@@ -223,7 +223,7 @@ def test_real_workers_on_two_pretended_cards_tell_one_run(measure: Callable[...,
 def test_a_process_has_its_share_of_the_time_whatever_other_cards_measure_meanwhile(
     measure: Callable[..., Any], two: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen3bench.campaign.blocks.MEASURED_PER_SETUP", 1e9)  # so that its share limits it
+    monkeypatch.setattr("qwen3bench.campaign.replication.MEASURED_PER_SETUP", 1e9)  # so that its share limits it
     share_s = 0.25
     limits = (f"measure.max_seconds={6 * share_s}", "measure.target=1e-9", "measure.max_blocks=100000")
     done = measure("design=full", "opt=flash,tie", *limits, "measure.min_processes=6", cards=two())

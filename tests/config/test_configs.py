@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -233,10 +232,9 @@ def test_cuda_and_cpu_settle_what_auto_leaves_open() -> None:
     assert (cuda.target("graph"), cuda.target("compile"), cuda.target("eager")) == (0.0025, 0.0025, 0.01)
     assert cpu.target("compile") == 0.01
     assert compose(["measure.target=0.02"]).resolved("cuda").target("graph") == 0.02
-    assert (cuda.limit_s("graph", 8, 5), cpu.limit_s("eager", 8, 3)) == (60, 30)
+    assert (cuda.time_allowed_s, cpu.time_allowed_s) == (60, 30)
     assert compose(["workload=train", "model=tiny"]).resolved("cpu").time_allowed_s == 18
-    assert cuda.limit_s("graph", 7, 5) == cuda.limit_s("graph", 8, 4) == math.inf
-    assert compose(["measure.max_seconds=7"]).resolved("cuda").limit_s("graph", 0, 0) == 7
+    assert compose(["measure.max_seconds=7"]).resolved("cuda").time_allowed_s == 7
 
 
 def test_what_the_command_line_settles_stays() -> None:
