@@ -21,12 +21,13 @@ class Spread:
     """The standard deviation of each effect between machines, or between cards of a machine, with its interval.
 
     In log scale, what the runs' own errors make of it taken off; each (…, terms). NaN where nothing tells. `lo` is 0
-    where no difference is shown.
+    where no difference is shown. `p`: the F test's, of so large a spread where nothing differs.
     """
 
     sd: Array
     lo: Array
     hi: Array
+    p: Array
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,13 @@ def _spread(between: _Square, within: _Square, confidence: float) -> Spread:
     Tukey and Williams' interval (Searle, Casella & McCulloch, section 3.6): F quantiles of the ratio of the two.
     """
     if not np.any(between.df):
-        return Spread(*(np.full_like(between.value, np.nan) for _ in range(3)))
+        nothing = np.full_like(between.value, np.nan)
+        return Spread(nothing, nothing, nothing, nothing)
     tail = (1 - confidence) / 2
     known = np.isfinite(within.df) & (np.asarray(within.df) > 0)
     error, df = np.where(known, within.value, 0.0), np.where(known, within.df, _CERTAIN)
     low, high = (between.value / special.fdtri(between.df, df, p) - error for p in (1 - tail, tail))
-    return Spread(*(np.sqrt(np.maximum(part, 0)) for part in (between.value - error, low, high)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        p = special.fdtrc(between.df, df, between.value / error)
+    sd, lo, hi = (np.sqrt(np.maximum(part, 0)) for part in (between.value - error, low, high))
+    return Spread(sd, lo, hi, p)

@@ -31,7 +31,7 @@ _OF_MACHINE = ("driver", "os", "cpu", "cpu_cores", "power_limit_w", "memory_byte
 POOLED_COLUMNS = [
     *_WHAT,
     *("estimate", "lo", "hi", "p_holm", "verdict", "reason", "p", "df", "machines", "cards"),
-    *("sd_machines", "sd_machines_lo", "sd_machines_hi", "sd_cards", "sd_cards_lo", "sd_cards_hi"),
+    *("sd_machines", "sd_machines_lo", "sd_machines_hi", "p_machines", "sd_cards", "sd_cards_lo", "sd_cards_hi"),
 ]
 
 
@@ -51,7 +51,8 @@ class Pool:
 
     - `effects` (`POOLED_COLUMNS`): one row per workload, runtime and effect: main effects, interactions and Shapley
       shares, each cell over the baseline (`speedup`) and over each peer (`peer`). Ratios of speed, as in effects.csv;
-      `sd_…` are the spreads between machines, and between cards of a machine, as fractions
+      `sd_…` are the spreads between machines, and between cards of a machine, as fractions; `p_machines` is Holm's p
+      of the first
     - `machines`: machine, `_WHAT`, estimate, lo, hi: what each machine tells by itself
     - `latencies`: run, machine, card, cell, workload, runtime, latency_s with its interval: of that card alone
     - `unlike`: key, and the value of each machine that is not the same on all
@@ -216,9 +217,10 @@ def _published(table: pd.DataFrame, found: Nested, confidence: float, band: floa
     estimate, lo, hi = _ratios_of(pooled, confidence)
     count = len(found.machines)
     table = table.assign(estimate=estimate, lo=lo, hi=hi, p=pooled.p(), df=count - 1, machines=count, cards=cards)
-    table["p_holm"] = table.groupby([*_PLACE, _family(table)], sort=False)["p"].transform(
-        lambda of_family: holm(of_family.to_numpy())
-    )
+    table["p_machines"] = np.where(untold, np.nan, found.between_machines.p)
+    families = table.groupby([*_PLACE, _family(table)], sort=False)
+    for corrected, plain in (("p_holm", "p"), ("p_machines", "p_machines")):
+        table[corrected] = families[plain].transform(lambda of_family: holm(of_family.to_numpy()))
     table["verdict"] = verdicts(Gains(estimate - 1, lo - 1, hi - 1, table["p_holm"]), band, OF_TIMES)
     for name, spread in (("sd_machines", found.between_machines), ("sd_cards", found.between_cards)):
         for column, values in ((name, spread.sd), (f"{name}_lo", spread.lo), (f"{name}_hi", spread.hi)):

@@ -10,9 +10,11 @@ from typing import Any
 import pandas as pd
 
 from qwen3bench.analysis.changes import Compared
+from qwen3bench.analysis.frames import analysis_setting
 from qwen3bench.analysis.pooling import Pool
 from qwen3bench.analysis.run import Run, to_csv
 from qwen3bench.record.files import write_atomic
+from qwen3bench.record.states import Verdict
 from qwen3bench.reporting import figures
 from qwen3bench.reporting.across import make_home
 from qwen3bench.reporting.conditions import Condition, conditions
@@ -70,6 +72,7 @@ def pool_sentences(pool: Pool) -> Iterator[str]:
     """What the pool says: on what it stands, each switch, all of them, and how far machines differ."""
     machines = len(pool.machine_names)
     on_cpu = pool.runs[0].config.get("device") == "cpu"
+    level = (1 - analysis_setting(pool.runs[0].record, "confidence")) / 2  # as the ends of a spread's interval
     yield pool_words.pool_scope(machines, 0 if on_cpu else len(pool.cards), device(pool.runs[0]))
     for condition in conditions(pool.runs[0]):
         here = condition.select(pool.effects)
@@ -82,13 +85,22 @@ def pool_sentences(pool: Pool) -> Iterator[str]:
         for row in rows(pd.concat([mains, together])):
             effect = Effect(row.term, row.estimate, row.lo, row.hi, row.verdict)
             yield pool_words.pooled_words(effect, str(condition), band_words(band(pool.runs[0])))
-        spread = mains[mains["sd_machines_hi"].notna()]
-        spread = spread.sort_values(["sd_machines", "sd_machines_hi"], ascending=False, kind="stable")
-        for row in rows(spread[:1]):
-            told = row.sd_machines, row.sd_machines_lo, row.sd_machines_hi
-            yield pool_words.widest_words(row.term, str(condition), told)
+        yield from _widest(mains, str(condition), level)
+    table = pool.effects
+    if len(table[(table["verdict"] == Verdict.UNDECIDED) & ((table["lo"] > 1) | (table["hi"] < 1))]):
+        yield PAGE["holm"]
     if 1 < machines < _FEW:
         yield pool_words.few_machines(machines)
+
+
+def _widest(mains: pd.DataFrame, where: str, level: float) -> Iterator[str]:
+    """What differs most between machines of what is shown to; else what of all could differ most."""
+    known = mains[mains["sd_machines_hi"].notna()]
+    shown = known[known["p_machines"] <= level]
+    most, by = (shown, "sd_machines") if len(shown) else (known, "sd_machines_hi")
+    for row in rows(most.sort_values(by, ascending=False, kind="stable")[:1]):
+        spread = row.sd_machines, row.sd_machines_lo, row.sd_machines_hi
+        yield pool_words.widest_words(row.term, where, spread, shown=bool(len(shown)))
 
 
 def pool_warnings(pool: Pool) -> Iterator[str]:

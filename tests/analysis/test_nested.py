@@ -33,6 +33,18 @@ def test_machines_are_the_unit_as_in_a_nested_analysis_of_variance() -> None:
     assert found.between_machines.sd[0] == pytest.approx(np.sqrt(means.var(ddof=1) - card_square / 2))
 
 
+def test_the_p_of_a_spread_is_that_of_the_f_test_and_below_a_level_as_often_as_that() -> None:
+    random = np.random.default_rng(0)
+    se = 0.01 * np.sqrt(random.chisquare(4, (4000, 3, 1)) / 4)
+    same = Measured(random.normal(0, 0.01, (4000, 3, 1)), se, np.full_like(se, 4.0), "abc", "abc")
+    p = nested(same).between_machines.p
+    assert np.mean(p < 0.05) == pytest.approx(0.05, abs=0.015)
+    means = np.array([0.12, 0.20, 0.29])
+    one = nested(measured({"a1": [means[0]], "b1": [means[1]], "c1": [means[2]]}, se=0.05))
+    assert one.between_machines.p[0] == pytest.approx(stats.f.sf(means.var(ddof=1) / 0.05**2, 2, 12))
+    assert np.isnan(nested(measured({"a1": [0.1], "a2": [0.2]})).between_machines.p).all()
+
+
 def test_a_machine_counts_once_however_much_it_measured() -> None:
     often = nested(measured({"a1": [0.1, 0.1, 0.1], "a2": [0.1], "b1": [0.3]}))
     assert often.pooled.estimate[0] == pytest.approx(0.2)

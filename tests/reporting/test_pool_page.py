@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import pandas as pd
 import pytest
 from records import write_record
 
+from qwen3bench.analysis.pooling import pool
+from qwen3bench.analysis.run import load_run
 from qwen3bench.pool import main
+from qwen3bench.reporting.pool_page import pool_sentences
 from qwen3bench.reporting.wording.pool_words import pool_scope, spread_words
 
 Lines = Callable[..., list[dict[str, Any]]]
@@ -103,6 +107,32 @@ def test_what_a_run_lacks_is_said_beside_what_is_not_pooled_for_it(
     assert "Warning: Run 1: The record is damaged" in said
     assert "Warning: Run 2: norm has status crashed" in said
     assert "Nothing is pooled of flash, tie and norm: not all runs tell that" in said
+
+
+def test_what_differs_between_machines_is_corrected_for_the_number_of_switches(run_on: Callable[..., str]) -> None:
+    pooled = pool([load_run(run_on(f"run{n}", f"left-{n}", f"GPU-{n}", n)) for n in range(3)])
+
+    def said(p: tuple[float, float, float], hi: tuple[float, float, float] = (0.03, 0.02, 0.04)) -> str:
+        table = pooled.effects.copy()
+        mains = table["kind"] == "main"
+        for name, values in (("p_machines", p), ("sd_machines", (0.02, 0.01, 0.001)), ("sd_machines_hi", hi)):
+            table.loc[mains, name] = values
+        table.loc[mains, "sd_machines_lo"] = 0.0005
+        return "\n".join(pool_sentences(replace(pooled, effects=table)))
+
+    none = said((0.03, 1.0, 1.0))
+    assert "No switch is shown to be worth more on one machine than on another" in none
+    assert "Most it could be norm: standard deviation 0.10 % [0.050 %, 4.0 %]" in none
+    assert "tie differs most between machines: standard deviation 1.0 %" in said((0.03, 0.02, 1.0))
+    assert "flash differs most between machines" in said((0.02, 0.02, 0.001))
+
+
+def test_an_undecided_effect_beside_an_interval_without_1_is_explained(run_on: Callable[..., str]) -> None:
+    pooled = pool([load_run(run_on(f"run{n}", f"left-{n}", f"GPU-{n}", n)) for n in range(3)])
+    reason = "verdicts are corrected for the number of effects (Holm), intervals are not."
+    table = pooled.effects.assign(verdict="undecided")
+    assert not any(reason in text for text in pool_sentences(replace(pooled, effects=table.assign(lo=0.9, hi=1.1))))
+    assert sum(reason in text for text in pool_sentences(replace(pooled, effects=table.assign(lo=1.01, hi=1.1)))) == 1
 
 
 def test_of_a_single_switch_its_effect_is_told_once(

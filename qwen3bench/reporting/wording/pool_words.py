@@ -8,11 +8,13 @@ from qwen3bench.reporting.units import count, is_number, listing, percent, ratio
 
 POOL_METHOD = (
     "Each run is analyzed by itself, as its own report says. A card's effect is the mean of its runs', a machine's "
-    "that of its cards. The pooled effect is the mean of the machines', each counting once. Its interval is Student's "
-    "t on their scatter, with one degree of freedom less than machines. So it holds for machines drawn at random from "
-    "one kind. Where there are two kinds of them, a few machines do not show it, and intervals are too narrow. What "
-    "differs between machines, and between cards, is the standard deviation that the runs' own errors do not explain. "
-    "Latencies are not pooled, as cards of one kind differ in them by more than in effects."
+    "that of its cards. The pooled effect is the mean of the machines', each counting once. Its interval is "
+    "Student's t on their scatter, with one degree of freedom less than machines. So it holds for machines drawn at "
+    "random from one kind. Verdicts are corrected for the number of effects (Holm), and so is what is said to differ "
+    "between machines. Intervals are not. Where there are two kinds of them, a few machines do not show it, and "
+    "intervals are too narrow. What differs between machines, and between cards, is the standard deviation that the "
+    "runs' own errors do not explain. Latencies are not pooled, as cards of one kind differ in them by more than in "
+    "effects."
 )
 
 
@@ -42,9 +44,12 @@ def spread_words(sd: float, lo: float, hi: float) -> str:
     return f"{percent(sd)} [{percent(lo)}, {percent(hi)}]" if is_number(sd) and is_number(lo) else ""
 
 
-def widest_words(term: str, where: str, spread: tuple[float, float, float]) -> str:
-    """What differs most between machines: the standard deviation of its effect, with its interval."""
-    if spread[1] > 0:
+def widest_words(term: str, where: str, spread: tuple[float, float, float], *, shown: bool) -> str:
+    """What differs most between machines: the standard deviation of its effect, with its interval.
+
+    `shown`: whether it does by Holm's p over all switches, which the interval is not corrected for.
+    """
+    if shown:
         return f"{term} differs most between machines: standard deviation {spread_words(*spread)} ({where})."
     text = f"No switch is shown to be worth more on one machine than on another ({where})."
     return f"{text} Most it could be {term}: standard deviation {spread_words(*spread)}."
