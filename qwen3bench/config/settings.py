@@ -14,12 +14,13 @@ from qwen3bench.config.checkpoint_source import checkpoint_shape
 from qwen3bench.config.choices import choices, no_such_choice, options_of
 from qwen3bench.config.claims import refuse_conflicts
 from qwen3bench.config.model_config import ModelConfig
-from qwen3bench.config.schema import Measure, Options, PeerOptions, Sizes, read_config
+from qwen3bench.config.schema import PRECISIONS, Measure, Options, PeerOptions, Sizes, read_config
 from qwen3bench.errors import Refused, UserError
 from qwen3bench.record.design import Cell, cell_of, design_cells, label
 from qwen3bench.record.screen import MOST, Rules, Screen, Wish, screen
 
 _PROMPT_TOKENS = {"cuda": 2048, "cpu": 16}  # 2048 on two CPU cores would take minutes a block
+_NEW_TOKENS = {"prefill": 0, "decode": 1, "train": 0}  # of the workloads that are one step
 _NO_SHAPE = ("name", "context_length", "tie_word_embeddings")  # of a model, what a checkpoint's may differ in
 _SHAPE = [field.name for field in fields(ModelConfig) if field.name not in _NO_SHAPE]
 _MOST_CELLS = 2**9  # of a design: an hour on an H100; of more switches nobody waits for every combination
@@ -73,16 +74,27 @@ class Settings:
         for name in self.runtimes:
             if name not in choices("runtime"):
                 raise UserError(no_such_choice("runtime", name))
-        if "generate" in self.workloads and not self.workloads["generate"].new_tokens:
-            raise UserError("workload.generate.new_tokens must be a whole number above 0, not 0")
-        if kept := [name for name, sizes in self.workloads.items() if sizes.logits_to_keep and name != "prefill"]:
-            raise UserError(f"workload.{kept[0]}.logits_to_keep: only a prefill can leave out logits")
+        self._check_workloads()
         for name, options in self.opts.items():
             if not isinstance(options.get("_target_"), str):
                 raise UserError(
                     f"opt.{name} names no function; its YAML file needs `_target_: package.module.function`"
                 )
         self._check_design()
+
+    def _check_workloads(self) -> None:
+        if "generate" in self.workloads and not self.workloads["generate"].new_tokens:
+            raise UserError("workload.generate.new_tokens must be a whole number above 0, not 0")
+        for name, sizes in self.workloads.items():
+            if name == "train" and sizes.precision is None:
+                raise UserError(f"workload.train.precision is not named: use {' | '.join(PRECISIONS)}")
+            if name != "train" and (sizes.precision, sizes.clip) != (None, None):
+                raise UserError(f"workload.{name}: precision and clip are for training alone")
+        for name, new_tokens in _NEW_TOKENS.items():
+            if name in self.workloads and self.workloads[name].new_tokens != new_tokens:
+                raise UserError(f"workload.{name}.new_tokens is {new_tokens}; how many are generated is for generate")
+        if kept := [name for name, sizes in self.workloads.items() if sizes.logits_to_keep and name != "prefill"]:
+            raise UserError(f"workload.{kept[0]}.logits_to_keep: only a prefill can leave out logits")
 
     def _check_design(self) -> None:
         if self.design != "screen" and self.wish != Wish():

@@ -195,6 +195,21 @@ def test_only_a_prefill_can_leave_out_logits() -> None:
         compose(["workload=decode", "+workload.decode.logits_to_keep=1"])
 
 
+def test_training_has_a_precision_and_nothing_else_has() -> None:
+    with pytest.raises(UserError, match=r"workload\.train\.precision is not named: use auto \| amp \| bf16 \| fp32"):
+        compose(["workload=train", "train.precision=null"])
+    for option in ("precision=fp32", "clip=1.0"):
+        with pytest.raises(UserError, match=r"workload\.prefill: precision and clip are for training alone"):
+            compose(["workload=prefill,train", f"+workload.prefill.{option}"])
+
+
+@pytest.mark.parametrize(("name", "fixed"), [("prefill", 0), ("decode", 1), ("train", 0)])
+def test_how_many_tokens_are_generated_is_for_generate_alone(name: str, fixed: int) -> None:
+    with pytest.raises(UserError, match=rf"workload\.{name}\.new_tokens is {fixed}; how many are generated is for"):
+        compose([f"workload={name}", f"{name}.new_tokens=3"])
+    assert compose([f"workload={name},generate", "new_tokens=3"]).workloads["generate"].new_tokens == 3
+
+
 def test_what_an_older_record_lacks_is_left_out_where_it_changes_nothing() -> None:
     """Such a finished run is known again by a multirun, and compares as the same."""
     assert "threads" not in compose([]).to_dict()
