@@ -281,6 +281,7 @@ def test_version_and_license_are_the_same_everywhere() -> None:
     assert (ROOT / "LICENSE").read_text(encoding="utf-8").startswith("MIT License\n")
 
 
+POOL = ROOT / "results" / "reference" / "h200-pool-1x2048"
 RECORDS = [path.parent for path in sorted((ROOT / "results" / "reference").rglob("samples.jsonl.xz"))]
 HISTORY = pd.read_csv(ROOT / "results" / "history.csv", dtype=str)  # of runs that `commit` holds
 
@@ -304,6 +305,11 @@ def measured_ratios(place: Path) -> np.ndarray:
     return np.array(found)
 
 
+def pooled_ratios(place: Path) -> np.ndarray:
+    """Every effect of a pool, with its interval."""
+    return pd.read_csv(place / "effects.csv")[["estimate", "lo", "hi"]].dropna().to_numpy()
+
+
 def holds(ratios: np.ndarray, parts: Sequence[str]) -> bool:
     """Whether one of the ratios reads as these digits do."""
     half_a_digit = [0.5 * 10 ** -len(part.partition(".")[2]) * 1.001 for part in parts]
@@ -313,9 +319,9 @@ def holds(ratios: np.ndarray, parts: Sequence[str]) -> bool:
 
 @pytest.fixture(scope="module")
 def ratios() -> np.ndarray:
-    """Every ratio of the committed runs, and those that are cited of runs in the history."""
+    """Every ratio of the committed runs and of their pool, and those that are cited of runs in the history."""
     cited = HISTORY[["estimate", "lo", "hi"]].to_numpy(float)
-    return np.concatenate([*map(measured_ratios, RECORDS), cited])
+    return np.concatenate([*map(measured_ratios, RECORDS), pooled_ratios(POOL), cited])
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from qwen3bench import pool
 from qwen3bench.config.cli import main
 from qwen3bench.config.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "results" / "reference"
-RUNS = sorted(path for path in REFERENCE.iterdir() if path.is_dir())
+POOL = REFERENCE / "h200-pool-1x2048"
+RUNS = sorted(path for path in REFERENCE.iterdir() if path.is_dir() and path != POOL)
 RECORDS = sorted(REFERENCE.rglob("samples.jsonl.xz"))
 SHOWN = {"h200-ablate-1x2048", "h100-regimes"}  # the runs whose pages README shows
 MB = 10**6
@@ -58,6 +60,14 @@ def test_a_run_is_its_record_and_what_is_derived_from_it(run: Path, committed: l
     assert kept == {"samples.jsonl.xz", "cells.csv", "effects.csv", "config.yaml", "environment.json"}
     pages = [path for path in files if path.name not in kept]
     assert {path.suffix for path in pages} == ({".md", ".svg"} if run.name in SHOWN else set())
+
+
+@pytest.mark.slow
+def test_the_pool_is_what_its_runs_give(tmp_path: Path) -> None:
+    runs = [str(REFERENCE / f"h200-ablate-1x2048{end}") for end in ("", "-b", "-c")]
+    assert pool.main([*runs, "--machines=K,L,J", "--out", str(tmp_path)]) == 0
+    for name in ("effects.csv", "machines.csv"):
+        assert (tmp_path / name).read_bytes() == (POOL / name).read_bytes()
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from qwen3bench.config.entry import guarded
 from qwen3bench.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-RUN = str(ROOT / "results" / "reference" / "h100-peers-prefill-1x512")
+RUN = str(ROOT / "results" / "reference" / "h200-peers-decode-512")
 Main = Callable[[list[str]], int]
 
 

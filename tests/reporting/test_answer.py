@@ -69,7 +69,7 @@ def test_a_card_says_what_is_left_of_its_gain_without_a_graph() -> None:
     """On an H200 all on takes 8.3 ms of the 24 ms that eager takes, the baseline 27 of 31 ms."""
     run = load_run(REFERENCE / "h200-ablate-1x2048")
     left = (
-        "That takes a CUDA graph: launched from Python it reads about 1.3×, by one to three passes of each cell and "
+        "That takes a CUDA graph: launched from Python it reads about 1.3×, by one to ten passes of each cell and "
         "without an interval. To measure it, add runtime=eager,graph."
     )
     assert left in cards(run, findings(run))[0].notes

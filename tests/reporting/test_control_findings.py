@@ -180,7 +180,7 @@ def test_a_few_passes_in_eager_tell_of_the_host_too(
 ) -> None:
     (finding,) = of_check(run_of(record_lines(factors=("flash", "tie"), eager_look=True)), Check.HOST)
     assert detail(finding).shares[0] == pytest.approx(7.2 / 29, rel=0.01)
-    assert "(eager by one to three passes of each cell)" in sentence(finding)
+    assert "(eager by one to ten passes of each cell)" in sentence(finding)
 
 
 def test_noise_hides_what_is_smaller_than_it(

@@ -6,7 +6,7 @@ from qwen3bench.reporting.finding import Check, Control, ControlOutcome, Finding
 from qwen3bench.reporting.units import count, interval_decimals, is_number, listing, percent, size
 from qwen3bench.reporting.wording.ratio_words import interval, where_words
 
-FEW_PASSES = "one to three passes of each cell"  # as the look at eager takes that a run in a graph has
+FEW_PASSES = "one to ten passes of each cell"  # as the look at eager takes that a run in a graph has
 
 
 def control_mark(control: Control) -> str:

@@ -223,7 +223,7 @@ def test_every_sentence_of_a_run_keeps_the_rules(full_run: Run) -> None:
 @pytest.mark.slow
 def test_every_sentence_of_the_reference_runs_keeps_the_rules() -> None:
     runs = [load_run(REFERENCE / "h100-regimes" / name) for name in ("single/1", "batched/1")]
-    for run in (*runs, load_run(REFERENCE / "h200-peers-prefill-1x2048")):
+    for run in (*runs, load_run(REFERENCE / "h200-peers-prefill-1x2048-last")):
         for finding in (*findings(run), *control_list(run)):
             ruled(sentence(finding))
     for finding in (*limits(runs), *over_findings(effects_over(runs), runs[0].factors, 0.01), *dependent(runs)):
