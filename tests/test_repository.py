@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import lzma
+import re
 import subprocess
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -60,6 +62,16 @@ def test_a_run_is_its_record_and_what_is_derived_from_it(run: Path, committed: l
     assert kept == {"samples.jsonl.xz", "cells.csv", "effects.csv", "config.yaml", "environment.json"}
     pages = [path for path in files if path.name not in kept]
     assert {path.suffix for path in pages} == ({".md", ".svg"} if run.name in SHOWN else set())
+
+
+def test_links_of_committed_pages_lead_to_what_is_committed(committed: list[Path]) -> None:
+    files = {ROOT / name for name in git("ls-files", "-z").split("\0")}
+    there = files | {folder for file in files for folder in file.parents}
+    pages = [path for path in committed if path.suffix == ".md"]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)\s#]+)", page.read_text("utf-8"))]
+    inside = [(page, unquote(link)) for page, link in links if not link.startswith(("http:", "https:"))]
+    assert len(inside) > 10
+    assert not [f"{page}: {link}" for page, link in inside if (page.parent / link).resolve() not in there]
 
 
 @pytest.mark.slow

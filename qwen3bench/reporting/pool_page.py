@@ -47,7 +47,7 @@ def write_pool(pool: Pool, home: Path) -> Path:
         saved = [figures.save(plot, home / "plots") for plot in drawn if plot]
     content = {
         "title": f"{count(len(pool.machine_names), 'machine')} together",
-        "about": [fact for fact in about(pool.runs[0]) if all(fact in about(run) for run in pool.runs)],
+        "about": list(_about(pool)),
         "switches": switches(pool.runs[:1]),
         "said": list(pool_sentences(pool)),
         "warnings": list(pool_warnings(pool)),
@@ -66,6 +66,13 @@ def write_pool(pool: Pool, home: Path) -> Path:
         runs = [(_link(run, home), _described(pool, number)) for number, run in enumerate(pool.runs, start=1)]
         write_atomic(home / name, render(f"pool_{name}.jinja", {**content, "runs": runs}))
     return home / "report.html"
+
+
+def _about(pool: Pool) -> Iterator[tuple[str, str]]:
+    """What holds for all runs. Their machines stand with them, as `--machines` may name those of one name."""
+    for name, value in about(pool.runs[0]):
+        if name != "machine" and all((name, value) in about(run) for run in pool.runs):
+            yield name, value
 
 
 def pool_sentences(pool: Pool) -> Iterator[str]:

@@ -135,6 +135,16 @@ def test_an_undecided_effect_beside_an_interval_without_1_is_explained(run_on: C
     assert sum(reason in text for text in pool_sentences(replace(pooled, effects=table.assign(lo=1.01, hi=1.1)))) == 1
 
 
+def test_the_name_that_machines_share_is_not_that_of_all(run_on: Callable[..., str], tmp_path: Path) -> None:
+    runs = [run_on(f"run{n}", "vm", f"GPU-{n}", n) for n in range(2)]
+    for run in runs:
+        (Path(run) / "environment.json").write_text('{"host": "vm", "device": "NVIDIA H100 80GB HBM3"}')
+    assert main([*runs, "--out", str(tmp_path / "pool"), "--machines=left,right"]) == 0
+    text = text_of(tmp_path / "pool" / "report.md")
+    assert "device: NVIDIA H100 80GB HBM3" in text
+    assert "machine: vm" not in text
+
+
 def test_of_a_single_switch_its_effect_is_told_once(
     run_on: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
