@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
+from qwen3bench.analysis.cell_table import NoWholeBlockError
 from qwen3bench.analysis.contrasts import contrasts
 from qwen3bench.analysis.effects import effects
 from qwen3bench.analysis.frames import block_matrix, factor_columns
@@ -105,10 +107,11 @@ def estimates(visits: pd.DataFrame, settings: Settings) -> _Told:
     if factors:
         codes = factor_columns(ours["cell"].tolist(), factors)
         coded = ours.assign(**{name: codes[name].to_numpy() for name in factors})
-        found = effects(coded, factors, block="block", band=settings.band, confidence=settings.confidence)
-        main = found[found["kind"] == "main"]
-        if main["estimate"].notna().any():
-            return {row.term: _estimate(row.estimate, row.lo, row.hi) for row in rows(main)}
+        with suppress(NoWholeBlockError):  # as of a damaged record that goes on
+            found = effects(coded, factors, block="block", band=settings.band, confidence=settings.confidence)
+            main = found[found["kind"] == "main"]
+            if main["estimate"].notna().any():
+                return {row.term: _estimate(row.estimate, row.lo, row.hi) for row in rows(main)}
     blocks = block_matrix(visits)
     others = [cell for cell in settings.labels if cell in blocks.log_s and cell != BASELINE]
     if not others or BASELINE not in blocks.log_s:

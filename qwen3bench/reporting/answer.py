@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
 # Of the command that measured: what says which cells are measured, how long, and where results go.
-_NOT_KEPT = ("design", "opt", "workload", "runtime", "peer", "measure", "run", "resume", "hydra", "report", "analysis")
+_NOT_KEPT = (  # of a run's command: what another run chooses anew, and which cards of its machine it had
+    *("design", "opt", "workload", "runtime", "peer", "measure", "run", "resume", "hydra", "report", "analysis"),
+    *("devices", "cluster"),
+)
 _MULTIRUN = ("-m", "--multirun")
 
 

@@ -502,6 +502,14 @@ def test_a_single_block_tells_effects_with_honest_intervals(overrides: list[str]
     assert all(930 <= count <= 970 for count in held.values()), held
 
 
+def test_blocks_none_of_which_is_whole_tell_no_effect_yet() -> None:
+    """As of a record that was damaged and goes on."""
+    settings = compose(["model=tiny", "workload=prefill", "design=full", "opt=flash,tie"]).resolved("cpu")
+    blocks = [_block(settings, seed).assign(block=seed) for seed in (0, 1)]
+    halves = pd.concat([blocks[0][blocks[0]["cell"] != "flash"], blocks[1][blocks[1]["cell"] != "tie"]])
+    assert set(estimates(halves, settings).values()) == {None}
+
+
 def test_a_block_of_the_baseline_alone_tells_no_effect() -> None:
     settings = compose(["model=tiny", "workload=prefill"]).resolved("cpu")
     assert estimates(_block(settings, 0), settings) == {}

@@ -83,6 +83,7 @@ def test_the_command_of_a_card_measures_its_cell_at_the_sizes_of_the_run(
     lines = record_lines(factors=("flash", "tie"))
     words = ["design=full", "opt=[flash,tie]", "prompt_tokens=64", "measure=quick", "run.dir=results/x", "model=tiny"]
     lines[1]["command"] = ["python", "-m", "qwen3bench", *words, "opt.flash.backend=math", "workload=[prefill,decode]"]
+    lines[1]["command"] += ["devices=[1]"]  # where it is read there may be one card
     run = run_of(lines)
     command = command_for(run, conditions(run)[0], ["flash"])
     assert command == (
