@@ -22,6 +22,7 @@ _WIDTH = 200  # a cell's line stays one line in a log
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 every cell computes the baseline's function, 3 some cell does not, 1 an error.
 
+    With `workload=train` every cell's gradients are judged too.
     Without `+opt` or `design` all 2^5 cells of the five are judged.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -71,7 +72,9 @@ def verify(settings: Settings) -> int:
         for reason in reasons:
             console.print(reason, markup=False)
     cells = len(settings.labels)
-    console.print(f"{equivalent} of {cells} cells compute the baseline's function ({time.monotonic() - began:.1f} s)")
+    trains = any(sizes.precision is not None for sizes in settings.workloads.values())
+    do = "compute the baseline's function" + " and train as it does" * trains
+    console.print(f"{equivalent} of {cells} cells {do} ({time.monotonic() - began:.1f} s)")
     return 0 if equivalent == cells else 3
 
 

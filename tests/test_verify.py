@@ -40,7 +40,14 @@ def test_all_cells_of_the_five_are_judged(capsys: pytest.CaptureFixture[str]) ->
 
 def test_a_named_cell_is_judged_beside_the_baseline(capsys: pytest.CaptureFixture[str]) -> None:
     assert verify.main([*TINY, "+opt=mask,flash"]) == 0
-    assert re.findall(r"^(\S+) +ok ", capsys.readouterr().out, re.MULTILINE) == ["baseline", "flash+mask"]
+    out = capsys.readouterr().out
+    assert re.findall(r"^(\S+) +ok ", out, re.MULTILINE) == ["baseline", "flash+mask"]
+    assert "2 of 2 cells compute the baseline's function (" in out
+
+
+def test_what_is_trained_is_judged_by_its_gradients_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify.main([*TINY, "workload=train", "+opt=flash"]) == 0
+    assert "2 of 2 cells compute the baseline's function and train as it does" in capsys.readouterr().out
 
 
 def test_it_judges_with_the_threads_that_are_asked_for(

@@ -36,7 +36,8 @@ class Comparison:
     - `only`: what one run alone holds, in words
     - `lost`: cells that are ok in A and not in B, though B measures their workload and runtime, in words; those that
       confirm a screen are not among them, as each run chooses its own
-    - `unlike`: sizes, model, dtype and threads of one CPU in which what is compared differs, in words
+    - `unlike`: sizes, model, dtype, clipping of gradients and threads of one CPU in which what is compared differs, in
+      words
     - `warnings`: what makes a run less than it should be, in words: unfinished, noisy
     - `doubts`: why the runs cannot tell whether something got slower by the `tolerance`
     """
@@ -195,6 +196,9 @@ def _unlike(a: Run, b: Run) -> list[str]:
         said += [f"{name} {old} and {new}" for old, new in pairs if old != new]
     there = [name for name in dict.fromkeys(both["workload"]) if (name in a.last_logits) != (name in b.last_logits)]
     said += [f"logits_to_keep {name in a.last_logits:d} and {name in b.last_logits:d}" for name in there]
+    clips = [run.record.run.setting("workload", "train", "clip") for run in (a, b)]
+    if "train" in set(both["workload"]) and clips[0] != clips[1]:
+        said.append("clip {} and {}".format(*("none" if clip is None else clip for clip in clips)))
     same_cpu = a.record.run.device == b.record.run.device and None not in (a.threads, b.threads)
     if same_cpu and a.threads != b.threads:
         said.append(f"threads {a.threads} and {b.threads}")

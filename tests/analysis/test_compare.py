@@ -240,6 +240,13 @@ def test_runs_of_other_logits_or_threads_measure_different_things(write_run: Wri
     run = load_run(write_run("run", **FEW))
     last = replace(run, config={**run.config, "workload": {"prefill": {"logits_to_keep": 1}}})
     assert compare(run, last).unlike == ["logits_to_keep 0 and 1"]
+    trained = [
+        load_run(write_run(f"train{clip}", baseline_s={("train", "eager"): 0.01}, **FEW)) for clip in (None, 1.0)
+    ]
+    for each, clip in zip(trained, (None, 1.0), strict=True):
+        config = {**each.config, "workload": {"train": {"clip": clip}}}
+        each.record.run = replace(each.record.run, config=config)
+    assert compare(*trained).unlike == ["clip none and 1.0"]
     one, two = (replace(run, config={"device": "cpu"}, environment={"torch_threads": n}) for n in (1, 2))
     assert compare(two, one).unlike == ["threads 2 and 1"]
     assert compare(one, replace(one)).unlike == compare(two, replace(one, environment={})).unlike == []
