@@ -28,9 +28,9 @@ _CLOSING = (plot_cells.roofline,)
 
 def condition_plots(run: Run, condition: Condition) -> Iterator[Plot]:
     """Plots of one workload under one runtime beside its waterfall, in the order in which they are read."""
-    shown = {plot.name for plot in effect_plots(run)}
     for draw in _OF_CONDITION:
-        if (plot := draw(run, condition)) and plot.name not in shown:
+        stands_above = draw is plot_effects.forest and len(conditions(run)) == 1  # see `effect_plots`
+        if not stands_above and (plot := draw(run, condition)):
             yield plot
 
 
