@@ -55,13 +55,17 @@ class CellTable:
         return contrasts(self.factors, self.cells)
 
     @property
-    def baseline(self) -> float:
-        """The baseline's mean value; where it was not measured, the mean over cells."""
+    def means(self) -> NDArray[np.float64]:
+        """Each cell's mean value."""
         scale = self._scale()
         values = self.replicates if self.y is None else self.y.T
-        means = [np.nanmean(of_cell / scale) for of_cell in values]
-        off = [m for cell, m in zip(self.cells, means, strict=True) if not any(cell)]
-        return float(off[0] if off else np.mean(means)) * scale
+        return scale * np.array([np.nanmean(of_cell / scale) for of_cell in values])
+
+    @property
+    def baseline(self) -> float:
+        """The baseline's mean value; where it was not measured, the mean over cells."""
+        off = [m for cell, m in zip(self.cells, self.means, strict=True) if not any(cell)]
+        return float(off[0] if off else np.mean(self.means))
 
     @property
     def no_error(self) -> str:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from qwen3bench.analysis.cell_table import Question, by_cell, is_time
 from qwen3bench.analysis.contrasts import (
     ALLOWED_FOR,
+    OTHERS_ON,
     WHOLE,
     contrasts,
     every_cell,
@@ -60,7 +61,8 @@ def effects(
     of these. `block=None`: independent replicates, and all of them count. `exact=True`: values without error, such as
     counted bytes; lo and hi are then the estimate, and p is empty.
 
-    `same`: the interval lies inside ±`band` (for `log=False` a fraction of the baseline's value);
+    `same`: the interval lies inside ±`band` (for `log=False` a fraction of the baseline's value, or of the cell
+    that lacks the factor alone where that is told with the others on);
     `faster`/`slower` (`less`/`more` where `value` is no time) with Holm's p < 0.05, over the main effects, over the
     interactions of each order, or over the shares; else `undecided`.
 
@@ -93,12 +95,15 @@ def effects(
         with np.errstate(over="ignore"):
             frame["estimate"], frame["lo"], frame["hi"] = np.exp(-estimate), np.exp(-hi), np.exp(-lo)
         gain, gain_lo, gain_hi = (frame[c].to_numpy() - 1 for c in ("estimate", "lo", "hi"))
+        beside = np.ones(len(frame))
     else:
         frame["estimate"], frame["lo"], frame["hi"] = estimate, lo, hi
         gain, gain_lo, gain_hi = -estimate, -hi, -lo
-        band *= abs(table.baseline)
+        means, baseline = table.means, abs(table.baseline)
+        without = [row.contrast if row.reason.startswith(OTHERS_ON) else None for row in asked]
+        beside = np.array([baseline if each is None else abs(np.minimum(each, 0) @ means) for each in without])
     gains = Gains(gain, gain_lo, gain_hi, frame["p_holm"])
-    frame["verdict"] = verdicts(gains, band, OF_TIMES if is_time(value) else OF_BYTES)
+    frame["verdict"] = verdicts(gains, band * beside, OF_TIMES if is_time(value) else OF_BYTES)
     no_error = np.zeros(len(frame), dtype=bool)
     no_error[where] = np.isnan(found.se)
     too_large = where & ~no_error & ~np.isfinite(frame[["estimate", "lo", "hi"]].to_numpy()).all(axis=1)

@@ -50,12 +50,12 @@ def holm(p: ArrayLike) -> NDArray[np.float64]:
     return corrected
 
 
-def verdicts(gains: Gains, band: float, words: Directions) -> list[str]:
+def verdicts(gains: Gains, band: float | NDArray[np.float64], words: Directions) -> list[str]:
     """The verdict on each gain with its interval, as a plain word: `same`, a direction of `words`, or `undecided`.
 
-    `same` where the interval lies inside ±`band` (equivalence: Schuirmann's two one-sided tests, 1987),
-    whether or not the difference is significant; a direction where the interval excludes 0 and Holm's p is
-    below 0.05; a value known without error (lo = hi) needs no p. Empty where there is no gain.
+    `same` where the interval lies inside ±`band`, one for all or one for each (equivalence: Schuirmann's two
+    one-sided tests, 1987), whether or not the difference is significant; a direction where the interval excludes 0
+    and Holm's p is below 0.05; a value known without error (lo = hi) needs no p. Empty where there is no gain.
     """
     gain, lo, hi, p_holm = (np.asarray(a, dtype=float) for a in (gains.value, gains.lo, gains.hi, gains.p_holm))
     exact = lo == hi

@@ -289,6 +289,15 @@ def test_shares_of_bytes_have_no_crumbs() -> None:
     assert shares.to_dict() == dict.fromkeys(names, 0) | {"a": -25_165_824, "b": -311_164_928}
 
 
+def test_bytes_told_with_the_others_on_are_a_fraction_of_what_is_held_there() -> None:
+    cells = pd.DataFrame([(0, 0, 0), (1, 1, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0)], columns=list("abc"))
+    cells["peak_allocated_bytes"] = [100_000, 20_000, 20_900, 20_100, 52_000]  # 0.9 % of the baseline, 4 % of the cell
+    table = effects(cells, list("abc"), "peak_allocated_bytes", log=False, exact=True)
+    main = table[table["kind"] == "main"]
+    assert by_term(main, "verdict") == {"a": "less", "b": "same", "c": "less"}
+    assert set(main["reason"]) == {"with the others on"}
+
+
 def test_counted_bytes_are_exact() -> None:
     frame = standard_order("ab", [1000, 1000, 700, 700], "peak_allocated_bytes")
     table = effects(frame, list("ab"), "peak_allocated_bytes", log=False, exact=True)
