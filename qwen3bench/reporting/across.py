@@ -69,9 +69,11 @@ def make_home(home: Path) -> None:
 
 
 def _link(run: Run, home: Path, name: str) -> str:
-    """The way from `home` to a run's report, or to its directory where the report was not kept."""
+    """The way from `home` to a run's page where there is one; from report.md to its directory, as that may be kept
+    without the pages of its runs."""
     report = directory(run) / name
-    return os.path.relpath(report if report.is_file() else directory(run), home)
+    whole = report.suffix == ".html" and report.is_file()
+    return os.path.relpath(report if whole else directory(run), home)
 
 
 def _described(run: Run) -> str:

@@ -240,7 +240,7 @@ def test_the_overview_is_written_with_links_to_its_runs(runs: list[Run], tmp_pat
     assert path == home / "report.html"
     assert 'href="0/report.html"' in path.read_text("utf-8")
     text = (home / "report.md").read_text("utf-8")
-    assert "](0/report.md)" in text
+    assert "](0)" in text, "a page that may be kept without those of its runs"
     assert "](1)" in text  # a run whose report was not kept: its directory
     assert "3 runs together" in text
     assert text.count("- flash: fused attention") == 1
