@@ -187,10 +187,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class Saving:
-    """Bytes of peak memory that a switch saves, and whether latency is shown to stay the same."""
+    """Bytes of peak memory that a switch saves, and whether latency is shown to stay the same.
+
+    `others`: what the other switches do meanwhile, in words; empty where it is an average over them.
+    """
 
     saved_bytes: float
     free: bool
+    others: str = ""
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,8 @@ def memory(run: Run) -> Iterator[Finding]:
                 if row.term == name and row.verdict == Verdict.LESS:
                     latency = [effect for effect in rows(terms(run, condition, LATENCY, "main")) if effect.term == name]
                     free = [_heard(run, condition, effect).verdict for effect in latency] == [Verdict.SAME]
-                    alike.setdefault(Saving(-row.estimate, free), []).append(str(condition))
+                    saving = Saving(-row.estimate, free, others_of(row.reason))
+                    alike.setdefault(saving, []).append(str(condition))
         for saving, where in alike.items():
             yield Finding(Kind.MEMORY, name, listing(where, 12), detail=saving, width=band(run))
     for condition in conditions(run):

@@ -332,6 +332,24 @@ def test_a_switch_is_told_beside_none_or_all_of_the_others_where_the_cells_tell_
     assert (finding.verdict, finding.detail) == ("faster", Beside(others))
 
 
+@pytest.mark.parametrize(
+    ("names", "others"),
+    [
+        (["baseline", "flash", "tie"], "with the others off"),
+        (["baseline", "tie", "flash", "flash+tie"], ""),
+        (["baseline", "tie+mlp", "flash+mlp", "flash+tie", "flash+tie+mlp"], "with the others on"),
+    ],
+)
+def test_what_memory_a_switch_saves_is_said_beside_what(
+    record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run], names: list[str], others: str
+) -> None:
+    factors = ("flash", "tie", "mlp") if any("mlp" in name for name in names) else ("flash", "tie")
+    found = of_kind(findings(run_of(of_design(record_lines(factors=factors), names))), Kind.MEMORY)
+    (saving,) = [finding.detail for finding in found if finding.subject == "tie"]
+    assert isinstance(saving, Saving)
+    assert saving.others == others
+
+
 def test_what_is_told_beside_the_others_off_is_so_without_an_interval_too(
     record_lines: Callable[..., Lines], run_of: Callable[[Lines], Run]
 ) -> None:

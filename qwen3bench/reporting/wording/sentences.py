@@ -114,7 +114,9 @@ def _said(finding: Finding) -> str:
             return _pair(finding, pair)
         case Saving() as saving:
             free = f" and leaves latency the same within {band_words(finding.width)}" if saving.free else ""
-            return f"{finding.subject} saves {size(saving.saved_bytes)} of peak memory{free}{where_words(finding)}."
+            meanwhile = f" {saving.others}" if saving.others else ""
+            saved = f"{size(saving.saved_bytes)} of peak memory{meanwhile}"
+            return f"{finding.subject} saves {saved}{free}{where_words(finding)}."
         case LogitsAtPeak(logits_bytes, beside_parameters):
             many = f"{size(logits_bytes)} of {size(beside_parameters)} beside the parameters{where_words(finding)}"
             text = f"Every cell peaks at the logits of all positions, batch × tokens × vocabulary: {many}."
