@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,12 +37,16 @@ POOLED_COLUMNS = [
 
 @dataclass(frozen=True)
 class CardRun:
-    """What one card measured in one run, its `number` from 1; `card` is empty where the record does not name it."""
+    """What one card measured in one run, its `number` from 1; `card` is empty where the record does not name it.
+
+    `named` is what the run, or who pools it, calls the machine: another name where a card shows that it is the same.
+    """
 
     number: int
     machine: str
     card: str
     run: Run
+    named: str
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,6 @@ def _parts(runs: Sequence[Run], machines: Sequence[str] | None) -> list[CardRun]
         names, many = (f"{n} {one}{'s' * (n != 1)}" for n, one in ((len(machines), "machine"), (len(runs), "run")))
         raise UserError(f"--machines names {names} for {many}; name one for each run")
     parts = []
-    home: dict[str, str] = {}  # a card's machine: the name that it was seen under first
     for number, run in enumerate(runs, start=1):
         if run.samples.empty:
             raise UserError(f"{run.path}: no complete block was timed in it; leave it out, or continue it")
@@ -185,8 +188,20 @@ def _parts(runs: Sequence[Run], machines: Sequence[str] | None) -> list[CardRun]
                     f"{run.path}: does not say on which machine it was measured\n"
                     "name the machine of each run, in their order: --machines NAME,NAME,…"
                 )
-            parts.append(CardRun(number, machine if card is None else home.setdefault(card, machine), card or "", here))
-    return parts
+            parts.append(CardRun(number, machine, card or "", here, machine))
+    homes = _first_names(parts)
+    return [replace(part, machine=homes[part.machine]) for part in parts]
+
+
+def _first_names(parts: Sequence[CardRun]) -> dict[str, str]:
+    """The first name of each machine: names under which one card was seen are one machine's."""
+    homes = {part.machine: part.machine for part in parts}
+    seen: dict[str, str] = {}  # a card's machine
+    for part in parts:
+        if part.card:
+            first, other = homes[seen.setdefault(part.card, part.machine)], homes[part.machine]
+            homes = {name: first if home == other else home for name, home in homes.items()}
+    return homes
 
 
 def _told(run: Run) -> pd.DataFrame:

@@ -111,11 +111,14 @@ def _widest(mains: pd.DataFrame, where: str, level: float) -> Iterator[str]:
 
 
 def pool_warnings(pool: Pool) -> Iterator[str]:
-    """What makes the pool worth less than it looks: what single runs lack, runs that are noisy, unlike machines."""
+    """What makes the pool worth less than it looks: what runs lack, noise, one machine of two names, unlike ones."""
     yield from map(sentence, limits(pool.runs))
     for number, run in enumerate(pool.runs, start=1):
         if any(row["noisy"] for row in run.controls.aa.to_dict("records")):
             yield pool_words.noisy_run(number)
+    for named, machine in dict.fromkeys((part.named, part.machine) for part in pool.parts):
+        if named != machine:
+            yield pool_words.one_machine(named, machine)
     if len(pool.unlike):
         yield pool_words.machines_differ(list(pool.unlike["key"]))
 

@@ -107,6 +107,14 @@ def test_a_process_whose_line_is_lost_is_no_card_of_its_own(make: Callable[..., 
 
 def test_one_card_under_two_names_of_a_machine_is_one_machine(make: Callable[..., Run]) -> None:
     assert pool([make("a", "m", "GPU-1"), make("b", "renamed", "GPU-1", seed=1)]).machine_names == ["m"]
+    a = make("c", "left", "GPU-1", seed=2)
+    both = make("d", "renamed", "GPU-1", second="GPU-2", seed=3)
+    again = make("e", "third", "GPU-2", seed=4)
+    pooled = pool([a, both, again])
+    assert pooled.machine_names == ["left"], "its other card is no other machine's"
+    assert pooled.cards == [("left", "GPU-1"), ("left", "GPU-2")]
+    apart = pool([make("f", "other", "GPU-3", seed=5), a, both])
+    assert apart.machine_names == ["other", "left"]
 
 
 def test_machines_can_be_named_where_the_record_does_not(make: Callable[..., Run]) -> None:

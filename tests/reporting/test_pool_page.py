@@ -145,6 +145,17 @@ def test_the_name_that_machines_share_is_not_that_of_all(run_on: Callable[..., s
     assert "machine: vm" not in text
 
 
+def test_two_names_of_one_machine_are_said_to_be_one(
+    run_on: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [run_on(f"run{n}", "vm", "GPU-1", n) for n in range(2)]
+    assert main([*runs, "--out", str(tmp_path / "pool"), "--machines=left,right"]) == 0
+    said = capsys.readouterr().out
+    assert "Warning: right and left count as one machine, left: one card was measured under both names." in said
+    assert main([*runs, "--out", str(tmp_path / "pool")]) == 0
+    assert "Warning" not in capsys.readouterr().out
+
+
 def test_of_a_single_switch_its_effect_is_told_once(
     run_on: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -66,6 +66,11 @@ def noisy_run(run: int) -> str:
     return f"Run {run}: It is noisy: two copies of its baseline differ."
 
 
+def one_machine(named: str, machine: str) -> str:
+    """Why two names count as one machine."""
+    return f"{named} and {machine} count as one machine, {machine}: one card was measured under both names."
+
+
 def not_told(terms: list[str], where: str) -> str:
     """Of which switches nothing is pooled, why, and what would mend that."""
     text = f"Nothing is pooled of {listing(terms)}: not all runs tell that, or not over the same cells ({where})."
