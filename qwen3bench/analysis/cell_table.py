@@ -24,6 +24,9 @@ class NoWholeBlockError(UserError):
     """No block holds a visit that counts to every cell, so nothing is compared within a block."""
 
 
+NO_INTERVAL = "no interval"
+
+
 @dataclass(frozen=True)
 class Question:
     """Of which factors' effects on which column is asked; the columns of blocks and of their processes."""
@@ -70,7 +73,7 @@ class CellTable:
     @property
     def no_error(self) -> str:
         """Why there is no interval, where there is none."""
-        return "no interval: one block" if self.y is not None else "no interval: no replicates"
+        return f"{NO_INTERVAL}: one block" if self.y is not None else f"{NO_INTERVAL}: no replicates"
 
     def _scale(self) -> float:
         """A power of two near the largest value: divided by it no square overflows, and no digit changes."""

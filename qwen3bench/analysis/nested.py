@@ -13,7 +13,7 @@ from qwen3bench.analysis.variance import Array, Estimates
 # Half an interval is at least this many standard errors that the runs tell by themselves, as two machines may agree by
 # chance to the last digit. It adds 1 % of coverage where two machines do not differ, and less elsewhere.
 _LEAST_ERRORS = 0.7
-_CERTAIN = 1e9  # degrees of freedom of an error that is known, or that nothing tells
+_CERTAIN = 1e9  # degrees of freedom of an error that is known to be 0
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,9 @@ def _spread(between: _Square, within: _Square, confidence: float) -> Spread:
         nothing = np.full_like(between.value, np.nan)
         return Spread(nothing, nothing, nothing, nothing)
     tail = (1 - confidence) / 2
-    known = np.isfinite(within.df) & (np.asarray(within.df) > 0)
-    error, df = np.where(known, within.value, 0.0), np.where(known, within.df, _CERTAIN)
+    known = np.isfinite(within.df) & (np.asarray(within.df) > 0)  # else it is 0 without error, or nothing tells it
+    error = np.where(known | np.isnan(within.value), within.value, 0.0)
+    df = np.where(known, within.df, _CERTAIN)
     low, high = (between.value / special.fdtri(between.df, df, p) - error for p in (1 - tail, tail))
     with np.errstate(divide="ignore", invalid="ignore"):
         p = special.fdtrc(between.df, df, between.value / error)

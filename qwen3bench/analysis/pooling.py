@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from qwen3bench.analysis.cell_table import NO_INTERVAL
 from qwen3bench.analysis.changes import Compared, error_of, ok_cells, ratios_told
 from qwen3bench.analysis.effects import order_of
 from qwen3bench.analysis.frames import analysis_setting
@@ -25,6 +26,7 @@ _WHAT = [*_PLACE, "kind", "term", "over"]
 _NUMBERS = ("estimate", "se", "df")
 # Settings that say where a run was measured, where it is written or how it is shown, not what is asked.
 _NOT_ASKED = ("run.", "resume", "report.", "hydra.", "device", "threads", "cluster")
+_OF_ONE_RUN = rf"(; |^){NO_INTERVAL}: [^;]*"  # what a reason says of a run's interval: the pool has its own
 _MAX_NAMED = 6  # differences in an error
 _FIRST = 1000  # samples of a run by which a copy of it is known, as a few may be damaged there
 _OF_MACHINE = ("driver", "os", "cpu", "cpu_cores", "power_limit_w", "memory_bytes", "usable_cpus", "variables")
@@ -209,7 +211,8 @@ def _told(run: Run) -> pd.DataFrame:
     table = run.effects[(run.effects["metric"] == "latency_s") & run.effects["estimate"].notna()]
     lo, hi, df = (table[name].to_numpy(float) for name in ("lo", "hi", "df"))
     se = error_of(lo, hi, df, analysis_setting(run.record, "confidence"))
-    effects = table.assign(estimate=np.log(table["estimate"].to_numpy(float)), se=se, over="")
+    reason = table["reason"].fillna("").str.replace(_OF_ONE_RUN, "", regex=True)
+    effects = table.assign(estimate=np.log(table["estimate"].to_numpy(float)), se=se, over="", reason=reason)
     ratios = ratios_told(run).rename(columns={"name": "term"}).assign(reason="")
     columns = [*_WHAT, *_NUMBERS, "reason"]
     return pd.concat([part[columns] for part in (effects, ratios) if len(part)] or [effects[columns]])

@@ -191,6 +191,14 @@ def test_a_damaged_or_shorter_copy_of_a_run_is_the_same_run(make: Callable[..., 
                 pool(runs)
 
 
+def test_runs_of_one_block_are_pooled_with_the_intervals_of_the_pool(make: Callable[..., Run]) -> None:
+    short = [make(f"r{n}", f"m{n}", f"GPU-{n}", seed=n, blocks=1) for n in range(2)]
+    pooled = pool([*short, make("r2", "m2", "GPU-2", seed=2)])
+    found = row(pooled, "main", "flash")
+    assert (np.isfinite([found.estimate, found.lo, found.hi]).all(), found.reason) == (True, "")
+    assert np.isnan([found.sd_machines, found.p_machines]).all(), "the noise of one block is no spread of machines"
+
+
 def test_what_a_machine_does_not_tell_is_not_pooled(make: Callable[..., Run]) -> None:
     lines = [make("a", "m", "GPU-1"), make("b", "n", "GPU-2", seed=1, skip=("flash+tie",))]
     pooled = pool(lines)
