@@ -45,6 +45,7 @@ def test_a_named_cell_is_judged_beside_the_baseline(capsys: pytest.CaptureFixtur
     assert "2 of 2 cells compute the baseline's function (" in out
 
 
+@pytest.mark.slow
 def test_what_is_trained_is_judged_by_its_gradients_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert verify.main([*TINY, "workload=train", "+opt=flash"]) == 0
     assert "2 of 2 cells compute the baseline's function and train as it does" in capsys.readouterr().out

@@ -79,6 +79,7 @@ def pool_sentences(pool: Pool) -> Iterator[str]:
     """What the pool says: on what it stands, each switch, all of them, and how far machines differ."""
     machines = len(pool.machine_names)
     on_cpu = pool.runs[0].config.get("device") == "cpu"
+    corrected = False  # whether an effect is undecided though its interval leaves out 1
     level = (1 - analysis_setting(pool.runs[0].record, "confidence")) / 2  # as the ends of a spread's interval
     yield pool_words.pool_scope(machines, 0 if on_cpu else len(pool.cards), device(pool.runs[0]))
     for condition in conditions(pool.runs[0]):
@@ -90,11 +91,11 @@ def pool_sentences(pool: Pool) -> Iterator[str]:
         together = here[(here["kind"] == Compared.SPEEDUP) & (here["term"] == all_on(pool.runs[0]))]
         together = together[together["estimate"].notna() & ~together["term"].isin(mains["term"])]
         for row in rows(pd.concat([mains, together])):
+            corrected |= row.verdict == Verdict.UNDECIDED and (row.lo > 1 or row.hi < 1)
             effect = Effect(row.term, row.estimate, row.lo, row.hi, row.verdict)
             yield pool_words.pooled_words(effect, str(condition), band_words(band(pool.runs[0])))
         yield from _widest(mains, str(condition), level)
-    table = pool.effects
-    if len(table[(table["verdict"] == Verdict.UNDECIDED) & ((table["lo"] > 1) | (table["hi"] < 1))]):
+    if corrected:
         yield PAGE["holm"]
     if 1 < machines < _FEW:
         yield pool_words.few_machines(machines)

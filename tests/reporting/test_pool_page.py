@@ -133,6 +133,9 @@ def test_an_undecided_effect_beside_an_interval_without_1_is_explained(run_on: C
     table = pooled.effects.assign(verdict="undecided")
     assert not any(reason in text for text in pool_sentences(replace(pooled, effects=table.assign(lo=0.9, hi=1.1))))
     assert sum(reason in text for text in pool_sentences(replace(pooled, effects=table.assign(lo=1.01, hi=1.1)))) == 1
+    told = table.assign(lo=0.9, hi=1.1)
+    told.loc[told["kind"] == "interaction", "lo"] = 1.01
+    assert not any(reason in text for text in pool_sentences(replace(pooled, effects=told))), "of what is not said here"
 
 
 def test_the_name_that_machines_share_is_not_that_of_all(run_on: Callable[..., str], tmp_path: Path) -> None:
