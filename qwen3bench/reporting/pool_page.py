@@ -86,7 +86,7 @@ def pool_sentences(pool: Pool) -> Iterator[str]:
         here = condition.select(pool.effects)
         mains = here[here["kind"] == Compared.MAIN]
         if untold := list(mains.loc[mains["estimate"].isna(), "term"]):
-            yield pool_words.not_told(untold, str(condition))
+            yield pool_words.not_pooled(untold, str(condition))
         mains = mains[mains["estimate"].notna()]
         together = here[(here["kind"] == Compared.SPEEDUP) & (here["term"] == all_on(pool.runs[0]))]
         together = together[together["estimate"].notna() & ~together["term"].isin(mains["term"])]

@@ -71,7 +71,7 @@ def one_machine(named: str, machine: str) -> str:
     return f"{named} and {machine} count as one machine, {machine}: one card was measured under both names."
 
 
-def not_told(terms: list[str], where: str) -> str:
+def not_pooled(terms: list[str], where: str) -> str:
     """Of which switches nothing is pooled, why, and what would mend that."""
     text = f"Nothing is pooled of {listing(terms)}: not all runs tell that, or not over the same cells ({where})."
     return f"{text} Leave out runs that lack cells, or measure them again."
