@@ -37,7 +37,13 @@ def drawn(run: Run) -> dict[str, Plot]:
             *(plot for c in conditions(run) for plot in condition_plots(run, c)),
             *(plot for c in conditions(run) if (plot := waterfall(run, c, "latency_s"))),
         ]
+    assert len({plot.name for plot in plots}) == len(plots)  # none is drawn twice
     return {plot.name: plot for plot in plots}
+
+
+@pytest.mark.slow
+def test_of_a_single_condition_the_effects_stand_above_alone() -> None:
+    assert "effects-train-eager" in drawn(load_run(REFERENCE / "h200-peers-train-8x2048"))
 
 
 @pytest.mark.slow

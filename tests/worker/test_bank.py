@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from qwen3bench.config.choices import options_of
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.model.checkpoint import EMBEDDING, HEAD
+from qwen3bench.model.weights import load_weights
+from qwen3bench.worker import bank as bank_module
 from qwen3bench.worker.bank import Bank
 
 
@@ -45,6 +49,23 @@ def test_the_head_is_a_copy_of_the_embedding_for_cells_without_tie(bank: Bank) -
     assert plain.out_head.weight.data_ptr() != plain.tok_emb.weight.data_ptr()
     assert tied.out_head.weight is tied.tok_emb.weight
     assert bank.weights[HEAD].data_ptr() != bank.weights[EMBEDDING].data_ptr()
+
+
+def test_on_a_cpu_the_embedding_is_a_copy_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else products with the one that threads drew take longer than those with the other."""
+    drawn: list[torch.Tensor] = []
+
+    def load(*given: Any, **named: Any) -> dict[str, torch.Tensor]:
+        weights = load_weights(*given, **named)
+        drawn.append(weights[EMBEDDING])
+        return weights
+
+    monkeypatch.setattr(bank_module, "load_weights", load)
+    config = ModelConfig(**options_of("model", "tiny"))
+    bank = Bank(config, "random", torch.device("cpu"), torch.float32, 0, {})
+    tied = bank.build(("tie",)).tok_emb.weight
+    assert torch.equal(tied, drawn[0])
+    assert tied.data_ptr() == bank.weights[EMBEDDING].data_ptr() != drawn[0].data_ptr()
 
 
 def test_of_a_head_that_is_the_embedding_nothing_is_compared(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
