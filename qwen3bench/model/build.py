@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -86,7 +87,8 @@ def filled(
     else:
         model.to(dtype=dtype)
     embedding = model.tok_emb.weight
-    model.cos, model.sin = _shared_rope_tables(model.config, embedding.device, embedding.dtype)
+    rotary = replace(model.config, num_layers=1, vocab_size=1)  # models that differ in no more have the same tables
+    model.cos, model.sin = _shared_rope_tables(rotary, embedding.device, embedding.dtype)
     if not embedding.is_meta:
         _refuse_without_value(model)
     return model.eval().requires_grad_(False)

@@ -29,8 +29,8 @@ def rope_tables(config: ModelConfig, device: torch.device | str, dtype: torch.dt
         return cos, sin
     exponents = torch.arange(0, config.head_dim, 2, device="cpu", dtype=torch.float64) / config.head_dim
     positions = torch.arange(config.context_length, device="cpu", dtype=torch.float64)
-    angles = torch.outer(positions, config.rope_base**-exponents).repeat(1, 2)
-    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+    angles = torch.outer(positions, config.rope_base**-exponents)
+    return angles.cos().to(device, dtype).repeat(1, 2), angles.sin().to(device, dtype).repeat(1, 2)
 
 
 class Qwen3Model(Decoder):

@@ -166,9 +166,9 @@ class TrainingWorkload(Workload):
         optimizer.zero_grad(set_to_none=True)
 
 
-def gradient_bytes(model: Decoder) -> int:
+def gradient_bytes(parameters: Iterable[nn.Parameter]) -> int:
     """What the gradients that there are now occupy, in bytes."""
-    return sum(p.grad.nbytes for p in model.original.parameters() if p.grad is not None)
+    return sum(p.grad.nbytes for p in parameters if p.grad is not None)
 
 
 def _trained(model: Decoder) -> list[nn.Parameter]:

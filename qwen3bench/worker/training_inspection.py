@@ -71,13 +71,15 @@ def _held_at_peak(work: TrainingWorkload, model: Decoder, device: torch.device) 
     Of a peak within the forward the activations are those at its end, as its last block has the highest.
     """
     before = torch.cuda.memory_allocated(device)
+    parameters = list(model.original.parameters())  # once: it is asked behind each gradient
     begun = _Held()
     highest = _Held()
 
     def done(part: str) -> None:
         nonlocal begun, highest
-        peak, now = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
-        gradients = gradient_bytes(model)
+        allocated = torch.cuda.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]
+        peak, now = allocated["peak"], allocated["current"]
+        gradients = gradient_bytes(parameters)
         here = _Held(peak, gradients, max(0, now - before - gradients))
         if peak > highest.peak_bytes:
             highest = replace(here if part == FORWARD else begun, peak_bytes=peak)

@@ -217,5 +217,7 @@ def test_on_meta_nothing_is_filled(tiny: ModelConfig, monkeypatch: pytest.Monkey
 def test_rope_tables_are_shared_until_they_are_forgotten(tiny: ModelConfig, tiny_weights: dict[str, Tensor]) -> None:
     one, same = (build_model(tiny, (), tiny_weights) for _ in range(2))
     assert one.cos.data_ptr() == same.cos.data_ptr()
+    few = replace(tiny, num_layers=1)  # of other weights, of the same heads and positions
+    assert build_model(few, (), tiny_weights).cos.data_ptr() == one.cos.data_ptr()
     forget_rope_tables()
     assert build_model(tiny, (), tiny_weights).cos.data_ptr() != one.cos.data_ptr()

@@ -284,7 +284,7 @@ def differing(config: ModelConfig, weights: Mapping[str, Tensor], batch: Batch, 
 
     Along a direction that is half the gradient's own and half random, of the parameter's size.
     """
-    generator = torch.Generator().manual_seed(len(gradients))
+    generator = torch.Generator(batch.tokens.device).manual_seed(len(gradients))
 
     def loss(name: str, tensor: Tensor) -> float:
         changed = {**weights, name: tensor}
@@ -295,7 +295,7 @@ def differing(config: ModelConfig, weights: Mapping[str, Tensor], batch: Batch, 
         return -float(chosen.mean())
 
     for name, gradient in gradients.items():
-        random = torch.randn(gradient.shape, generator=generator, dtype=torch.float64).to(gradient.device)
+        random = torch.randn(gradient.shape, generator=generator, dtype=gradient.dtype, device=gradient.device)
         direction = gradient / gradient.norm() + random / random.norm()
         for size in _DIFFERENCES:
             step = direction * (size * weights[name].norm() / direction.norm())
