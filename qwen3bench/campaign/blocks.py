@@ -187,11 +187,11 @@ class Blocks:
         shares = [*map(self.preparations, wheres)]
         names = ", ".join(dict.fromkeys(" ".join(where) for where in wheres))
         title = f"preparing {names} in {len(wheres)} processes at a time"
+        self._workers.start_ahead(len(wheres) + 1)  # the one that comes then, too, while nothing is timed
         with self._progress.part(title, sum(map(len, shares)) - len(shares)) as stage:
             for request in prepare([self._workers], [shares]):
                 if isinstance(request, Prepare):
                     stage.step(request.cell)
-        self._workers.start_ahead(1)
         self._workers.await_ahead()
 
     # Blocks

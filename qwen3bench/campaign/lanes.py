@@ -211,12 +211,12 @@ class Lanes:
         count = sum(map(len, shares))
         title = f"preparing {names} in {count} processes on {len(here)} cards"
         total = sum(len(share) - 1 for mine in shares for share in mine)
+        for lane, wheres in here.items():
+            lane.workers.start_ahead(len(wheres) + 1)  # the one that comes then, too, while nothing is timed
         with self.first.context.progress.part(title, total) as stage:
             for request in prepare([lane.workers for lane in here], shares):
                 if isinstance(request, Prepare):
                     stage.step(request.cell)
-        for lane in here:
-            lane.workers.start_ahead(1)
         for lane in here:
             lane.workers.await_ahead()
         return (time.monotonic() - started) / count
