@@ -110,11 +110,11 @@ def training_evidence(session: Session, cell: str, workload: str, runtime: str) 
     try:
         parts_s = _seconds_of_parts(work, prepared, session.synchronize)
         expected: list[Tensor] = []
-        eager_s = None
         if runtime != "eager":  # before a graph takes memory of its own
-            (eager,) = work.steps(model)
-            work.restore()
-            eager_s = _seconds(eager, session.synchronize)  # its operations ran for the parts, in a graph
+            if prepared is not model:  # else the parts are eager's
+                (eager,) = work.steps(model)
+                work.restore()
+                eager()
             expected = [moment.clone() for moment in work.state.first_moments]
             session.free()
         launch = launcher.prepare(step).launch
@@ -133,7 +133,7 @@ def training_evidence(session: Session, cell: str, workload: str, runtime: str) 
     finally:
         work.restore()
     beside = runtime == "graph" and "eager" not in session.settings.runtimes
-    return replace(found, parts_s=parts_s, eager_s=eager_s if beside else None)
+    return replace(found, parts_s=parts_s, eager_s=sum(parts_s.values()) if beside else None)
 
 
 def _seconds_of_parts(work: TrainingWorkload, model: Decoder, synchronize: Callable[[], object]) -> dict[str, float]:
@@ -151,14 +151,6 @@ def _seconds_of_parts(work: TrainingWorkload, model: Decoder, synchronize: Calla
     work.step_in_parts(model, done)
     ends = [started, *(marks[part] for part in PARTS)]
     return {part: ends[index + 1] - ends[index] for index, part in enumerate(PARTS)}
-
-
-def _seconds(step: Callable[[], object], synchronize: Callable[[], object]) -> float:
-    synchronize()
-    started = time.perf_counter()
-    step()
-    synchronize()
-    return time.perf_counter() - started
 
 
 def _error(found: list[Tensor], expected: list[Tensor]) -> float:
