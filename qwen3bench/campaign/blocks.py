@@ -267,6 +267,7 @@ class Blocks:
                 attempt=attempt,
                 state=state,
                 flags=(*flags(telemetry), *paused),
+                visits=len(visits),
                 time=time.time(),
                 elapsed_s=elapsed_s,
                 more_s=more_s,

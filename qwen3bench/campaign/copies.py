@@ -118,7 +118,7 @@ def outcomes_of(run: Run, number: int) -> list[CopiesOutcome]:
     for failure in run.record.of(FailureLine):
         raise UserError(f"{run.path}: {failure.cell} {failure.status}: {failure.reason}")
     outcomes = []
-    for stop in run.record.of(StopLine):
+    for stop in run.record.stops:
         effects = _here(run.effects, stop)
         effects = effects[(effects["metric"] == "latency_s") & (effects["kind"] != "shapley")]
         p = holm(effects["p"])  # over all of them; a run's own is over those of one order

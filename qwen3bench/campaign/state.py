@@ -21,7 +21,6 @@ from qwen3bench.record.lines import (
     ProcessLine,
     PromptLine,
     SampleLine,
-    StopLine,
     VerifyLine,
     VisitLine,
 )
@@ -183,13 +182,16 @@ class RunState:
         self.process = max((line.process for line in record.of(ProcessLine)), default=-1)
 
     def _take_up_blocks(self, record: Record) -> None:
-        closed = set()
+        """What is closed and whole: a block of which the record lost a value is to be measured again."""
+        lacking, closed = set(map(_attempt, record.lacking)), set()
         for line in record.of(BlockLine):
             timing = self.timings[line.workload, line.runtime]
             timing.measured_s += line.elapsed_s or 0.0
-            if line.state != BlockState.REPEAT:
+            if line.state == BlockState.REPEAT:
+                continue
+            timing.more_s += line.more_s or 0.0
+            if _attempt(line) not in lacking:
                 closed.add(_attempt(line))
-                timing.more_s += line.more_s or 0.0
                 timing.numbers.add(line.block)
                 timing.blocks = len(timing.numbers)
                 timing.processes.add(line.process)
@@ -201,12 +203,13 @@ class RunState:
             timing = self.timings[begun.workload, begun.runtime]
             if begun.block not in timing.numbers:  # begun and not closed: its next attempt is another one
                 timing.attempts[begun.block] = max(timing.attempts[begun.block], begun.attempt + 1)
-                timing.disturbed[begun.block] += isinstance(begun, BlockLine)
+                timing.disturbed[begun.block] += isinstance(begun, BlockLine) and begun.state == BlockState.REPEAT
         for sample in samples:
             if _attempt(sample) in closed:
                 self.timings[sample.workload, sample.runtime].samples.append(sample)
-        for stop in record.of(StopLine):
-            self.timings[stop.workload, stop.runtime].stopped = True
+        for stop in record.stops:
+            timing = self.timings[stop.workload, stop.runtime]
+            timing.stopped = timing.blocks >= (stop.blocks or 0)
 
 
 def _attempt(line: SampleLine | BlockLine) -> tuple[str, str, int, int, int]:

@@ -286,7 +286,8 @@ class Telemetry:
 class BlockLine(Telemetry, Line):
     """An attempt at a block is complete, and the card's state after it.
 
-    `elapsed_s`: seconds of measuring; `more_s`: of getting its process ready, where the time allowed covers that.
+    `visits`: how many it has. `elapsed_s`: seconds of measuring; `more_s`: of getting its process ready, where the time
+    allowed covers that.
     """
 
     type: ClassVar = "block"
@@ -298,6 +299,7 @@ class BlockLine(Telemetry, Line):
     attempt: Count = 0
     state: Annotated[BlockState, Field(strict=False)]
     flags: Names = ()
+    visits: Count | None = None
     time: Number | None = None
     elapsed_s: Number | None = None
     more_s: Number | None = None
@@ -320,10 +322,13 @@ class FailureLine(Line):
 
 @typed
 class StopLine(Line):
-    """Measuring of a workload in a runtime ended. `half_width`: relative, of each main effect; None where unknown."""
+    """Measuring of a workload in a runtime ended. `half_width`: relative, of each main effect; None where unknown.
+
+    It goes on, and ends again, where values of it are lost from the record before the run ends. The last line counts.
+    """
 
     type: ClassVar = "stop"
-    key: ClassVar[Names] = ("workload", "runtime")
+    key: ClassVar[Names] = ("workload", "runtime", "blocks", "measured_s")
     workload: str
     runtime: str
     reason: Annotated[StopReason, Field(strict=False)]

@@ -12,12 +12,25 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwen3bench.errors import UserError
 from qwen3bench.record.files import RECORD, record_file, small_file
-from qwen3bench.record.lines import SCHEMA, Line, OtherSchemaError, RunLine, UnknownTypeError, decode
+from qwen3bench.record.lines import (
+    SCHEMA,
+    BlockLine,
+    Line,
+    OtherSchemaError,
+    RunLine,
+    SampleLine,
+    StopLine,
+    UnknownTypeError,
+    VisitLine,
+    decode,
+)
+from qwen3bench.record.states import BlockState
 
 if TYPE_CHECKING:
     import pandas as pd
 
 L = TypeVar("L", bound=Line)
+_attempt = attrgetter(*BlockLine.key)
 _MAX_NAMED = 20  # damaged lines that get a warning of their own; the rest are counted
 _MAX_DAMAGED = 100_000  # more is no record that rusted
 LINE_LIMIT_BYTES = 2**22  # the longest line, of 40,960 generated tokens, has under 2**20
@@ -61,6 +74,29 @@ class Record:
     def of(self, kind: type[L]) -> list[L]:
         """All usable lines of one type, in the order they were written."""
         return list(self._lines.get(kind, ()))  # type: ignore[arg-type]
+
+    @property
+    def stops(self) -> list[StopLine]:
+        """Why measuring ended in each workload and runtime."""
+        return list({(line.workload, line.runtime): line for line in self.of(StopLine)}.values())
+
+    @property
+    def lacking(self) -> list[BlockLine]:
+        """The closed attempts at blocks of which a visit or a value is not in the record any more.
+
+        A visit says how many values it has, and a block how many visits. What does not say it lacks nothing.
+        """
+        visits, values = Counter[Any](), Counter[Any]()
+        for visit in self.of(VisitLine):
+            visits[_attempt(visit)] += 1
+            values[_attempt(visit)] += visit.samples or 0
+        values.subtract(map(_attempt, self.of(SampleLine)))
+
+        def lacks(block: BlockLine) -> bool:
+            attempt = _attempt(block)
+            return block.visits not in (None, visits[attempt]) or bool(visits[attempt] and values[attempt])
+
+        return [block for block in self.of(BlockLine) if block.state != BlockState.REPEAT and lacks(block)]
 
     def frame(self, kind: type[Line]) -> pd.DataFrame:
         """All usable lines of one type as a DataFrame, in the order they were written.
@@ -119,7 +155,23 @@ def read_record(path: str | Path) -> Record:
             "tell again what an earlier one told; each counts once, as it was told first"
         )
     record.warnings += [f"{count} lines of the unknown type {name!r} are ignored" for name, count in unknown.items()]
+    record.warnings += _lost_values(record)
     return record
+
+
+def _lost_values(record: Record) -> list[str]:
+    """How many blocks lack values, in words; of one that was measured again its last attempt counts."""
+    closed = [line for line in record.of(BlockLine) if line.state != BlockState.REPEAT]
+    last = {(line.workload, line.runtime, line.block): _attempt(line) for line in closed}.values()
+    lacking = [block for block in record.lacking if _attempt(block) in last]
+    if not lacking:
+        return []
+    first = lacking[0]
+    blocks = "1 block" if len(lacking) == 1 else f"{len(lacking)} blocks"
+    return [
+        f"{blocks} ({first.workload} {first.runtime}, block {first.block} first) lost values: a report uses what is "
+        "left of them, a run that goes on measures them again"
+    ]
 
 
 def _no_record(file: Path, damaged: list[str]) -> str:

@@ -10,7 +10,6 @@ import pandas as pd
 from qwen3bench.analysis.contrasts import others_of
 from qwen3bench.analysis.frames import analysis_setting
 from qwen3bench.record.design import is_peer
-from qwen3bench.record.lines import StopLine
 from qwen3bench.record.states import CellStatus, StopReason
 from qwen3bench.reporting.conditions import Condition
 from qwen3bench.reporting.units import count
@@ -100,7 +99,7 @@ def ended_early(run: Run, condition: Condition) -> tuple[int, int] | None:
     """Blocks of a condition that its time limit ended before the least number of them, and that number; else None."""
     least = int((run.config.get("measure") or {}).get("min_blocks") or 0)
     where = condition.workload, condition.runtime
-    for line in run.record.of(StopLine):
+    for line in run.record.stops:
         here = (line.workload, line.runtime) == where and line.reason == StopReason.MAX_SECONDS
         if here and line.blocks is not None and line.blocks < least:
             return line.blocks, least

@@ -260,7 +260,7 @@ def _measured(run: Run) -> Table | None:
         "stopped because",
     ]
     rows = []
-    for line in [*run.record.of(StopLine), *_ended(run)]:
+    for line in [*run.record.stops, *_ended(run)]:
         widest = max((width for width in line.half_width.values() if width is not None), default=None)
         texts = (
             line.workload,
@@ -278,7 +278,7 @@ def _measured(run: Run) -> Table | None:
 
 def _ended(run: Run) -> Iterator[StopLine]:
     """What a `stop` line would say of each condition that has none, as the run was ended before."""
-    stopped = {(line.workload, line.runtime) for line in run.record.of(StopLine)}
+    stopped = {(line.workload, line.runtime) for line in run.record.stops}
     for (workload, runtime), samples in run.samples.groupby(["workload", "runtime"], sort=False):
         where = str(workload), str(runtime)
         if where not in stopped:

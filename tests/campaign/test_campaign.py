@@ -309,12 +309,59 @@ def test_a_block_that_was_cut_off_gets_another_attempt_and_counts_once(campaign:
     assert used[used["block"] > 0]["process"].min() > 3
 
 
+def _without(lines: list[bytes], lost: str) -> list[bytes]:
+    """The lines of a record, of block 1 without one value of flash (its line damaged), its visit line, or both."""
+    kept = []
+    for line in lines:
+        told = json.loads(line)
+        of_flash = (told.get("block"), told.get("cell")) == (1, "flash")
+        if of_flash and lost == "value" and told.get("repeat") == 1:
+            kept.append(line.replace(b"latency_s", b"latency_z"))
+        elif not (of_flash and (lost == "whole visit" or (lost == "visit line" and told["type"] == "visit"))):
+            kept.append(line)
+    return kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [False, True], ids=["while-it-measured", "behind-its-last-block"])
+@pytest.mark.parametrize("lost", ["value", "visit line", "whole visit"])
+def test_a_block_that_lost_a_value_is_measured_again(measure: Measure, lost: str, stopped: bool) -> None:
+    done = measure(*FULL, "measure.repeats=2")
+    record = done.directory / "samples.jsonl"
+    lines = record.read_bytes().splitlines(keepends=True)
+    blocks = [at for at, line in enumerate(lines) if b'"type":"block"' in line]
+    (stop,) = (at for at, line in enumerate(lines) if b'"type":"stop"' in line)
+    record.write_bytes(b"".join(_without(lines[: stop + 1 if stopped else blocks[1] + 1], lost)))
+    said = "1 block (prefill eager, block 1 first) lost values"
+    assert load_run(done.directory).warnings[-1].startswith(said)
+    again = measure(resume=done.directory)
+    assert again.status == 0
+    assert f"warning: {said}" in " ".join(again.err.split())
+    assert [(each.block, each.attempt, each.state) for each in again.record.of(BlockLine)] == [
+        *((0, 0, "ok"), (1, 0, "ok")),
+        *([(2, 0, "ok"), (1, 1, "ok")] if stopped else [(1, 1, "ok"), (2, 0, "ok")]),
+    ]
+    used = again.run.samples
+    assert set(zip(used["block"], used["attempt"], strict=True)) == {(0, 0), (1, 1), (2, 0)}
+    assert set(used.groupby(["block", "cell", "copy"]).size()) == {2}
+    assert [(each.blocks, each.reason) for each in again.record.stops] == [(3, "max_blocks")]
+    assert not [warning for warning in again.run.warnings if "lost values" in warning or "tell again" in warning]
+
+
 def test_throttling_before_the_interruption_counts(campaign: Callable[..., Any]) -> None:
     throttled = Telemetry(throttle_reasons=("hw_slowdown",))
     before = [*_block(0, 0, "repeat"), *_block(0, 1, "repeat")]
     run, _ = campaign(PROCESS, *before, looks=[throttled, Telemetry()])
     states = [(b.block, b.attempt, b.state) for b in run.record.of(BlockLine)]
     assert states == [(0, 0, "repeat"), (0, 1, "repeat"), (0, 2, "flagged"), (1, 0, "ok"), (2, 0, "ok")]
+
+
+def test_an_attempt_that_lost_values_was_not_disturbed(campaign: Callable[..., Any]) -> None:
+    *visits, block = _block(0, 0, "ok")
+    throttled = [Telemetry(throttle_reasons=("hw_slowdown",))] * 3
+    run, _ = campaign(PROCESS, *visits, {**block, "visits": len(visits)}, looks=[*throttled, Telemetry()])
+    states = [(b.attempt, b.state) for b in run.record.of(BlockLine) if b.block == 0]
+    assert states == [(0, "ok"), (1, "repeat"), (2, "repeat"), (3, "flagged")]
 
 
 def test_a_run_that_had_enough_blocks_only_says_so(campaign: Callable[..., Any]) -> None:
