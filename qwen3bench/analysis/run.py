@@ -30,7 +30,7 @@ _TIMES = ("latency_s", "ttft_s", "tpot_s")
 _BYTES = ("peak_allocated_bytes", "parameter_bytes")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """A run's tables: `cells`, `effects` (columns as cells.csv and effects.csv) and `samples` (those that count).
 

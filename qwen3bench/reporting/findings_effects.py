@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -100,11 +101,14 @@ def _effect(run: Run, condition: Condition, kind: Kind, row: Any, detail: Detail
     )
 
 
-def joint(run: Run) -> Iterator[Finding]:
+@lru_cache(maxsize=8)  # findings, plots and the terminal ask, and halves are analyses of their own
+def joint(run: Run) -> tuple[Finding, ...]:
     """Which pairs of switches interact, the largest of each condition, and what one is worth without the other."""
-    for condition in conditions(run):
-        for row in itertools.islice(_pairs(run, condition), _MAX_PAIRS):
-            yield _effect(run, condition, Kind.INTERACTION, row, halves(run, condition, *row.term.split(":")))
+    return tuple(
+        _effect(run, condition, Kind.INTERACTION, row, halves(run, condition, *row.term.split(":")))
+        for condition in conditions(run)
+        for row in itertools.islice(_pairs(run, condition), _MAX_PAIRS)
+    )
 
 
 def _pairs(run: Run, condition: Condition) -> Iterator[Any]:
