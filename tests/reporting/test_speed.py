@@ -2,13 +2,35 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from records import write_record
+from rich.console import Console
 
+from qwen3bench.analysis.run import Run
 from qwen3bench.report import main
+from qwen3bench.reporting import findings_effects
+from qwen3bench.reporting.findings import findings
+from qwen3bench.reporting.terminal import terminal_summary
+
+
+def test_a_pair_is_analyzed_once_whoever_asks(full_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+    halves = findings_effects.halves
+
+    def counted(run: Run, *pair: Any) -> Any:
+        asked.append(pair)
+        return halves(run, *pair)
+
+    monkeypatch.setattr(findings_effects, "halves", counted)
+    run = replace(full_run)
+    findings(run)
+    terminal_summary(run, Console(quiet=True))
+    assert asked
+    assert len(asked) == len(set(asked))
 
 
 @pytest.mark.slow
