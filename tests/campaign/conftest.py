@@ -19,6 +19,7 @@ from small_run import SMALL
 from qwen3bench.analysis.run import Run, load_run
 from qwen3bench.campaign import launch
 from qwen3bench.campaign.progress import Reporter, Stage
+from qwen3bench.campaign.worker_pool import WorkerPool
 from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.config.cli import compose, guarded
 from qwen3bench.config.settings import Settings
@@ -44,6 +45,21 @@ def titles_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Reporter, "part", told)
     monkeypatch.setattr(Reporter, "stage", told)
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many processes wait to be needed, each time that others begin to get ready side by side."""
+    waiting: list[int] = []
+    stand_by = WorkerPool.stand_by
+
+    def noted(workers: WorkerPool, shares: Any) -> Any:
+        found = stand_by(workers, shares)
+        waiting.append(len(workers.ahead))
+        return found
+
+    monkeypatch.setattr(WorkerPool, "stand_by", noted)
+    return waiting
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ import pytest
 
 from qwen3bench.campaign import passes
 from qwen3bench.campaign.lanes import Lanes
-from qwen3bench.campaign.worker_pool import WorkerPool
 from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.record.lines import (
     BlockLine,
@@ -157,22 +156,11 @@ def test_the_card_has_turned_to_another_process_before_one_is_timed(
         assert any(request.op == "touch" and each != pid for each, request in asked[ready:first_visit])
 
 
-def test_the_process_that_comes_next_starts_while_others_get_ready(
-    measure: Measure, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_process_that_comes_next_starts_while_others_get_ready(measure: Measure, ahead: list[int]) -> None:
     """Its imports take seconds, and no block begins before they are done."""
-    waiting: list[int] = []
-    stand_by = WorkerPool.stand_by
-
-    def noted(workers: WorkerPool, shares: Any) -> Any:
-        found = stand_by(workers, shares)
-        waiting.append(len(workers.ahead))
-        return found
-
-    monkeypatch.setattr(WorkerPool, "stand_by", noted)
     assert measure(*TIMED).status == 0
-    assert waiting
-    assert all(waiting)
+    assert ahead
+    assert all(ahead)
 
 
 def test_each_process_looks_at_cells_with_and_without_flash(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
