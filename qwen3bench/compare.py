@@ -22,7 +22,7 @@ Exit status with --fail-on slower:
   3  something got slower, or a cell is no longer ok or no longer measured
   4  the runs cannot tell: their controls fail, or a change of the tolerance
      would not be seen. The page says what would tell.
-  1  an error: a run cannot be read, or the two measure different things
+  1  an error: a run cannot be read, both are one, or they measure different things
 Status 3 goes before 4. Without --fail-on it is 0, or 1.
 
 Judged are main effects, each cell's speed-up over the baseline, and its ratio
@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None) -> int:
     options = _parser().parse_args(argv)
     runs = load_run(options.a), load_run(options.b)
+    if runs[0].record.path.samefile(runs[1].record.path):
+        raise UserError(f"{options.a} and {options.b} are the same run; name two")
     comparison = compare(*runs, options.tolerance, latency=options.latency)
     if options.fail_on and comparison.unlike:
         raise UserError(f"{options.a} and {options.b} measure different things: {'; '.join(comparison.unlike)}")

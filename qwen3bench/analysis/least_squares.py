@@ -77,11 +77,10 @@ class Fit:
 class LackOfFit:
     """How far the cells are from the model of main effects and pairs.
 
-    `f`, `p`: the F test of what is left over against the cells' error; p is NaN where that has none. `rms`: what is
-    left of a cell's logarithm, beyond error. `df`: of it. `variance`: of an interaction of three, were all alike.
+    `p`: of the F test of what is left over against the cells' error; NaN where that has none. `rms`: what is left of a
+    cell's logarithm, beyond error. `df`: of it. `variance`: of an interaction of three, were all alike.
     """
 
-    f: float
     p: float
     df: int
     rms: float
@@ -143,7 +142,6 @@ def lack_of_fit(fit: Fit, terms: Estimates, left: Estimates) -> LackOfFit:
     f = squares / df / error if df and error > 0 else np.nan
     p = float(special.fdtrc(df, error_df, f)) if np.isfinite(f) and error_df > 0 else np.nan
     return LackOfFit(
-        f=f,
         p=p,
         df=df,
         rms=float(np.sqrt(beyond / len(fit.cells))),

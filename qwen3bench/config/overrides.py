@@ -66,6 +66,7 @@ def check(arguments: Sequence[str]) -> None:
     parsed = _parsed(arguments)
     multirun = _asks_for_multirun(arguments)
     _refuse_hydras_directories(parsed, multirun)
+    _refuse_two_directories(parsed)
     for override in parsed:
         key = override.key_or_group
         typed = str(override.input_line)
@@ -104,7 +105,8 @@ def _parsed(arguments: Sequence[str]) -> list[Override]:
     except OverrideParseException as error:
         if hint := _with_quotes(error.override):
             raise UserError(f"{error.override!r}: the value needs quotes; type {hint}") from error
-        raise UserError(f"{error.override!r} is no override; give KEY=VALUE, as in `model=tiny`") from error
+        advice = "give KEY=VALUE without spaces, as in `model=tiny` or `opt=[flash,tie]`"
+        raise UserError(f"{error.override!r} is no override; {advice}") from error
 
 
 def _refuse_hydras_directories(parsed: Sequence[Override], multirun: bool) -> None:
@@ -113,6 +115,13 @@ def _refuse_hydras_directories(parsed: Sequence[Override], multirun: bool) -> No
             raise UserError(f"{key} is not for this program: {_REFUSED[key]}")
         if key == _SWEEP_DIR and not multirun:
             raise UserError(f"{_SWEEP_DIR} is for a multirun (-m); name the directory of one run with run.dir")
+
+
+def _refuse_two_directories(parsed: Sequence[Override]) -> None:
+    given = {each.key_or_group: each.value() for each in parsed if not each.is_delete()}
+    resume, directory = given.get("resume"), given.get("run.dir")
+    if resume and directory and resume != directory:
+        raise UserError(f"resume={resume} and run.dir={directory} both name the run's directory; give one of them")
 
 
 def _settings_of(override: Override) -> Iterator[tuple[str, object]]:

@@ -440,6 +440,15 @@ def test_runs_with_nothing_in_common_pass_no_gate(write_run: Write, capsys: pyte
     assert error.count("\n") == 1
 
 
+def test_a_run_is_not_compared_with_itself(
+    write_run: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (link := tmp_path / "latest").symlink_to(write_run("a", **FEW))
+    assert main([str(tmp_path / "a"), str(link), *GATE]) == 1
+    out, error = capsys.readouterr()
+    assert (out, "latest are the same run; name two" in error) == ("", True)
+
+
 def test_no_run_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path), str(tmp_path)]) == 1
     error = capsys.readouterr().err

@@ -202,6 +202,8 @@ def test_no_argument_gives_a_traceback(
         (["seed=1,2"], ["seed takes one value", "-m"]),
         (["devices=0,1"], ["devices takes one value", "-m", "several cards in one run: devices=[0,1]"]),
         (["seed"], ["'seed' is no override"]),
+        (["+opt=flash,", "tie"], ["'tie' is no override", "without spaces", "`opt=[flash,tie]`"]),
+        (["resume=one", "run.dir=two"], ["resume=one and run.dir=two", "give one of them"]),
         (["seed=[1"], ["'seed=[1' is no override"]),
         (["weights=/a=b/c"], ["weights=/a=b/c", "needs quotes; type \"weights='/a=b/c'\""]),
         (["run.dir=a[1]"], ["needs quotes; type \"run.dir='a[1]'\""]),

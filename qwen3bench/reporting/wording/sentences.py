@@ -277,14 +277,13 @@ def _confirmed(finding: Finding, found: BestCell) -> str:
     return f"{text} Predictions miss{again}: {listing(list(found.missed))}. Only measured cells are recommended."
 
 
-IDLE_MEANS = "Any effect on its latency is noise, or what its Python code costs the host."
+IDLE_MEANS = "Any effect on its latency is noise, or what Python costs the host with it or without."
 
 
 def idle_words(name: str, condition: str, pairs: int) -> str:
-    """That a switch changes nothing that runs, as was seen in so many pairs of cells."""
+    """That a switch changes neither kernels nor output, as was seen in so many pairs of cells."""
     seen = {1: "the only pair", 2: "both pairs"}.get(pairs, f"all {pairs} pairs")
-    same = f"With it and without it the same kernels run and the output is the same, in {seen} of cells."
-    return f"{name} changes nothing that runs ({condition}). {same}"
+    return f"{name} changes neither the kernels that run nor the output ({condition}), in {seen} of cells."
 
 
 # Pairs, what is open

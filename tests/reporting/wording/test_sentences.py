@@ -107,9 +107,8 @@ SNAPSHOTS = [
     ),
     (
         Finding(Kind.IDLE, "gemv", PREFILL, detail=Idle(16)),
-        "gemv changes nothing that runs (prefill 1×2048 graph). With it and without it the same kernels run and the "
-        "output is the same, in all 16 pairs of cells. Any effect on its latency is noise, or what its Python code "
-        "costs the host.",
+        "gemv changes neither the kernels that run nor the output (prefill 1×2048 graph), in all 16 pairs of cells. "
+        "Any effect on its latency is noise, or what Python costs the host with it or without.",
     ),
     (
         Finding(Kind.MEMORY, "tie", PREFILL, detail=Saving(311_164_928, True)),
