@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ class Decoder(nn.Module):
     tok_emb: nn.Embedding
     out_head: nn.Linear
     is_peer = False  # and compiled with the options for peers
+    checkpoint_names: Mapping[str, str] = MappingProxyType({})  # Hugging Face's, of a peer's parameters
 
     @abstractmethod
     def forward(self, tokens: Tensor, cache: KVCache | None = None, start: int = 0, logits_to_keep: int = 0) -> Tensor:

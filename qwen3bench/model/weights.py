@@ -193,6 +193,13 @@ def _split(name: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else ("", name)
 
 
+def with_head(weights: Mapping[str, Tensor], tied: bool) -> dict[str, Tensor]:
+    """The weights, the head a copy where it is the embedding and is not to be."""
+    embedding, head = weights[EMBEDDING], weights[HEAD]
+    copied = not tied and head.data_ptr() == embedding.data_ptr()
+    return {**weights, HEAD: head.clone() if copied else head}
+
+
 def _random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
     shapes = tensor_shapes(config)
     del shapes[HEAD]

@@ -32,6 +32,7 @@ HOST_KEYS = (
     "threads",
     "variables",
 )  # of a fingerprint; older ones lack them
+_PEERS = ("transformers", "liger-kernel", "torchtitan")  # the packages of other implementations
 _PACKAGES = {"liger": ("transformers", "liger-kernel")}  # of a peer that is not a package by its own name
 MEASURING = ("worker", "campaign", "model", "opt", "kernels", "record")  # packages whose code may change a number
 
@@ -65,7 +66,7 @@ def environment(device: str, torch: TorchFacts, host: Host) -> dict[str, Any]:
         "cuda": torch.cuda,
         "cudnn": torch.cudnn,
         "torch": torch.version,
-        **{name: version_of(name) for name in ("triton", "numpy", "pandas", "scipy", "transformers", "liger-kernel")},
+        **{name: version_of(name) for name in ("triton", "numpy", "pandas", "scipy", *_PEERS)},
         "qwen3bench": qwen3bench.__version__,
         "python": platform.python_version(),
         "os": platform.platform(),

@@ -20,7 +20,7 @@ import torch
 from qwen3bench.errors import UserError
 from qwen3bench.worker.error_text import both_ends, error_text
 
-PEERS = ("transformers", "liger")
+PEERS = ("transformers", "liger", "torchtitan")
 _PATCHED = ("apply_rotary_pos_emb", "Qwen3RMSNorm", "Qwen3MLP")  # what Liger has a kernel for
 
 
@@ -36,7 +36,7 @@ def transformers() -> Any:
         import transformers
         from transformers import Qwen3Config, StaticCache  # noqa: F401
     except ImportError as error:
-        raise _not_installed("peer=transformers needs the package transformers, 5 or newer", error) from error
+        raise not_installed("peer=transformers needs the package transformers, 5 or newer", error) from error
     return transformers
 
 
@@ -68,7 +68,7 @@ def _liger() -> Any:
     try:
         return import_module("liger_kernel.transformers")
     except ImportError as error:
-        raise _not_installed("peer=liger needs the package liger-kernel, 0.8.5 or newer, and Triton", error) from error
+        raise not_installed("peer=liger needs the package liger-kernel, 0.8.5 or newer, and Triton", error) from error
 
 
 def _open_to_the_compiler(rotate: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,6 +114,7 @@ def _in_place_of(module: ModuleType, copy: ModuleType) -> Iterator[None]:
         setattr(sys.modules[package], name, module)
 
 
-def _not_installed(needs: str, error: ImportError) -> UserError:
+def not_installed(needs: str, error: ImportError, extra: str = "peers") -> UserError:
+    """The error where a peer's package cannot be imported; `extra`: of ours, that installs it."""
     why = both_ends(error_text(error), 200)
-    return UserError(f"{needs} ({why}); pip install 'qwen3bench[peers]', or leave the peer out")
+    return UserError(f"{needs} ({why}); pip install 'qwen3bench[{extra}]', or leave the peer out")

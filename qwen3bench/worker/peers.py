@@ -21,34 +21,51 @@ from torch import Tensor
 from qwen3bench.config.model_config import ModelConfig
 from qwen3bench.errors import UserError
 from qwen3bench.model.cache import KVCache
-from qwen3bench.model.checkpoint import EMBEDDING, HEAD
+from qwen3bench.model.checkpoint import EMBEDDING
 from qwen3bench.model.compiled import CompiledModel, Training, shared_forward
 from qwen3bench.model.decoder import Compile, Decoder, Forward
-from qwen3bench.model.weights import head_is_tied
+from qwen3bench.model.weights import head_is_tied, with_head
 from qwen3bench.record.messages import Judgment
 from qwen3bench.worker.equivalence.candidate import Candidate, kv_cache
 from qwen3bench.worker.equivalence.gate import Gate
 from qwen3bench.worker.equivalence.gradient_gate import GradientCandidate, GradientGate
 from qwen3bench.worker.peer_modules import PEERS, fused_loss, modeling, transformers
+from qwen3bench.worker.torchtitan_model import TorchtitanModel, torchtitan
 
 _FUSED_LOSS = "sdpa_flce"  # Liger's, of the states before the output head
 ATTENTIONS = {"sdpa": "sdpa", "eager": "eager", "sdpa_mask": "sdpa", _FUSED_LOSS: "sdpa"}  # by transformers' names
+_KNOWN = {
+    "transformers": [each for each in ATTENTIONS if each != _FUSED_LOSS],
+    "liger": list(ATTENTIONS),
+    "torchtitan": ["sdpa"],
+}
 _TOLD = ("sdpa", _FUSED_LOSS)  # told that a prompt needs no mask
 NO_MASK = {"full_attention": None}  # tells transformers that a prompt needs none
 FREQUENCY_ERROR = 1e-6  # relative, of the rotary frequencies, which transformers computes in float32
 
 
-def require_peer(cell: str, device: torch.device | str | None = None, runtimes: Iterable[str] = ()) -> None:
+def require_peer(
+    cell: str,
+    device: torch.device | str | None = None,
+    runtimes: Iterable[str] = (),
+    workloads: Iterable[str] = (),
+) -> None:
     """Raise `UserError` where a peer of this label does not exist, cannot be imported, or does not run here.
 
-    That is on `device`, in each of the `runtimes`.
+    That is on `device`, each of the `workloads` in each of the `runtimes`.
     """
     name, _, attention = cell.partition(":")
     if name not in PEERS:
         raise UserError(f"peer {name!r} is not known; there are {', '.join(PEERS)}")
-    known = [each for each in ATTENTIONS if name == "liger" or each != _FUSED_LOSS]
-    if attention not in known:
+    if attention not in (known := _KNOWN[name]):
         raise UserError(f"peer.{name}.attention: {attention!r} is unknown: use {' | '.join(known)}")
+    if name == "torchtitan":
+        if others := [each for each in workloads if each != "train"]:
+            raise UserError(
+                f"peer=torchtitan has no cache and only trains; leave it out, or leave out workload={','.join(others)}"
+            )
+        torchtitan()
+        return
     if attention == _FUSED_LOSS and (captured := [each for each in runtimes if each != "eager"]):
         raise UserError(
             f"peer.liger.attention={_FUSED_LOSS} reads a number back from the card in each step, which no graph can "
@@ -64,7 +81,7 @@ def build_peer(
     config: ModelConfig,
     weights: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
-) -> TransformersModel:
+) -> Decoder:
     """The peer with this label, its parameters the tensors of `weights`, a state dict with Hugging Face's names.
 
     Without `weights` it is on `meta`, in `dtype`. Its head is tied where the config says so and the weights agree,
@@ -72,23 +89,26 @@ def build_peer(
     `require_peer` does.
     """
     require_peer(cell)
+    if cell.startswith("torchtitan"):
+        return TorchtitanModel(config, weights, dtype)
     return TransformersModel(config, cell, weights, dtype)
 
 
 def judge_peer(gate: Gate, cell: str) -> Judgment:
     """The equivalence gate's verdict on a peer."""
 
-    def build(weights: dict[str, Tensor], dtype: torch.dtype) -> TransformersModel:
+    def build(weights: dict[str, Tensor], dtype: torch.dtype) -> Decoder:
         return build_peer(cell, replace(gate.config, vocab_size=len(weights[EMBEDDING])), weights, dtype)
 
     tied = gate.config.tie_word_embeddings  # as its own checkpoints have it
-    return gate.judge(Candidate(build, kv_cache, tied=tied, rope=transformers_rope(gate.config)))
+    new_cache = None if cell.startswith("torchtitan") else kv_cache
+    return gate.judge(Candidate(build, new_cache, tied=tied, rope=transformers_rope(gate.config)))
 
 
 def gradients_of_peer(gate: GradientGate, cell: str) -> Judgment:
     """The gradient gate's verdict on a peer, which rounds rotary angles and norms to float32 by design."""
 
-    def build(weights: dict[str, Tensor]) -> TransformersModel:
+    def build(weights: dict[str, Tensor]) -> Decoder:
         return build_peer(cell, gate.config, weights)
 
     return gate.judge(GradientCandidate(build, tied=gate.config.tie_word_embeddings, exact=False))
@@ -136,6 +156,7 @@ class TransformersModel(Decoder):
         self.language_model = language_model.eval().requires_grad_(False)
         self.tok_emb = language_model.model.embed_tokens
         self.out_head = language_model.lm_head
+        self.checkpoint_names = {f"language_model.{name}": name for name, _ in language_model.named_parameters()}
         self._static_caches: WeakKeyDictionary[KVCache, Any] = WeakKeyDictionary()
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None, start: int = 0, logits_to_keep: int = 0) -> Tensor:
@@ -247,11 +268,8 @@ def transformers_config(config: ModelConfig, attention: str, tied: bool) -> Any:
 
 
 def _assign(language_model: Any, weights: Mapping[str, Tensor], tied: bool) -> None:
-    embedding, head = weights[EMBEDDING], weights[HEAD]
-    if not tied and head.data_ptr() == embedding.data_ptr():
-        head = head.clone()
-    language_model.load_state_dict({**weights, HEAD: head}, strict=True, assign=True)
+    language_model.load_state_dict(with_head(weights, tied), strict=True, assign=True)
     if tied:
         language_model.lm_head.weight = language_model.model.embed_tokens.weight
     rotary = language_model.model.rotary_emb  # its frequencies are no part of a checkpoint
-    language_model.model.rotary_emb = type(rotary)(language_model.config).to(embedding.device)
+    language_model.model.rotary_emb = type(rotary)(language_model.config).to(weights[EMBEDDING].device)

@@ -38,7 +38,7 @@ class Session:
         `before`: another session of this process, whose weights are kept where they are the same.
         """
         for cell in filter(is_peer, settings.labels):
-            require_peer(cell, settings.device, settings.runtimes)
+            require_peer(cell, settings.device, settings.runtimes, settings.workloads)
         switches = resolve(settings.opts)
         for chosen in settings.cells:
             assemble({name: switches[name] for name in chosen})

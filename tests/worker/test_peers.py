@@ -244,7 +244,7 @@ def test_settings_refuse_what_a_peer_does_not_have(override: str, message: str) 
 def test_an_unknown_attention_is_refused() -> None:
     with pytest.raises(UserError, match=r"'flex' is unknown: use sdpa \| eager \| sdpa_mask"):
         require_peer("transformers:flex")
-    with pytest.raises(UserError, match="peer 'vllm' is not known; there are transformers, liger"):
+    with pytest.raises(UserError, match="peer 'vllm' is not known; there are transformers, liger, torchtitan"):
         require_peer("vllm:sdpa")
 
 

@@ -154,4 +154,5 @@ def _taken(
 def _names(model: Decoder) -> dict[str, str]:
     """Hugging Face's name of each parameter."""
     ours = {f"{module}.weight": theirs for module, theirs in hf_names(model.config).items()}
-    return {name: ours.get(name, name.removeprefix("language_model.")) for name, _ in model.named_parameters()}
+    names = {**ours, **model.checkpoint_names}
+    return {name: names[name] for name, _ in model.named_parameters()}
