@@ -21,7 +21,16 @@ from qwen3bench.campaign.worker_pool import prepare
 from qwen3bench.record.card import Card
 from qwen3bench.record.design import BASELINE, block_order
 from qwen3bench.record.lines import BlockLine, CompileLine, SampleLine, VisitLine
-from qwen3bench.record.messages import CellFailure, Enter, Prepare, Request, Surroundings, TimedVisit, Visit
+from qwen3bench.record.messages import (
+    CellFailure,
+    Enter,
+    NoAnswerError,
+    Prepare,
+    Request,
+    Surroundings,
+    TimedVisit,
+    Visit,
+)
 from qwen3bench.record.states import BlockState, CellStatus, Purpose, StopReason
 from qwen3bench.record.typed import fields_of
 
@@ -95,6 +104,8 @@ class Blocks:
         if self._timings[where].stopped:
             return True
         if not self._workers.take(place):
+            if (failed := self._workers.gave_up.get(place)) is not None:
+                self._context.state.unanswered.add((_PASS, Place(Place.of(failed).cell, *where)))
             return False
         if not (yield from self._blocks(where, setup_s)):
             return False
@@ -310,7 +321,7 @@ class Blocks:
                     answer = yield asked
                     if len(answer.samples) < (repeats or 1):
                         text = f"the worker answered {len(answer.samples)} values, not {repeats}"
-                        raise CellFailure(CellStatus.CRASHED, text)
+                        raise NoAnswerError(CellStatus.CRASHED, text)
                     visit = VisitLine(
                         workload=workload,
                         runtime=runtime,

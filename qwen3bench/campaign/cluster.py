@@ -28,7 +28,7 @@ from qwen3bench.errors import Refused, UserError
 from qwen3bench.record.card import Card
 from qwen3bench.record.environment import HOST_KEYS, running_code
 from qwen3bench.record.lines import Telemetry
-from qwen3bench.record.messages import CellFailure, Identify, Identity, Request, RunningCode
+from qwen3bench.record.messages import CellFailure, Identify, Identity, NoAnswerError, Request, RunningCode
 from qwen3bench.record.states import CellStatus
 
 R = TypeVar("R")
@@ -133,7 +133,7 @@ class HostedWorker:
         except TimeoutError:
             waited_s = timeout_s or round(time.monotonic() - self._sent_s, 1)  # 0: it was waited for elsewhere
             why = f"the worker said nothing for {waited_s:g} s during {request.op}"
-            raise CellFailure(CellStatus.TIMEOUT, why) from None
+            raise NoAnswerError(CellStatus.TIMEOUT, why) from None
         assert self._answer is not None
         said: WorkerSaid = self._card.outcome(self._answer)
         with self._log.open("ab") as log:

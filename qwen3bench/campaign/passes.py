@@ -17,7 +17,7 @@ from qwen3bench.analysis.effective import PARTLY_SEEN, by_switch, idle_switches
 from qwen3bench.campaign.blocks import Blocks
 from qwen3bench.campaign.card_costs import CardForecast, CardPace
 from qwen3bench.campaign.confirmation import Confirmation
-from qwen3bench.campaign.context import RunContext
+from qwen3bench.campaign.context import Outcome, RunContext
 from qwen3bench.campaign.forecast import announcement, seconds_ahead
 from qwen3bench.campaign.lanes import Lane, Lanes
 from qwen3bench.campaign.looks import MAX_AT_ONCE, compared, looks, shared_out
@@ -302,7 +302,9 @@ class Campaign:
         with self._progress.stage(title, sum(map(len, shares))) as stage:
             for step, answer in self._lanes.side_by_side(shares):
                 stage.step(str(Place.of(step)))
-                if not _told_by(answer):  # what tells of a failure may be of the others' making, too
+                if answer is None:
+                    self._state.unanswered.add((step.op, Place.of(step)))
+                elif not _told_by(answer):  # what tells of a failure may be of the others' making, too
                     self._record(step, answer)
 
     def _looks(self) -> list[Request[Any]]:
@@ -357,8 +359,9 @@ class Campaign:
     def _taken(self, stage: Stage, lane: Lane, steps: Sequence[Request[Any]]) -> Steps[None]:
         for step in steps:
             stage.step(str(Place.of(step)))
-            if self._state.is_left(step):  # still, after the step before
-                with lane.context.failing(step.op, Place.of(step)):
+            outcome = Outcome(again=self._state.is_left(step))  # still, after the step before
+            while outcome.again:
+                with lane.context.failing(step.op, Place.of(step)) as outcome:
                     self._record(step, (yield step))
 
     def _record(self, step: Request[Any], answer: Any) -> None:
@@ -393,8 +396,10 @@ class Campaign:
 def _loaded(stage: Stage, lane: Lane, cell: str) -> Steps[None]:
     """Build a cell once."""
     stage.step(cell)
-    with lane.context.failing(Load.op, Place(cell)):
-        yield Load(cells=(cell,))
+    outcome = Outcome(again=True)
+    while outcome.again:
+        with lane.context.failing(Load.op, Place(cell)) as outcome:
+            yield Load(cells=(cell,))
 
 
 def _reached(lane: Lane, asked: Sequence[ComputeCost]) -> Steps[None]:

@@ -107,6 +107,7 @@ class RunState:
 
     def __init__(self, settings: Settings, record: Record | None = None) -> None:
         self.failures: dict[Place, CellStatus] = {}
+        self.unanswered: set[tuple[str, Place]] = set()  # passes and places that failed once, maybe by accident
         self.steps: set[Request[Any]] = set()  # that were answered
         self.ceilings_known = False
         self.process = -1

@@ -92,6 +92,7 @@ class WorkerPool:
         self.ahead = [] if ready is None else [ready]  # started and not needed yet
         self._worker: WorkerHandle | None = None
         self._standing_by: dict[int, WorkerHandle] = {}  # by their places in `prepare`
+        self.gave_up: dict[int, Request[Any]] = {}  # at what those failed that stand by no more
         self._stack = ExitStack()
 
     def __enter__(self) -> WorkerPool:
@@ -226,11 +227,12 @@ class WorkerPool:
     def stand_by(self, shares: Sequence[Sequence[Request[Any]]]) -> dict[WorkerHandle, Sequence[Request[Any]]]:
         """Each share with a fresh worker, which stands by in its place."""
         workers = [self._next() for _ in shares]
-        self._standing_by = dict(enumerate(workers))
+        self._standing_by, self.gave_up = dict(enumerate(workers)), {}
         return {worker: [self._opening, *share] for worker, share in zip(workers, shares, strict=True)}
 
-    def give_up(self, worker: WorkerHandle) -> None:
-        """End a worker that stands by."""
+    def give_up(self, worker: WorkerHandle, request: Request[Any]) -> None:
+        """End a worker that stands by, as it failed at a request."""
+        self.gave_up |= {place: request for place, each in self._standing_by.items() if each is worker}
         self._standing_by = {place: each for place, each in self._standing_by.items() if each is not worker}
         worker.end()
 
@@ -301,8 +303,8 @@ def side_by_side(
 ) -> Iterator[tuple[Request[Any], Any]]:
     """The requests of all shares and their answers as they come: of the workers at work and of those beside them.
 
-    Shares are dealt out to the cards in turn. One ends with its first failure, as that may be of the others' making:
-    only asking again, alone, tells. All workers but those at work have ended afterwards.
+    Shares are dealt out to the cards in turn. One ends with its first failure (None), as that may be of the others'
+    making: only asking again, alone, tells. All workers but those at work have ended afterwards.
     """
     homes: dict[WorkerHandle, WorkerPool] = {}
     queues: dict[WorkerHandle, Sequence[Request[Any]]] = {}
@@ -317,7 +319,7 @@ def side_by_side(
         for worker, request, answer in answers(queues, pools[0].timeout_s):
             if answer is None:
                 homes[worker].end_one(worker)
-            elif not isinstance(request, Open):
+            if not isinstance(request, Open):
                 yield request, answer
     finally:
         for pool in pools:
@@ -337,6 +339,6 @@ def prepare(pools: Sequence[WorkerPool], shares: Sequence[Sequence[Sequence[Requ
         homes |= dict.fromkeys(standing, pool)
     for worker, request, answer in answers(queues, pools[0].timeout_s):
         if answer is None:
-            homes[worker].give_up(worker)
+            homes[worker].give_up(worker, request)
         elif not isinstance(request, Open):
             yield request

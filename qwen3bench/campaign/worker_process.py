@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 
 from qwen3bench.errors import UserError
 from qwen3bench.record.environment import PACKAGE, refuse_other_code, running_code
-from qwen3bench.record.messages import CellFailure, Request, RunningCode, decode_reply, encode_request
+from qwen3bench.record.messages import CellFailure, NoAnswerError, Request, RunningCode, decode_reply, encode_request
 from qwen3bench.record.states import CellStatus
 
 R = TypeVar("R")
@@ -104,8 +104,8 @@ class WorkerProcess:
     def ask(self, request: Request[R], timeout_s: float) -> R:
         """The worker's answer to one request.
 
-        Raises `CellFailure` where the worker answers with an error, dies, or is silent for `timeout_s` seconds, and
-        `UserError` where it refuses what the user asked for.
+        Raises `CellFailure` where the worker answers with an error, `NoAnswerError` where it dies, or is silent for
+        `timeout_s` seconds, and `UserError` where it refuses what the user asked for.
         """
         self.send(request)
         return self.receive(request, timeout_s)
@@ -113,14 +113,14 @@ class WorkerProcess:
     def send(self, request: Request[Any]) -> None:
         """Hand over one request, whose answer is waited for later.
 
-        Raises `CellFailure` where the worker is dead, or has said what it was not asked: that is no answer to this.
+        Raises `NoAnswerError` where the worker is dead, or has said what it was not asked: that is no answer to this.
         """
         if not self._buffer and self._selector.select(0):
             self._buffer = os.read(self._replies, 1 << 16)
             if not self._buffer:
                 raise self._died()
         if self._buffer:
-            raise CellFailure(CellStatus.CRASHED, f"the worker said what it was not asked, before {request.op}")
+            raise NoAnswerError(CellStatus.CRASHED, f"the worker said what it was not asked, before {request.op}")
         try:
             self._requests.write(encode_request(request))
             self._requests.flush()
@@ -163,24 +163,24 @@ class WorkerProcess:
             left = deadline - time.monotonic()
             if left <= 0 or not self._selector.select(left):
                 waited_s = timeout_s or round(time.monotonic() - self._sent_s, 1)  # 0: it was waited for elsewhere
-                raise CellFailure(CellStatus.TIMEOUT, f"the worker said nothing for {waited_s:g} s during {op}")
+                raise NoAnswerError(CellStatus.TIMEOUT, f"the worker said nothing for {waited_s:g} s during {op}")
             chunk = os.read(self._replies, 1 << 16)
             if not chunk:
                 raise self._died()
             self._buffer += chunk
             if len(self._buffer) > MAX_BYTES:
-                raise CellFailure(CellStatus.CRASHED, f"the worker's answer to {op} has no end")
+                raise NoAnswerError(CellStatus.CRASHED, f"the worker's answer to {op} has no end")
         line, self._buffer = self._buffer.split(b"\n", 1)
         return line
 
-    def _died(self) -> CellFailure:
+    def _died(self) -> NoAnswerError:
         try:
             code = self._process.wait(END_S)
         except subprocess.TimeoutExpired:
-            return CellFailure(CellStatus.CRASHED, "the worker closed its output without an answer")
+            return NoAnswerError(CellStatus.CRASHED, "the worker closed its output without an answer")
         how = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit status {code}"
         said = self._last_words()
-        return CellFailure(CellStatus.CRASHED, f"the worker {how} without an answer" + (f": {said}" if said else ""))
+        return NoAnswerError(CellStatus.CRASHED, f"the worker {how} without an answer" + (f": {said}" if said else ""))
 
     def _last_words(self) -> str:
         """The last line that the worker wrote to standard error."""

@@ -463,6 +463,10 @@ class CellFailure(Exception):
         return type(self), (self.status, self.reason, self.peak_allocated_bytes)
 
 
+class NoAnswerError(CellFailure):
+    """The worker was silent, died, or said what is no answer: it may have been an accident."""
+
+
 def encode_request(request: Request[Any]) -> bytes:
     """A request as one line."""
     return json_line({"op": request.op, **plain(request)}) + b"\n"
@@ -495,7 +499,7 @@ def decode_reply(line: bytes, request: Request[R]) -> R:
         failure = made(Failure, fields["error"])
     except (ValueError, TypeError, AttributeError, KeyError) as fault:
         text = f"the worker's answer to {request.op} is no message ({fault})"
-        raise CellFailure(CellStatus.CRASHED, text) from None
+        raise NoAnswerError(CellStatus.CRASHED, text) from None
     reason = failure.reason or "no reason given"
     if failure.status == REFUSED:
         raise Refused(reason)

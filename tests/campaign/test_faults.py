@@ -16,6 +16,7 @@ import pytest
 
 from qwen3bench.campaign.blocks import PAUSED
 from qwen3bench.campaign.worker_pool import WorkerPool
+from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.record.lines import (
     BlockLine,
     EndLine,
@@ -27,6 +28,7 @@ from qwen3bench.record.lines import (
     VerifyLine,
     VisitLine,
 )
+from qwen3bench.record.messages import Request
 from qwen3bench.record.writer import RecordWriter
 
 pytestmark = pytest.mark.slow
@@ -86,12 +88,76 @@ def test_a_fault_in_any_step_costs_its_cell_alone(
 
 def test_a_worker_killed_amid_a_block_has_the_block_done_again_in_one_process(measure: Measure, tmp_path: Path) -> None:
     done = measure(*FULL, faults=[{**DIES, "op": "visit", "cell": "flash", "once": str(tmp_path / "struck")}])
-    assert done.statuses == {**dict.fromkeys(CELLS, "ok"), "flash": "crashed"}
+    assert done.statuses == dict.fromkeys(CELLS, "ok")
     samples = done.record.frame(SampleLine)
     used = done.run.samples
     assert len(samples) > len(used)  # what the killed worker measured stays in the record
     assert set(used.groupby("block")["process"].nunique()) == {1}
     assert not used.duplicated(["block", "cell", "copy", "repeat"]).any()
+
+
+FEW = {"does": "answer", "fields": {"samples": []}}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
+    """Every request that is sent: its operation, its cell and the process that it is sent to."""
+    noted: list[tuple[str, str, int]] = []
+    send = WorkerProcess.send
+
+    def sent(self: WorkerProcess, request: Request[Any]) -> None:
+        noted.append((request.op, *getattr(request, "cells", [getattr(request, "cell", "")]), self.pid))
+        send(self, request)
+
+    monkeypatch.setattr(WorkerProcess, "send", sent)
+    return noted
+
+
+@pytest.mark.parametrize(
+    ("op", "fault"),
+    [
+        *((op, DIES) for op in ("load", "parameters", "verify", "evidence", "enter", "prepare", "visit")),
+        *((op, fault) for op in ("evidence", "visit") for fault in (HANGS, ENDS, BABBLES)),
+        ("visit", FEW),
+    ],
+)
+def test_what_may_be_an_accident_costs_no_cell(
+    measure: Measure, tmp_path: Path, asked: list[Any], op: str, fault: dict[str, Any]
+) -> None:
+    cell = "baseline" if op == "enter" else "tie"
+    where = {"cells": [cell]} if op == "load" else {"cell": cell}
+    faults = [{**fault, "op": op, **where, "once": str(tmp_path / "struck")}]
+    done = measure(*FULL, "measure.step_timeout_s=0.5", faults=faults)
+    assert done.status == 0
+    assert done.statuses == dict.fromkeys(CELLS, "ok")
+    assert done.record.of(FailureLine) == []
+    assert done.err.count("to be asked again") == 1
+    assert _counts(done.run.samples) == {**{(each, 0): 3 for each in CELLS}, ("baseline", 1): 3}
+    first, again, *_ = (pid for name, of, pid in asked if (name, of) == (op, cell))
+    assert first != again
+    assert not done.alive
+
+
+@pytest.mark.parametrize(("fault", "times"), [(DIES, 2), (HANGS, 2), (BABBLES, 2), (OUT_OF_MEMORY, 1), (NOT_FINITE, 1)])
+@pytest.mark.parametrize("op", ["verify", "visit"])
+def test_a_fault_is_asked_again_once_and_what_a_worker_says_itself_never(
+    measure: Measure, asked: list[Any], op: str, fault: dict[str, Any], times: int
+) -> None:
+    done = measure(*FULL, "measure.step_timeout_s=0.5", faults=[{**fault, "op": op, "cell": "tie"}])
+    assert {cell for cell, status in done.statuses.items() if status != "ok"} == {"tie"}
+    assert len(done.record.of(FailureLine)) == 1
+    assert len([pid for name, cell, pid in asked if (name, cell) == (op, "tie")]) == times
+
+
+@pytest.mark.parametrize("op", ["verify", "prepare"])
+def test_where_one_cell_hung_twice_the_hangs_of_others_are_waited_for_once(
+    measure: Measure, asked: list[Any], op: str
+) -> None:
+    faults = [{**HANGS, "op": op, "cell": cell} for cell in CELLS[1:]]
+    done = measure(*FULL, "measure.step_timeout_s=0.3", faults=faults)
+    assert done.statuses == {"baseline": "ok", **dict.fromkeys(CELLS[1:], "timeout")}
+    hung = [cell for name, cell, _ in asked if name == op and cell != "baseline"]
+    assert sorted(map(hung.count, CELLS[1:])) == [1, 1, 2]
 
 
 def test_a_baseline_that_fails_leaves_the_others_without_a_speedup(measure: Measure) -> None:

@@ -192,10 +192,11 @@ def test_a_failure_beside_others_is_no_ones_until_it_fails_alone(
 @pytest.mark.parametrize(("fault", "status"), [(DIES, "crashed"), (OUT_OF_MEMORY, "oom"), (BABBLES, "crashed")])
 @pytest.mark.parametrize("cell", ["flash", "norm"])
 def test_a_cell_that_fails_alone_too_fails_and_no_other(
-    measure: Measure, fault: dict[str, Any], status: str, cell: str
+    measure: Measure, asked: Asked, fault: dict[str, Any], status: str, cell: str
 ) -> None:
     done = measure(*ON_A_CARD, faults=[{**fault, "op": "verify", "cell": cell}])
     assert done.status == 3
+    assert len([pid for pid, each in asked if each == Verify(cell=cell)]) == 2  # beside others and alone
     assert {name for name, each in done.statuses.items() if each != "ok"} == {cell}
     assert done.statuses[cell] == status
     assert len(done.record.of(FailureLine)) == 1
@@ -330,9 +331,12 @@ def test_what_fails_beside_others_is_timed_again_alone(
 
 
 @pytest.mark.parametrize("op", ["prepare", "visit"])
-def test_what_fails_alone_too_fails_and_is_timed_no_more(measure: Measure, op: str) -> None:
+def test_what_fails_alone_too_fails_and_is_timed_no_more(measure: Measure, asked: Asked, op: str) -> None:
     done = measure(*TIMED, faults=[{**DIES, "op": op, "cell": "tie"}])
     assert done.status == 3
+    # Four get ready beside each other, one alone for each workload. One is timed beside others, which are gone then.
+    times = 4 + 2 if op == "prepare" else (1 + 1) + 2
+    assert len([pid for pid, each in asked if each.op == op and getattr(each, "cell", "") == "tie"]) == times
     failures = [(line.cell, line.workload, line.status) for line in done.record.of(FailureLine)]
     assert sorted(failures) == [("tie", "decode", "crashed"), ("tie", "prefill", "crashed")]
     assert len(_timed_in(done)) == 2 * 3
