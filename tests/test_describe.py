@@ -89,6 +89,13 @@ def test_what_stands_underneath(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+def test_what_a_small_model_needs_is_told_in_units_that_show_it(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["model=tiny", "workload=train"])
+    out = capsys.readouterr().out
+    assert "Weights alone: 545.50 KiB in float32, 272.75 KiB in bfloat16.\n" in out
+    assert "4 × the weights: 2.13 MiB in amp or fp32, 1.07 MiB in bf16;" in out
+
+
 def test_weights_alone_count_a_tied_head_once(capsys: pytest.CaptureFixture[str]) -> None:
     main(["+opt=tie"])
     assert "Weights alone: 2.22 GiB in float32, 1.11 GiB in bfloat16." in capsys.readouterr().out
