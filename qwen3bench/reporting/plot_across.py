@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -90,19 +91,7 @@ def trends(effects: pd.DataFrame, names: Sequence[str], width: float) -> Plot | 
     columns = min(3, len(names) + 1)
     lines = len(names) // columns + 1  # a panel at least is spare, for the legend
     note = trends_note(effects["run"].nunique(), width, effects["verdict"])
-    keys = [
-        key
-        for key in ("workload", "batch_size", "logits", "runtime", "model", "device", "dtype", "threads", "others")
-        if key in ("workload", "runtime") or effects[key].nunique() > 1
-    ]
-    labels = [
-        " ".join(
-            f"batch {value}" if key == "batch_size" else str(value)
-            for key, value in zip(keys, where, strict=True)
-            if value != ""
-        )
-        for where in effects[keys].itertuples(index=False)
-    ]
+    labels = _line_labels(effects)
     effects = effects.assign(label=labels).sort_values("prompt_tokens", kind="stable")
     looks = dict(zip(dict.fromkeys(labels), _looks(), strict=False))
     title = trends_title(lengths[0], lengths[-1], _trend_words(effects))
@@ -113,15 +102,7 @@ def trends(effects: pd.DataFrame, names: Sequence[str], width: float) -> Plot | 
         panel.axhline(1, color=MUTED, linewidth=0.9)
         panel.set_title(name)
         for label, line in effects[effects["term"] == name].groupby("label", sort=False):
-            look = looks[str(label)]
-            x = line["prompt_tokens"].to_numpy(dtype=float)
-            bars = np.clip([line["estimate"] - line["lo"], line["hi"] - line["estimate"]], 0, None)
-            stroke = {"color": look["color"], "linestyle": look["linestyle"], "linewidth": 1}
-            panel.errorbar(x, line["estimate"], yerr=bars, capsize=2, **stroke)
-            hollow = ~line["verdict"].isin((Verdict.FASTER, Verdict.SLOWER, Verdict.SAME))
-            faces = [PAPER if empty else look["color"] for empty in hollow]
-            marks = {"marker": look["marker"], "edgecolor": look["color"], "facecolor": faces}
-            panel.scatter(x, line["estimate"], s=26, zorder=3, **marks)
+            _trend(panel, line, looks[str(label)])
         panel.set_xscale("log", base=2)
         panel.set_xticks(lengths)
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -137,6 +118,33 @@ def trends(effects: pd.DataFrame, names: Sequence[str], width: float) -> Plot | 
     for line in panels:
         line[0].set_ylabel("× as fast")
     return Plot("trends", figure, title, f"{title}.")
+
+
+def _line_labels(effects: pd.DataFrame) -> list[str]:
+    """The condition of each effect but for the prompt's length, as far as conditions differ."""
+    keys = [
+        key
+        for key in ("workload", "batch_size", "logits", "runtime", "model", "device", "dtype", "threads", "others")
+        if key in ("workload", "runtime") or effects[key].nunique() > 1
+    ]
+    return [
+        " ".join(
+            f"batch {value}" if key == "batch_size" else str(value)
+            for key, value in zip(keys, where, strict=True)
+            if value != ""
+        )
+        for where in effects[keys].itertuples(index=False)
+    ]
+
+
+def _trend(panel: Axes, line: pd.DataFrame, look: Mapping[str, Any]) -> None:
+    """One switch under one condition, along the prompt's length, with intervals; hollow where undecided."""
+    x, estimate, color = line["prompt_tokens"].to_numpy(dtype=float), line["estimate"], look["color"]
+    bars = np.clip([estimate - line["lo"], line["hi"] - estimate], 0, None)
+    panel.errorbar(x, estimate, yerr=bars, capsize=2, color=color, linestyle=look["linestyle"], linewidth=1)
+    decided = line["verdict"].isin((Verdict.FASTER, Verdict.SLOWER, Verdict.SAME))
+    faces = [color if each else PAPER for each in decided]
+    panel.scatter(x, estimate, s=26, zorder=3, marker=look["marker"], edgecolor=color, facecolor=faces)
 
 
 def _looks() -> Iterator[dict[str, Any]]:

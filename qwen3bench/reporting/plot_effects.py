@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
+from numpy.typing import NDArray
 
 from qwen3bench.record.states import Verdict
 from qwen3bench.reporting import control_findings
@@ -165,16 +167,8 @@ def by_condition(run: Run) -> Plot | None:
     names = factors(run)
     if len(frames) < 2:
         return None
-    told = [(condition, effects[effects["verdict"] != NoVerdict.NOISE]) for condition, effects in frames]
     others = others_beside(run, pd.concat([effects for _, effects in frames]))
-    title = NOISY_EVERYWHERE
-    if others == UNLIKE:
-        title = OTHERS_DIFFER.format(place="condition")
-    elif any(len(effects) for _, effects in told):
-        helped = _helped_by(run)
-        everywhere, in_places = _faster(told, [name for name in names if name not in helped])
-        quiet = sum(len(effects) for _, effects in frames) == sum(len(effects) for _, effects in told)
-        title = by_condition_title(everywhere, in_places, helped, others, quiet=quiet)
+    title = _by_condition_title(run, frames, others)
     note = device(run) + each_switch_beside(others) * (others not in (AVERAGE, UNLIKE))
     noisy = any(control_findings.noise(run, condition) > 0 for condition, _ in frames)
     note += NOISE_NOT_COUNTED if noisy else ""
@@ -186,22 +180,10 @@ def by_condition(run: Run) -> Plot | None:
     step = 0.75 / len(frames)
     for place, (condition, effects) in enumerate(frames):
         shape, color = SERIES[place % len(SERIES)]
-        rows = [i for i, name in enumerate(names) if name in effects.index]
-        chosen = effects.loc[[names[i] for i in rows]]
-        decided = chosen["verdict"].isin((Verdict.FASTER, Verdict.SLOWER, Verdict.SAME))
+        there = [name for name in names if name in effects.index]
         offset = (place - (len(frames) - 1) / 2) * step
-        y = np.array(rows) + offset
-        bars = [chosen["estimate"] - chosen["lo"], chosen["hi"] - chosen["estimate"]]
-        axes.errorbar(chosen["estimate"], y, xerr=np.clip(bars, 0, None), fmt="none", ecolor=color, capsize=2)
-        axes.scatter(
-            chosen["estimate"],
-            y,
-            marker=shape,
-            s=34,
-            facecolor=[color if d else PAPER for d in decided],
-            edgecolor=color,
-            zorder=3,
-        )
+        heights = np.array([names.index(name) for name in there]) + offset
+        _dots(axes, effects.loc[there], heights, shape, color)
         where = f"{condition}, {others_beside(run, effects)}" if others == UNLIKE else str(condition)
         handle = f"{_noisy(run, condition, where)} (n = {blocks_of(run, condition)})"
         axes.scatter([], [], marker=shape, s=34, color=color, label=handle)
@@ -216,6 +198,29 @@ def by_condition(run: Run) -> Plot | None:
     columns = 1 if longest > _COLUMN else 2
     axes.legend(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=under, ncols=columns, fontsize=8.5)
     return Plot("effects-by-condition", figure, title, by_condition_alt(title))
+
+
+def _by_condition_title(run: Run, frames: list[tuple[Condition, pd.DataFrame]], others: str) -> str:
+    """Which switches are faster under every condition, and which under some; noise tells neither."""
+    if others == UNLIKE:
+        return OTHERS_DIFFER.format(place="condition")
+    told = [(condition, effects[effects["verdict"] != NoVerdict.NOISE]) for condition, effects in frames]
+    count_told = sum(len(effects) for _, effects in told)
+    if not count_told:
+        return NOISY_EVERYWHERE
+    helped = _helped_by(run)
+    everywhere, in_places = _faster(told, [name for name in factors(run) if name not in helped])
+    quiet = sum(len(effects) for _, effects in frames) == count_told
+    return by_condition_title(everywhere, in_places, helped, others, quiet=quiet)
+
+
+def _dots(axes: Axes, effects: pd.DataFrame, heights: NDArray[np.float64], shape: str, color: str) -> None:
+    """Effects with their intervals, one at each height, hollow where they are undecided."""
+    estimate, decided = effects["estimate"], effects["verdict"].isin((Verdict.FASTER, Verdict.SLOWER, Verdict.SAME))
+    bars = np.clip([estimate - effects["lo"], effects["hi"] - estimate], 0, None)
+    axes.errorbar(estimate, heights, xerr=bars, fmt="none", ecolor=color, capsize=2)
+    faces = [color if each else PAPER for each in decided]
+    axes.scatter(estimate, heights, marker=shape, s=34, facecolor=faces, edgecolor=color, zorder=3)
 
 
 def _helped_by(run: Run) -> dict[str, str]:

@@ -270,7 +270,7 @@ def require_replay(replay: Launch, logits: Tensor) -> None:
         raise InvalidCell("replaying its CUDA graph writes no logits, so its latency would be that of nothing")
 
 
-def require_finite(output: Tensor, named: str = "logits are") -> None:
+def require_finite(output: Tensor, named: str) -> None:
     """Raise InvalidCell unless all of a step's output is finite; `named`: what it is, in words."""
     if not bool(torch.isfinite(output).all()):
         raise InvalidCell(f"its {named} not finite (NaN or infinity), so its latency would mean nothing")
