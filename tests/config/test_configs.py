@@ -276,7 +276,7 @@ def _everything() -> Settings:
     argv = ["design=each", "workload=generate,decode", "runtime=eager,compile", "peer=transformers"]
     more = [
         "run.dir=a/b",
-        "resume=c",
+        "resume=a/b",
         "report.memory_limit_gib=2.5",
         "threads=3",
         "measure=thorough",

@@ -17,7 +17,7 @@ from qwen3bench.config.entry import guarded
 from qwen3bench.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-RUN = str(ROOT / "results" / "reference" / "h200-peers-decode-512")
+RUN, OTHER = (str(ROOT / "results" / "reference" / f"h200-ablate-1x2048-{name}") for name in "bc")
 Main = Callable[[list[str]], int]
 
 
@@ -52,7 +52,7 @@ KNOWN = pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
         (verify.main, ["--help"], r"[+opt=\u2026]"),
         (describe.main, ["--help"], r"NAME,\u2026"),
         (report.main, ["--help"], "usage"),
-        (compare.main, [RUN, RUN], r"\u2192"),
+        (compare.main, [RUN, OTHER], r"\u2192"),
     ],
     ids=["help", "config", "aa", "verify", "describe", "report", "compare"],
 )
