@@ -61,6 +61,23 @@ def test_a_count_that_is_none_is_refused(count: str, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err.startswith("qwen3bench: error: campaigns=")
 
 
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("run.dir={}", "holds other files and no campaigns; name a new directory"),
+        ("run.dir={}/file", "is a file, or below one; name a directory"),
+        ("resume={}", "campaigns go on with the same run.dir"),
+    ],
+)
+def test_a_directory_of_something_else_is_refused_and_left_as_it_is(
+    argument: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main([*SMALL, argument.format(tmp_path)]) == 1
+    assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_help_says_what_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     assert "campaigns=20" in capsys.readouterr().out

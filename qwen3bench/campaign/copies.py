@@ -28,7 +28,7 @@ from qwen3bench.errors import UserError
 from qwen3bench.record.card import Card
 from qwen3bench.record.design import BASELINE
 from qwen3bench.record.environment import differences
-from qwen3bench.record.files import write_atomic
+from qwen3bench.record.files import refuse_no_directory, write_atomic
 from qwen3bench.record.lines import EndLine, FailureLine, StopLine
 from qwen3bench.record.messages import Enter, Identity, Prepare, Request, Visit
 from qwen3bench.record.reader import read_record
@@ -84,19 +84,28 @@ class CopiesOutcome:
 
 
 def measure(settings: Settings, count: int) -> int:
-    """Run `count` campaigns, write aa.csv and aa.md, print what came out; the exit status."""
+    """Run `count` campaigns, write aa.csv and aa.md, print what came out; the exit status.
+
+    Raises `UserError` where the directory holds other files and no campaigns, or cannot be one.
+    """
+    if settings.resume:
+        raise UserError(f"resume={settings.resume} continues a run; campaigns go on with the same run.dir")
     directory = settings.dir or Path("results") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}-aa-{settings.model.name}"
+    refuse_no_directory(directory)
+    log = directory / "worker.log"  # alone, where the first campaign did not begin
+    if directory.is_dir() and not _home(directory, 1).is_dir() and {*directory.iterdir()} - {log}:
+        raise UserError(f"run.dir={directory}: holds other files and no campaigns; name a new directory")
     with continuation.no_trace_where_refused(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        with WorkerProcess(directory / "worker.log") as worker:
+        with WorkerProcess(log) as worker:
             settings, identity = continuation.identified(settings, worker, directory)
     outcomes: list[CopiesOutcome] = []
     print(f"{count} A/A campaigns on {len(settings.cells)} copies of {settings.model.name}; in {directory}")
     for number in range(1, count + 1):
         started = time.monotonic()
-        home = directory / f"campaign-{number:02}"
+        home = _home(directory, number)
         try:
-            _campaign(replace(settings, seed=settings.seed + number - 1, dir=home, resume=None), identity)
+            _campaign(replace(settings, seed=settings.seed + number - 1, dir=home), identity)
         except KeyboardInterrupt:
             print(f"\ninterrupted; nothing measured is lost. Continue with run.dir={directory}", file=sys.stderr)
             raise
@@ -108,6 +117,10 @@ def measure(settings: Settings, count: int) -> int:
     write_atomic(directory / "aa.md", page(outcomes, settings, identity))
     print(f"{summary(outcomes)}\n{directory / 'aa.md'}")
     return 3 if false_alarms(outcomes) > allowed(count, _conditions(outcomes)) else 0
+
+
+def _home(directory: Path, number: int) -> Path:
+    return directory / f"campaign-{number:02}"
 
 
 def outcomes_of(run: Run, number: int) -> list[CopiesOutcome]:

@@ -38,7 +38,7 @@ from qwen3bench.config.settings import Settings
 from qwen3bench.errors import Refused, UserError
 from qwen3bench.record.card import Card
 from qwen3bench.record.card_choice import chosen_cards
-from qwen3bench.record.files import clean_stale, point_latest, record_file
+from qwen3bench.record.files import clean_stale, point_latest, record_file, refuse_no_directory
 from qwen3bench.record.lines import EndLine, SessionLine
 from qwen3bench.record.reader import Record, read_record
 from qwen3bench.record.states import CellStatus, EndStatus
@@ -262,10 +262,7 @@ def _directory(settings: Settings) -> Path:
         raise UserError(f"resume={settings.resume}: there is no run (samples.jsonl) to continue")
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{_file_name(settings.model.name)}"
     directory = settings.resume or settings.dir or RESULTS / name
-    if not str(directory).isprintable():  # could not be typed to continue the run
-        raise UserError(f"run.dir={str(directory)!r}: holds control characters; name another directory")
-    if any(path.exists() and not path.is_dir() for path in (directory, *directory.parents)):
-        raise UserError(f"run.dir={directory}: is a file, or below one; name a directory")
+    refuse_no_directory(directory)
     if directory.is_dir() and any(directory.iterdir()) and not record_file(directory):
         raise UserError(f"run.dir={directory}: holds other files and no run; name a new directory")
     return directory

@@ -25,6 +25,14 @@ def record_file(directory: Path) -> Path | None:
     return next((file for name in (RECORD, COMPRESSED) if (file := directory / name).is_file()), None)
 
 
+def refuse_no_directory(path: Path) -> None:
+    """Raise `UserError` where `path`, given as run.dir, cannot be a directory."""
+    if not str(path).isprintable():  # could not be typed to continue the run
+        raise UserError(f"run.dir={str(path)!r}: holds control characters; name another directory")
+    if any(each.exists() and not each.is_dir() for each in (path, *path.parents)):
+        raise UserError(f"run.dir={path}: is a file, or below one; name a directory")
+
+
 def small_file(path: Path) -> bytes:
     """What a regular file of a run's directory holds.
 
