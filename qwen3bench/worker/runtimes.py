@@ -46,12 +46,14 @@ class PreparedModel:
 class PreparedStep:
     """How to launch a step's work again, and the seconds that compiling it took where it was compiled.
 
-    `graph_bytes`: what its graph takes of the card outside the allocator, where it is one.
+    `graph_bytes`: what its graph takes of the card outside the allocator, where it is one. `written`: where a launch
+    returns nothing, what it writes, as `written_by` reads it: to be read before anything else is launched.
     """
 
     launch: Launch
     compile_s: float | None = None
     graph_bytes: int | None = None
+    written: Tensor | None = None
 
 
 @dataclass
@@ -90,7 +92,7 @@ class GraphRuntime(Runtime):
     """`graph`: CUDA graph replay (torch.cuda.CUDAGraph), device time free of the host's launches.
 
     All graphs of a process share one memory pool, as only one replays at a time and none's output is read after
-    another's replay; so 32 cells need the working memory of the largest.
+    another's replay (`written_by`); so 32 cells need the working memory of the largest.
     """
 
     name: str = "graph"
@@ -118,7 +120,8 @@ class GraphRuntime(Runtime):
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             logits = step()
         require_replay(graph.replay, logits)
-        return PreparedStep(graph.replay, graph_bytes=max(0, _outside_allocator(self.device) - before))
+        graph_bytes = max(0, _outside_allocator(self.device) - before)
+        return PreparedStep(graph.replay, graph_bytes=graph_bytes, written=written_by(logits))
 
 
 @dataclass
@@ -268,6 +271,25 @@ def require_replay(replay: Launch, logits: Tensor) -> None:
         written = last.item() != _UNTOUCHED
     if not written:
         raise InvalidCell("replaying its CUDA graph writes no logits, so its latency would be that of nothing")
+
+
+def written_by(logits: Tensor) -> Tensor:
+    """The last tokens' logits (b, vocabulary) of a graph, or its loss (1,), where its replays write them.
+
+    It does not own that memory, which lies in the pool of all graphs: held, it would be lost to the graphs captured
+    later, and each cell would take as much more. It is there as long as the graph is, and holds what this one
+    wrote until another is replayed.
+    """
+    last = logits[:, -1] if logits.dim() > 1 else logits.reshape(-1)
+    size = last.element_size()
+    place = {
+        "version": 3,
+        "data": (last.data_ptr(), False),
+        "shape": tuple(last.shape),
+        "strides": tuple(size * stride for stride in last.stride()),
+        "typestr": f"<i{size}",  # as the interface knows no bfloat16
+    }
+    return torch.as_tensor(types.SimpleNamespace(__cuda_array_interface__=place), device=last.device).view(last.dtype)
 
 
 def require_finite(output: Tensor, named: str) -> None:

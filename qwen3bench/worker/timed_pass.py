@@ -24,10 +24,11 @@ FAST_S = 0.05  # what is launched once more rather than trusted at once
 
 @dataclass(frozen=True)
 class PreparedCell:
-    """A cell that can be timed; its launches need the model to stay alive."""
+    """A cell that can be timed; its launches need the model to stay alive. `written`: see `PreparedStep`."""
 
     model: Decoder
     launches: Sequence[Launch]
+    written: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class TimedPass:
                 require_finite(outputs[0], self.workload.output)
         outputs.clear()
         launches = [each.launch for each in prepared]
-        self.ready[cell, copy] = PreparedCell(prepared_model.model, launches)
+        self.ready[cell, copy] = PreparedCell(prepared_model.model, launches, prepared[-1].written)
         self.pace = None
         if self.session.device.type == "cpu" and not on_device_clock:  # it got ready alone
             told = self.runtime.name == "eager" and eager_s >= FAST_S
@@ -100,9 +101,9 @@ class TimedPass:
         change is put back as it was.
 
         Where a pause of the process or the machine struck, it is made again once. Raises `InvalidCell` where something
-        was compiled meanwhile, and on the host's clock where what the last launch returned is not finite.
+        was compiled meanwhile, and where what the last launch returned or wrote is not finite.
         """
-        launches = self.ready[asked.cell, asked.copy].launches
+        ready = self.ready[asked.cell, asked.copy]
         compilations = self.runtime.compilations()
         if asked.repeats and asked.inner:  # as it was found before
             self.pace = Pace(inner=asked.inner, repeats=asked.repeats, untimed=asked.untimed is not False)
@@ -114,7 +115,7 @@ class TimedPass:
         left, paused = pace.repeats, False
         while not takes or (left and len(takes) < asked.takes):
             count = left
-            take, struck = unpaused(lambda: self._take(launches, replace(pace, repeats=count)))  # noqa: B023
+            take, struck = unpaused(lambda: self._take(ready, replace(pace, repeats=count)))  # noqa: B023
             takes.append(take)
             paused |= struck
             left -= sum(not value.disturbed for value in take.values)
@@ -152,11 +153,13 @@ class TimedPass:
     def _trains(self) -> bool:
         return self.workload.size.precision is not None  # where the first step of a visit finds other moments
 
-    def _take(self, launches: Sequence[Launch], pace: Pace) -> Take:
+    def _take(self, ready: PreparedCell, pace: Pace) -> Take:
         self.workload.restore()
-        began = time.time()
+        launches, began = ready.launches, time.time()
         if self.watch is None:
             values = time_device(launches, pace.repeats, pace.inner)
+            if ready.written is not None:  # before another graph writes there
+                require_finite(ready.written, self.workload.output)
             return Take(began, [_timed(value) for value in values], CoreTimes())
         self.watch.find_threads()
         cores, started = self.watch.core_times(), time.perf_counter()

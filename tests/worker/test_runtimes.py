@@ -8,8 +8,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -30,7 +32,9 @@ from qwen3bench.worker.runtimes import (
     PreparedStep,
     dotted,
     make_runtime,
+    require_finite,
     require_replay,
+    written_by,
 )
 from qwen3bench.worker.workloads import Workload, WorkloadSize
 
@@ -236,6 +240,50 @@ def test_an_empty_capture_is_told_of_on_cuda() -> None:
     logits = torch.zeros(1, 2, 3, device="cuda")
     with pytest.raises(InvalidCell, match="writes no logits"):
         runtime.prepare(lambda: logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_last_tokens_logits_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """A CPU's tensors lie behind NumPy's interface of the same form."""
+
+    def on_cpu(there: Any, device: torch.device) -> Tensor:
+        return torch.from_numpy(
+            np.asarray(SimpleNamespace(__array_interface__=vars(there)["__cuda_array_interface__"]))
+        )
+
+    monkeypatch.setattr(torch, "as_tensor", on_cpu)
+    logits, loss = torch.arange(24.0).reshape(2, 3, 4).to(dtype), torch.tensor(3.0, dtype=dtype)
+    last, alone = written_by(logits), written_by(loss)
+    assert torch.equal(last, logits[:, -1])
+    assert torch.equal(alone, loss.reshape(1))
+    logits[0, 1, :] = torch.nan
+    require_finite(last, "logits are")
+    logits[1, 2, 3] = torch.nan
+    with pytest.raises(InvalidCell, match="logits are not finite"):
+        require_finite(last, "logits are")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_a_graph_wrote_last_is_read_and_its_memory_left_to_others_on_cuda(dtype: torch.dtype) -> None:
+    runtime, x = make_runtime("graph", torch.device("cuda")), torch.ones(2, 64, 2**16, device="cuda", dtype=dtype)
+    loss = runtime.prepare(lambda: (x[0, -1, 0] * 3).detach())
+    first = runtime.prepare(lambda: x + 1)
+    held = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    others = [runtime.prepare(lambda: x * 5) for _ in range(8)]  # each writes where the first one does
+    assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == held
+    for prepared, value in ((first, 2), (others[-1], 5), (first, 2), (loss, 3)):
+        prepared.launch()
+        torch.cuda.synchronize()
+        assert prepared.written is not None
+        assert prepared.written.dtype == dtype
+        assert prepared.written.shape == ((1,) if prepared is loss else (2, 2**16))
+        assert bool((prepared.written == value).all())
+    x[1, -1, 7] = torch.nan  # of the last token alone
+    first.launch()
+    assert first.written is not None
+    with pytest.raises(InvalidCell, match="logits are not finite"):
+        require_finite(first.written, "logits are")
 
 
 @pytest.mark.usefixtures("dynamo")

@@ -261,6 +261,78 @@ def test_a_cell_that_is_no_longer_finite_when_it_is_timed_is_invalid(
     assert caught.value.status == "invalid"
 
 
+class Written(Replayed):
+    """A graph's behavior on a CPU: what is timed writes, and returns nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.buffers: list[Tensor] = []  # of each step that was prepared
+        self.value = 1.0
+
+    def prepare(self, step: Callable[[], Tensor]) -> PreparedStep:
+        written = step().clone()
+        self.buffers.append(written)
+
+        def launch() -> None:
+            written.fill_(self.value)
+
+        return PreparedStep(launch, written=written)
+
+
+def _launched(launches: Any, repeats: int, inner: int) -> list[TimedValue]:
+    """As `time_device`, on a CPU."""
+    for launch in launches:
+        launch()
+    return [TimedValue(1.0)] * repeats
+
+
+@pytest.mark.parametrize("workload", ["prefill", "generate"])
+def test_a_graph_whose_logits_are_no_longer_finite_when_it_is_timed_is_invalid(
+    opened: Ask, worker: Worker, monkeypatch: pytest.MonkeyPatch, workload: str
+) -> None:
+    runtime = Written(torch.device("cpu"))
+    monkeypatch.setattr(Session, "runtime", lambda session, name: runtime)
+    monkeypatch.setattr(timed_pass, "time_device", _launched)
+    opened("enter", workload=workload, runtime="eager", cell="baseline")
+    opened("prepare", cell="baseline", copy=0)
+    visit = partial(opened, "visit", cell="baseline", copy=0, repeats=2, inner=1)
+    assert len(visit().samples) == 2
+    runtime.value = torch.nan
+    with pytest.raises(CellFailure, match="logits are not finite") as caught:
+        visit()
+    assert caught.value.status == "invalid"
+    assert worker.timed_pass.ready["baseline", 0].written is runtime.buffers[-1]  # the last step's
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("runtime", ["graph", "compile"])
+@pytest.mark.parametrize(
+    ("workload", "named"), [("prefill", "logits are"), ("decode", "logits are"), ("train", "loss is")]
+)
+def test_what_a_graph_writes_while_it_is_timed_is_looked_at_on_cuda(
+    ask: Ask,
+    worker: Worker,
+    small_settings: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+    runtime: str,
+    workload: str,
+    named: str,
+) -> None:
+    overrides = ("design=full", "opt=flash,tie", f"workload={workload}", f"runtime={runtime}", "device=cuda")
+    ask("open", config=small_settings(*overrides, "prompt_tokens=16").resolved("cuda").to_dict())
+    ask("enter", workload=workload, runtime=runtime, cell="baseline")
+    for cell in ("baseline", "flash", "flash+tie"):  # the later ones' graphs write where the first one's did
+        ask("prepare", cell=cell, copy=0)
+    for cell in ("flash+tie", "baseline", "flash", "baseline"):
+        assert ask("visit", cell=cell, copy=0, repeats=2, inner=1).samples
+    monkeypatch.setattr(worker.timed_pass.workload, "restore", lambda: None)  # of the weights that train
+    with torch.no_grad():
+        worker.timed_pass.ready["baseline", 0].model.original.final_norm.weight[0] = torch.nan
+    with pytest.raises(CellFailure, match=f"{named} not finite") as caught:
+        ask("visit", cell="baseline", copy=0, repeats=2, inner=1)
+    assert caught.value.status == "invalid"
+
+
 def test_a_step_whose_gradients_are_not_finite_is_never_timed(
     ask: Ask, worker: Worker, small_settings: Callable[..., Settings]
 ) -> None:
