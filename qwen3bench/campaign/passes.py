@@ -77,6 +77,8 @@ _CORES_EACH_READY = 1.5  # of these: launching, capturing and the driver's threa
 _ALONE = 3  # times its weights: what a cell that is looked at alone may need
 CONTEXT_BYTES = 2**30  # what a process needs of a card beside its tensors (CUDA's context, libraries), rounded up
 _SLACK = 1.5  # times the peak of a cell alone: what the allocator's gaps may need
+_TRAINED = 2  # times it: a graph's step, and beside it the step that goes before the next cell's capture
+_KEPT = 1.5  # times AdamW's two moments: copies of them and of the weights, from which visits begin
 
 
 class Campaign:
@@ -249,7 +251,9 @@ class Campaign:
         most = self._max_ready // len(self._lanes)
         rooms = ((room_of(known, list(known)), len(known)) for known in self._state.memory.values())
         graphs = max((room.graph_bytes * cells for room, cells in rooms if room), default=0)
-        return max(1, min(most, int(self._card_bytes / (_SLACK * peak + graphs + CONTEXT_BYTES))))
+        moments = self._state.optimizer_bytes
+        each = (_TRAINED if moments else _SLACK) * peak + _KEPT * moments + graphs + CONTEXT_BYTES
+        return max(1, min(most, int(self._card_bytes / each)))
 
     def _refuse_what_does_not_fit(self) -> None:
         """Raise `UserError` where the card cannot hold all cells of a workload ready at once, with how many it can."""

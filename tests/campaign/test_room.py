@@ -115,6 +115,19 @@ def test_fewer_processes_get_ready_side_by_side_where_graphs_take_their_room(
     assert "processes at a time" not in tight.err
 
 
+@pytest.mark.usefixtures("titles_told")
+def test_processes_that_train_have_room_for_a_step_beside_the_graphs(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three of 16 GiB were ready on a card of 80 until the second cell's step came beside the first one's graph."""
+    monkeypatch.setattr(passes, "usable_cores", lambda: 16)
+    peak = takes(0.0, peak_gib=16.0)
+    peak["fields"]["optimizer_bytes"] = 4 * GIB
+    done = measure(*FULL, "workload=train", "measure.min_processes=3", "measure.blocks_per_process=1", faults=[peak])
+    assert done.status == 0
+    assert "preparing train graph in 2 processes at a time" in done.err
+
+
 @pytest.mark.parametrize(
     ("design", "fitting", "mend"),
     [
