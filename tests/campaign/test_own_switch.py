@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +65,8 @@ def test_it_is_measured_judged_and_reported_like_any_other(lab: Path) -> None:
     (lab / "own").rename(lab / "gone")  # the record holds what a report needs
     assert _python("qwen3bench.report", "run", cwd=lab / "elsewhere").returncode == 0
     assert "- mine: each RMSNorm by PyTorch's own function." in (directory / "report.md").read_text()
-    compared = _python("qwen3bench.compare", "run", "run", cwd=lab / "elsewhere")
+    shutil.copytree(directory, lab / "elsewhere" / "again")
+    compared = _python("qwen3bench.compare", "run", "again", cwd=lab / "elsewhere")
     assert (compared.returncode, "mine" in compared.stdout) == (0, True)
     (lab / "gone").rename(lab / "own")
 

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
@@ -281,7 +282,8 @@ def test_a_phone_shows_figures_at_a_size_that_can_be_read(page: Any) -> None:
 
 def test_a_comparison_fits_a_phone_and_breaks_no_number(browser: Any, written: Path, tmp_path: Path) -> None:
     page = tmp_path / "comparison.html"
-    assert main([str(written), str(written), "--html", str(page)]) == 0
+    again = shutil.copytree(written, tmp_path / "again")
+    assert main([str(written), str(again), "--html", str(page)]) == 0
     row = f"<table><tr><td>prompt_tokens<td><span>2048</span><td>{'a' * 64}</table>"
     row += f"<p>{'flash+' * 12}norm</p>"
     text = page.read_text("utf-8").replace("<h1>", f"{row}<h1>{'results/reference/' * 3}")
