@@ -145,12 +145,15 @@ class RunState:
     @property
     def peak_reserved_bytes(self) -> int:
         """The largest of the memory pass, over all cells so far."""
-        return max((each.peak_reserved_bytes or 0 for of in self.memory.values() for each in of.values()), default=0)
+        return self._most("peak_reserved_bytes")
 
     @property
     def optimizer_bytes(self) -> int:
         """The most that AdamW's moments take in a cell so far; 0 where none trains."""
-        return max((each.optimizer_bytes or 0 for of in self.memory.values() for each in of.values()), default=0)
+        return self._most("optimizer_bytes")
+
+    def _most(self, name: str) -> int:
+        return max((getattr(each, name) or 0 for of in self.memory.values() for each in of.values()), default=0)
 
     def see_evidence(self, place: Place, evidence: Evidence) -> None:
         """Take note of what really ran in a cell."""

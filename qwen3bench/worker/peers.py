@@ -59,7 +59,7 @@ def require_peer(
         raise UserError(f"peer {name!r} is not known; there are {', '.join(PEERS)}")
     if attention not in (known := _KNOWN[name]):
         raise UserError(f"peer.{name}.attention: {attention!r} is unknown: use {' | '.join(known)}")
-    if name == "torchtitan":
+    if _only_trains(cell):
         if others := [each for each in workloads if each != "train"]:
             raise UserError(
                 f"peer=torchtitan has no cache and only trains; leave it out, or leave out workload={','.join(others)}"
@@ -89,7 +89,7 @@ def build_peer(
     `require_peer` does.
     """
     require_peer(cell)
-    if cell.startswith("torchtitan"):
+    if _only_trains(cell):
         return TorchtitanModel(config, weights, dtype)
     return TransformersModel(config, cell, weights, dtype)
 
@@ -101,8 +101,9 @@ def judge_peer(gate: Gate, cell: str) -> Judgment:
         return build_peer(cell, replace(gate.config, vocab_size=len(weights[EMBEDDING])), weights, dtype)
 
     tied = gate.config.tie_word_embeddings  # as its own checkpoints have it
-    new_cache = None if cell.startswith("torchtitan") else kv_cache
-    return gate.judge(Candidate(build, new_cache, tied=tied, rope=transformers_rope(gate.config)))
+    new_cache = None if _only_trains(cell) else kv_cache
+    rope = transformers_rope(gate.config)  # torchtitan rounds angles alike
+    return gate.judge(Candidate(build, new_cache, tied=tied, rope=rope))
 
 
 def gradients_of_peer(gate: GradientGate, cell: str) -> Judgment:
@@ -130,6 +131,11 @@ def transformers_rope(config: ModelConfig) -> tuple[Tensor, Tensor]:
         raise ValueError("transformers' rotary frequencies are not Qwen3's")
     angles = torch.outer(torch.arange(config.context_length).float(), frequencies).double().repeat(1, 2)
     return angles.cos(), angles.sin()
+
+
+def _only_trains(cell: str) -> bool:
+    """Whether a peer has no cache."""
+    return cell.partition(":")[0] == "torchtitan"
 
 
 class TransformersModel(Decoder):
