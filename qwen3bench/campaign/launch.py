@@ -8,39 +8,26 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 
 from qwen3bench.analysis.cells import columns
 from qwen3bench.analysis.frames import SAMPLE_COLUMNS
 from qwen3bench.analysis.run import Run, load_run, write_derived
 from qwen3bench.campaign import continuation
-from qwen3bench.campaign.card_costs import CardPace, reached_by
-from qwen3bench.campaign.cluster import HostedCard, cluster_cards, refuse_unlike_workers
-from qwen3bench.campaign.context import RunContext
-from qwen3bench.campaign.lanes import Lane, Lanes
-from qwen3bench.campaign.neighbors import Neighbors
-from qwen3bench.campaign.passes import Campaign
+from qwen3bench.campaign.assembly import assembled
+from qwen3bench.campaign.machine import Machine, UsedCard
 from qwen3bench.campaign.progress import Reporter, duration
-from qwen3bench.campaign.prompt import as_recorded, choose_prompt, is_open, said
-from qwen3bench.campaign.state import RunState
-from qwen3bench.campaign.threads import fewer_threads, recorded_threads, threads_line, with_fewer
-from qwen3bench.campaign.worker_pool import ProcessNumbers, Seat, StartWorker, WorkerPool
-from qwen3bench.campaign.worker_process import WorkerHandle, WorkerProcess
-from qwen3bench.config.choices import OWN_FOLDER
+from qwen3bench.campaign.prompt import as_recorded
+from qwen3bench.campaign.threads import recorded_threads
 from qwen3bench.config.settings import Settings
-from qwen3bench.errors import Refused, UserError
-from qwen3bench.record.card import Card
-from qwen3bench.record.card_choice import chosen_cards
-from qwen3bench.record.files import clean_stale, point_latest, record_file, refuse_no_directory
-from qwen3bench.record.lines import EndLine, SessionLine
-from qwen3bench.record.reader import Record, read_record
+from qwen3bench.errors import UserError
+from qwen3bench.record.files import point_latest, record_file, refuse_no_directory
+from qwen3bench.record.lines import EndLine
 from qwen3bench.record.states import CellStatus, EndStatus
 from qwen3bench.record.writer import RecordWriter
 from qwen3bench.reporting.findings import findings
@@ -83,66 +70,6 @@ class Signals:
             raise Interrupted(number)
 
 
-@dataclass(frozen=True)
-class UsedCard:
-    """A card that a run uses: how a worker is started on it, its state, UUID, kind and the processor beside it.
-
-    `host` is the name of its machine, where that may be another one.
-    """
-
-    start: StartWorker
-    monitor: Card
-    uuid: str | None = None
-    kind: str = ""
-    socket: int = 0
-    host: str | None = None
-
-    @property
-    def title(self) -> str:
-        """What a person calls it."""
-        return " of ".join([f"card {self.uuid}" if self.uuid else "the CPU", *([self.host] if self.host else [])])
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a run is measured with: how a worker is started, and the card, found by the device's name where None.
-
-    `cards`: several instead, in place of those that `devices` names.
-    """
-
-    start_worker: StartWorker = WorkerProcess
-    card: Card | None = None
-    cards: tuple[UsedCard, ...] = ()
-
-    def used(self, settings: Settings) -> tuple[UsedCard, ...]:
-        """The cards of a run. Raises `Refused` where it names one that is not there, or names them twice."""
-        if self.cards:
-            return self.cards
-        if not settings.devices:
-            return (UsedCard(self.start_worker, self.card or Card.of(settings.device)),)
-        if settings.device not in ("auto", "cuda"):
-            raise Refused(f"devices and device={settings.device} both say where to measure; leave one out")
-        return tuple(
-            UsedCard(_starts_on(card.uuid), Card(uuid=card.uuid), card.uuid, card.name, card.socket)
-            for card in chosen_cards(settings.devices)
-        )
-
-
-def _starts_on(uuid: str) -> StartWorker:
-    """Starts workers that see one card alone: CUDA and NVML number cards unlike, and know them by UUID both."""
-    return lambda log: WorkerProcess(log, variables={"CUDA_VISIBLE_DEVICES": uuid})
-
-
-def _of_cluster(cards: Sequence[HostedCard]) -> tuple[UsedCard, ...]:
-    """The cards of a cluster, the processors beside them numbered over all machines; on a CPU each is its own."""
-    beside = [(each.seen.host, each.seen.socket if each.seen.uuid else place) for place, each in enumerate(cards)]
-    numbers = {processor: number for number, processor in enumerate(dict.fromkeys(beside))}
-    return tuple(
-        UsedCard(each.start, each, each.seen.uuid, socket=numbers[processor], host=each.seen.host)
-        for each, processor in zip(cards, beside, strict=True)
-    )
-
-
 def run(settings: Settings, machine: Machine | None = None) -> int:
     """Measure what `settings` ask for and write the report; the exit status (CONTRACT.md, Commands).
 
@@ -161,7 +88,7 @@ def run(settings: Settings, machine: Machine | None = None) -> int:
     try:
         with signals, continuation.no_trace_where_refused(directory), writer, reporter.running():
             with _interruption_recorded(writer), ExitStack() as workers:
-                campaign = _campaign(settings, writer, reporter, workers, machine)
+                campaign = assembled(settings, writer, reporter, workers, machine)
                 campaign.check()
                 if directory.resolve().parent == RESULTS.resolve():
                     point_latest(directory)
@@ -299,81 +226,3 @@ def _interruption_recorded(writer: RecordWriter) -> Iterator[None]:
             if writer.last is not None and not _is_finished(writer):
                 writer.append(EndLine(status=EndStatus.INTERRUPTED, time=time.time()))
         raise
-
-
-def _campaign(
-    settings: Settings, writer: RecordWriter, reporter: Reporter, workers: ExitStack, machine: Machine
-) -> Campaign:
-    """The run's campaign: a new record's first line written, or an old record checked and taken up."""
-    directory = writer.directory
-    clean_stale(directory)
-    done = None if writer.empty else read_record(directory)
-    if done is not None:
-        continuation.refuse_finished(done, directory)
-        for warning in done.warnings:
-            reporter.note(f"warning: {warning}")
-        typed = [argument for argument in sys.argv[1:] if not argument.startswith(OWN_FOLDER)]
-        if len(typed) == 1 and typed[0].startswith("resume="):  # the command says nothing but which run
-            settings = continuation.recorded_settings(done, directory)
-        settings = recorded_threads(as_recorded(settings, done), done)
-    elif settings.resume:
-        raise UserError(f"resume={directory}: nothing is recorded there yet; begin again with run.dir={directory}")
-    cards = machine.used(settings)
-    if settings.cluster and not machine.cards:
-        with reporter.stage("starting or joining Ray", 1):
-            cards = _of_cluster(workers.enter_context(cluster_cards(settings)))
-    neighbors, fewer = Neighbors(), None
-    started = time.monotonic()
-    with reporter.stage("starting a worker", 1):
-        worker = workers.enter_context(cards[0].start(directory / "worker.log"))
-        resolved, identity = continuation.identified(settings, worker, directory)
-    pace = CardPace(start_s=time.monotonic() - started, flops_per_s=reached_by(identity.environment.get("device", "")))
-    if _may_spare_cores(resolved, done):
-        with reporter.stage("looking for what else works on this machine", 1):
-            fewer = fewer_threads(neighbors, identity.environment.get("torch_threads") or 1)
-        if fewer is not None:
-            reporter.note(threads_line(fewer))
-            settings = with_fewer(settings, fewer)
-            resolved, identity = continuation.identified(settings, worker, directory)
-    choice = None
-    if is_open(settings) and resolved.device == "cpu":
-        with reporter.stage("choosing the prompt's length by what a forward takes", 1):
-            choice = choose_prompt(resolved, worker)
-        if choice is not None:
-            reporter.note(said(choice))
-            settings = replace(settings, prompt_tokens=choice.prompt_tokens)
-            resolved, identity = continuation.identified(settings, worker, directory)
-    settings = resolved
-    ready: list[WorkerHandle] = [worker]
-    if len(cards) > 1:
-        named = {**identity.environment, "card": None, "cards": [card.uuid for card in cards if card.uuid]}
-        if settings.cluster:
-            named["hosts"] = [card.host for card in cards]
-            named["host"] = named["host"] if len({*named["hosts"]}) == 1 else None
-            with reporter.stage("starting a worker beside each card", 1):
-                ready += [workers.enter_context(card.start(directory / "worker.log")) for card in cards[1:]]
-                refuse_unlike_workers(settings, identity, dict(zip(ready, named["hosts"], strict=True)))
-        identity = replace(identity, environment=named)
-    if done is None:
-        continuation.begin(settings, writer, identity, choice)
-    else:
-        continuation.refuse_changed(done, settings, identity, directory)
-    command = ("python", "-m", "qwen3bench", *sys.argv[1:])
-    writer.append(SessionLine(command=command, time=time.time(), started=psutil.Process().create_time()))
-    state = RunState(settings, done)
-    state.prompt = choice or state.prompt
-    found = identity.environment
-    lanes, numbers = Lanes(()), ProcessNumbers(state.process)
-    for card, first in zip_longest(cards, ready):
-        seat = Seat(card.start, card.host or found.get("host"), card.uuid or found.get("card"))
-        pool = workers.enter_context(WorkerPool(settings, writer, seat, first, numbers))
-        context = RunContext(settings, writer, reporter, state, pool, cards=lanes.__len__)
-        lanes.add(Lane(context, card.monitor, card.title, card.socket))
-    card_bytes = None if found.get("mig") else found.get("device_memory_bytes")  # of a part nothing is known
-    told = fewer is not None and fewer.quota is None  # what else works here
-    return Campaign(lanes, card_bytes, pace, None if told else neighbors)
-
-
-def _may_spare_cores(settings: Settings, done: Record | None) -> bool:
-    """Whether a run may leave cores to others: it begins, on the CPU of this machine, and nobody says how many."""
-    return done is None and settings.device == "cpu" and settings.cluster is None and settings.threads == "auto"

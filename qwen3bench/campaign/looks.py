@@ -12,6 +12,21 @@ from qwen3bench.record.messages import CollectEvidence, MeasureMemory, Request, 
 
 _MIN_SHARE = 4  # cells; fewer are looked at before another process has started
 MAX_AT_ONCE = 8  # processes that look at cells side by side: each computes the gate's reference anew
+_CORES_EACH = 2  # of these: most of their time goes to compiling kernels on the CPU
+
+
+def most_at_once(cores: int, cards: int, fit: int = MAX_AT_ONCE) -> int:
+    """How many processes look at cells side by side on GPUs, each of which has memory for `fit`."""
+    return max(cards, min(min(MAX_AT_ONCE, fit) * cards, cores // _CORES_EACH))
+
+
+def processes(cells: int, at_once: int) -> int:
+    """How many processes so many cells are shared out to."""
+    return math.ceil(cells / _share(cells, at_once))
+
+
+def _share(cells: int, at_once: int) -> int:
+    return max(_MIN_SHARE, math.ceil(cells / at_once))
 
 
 def compared(settings: Settings) -> list[Cell]:
@@ -54,7 +69,7 @@ def shared_out(steps: Iterable[Request[Any]], factors: Sequence[str], at_once: i
     for step in steps:
         of_cells.setdefault(step.cell, []).append(step)  # type: ignore[attr-defined]
     cells = list(of_cells)
-    size = max(_MIN_SHARE, math.ceil(len(cells) / at_once))
+    size = _share(len(cells), at_once)
     if len(cells) > size:
         cells.sort(key=lambda cell: [name not in cell.split("+") for name in reversed(factors)])
     shares = [cells[start : start + size] for start in range(0, len(cells), size)]

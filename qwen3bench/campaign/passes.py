@@ -20,7 +20,7 @@ from qwen3bench.campaign.confirmation import Confirmation
 from qwen3bench.campaign.context import Outcome, RunContext
 from qwen3bench.campaign.forecast import announcement, seconds_ahead
 from qwen3bench.campaign.lanes import Lane, Lanes
-from qwen3bench.campaign.looks import MAX_AT_ONCE, compared, looks, shared_out
+from qwen3bench.campaign.looks import MAX_AT_ONCE, compared, looks, most_at_once, shared_out
 from qwen3bench.campaign.neighbors import Neighbors, busy_line, card_line
 from qwen3bench.campaign.progress import Stage
 from qwen3bench.campaign.room import needs, room_of, too_many
@@ -70,7 +70,6 @@ _LINES: dict[type[Request[Any]], Callable[..., Line]] = {
     CollectEvidence: EvidenceLine,
     TimeEager: EagerLine,
 }
-_CORES_EACH = 2  # of these: most of their time goes to compiling kernels on the CPU
 _GATE_BYTES = 50  # of a card for each number of the embedding: 7.9 GB were seen of qwen3-0.6b at 1 × 2048
 _MAX_READY = 10  # processes that get ready to time side by side: five of each of two workloads
 _CORES_EACH_READY = 1.5  # of these: launching, capturing and the driver's thread
@@ -234,7 +233,7 @@ class Campaign:
             return len(self._lanes)
         gate_bytes = _GATE_BYTES * self._settings.model.vocab_size * self._settings.model.emb_dim
         fit = int(self._card_bytes / gate_bytes) if self._card_bytes else MAX_AT_ONCE
-        return max(len(self._lanes), min(min(MAX_AT_ONCE, fit) * len(self._lanes), usable_cores() // _CORES_EACH))
+        return most_at_once(usable_cores(), len(self._lanes), fit)
 
     @property
     def _max_ready(self) -> int:

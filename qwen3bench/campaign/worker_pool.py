@@ -70,7 +70,7 @@ class ProcessNumbers:
 class WorkerPool:
     """Asks the worker at work, and starts one where there is none; a context manager that ends them all.
 
-    `ready` is a worker that has been started already; `ahead` are those that wait to be needed. `process` numbers the
+    `ready` are workers that have been started already; `ahead` are those that wait to be needed. `process` numbers the
     one at work, or the last one, over all starts of a run; `purpose` goes to the record with it.
     """
 
@@ -79,7 +79,7 @@ class WorkerPool:
         settings: Settings,
         writer: RecordWriter,
         seat: Seat,
-        ready: WorkerHandle | None = None,
+        ready: Sequence[WorkerHandle] = (),
         numbers: ProcessNumbers | None = None,
     ) -> None:
         self.purpose = Purpose.CHECK
@@ -89,7 +89,7 @@ class WorkerPool:
         self._opening = opening(settings)
         self._writer = writer
         self._seat = seat
-        self.ahead = [] if ready is None else [ready]  # started and not needed yet
+        self.ahead = [*ready]  # started and not needed yet
         self._worker: WorkerHandle | None = None
         self._standing_by: dict[int, WorkerHandle] = {}  # by their places in `prepare`
         self.gave_up: dict[int, Request[Any]] = {}  # at what those failed that stand by no more

@@ -36,10 +36,11 @@ class Card:
     power and temperature are the whole card's.
     """
 
+    handle: Any = None  # NVML's; None where there is no such card
+
     def __init__(self, device_index: int = 0, uuid: str | None = None) -> None:
         """The card of this index, or of this UUID, which may be that of a part (MIG)."""
         self._nvml: Any = None
-        self.handle: Any = None
         self._mig_uuid: str | None = None
         self._looked_us = 0  # as NVML counts
         try:

@@ -18,6 +18,7 @@ from small_run import SMALL
 
 from qwen3bench.analysis.run import Run, load_run
 from qwen3bench.campaign import launch
+from qwen3bench.campaign.machine import Machine, UsedCard
 from qwen3bench.campaign.progress import Reporter, Stage
 from qwen3bench.campaign.worker_pool import WorkerPool
 from qwen3bench.campaign.worker_process import WorkerProcess
@@ -216,7 +217,7 @@ def measure(
         to: Path | None = None,
         resume: Path | None = None,
         report: bool = False,
-        cards: Sequence[launch.UsedCard] = (),
+        cards: Sequence[UsedCard] = (),
         **changes: Any,
     ) -> Outcome:
         directory = resume or to or tmp_path / "run"
@@ -230,7 +231,7 @@ def measure(
             patched.setattr(sys, "argv", ["qwen3bench", *overrides, where])
             if not report:
                 patched.setattr(launch, "write_report", lambda run, found: None)
-            status = guarded(lambda: launch.run(settings, launch.Machine(start, card, tuple(cards))))
+            status = guarded(lambda: launch.run(settings, Machine(start, card, tuple(cards))))
         out, err = capsys.readouterr()
         return Outcome(directory, status, out, err, pids)
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from qwen3bench.campaign import launch
+from qwen3bench.campaign.machine import Machine
 from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.config.cli import compose, guarded, main
 from qwen3bench.config.settings import Settings
@@ -50,7 +51,7 @@ def fork_run(settings: Settings, log: Path) -> int:
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.dup2(2, 1)
     sys.argv = ["qwen3bench", f"resume={settings.resume}" if settings.resume else f"run.dir={settings.dir}"]
-    os._exit(guarded(lambda: launch.run(settings, launch.Machine(starter("[]"), Fitful()))))
+    os._exit(guarded(lambda: launch.run(settings, Machine(starter("[]"), Fitful()))))
 
 
 def kill(count: int, seed: int, directory: Path, arguments: list[str]) -> None:
@@ -89,5 +90,5 @@ if __name__ == "__main__":
     launch.write_report = lambda run, _: run.path / "report.html"  # type: ignore[assignment]
     mode, *rest = sys.argv[1:]
     if mode == "run":
-        sys.exit(main(rest[1:], lambda settings: launch.run(settings, launch.Machine(starter(rest[0])))))
+        sys.exit(main(rest[1:], lambda settings: launch.run(settings, Machine(starter(rest[0])))))
     kill(int(rest[0]), int(rest[1]), Path(rest[2]), rest[3:])

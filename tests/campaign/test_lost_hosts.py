@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from qwen3bench.campaign.launch import UsedCard
+from qwen3bench.campaign.machine import UsedCard
 from qwen3bench.campaign.scheduler import CardGoneError
 from qwen3bench.campaign.worker_pool import Seat, WorkerPool, side_by_side
 from qwen3bench.record.lines import BlockLine, CeilingLine, FailureLine, Telemetry

@@ -108,10 +108,10 @@ def test_a_run_records_its_choice(measure: Measure) -> None:
 
 def test_a_run_that_goes_on_keeps_the_prompt(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the same command as by its directory alone, on a machine that has become slow."""
-    from qwen3bench.campaign import launch
+    from qwen3bench.campaign import launch, passes
 
     with monkeypatch.context() as patched:
-        patched.setattr(launch.Campaign, "run", lambda _: (_ for _ in ()).throw(launch.Interrupted(2)))
+        patched.setattr(passes.Campaign, "run", lambda _: (_ for _ in ()).throw(launch.Interrupted(2)))
         begun = measure(faults=[QUICK])
     assert begun.status == 130
     assert len(begun.record.of(PromptLine)) == 1

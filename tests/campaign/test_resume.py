@@ -19,7 +19,8 @@ import pytest
 import yaml
 
 from qwen3bench.analysis.run import load_run
-from qwen3bench.campaign import continuation, launch
+from qwen3bench.campaign import continuation, launch, passes
+from qwen3bench.campaign.machine import Machine
 from qwen3bench.config.cli import compose, main
 from qwen3bench.config.settings import Settings
 from qwen3bench.errors import UserError
@@ -121,7 +122,7 @@ def test_a_signal_ends_the_children_keeps_the_record_and_tells_how_to_continue(
     assert (python, module) == ("python", "qwen3bench")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launch, "write_report", lambda run, found: None)
-    assert main(arguments, lambda settings: launch.run(settings, launch.Machine(start_fake()))) == 0
+    assert main(arguments, lambda settings: launch.run(settings, Machine(start_fake()))) == 0
     assert set(load_run(directory).cells["status"]) == {"ok"}
 
 
@@ -135,7 +136,7 @@ def test_a_multirun_given_again_measures_the_points_that_are_left(
 
     def run(settings: Settings) -> int:
         measured.append(settings.seed)
-        return launch.run(settings, launch.Machine(start_fake()))
+        return launch.run(settings, Machine(start_fake()))
 
     quick = ["measure.min_blocks=3", "measure.max_blocks=3"]
     command = ["-m", "model=tiny", "design=full", "opt=[flash,tie]", *quick, "run.dir=points"]
@@ -166,7 +167,7 @@ def test_the_newest_run_is_the_latest_though_it_was_interrupted(
     assert older.status == 0
     finished = (tmp_path / "results" / "latest").resolve()
     monkeypatch.setattr(launch, "datetime", Later)
-    monkeypatch.setattr(launch.Campaign, "run", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(passes.Campaign, "run", lambda _: os.kill(os.getpid(), signal.SIGINT))
     assert measure(*FULL, dir=None).status == 130
     latest = (tmp_path / "results" / "latest").resolve()
     assert latest != finished
@@ -414,7 +415,7 @@ def test_no_report_is_written_for_a_machine_that_shuts_down_nor_of_nothing(
         if blocks:
             patched.setattr(RecordWriter, "append", _strikes_after(blocks, number))
         else:
-            patched.setattr(launch.Campaign, "run", lambda _: os.kill(os.getpid(), number))
+            patched.setattr(passes.Campaign, "run", lambda _: os.kill(os.getpid(), number))
         begun = measure(*FULL, "workload=prefill", report=True)
     assert begun.status == status
     assert not (begun.directory / "report.html").exists()

@@ -11,8 +11,8 @@ import pytest
 
 from qwen3bench.analysis.run import load_run, of_each_card
 from qwen3bench.analysis.stopping import half_widths
-from qwen3bench.campaign import launch, passes
-from qwen3bench.campaign.launch import Machine, UsedCard
+from qwen3bench.campaign import machine, passes
+from qwen3bench.campaign.machine import Machine, UsedCard
 from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.record.card_choice import PresentCard
 from qwen3bench.record.lines import (
@@ -170,9 +170,9 @@ def test_a_worker_sees_the_card_alone_that_its_samples_name(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_settings: Callable[..., Any]
 ) -> None:
     cards = [PresentCard(n, f"GPU-{n}", "a kind", socket=n) for n in range(2)]
-    monkeypatch.setattr(launch, "chosen_cards", lambda asked: cards)
-    monkeypatch.setattr(launch, "WorkerProcess", lambda log, variables: variables)
-    monkeypatch.setattr(launch, "Card", lambda uuid: f"looks at {uuid}")
+    monkeypatch.setattr(machine, "chosen_cards", lambda asked: cards)
+    monkeypatch.setattr(machine, "WorkerProcess", lambda log, variables: variables)
+    monkeypatch.setattr(machine, "Card", lambda uuid: f"looks at {uuid}")
     used = Machine().used(replace(small_settings("device=auto"), devices=("all",)))
     assert [each.start(tmp_path / "worker.log") for each in used] == [
         {"CUDA_VISIBLE_DEVICES": "GPU-0"},

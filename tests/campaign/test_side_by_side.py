@@ -10,13 +10,14 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from qwen3bench.campaign import passes
+from qwen3bench.campaign import assembly, continuation, passes
 from qwen3bench.campaign.lanes import Lanes
 from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.record.lines import (
@@ -74,6 +75,55 @@ def test_each_cell_is_verified_once_and_the_processes_beside_are_gone(measure: M
     assert not done.alive
     assert "4 at a time" in done.err
     assert "at a time" not in alone.err
+
+
+@pytest.mark.parametrize(
+    ("device", "cells", "expected"), [("cuda", "full", 4), ("cuda", "each", 2), ("cpu", "full", 1)]
+)
+def test_processes_that_look_start_with_the_first_one_where_there_is_a_card(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch, fake_card: Any, device: str, cells: str, expected: int
+) -> None:
+    card = fake_card(Telemetry())
+    card.handle = object()
+    running: list[int] = []
+    identified = continuation.identified
+
+    def noted(*asked: Any) -> Any:
+        running.append(len(psutil.Process().children()))
+        return identified(*asked)
+
+    monkeypatch.setattr(assembly, "usable_cpus", lambda: range(16))
+    monkeypatch.setattr(continuation, "identified", noted)
+    done = measure(*ON_A_CARD, f"design={cells}", f"device={device}", "runtime=eager", card=card)
+    assert done.status == 0
+    assert running[0] == expected
+    assert len(done.pids) == len(
+        measure(*ON_A_CARD, f"design={cells}", f"device={device}", "runtime=eager", to=Path("later")).pids
+    )
+    assert not done.alive
+
+
+def test_they_end_where_pytorch_cannot_use_that_card(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch, fake_card: Any
+) -> None:
+    card = fake_card(Telemetry())
+    card.handle = object()
+    monkeypatch.setattr(assembly, "usable_cpus", lambda: range(16))
+    probed = continuation.identified
+    left: list[int] = []
+
+    def on_a_cpu(settings: Any, *asked: Any) -> Any:
+        return probed(replace(settings, device="cpu"), *asked)
+
+    def begun(*asked: Any) -> None:
+        left.append(len(psutil.Process().children()))
+        begin(*asked)
+
+    begin = continuation.begin
+    monkeypatch.setattr(continuation, "identified", on_a_cpu)
+    monkeypatch.setattr(continuation, "begin", begun)
+    assert measure(*ON_A_CARD, "device=auto", "runtime=eager", card=card).status == 0
+    assert left == [1]
 
 
 def test_memory_and_evidence_are_looked_at_by_the_processes_that_verified(measure: Measure, asked: Asked) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from qwen3bench.campaign import launch, threads
+from qwen3bench.campaign import launch, passes, threads
 from qwen3bench.campaign.forecast import seconds_ahead
 from qwen3bench.campaign.neighbors import Neighbors
 from qwen3bench.campaign.threads import (
@@ -306,7 +306,7 @@ def test_a_run_that_goes_on_keeps_its_threads(
     """By the same command as by its directory alone, where the machine has become idle or busy."""
     others(then)
     with monkeypatch.context() as patched:
-        patched.setattr(launch.Campaign, "run", lambda _: (_ for _ in ()).throw(launch.Interrupted(2)))
+        patched.setattr(passes.Campaign, "run", lambda _: (_ for _ in ()).throw(launch.Interrupted(2)))
         begun = measure(faults=[TWO_THREADS])
     assert begun.status == 130
     others(now)

@@ -223,12 +223,13 @@ def test_a_fault_on_the_card_costs_its_cell_alone(
 ) -> None:
     from qwen3bench.analysis.run import load_run
     from qwen3bench.campaign import launch
+    from qwen3bench.campaign.machine import Machine
 
     monkeypatch.setattr(launch, "write_report", lambda run, found: None)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)
     settings = replace(small_settings("design=full", "opt=flash,tie"), device="cuda", dir=tmp_path / "run")
     command = (sys.executable, "-c", FAULTY, fault)
-    assert launch.run(settings, launch.Machine(lambda log: WorkerProcess(log, command))) == 3
+    assert launch.run(settings, Machine(lambda log: WorkerProcess(log, command))) == 3
     run = load_run(tmp_path / "run")
     assert dict(zip(run.cells["cell"], run.cells["status"], strict=True)) == {
         "baseline": "ok",
