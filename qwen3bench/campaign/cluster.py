@@ -149,6 +149,10 @@ class HostedWorker:
         """What to wait on (select) for an answer to come."""
         return self._hears.fileno()
 
+    def kill(self) -> None:
+        """Have the worker end; what hosts it waits for that alone."""
+        self.end()
+
     def end(self) -> None:
         """End the worker at once, and forget what was asked of it."""
         if self._ended:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -178,8 +178,7 @@ class WorkerPool:
         """End every worker of this card."""
         self.end()
         self.dismiss()
-        for worker in self.ahead:
-            worker.end()
+        _end(self.ahead)
         self.ahead = []
 
     # Ahead of their time
@@ -220,9 +219,7 @@ class WorkerPool:
 
     def end_beside(self, workers: Iterable[WorkerHandle]) -> None:
         """End those of the workers that are not at work."""
-        for worker in workers:
-            if worker is not self._worker:
-                worker.end()
+        _end([worker for worker in workers if worker is not self._worker])
 
     def stand_by(self, shares: Sequence[Sequence[Request[Any]]]) -> dict[WorkerHandle, Sequence[Request[Any]]]:
         """Each share with a fresh worker, which stands by in its place."""
@@ -246,8 +243,7 @@ class WorkerPool:
     def dismiss(self) -> bool:
         """End the workers that stand by; whether there were any."""
         there_were = bool(self._standing_by)
-        for worker in self._standing_by.values():
-            worker.end()
+        _end(self._standing_by.values())
         self._standing_by = {}
         return there_were
 
@@ -296,6 +292,14 @@ class WorkerPool:
     def _launched(self) -> WorkerHandle:
         self._writer.refuse_removed()  # or it would be the worker's log that is missed
         return self._stack.enter_context(self._seat.start(self._writer.directory / "worker.log"))
+
+
+def _end(workers: Collection[WorkerHandle]) -> None:
+    """End workers side by side: each takes a moment to give its card's memory back."""
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.end()
 
 
 def side_by_side(

@@ -49,6 +49,9 @@ class WorkerHandle(Protocol):
     def fileno(self) -> int:
         """What to wait on for that answer."""
 
+    def kill(self) -> None:
+        """Have it end, and do not wait for that."""
+
     def end(self) -> None:
         """End it."""
 
@@ -142,12 +145,17 @@ class WorkerProcess:
         """What to wait on (select) for an answer to come."""
         return self._replies
 
+    def kill(self) -> None:
+        """Kill the process group, and do not wait until it is gone; the worker keeps nothing that would be lost."""
+        if not self._ended:  # else another process may have its number by now
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
     def end(self) -> None:
-        """End the process group at once; the worker keeps nothing that would be lost."""
-        if self._ended:  # by now another process may have its number
+        """Kill the process group, and wait until its first process is gone."""
+        if self._ended:
             return
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self.kill()
         self._ended = True
         with contextlib.suppress(subprocess.TimeoutExpired):  # a process that a driver holds must not hold the run
             self._process.wait(END_S)

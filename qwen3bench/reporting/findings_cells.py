@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,8 +53,13 @@ if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
 
-def recommended(run: Run, condition: Condition) -> Iterator[Finding]:
-    """The cell to switch on, under the memory limit where one is set, or why there is none."""
+@lru_cache(maxsize=16)  # the terminal asks in three forms, and pages several times
+def recommended(run: Run, condition: Condition) -> tuple[Finding, ...]:
+    """The cell to switch on, under the memory limit where one is set, or why there is none; empty without a choice."""
+    return tuple(_recommended(run, condition))
+
+
+def _recommended(run: Run, condition: Condition) -> Iterator[Finding]:
     cells = usable(condition.select(run.cells))
     cells = cells[~of_peers(cells)]
     if len(cells) < 2:

@@ -167,7 +167,7 @@ def _answer(run: Run, condition: Condition, width: int, form: Form) -> list[str]
     by_label = {row.cell: row for row in rows(cells)}
     if not by_label:
         return wrapped(nothing_measured(str(condition)), width)
-    finding = next(recommended(run, condition), None)
+    finding = next(iter(recommended(run, condition)), None)
     chosen = finding.subject if finding else ""
     if row := by_label.get(chosen):
         gain = ratio(row.speedup, row.speedup_lo, row.speedup_hi)

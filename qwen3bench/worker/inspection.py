@@ -57,6 +57,7 @@ class Inspection:
 
     def __init__(self, session: Session) -> None:
         self.session = session
+        self._counts: dict[str, ParameterCounts] = {}  # of the cells that were built as they are to be counted
         self._tied: dict[str, bool] = {}  # whether a cell's head is its embedding, once its model has been built
         self._warm: Warm | None = None  # what the memory pass leaves for evidence of the same cell
         self._workload: Workload | None = None  # of the last cell that evidence had to build
@@ -65,11 +66,21 @@ class Inspection:
         """Let go of what one look leaves for the next."""
         self._warm = self._workload = None
 
+    def load(self, cell: str) -> None:
+        """Build a cell on the weights that all share, once these are loaded."""
+        model = self.session.on_bank(cell)
+        if model.tok_emb.weight.dtype is self.session.dtype:  # what trains may hold its weights in another
+            self._count(cell, model)
+
     def parameters(self, cell: str) -> ParameterCounts:
         """The three parameter counts and the bytes, from the model's own tensors."""
-        model = self.session.build(cell)
+        if cell not in self._counts:
+            self._count(cell, self.session.build(cell))
+        return self._counts[cell]
+
+    def _count(self, cell: str, model: Decoder) -> None:
         self._tied[cell] = is_tied(model)
-        return ParameterCounts(
+        self._counts[cell] = ParameterCounts(
             num_parameters=model.num_parameters,
             num_unique_parameters=model.num_unique_parameters,
             num_non_embedding_parameters=model.num_non_embedding_parameters,

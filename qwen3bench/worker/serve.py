@@ -125,7 +125,7 @@ class Worker:
     def load(self, asked: Load) -> Done:
         """Load the weights and build every cell: what cannot be built is refused before anything is measured."""
         for cell in asked.cells:
-            self.session.on_bank(cell)
+            self.inspection.load(cell)
         return Done()
 
     def enter(self, asked: Enter) -> Done:

@@ -126,6 +126,28 @@ def test_they_end_where_pytorch_cannot_use_that_card(
     assert left == [1]
 
 
+def test_processes_that_are_done_with_looking_end_side_by_side(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes 0.2 s to give a card's memory back, which nothing is measured beside."""
+    done: list[tuple[str, int]] = []
+    kill, end = WorkerProcess.kill, WorkerProcess.end
+
+    def killed(self: WorkerProcess) -> None:
+        done.append(("kill", self.pid))
+        kill(self)
+
+    def ended(self: WorkerProcess) -> None:
+        done.append(("end", self.pid))
+        end(self)
+
+    monkeypatch.setattr(WorkerProcess, "kill", killed)
+    monkeypatch.setattr(WorkerProcess, "end", ended)
+    assert measure(*ON_A_CARD).status == 0
+    assert [what for what, _ in done[:4]] == ["kill", "kill", "kill", "end"]
+    assert len({pid for _, pid in done[:3]}) == 3
+
+
 def test_memory_and_evidence_are_looked_at_by_the_processes_that_verified(measure: Measure, asked: Asked) -> None:
     """Evidence of a cell comes right behind its memory; processes that are to time have not been told of a device."""
     done = measure(*TIMED)

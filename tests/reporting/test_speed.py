@@ -12,7 +12,8 @@ from rich.console import Console
 
 from qwen3bench.analysis.run import Run
 from qwen3bench.report import main
-from qwen3bench.reporting import findings_effects
+from qwen3bench.reporting import findings_cells, findings_effects
+from qwen3bench.reporting.conditions import Condition, conditions
 from qwen3bench.reporting.findings import findings
 from qwen3bench.reporting.terminal import terminal_summary
 
@@ -31,6 +32,23 @@ def test_a_pair_is_analyzed_once_whoever_asks(full_run: Run, monkeypatch: pytest
     terminal_summary(run, Console(quiet=True))
     assert asked
     assert len(asked) == len(set(asked))
+
+
+def test_what_to_switch_on_is_worked_out_once_for_each_condition(
+    full_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    worked_out = findings_cells._recommended
+
+    def counted(run: Run, condition: Condition) -> Any:
+        asked.append(str(condition))
+        return worked_out(run, condition)
+
+    monkeypatch.setattr(findings_cells, "_recommended", counted)
+    run = replace(full_run)
+    findings(run)
+    terminal_summary(run, Console(quiet=True))
+    assert sorted(asked) == sorted(map(str, conditions(run)))
 
 
 @pytest.mark.slow

@@ -256,3 +256,25 @@ def test_what_a_cell_costs_is_told_of_the_model_that_was_counted(opened: Ask, mo
         opened("parameters", cell=cell)
     monkeypatch.setattr(Session, "build", lambda *_: pytest.fail("it was built again"))
     assert [opened("cost", cell=cell, workload="decode") for cell in ("baseline", "tie")] == [plain, tied]
+
+
+@pytest.mark.parametrize("cell", ["baseline", "tie", "flash+tie+mlp+mask+norm"])
+def test_what_was_loaded_is_counted_as_it_stands_and_not_built_again(
+    opened: Ask, settings: Settings, monkeypatch: pytest.MonkeyPatch, cell: str
+) -> None:
+    counted = opened("parameters", cell=cell)
+    opened("open", config=settings.to_dict())
+    opened("load", cells=[cell])
+    monkeypatch.setattr(Session, "build", lambda *_: pytest.fail("it was built again"))
+    assert opened("parameters", cell=cell) == counted
+
+
+def test_what_is_loaded_in_another_dtype_than_it_runs_in_is_counted_in_that(
+    opened: Ask, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of training in amp, whose weights are in float32."""
+    counted = opened("parameters", cell="tie")
+    opened("open", config=settings.to_dict())
+    monkeypatch.setattr(Session, "weights_dtype", lambda *_: torch.float64)
+    opened("load", cells=["tie"])
+    assert opened("parameters", cell="tie") == counted
