@@ -73,26 +73,25 @@ def assembled(
     def start(card: UsedCard) -> WorkerHandle:
         return ends.enter_context(card.start(directory / "worker.log"))
 
-    neighbors, started = Neighbors(), time.monotonic()
+    neighbors = Neighbors()
     with reporter.stage("starting a worker", 1):
-        ready = [[start(card)] if card is cards[0] else [] for card in cards]
-        for place in _looking(settings, cards) if done is None else ():
-            ready[place].append(start(cards[place]))
-        worker = ready[0][0]
+        worker = start(cards[0])
+        beside = [(place, start(cards[place])) for place in (_looking(settings, cards) if done is None else ())]
         settled, identity = continuation.identified(settings, worker, directory)
-        if not settled.device.startswith("cuda"):  # PyTorch cannot use the card that is there
-            for beside in ready[0][1:]:
-                beside.end()
-            del ready[0][1:]
-    pace = CardPace(start_s=time.monotonic() - started, flops_per_s=reached_by(identity.environment.get("device", "")))
+        if not settled.device.startswith("cuda"):  # PyTorch cannot use the cards that are there
+            while beside:
+                beside.pop()[1].end()
+    ready = [[worker], *([] for _ in cards[1:])]
+    for place, each in beside:
+        ready[place].append(each)
     begin = _suited(settings, _Begin(settled, identity), worker, reporter, neighbors, done, directory)
     settings, identity = begin.settings, begin.identity
-    if settings.cluster:
-        with reporter.stage("starting a worker beside each card", 1):
-            ready = [mine or [start(card)] for card, mine in zip(cards, ready, strict=True)]
-            hosts = {mine[0]: card.host or "" for card, mine in zip(cards, ready, strict=True)}
-            refuse_unlike_workers(settings, identity, hosts)
     if len(cards) > 1:
+        if settings.cluster:
+            with reporter.stage("starting a worker beside each card", 1):
+                ready = [mine or [start(card)] for card, mine in zip(cards, ready, strict=True)]
+                hosts = {mine[0]: card.host or "" for card, mine in zip(cards, ready, strict=True)}
+                refuse_unlike_workers(settings, identity, hosts)
         identity = replace(identity, environment=_with_all(cards, identity.environment, settings))
     if done is None:
         continuation.begin(settings, writer, identity, begin.choice)
@@ -109,6 +108,7 @@ def assembled(
         context = RunContext(settings, writer, reporter, state, pool, cards=lanes.__len__)
         lanes.add(Lane(context, card.monitor, card.title, card.socket))
     card_bytes = None if found.get("mig") else found.get("device_memory_bytes")  # of a part nothing is known
+    pace = CardPace(reached_by(found.get("device") or ""))
     told = begin.fewer is not None and begin.fewer.quota is None  # what else works here
     return Campaign(lanes, card_bytes, pace, None if told else neighbors)
 

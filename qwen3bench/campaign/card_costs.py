@@ -18,13 +18,14 @@ from qwen3bench.record.design import is_peer
 from qwen3bench.record.messages import CollectEvidence, MeasureMemory, Request, Verify, VerifyGradients
 from qwen3bench.record.vendor import vendor_of
 
-REPORT_S = 5.0  # to analyze and to draw
+START_S = 7.0  # from the command until every cell has been built
+REPORT_S = 6.0  # to analyze and to draw
 
 # Looks at cells, and getting ready to time them
 _LOOKS_S = 20.0  # before a process's first look: imports, kernels compiled or loaded, the reference of the gate
 _LOOK_S = 0.5  # a verdict, a peak or a piece of evidence: eight processes took 41 s, 20 looks each
 _READY_S = 13.0  # of processes side by side before their first cell: five or ten took 14 to 22 s, for 5 to 65 cells
-_PEER_S = 3.0  # more for each of the processes side by side, which import another implementation at once
+_PEER_S = 4.0  # more for each of the processes side by side, which import another implementation at once
 _LAUNCHES = 3  # from Python: to look at what is timed, to make a cell ready
 _REGION_S, _LAYER_S = 3.0, 1.0  # to compile ours, by its one region, and each layer of a peer
 _LAYER_CACHED_S = 0.33  # with its code on disk: two peers of 28 layers took 12 to 31 s; ours then loads at once
@@ -34,6 +35,7 @@ _MEAN_SHARE = 0.24  # of the vendor's figure, in the mean over cells: 14 ms a pr
 _LAYER_EAGER_S = 1.2e-3  # a layer's least, where launching it from Python takes longer than computing it
 _LAYER_GRAPH_S = 0.15e-3  # the same of a graph, for a single token
 _VISIT_S = 20e-3  # that the values of a visit fill, behind one launch that is not timed
+_BEYOND = 0.125  # of the time that is allowed beyond the least: a prefill took none, decoding up to a quarter
 _H100 = "NVIDIA H100 80GB HBM3"
 _SLOWER = (0.5, 4.0)  # what the looks may say of what comes
 
@@ -42,11 +44,9 @@ _SLOWER = (0.5, 4.0)  # what the looks may say of what comes
 class CardPace:
     """What a run knows of its machine, else that of one H200 with 16 cores.
 
-    `start_s`: until a process has imported PyTorch and taken the settings. `flops_per_s`: of a large product in 16 bit.
-    `slower`: times as long as said, which the looks at cells took.
+    `flops_per_s`: of a large product in 16 bit. `slower`: times as long as said, which the looks at cells took.
     """
 
-    start_s: float = 11.0
     flops_per_s: float = field(default_factory=lambda: reached_by(_H100))
     slower: float = 1.0
 
@@ -85,10 +85,8 @@ class CardForecast:
     cards: int = 1
 
     def looking_s(self, shares: Sequence[Sequence[Request[Any]]], then: Iterable[Request[Any]]) -> float:
-        """The looks at cells: shares side by side, each but the first in a process that starts, `then` one by one."""
-        beside = max(map(self._looks_s, shares), default=0.0)
-        start_s = self.pace.start_s if len(shares) > 1 else 0.0
-        return start_s + beside + self._looks_s([*then])
+        """The looks at cells: shares side by side, `then` one by one."""
+        return max(map(self._looks_s, shares), default=0.0) + self._looks_s([*then])
 
     def _looks_s(self, steps: Sequence[Request[Any]]) -> float:
         """What one process takes for these steps."""
@@ -117,7 +115,7 @@ class CardForecast:
         return self.pace.slower * _LOOKS_S + ready_s / self.cards + REPORT_S
 
     def left_s(self, workload: str, runtime: str, known: SoFar) -> float:
-        """What a workload and runtime still takes: halfway between the least and the most, and to get ready."""
+        """What a workload and runtime still takes: to get ready, the least, and a part of what is allowed beyond it."""
         settings, measure = self.settings, self.settings.measure
         setup_s = known.setup_s or self.setup_s(workload, runtime)
         block_s = known.measured_s / known.blocks if known.blocks else self.block_s(workload, runtime)
@@ -128,7 +126,7 @@ class CardForecast:
         least_s = max(least_s, (measure.min_blocks - known.blocks) * block_s, 0.0)
         if measure.max_seconds is not None:  # no process has more than its share, and they have no more in all
             each_s, least_s = max(block_s, min(each_s, share_s)), min(least_s, allowed_s)
-        measured_s = (least_s + max(least_s, allowed_s)) / 2
+        measured_s = least_s + _BEYOND * max(0.0, allowed_s - least_s)
         return measured_s * (1 + setup_s / each_s)
 
     def setup_s(self, workload: str, runtime: str) -> float:
@@ -177,4 +175,4 @@ def whole_run_s(settings: Settings) -> float:
     verify += [VerifyGradients(cell=cell, workload=name) for name in trained for cell in settings.labels]
     shares = shared_out([*verify, *beside], settings.factors, MAX_AT_ONCE)
     shares, then = (shares, then) if len(shares) > 1 else ([], [*verify, *beside, *then])
-    return forecast.pace.start_s + forecast.looking_s(shares, then) + forecast.timing_s(wheres)
+    return START_S + forecast.looking_s(shares, then) + forecast.timing_s(wheres)

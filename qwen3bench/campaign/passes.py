@@ -15,19 +15,18 @@ from typing import Any
 
 from qwen3bench.analysis.effective import PARTLY_SEEN, by_switch, idle_switches
 from qwen3bench.campaign.blocks import Blocks
+from qwen3bench.campaign.capacity import Capacity
 from qwen3bench.campaign.card_costs import CardForecast, CardPace
 from qwen3bench.campaign.confirmation import Confirmation
 from qwen3bench.campaign.context import Outcome, RunContext
 from qwen3bench.campaign.forecast import announcement, seconds_ahead
 from qwen3bench.campaign.lanes import Lane, Lanes
-from qwen3bench.campaign.looks import MAX_AT_ONCE, compared, looks, most_at_once, shared_out
+from qwen3bench.campaign.looks import compared, looks, shared_out
 from qwen3bench.campaign.neighbors import Neighbors, busy_line, card_line
 from qwen3bench.campaign.progress import Stage
-from qwen3bench.campaign.room import needs, room_of, too_many
 from qwen3bench.campaign.scheduler import Steps
 from qwen3bench.campaign.state import Place
-from qwen3bench.record.design import BASELINE, label
-from qwen3bench.record.host import usable_cpus
+from qwen3bench.record.design import label
 from qwen3bench.record.lines import (
     CeilingLine,
     CostLine,
@@ -70,14 +69,6 @@ _LINES: dict[type[Request[Any]], Callable[..., Line]] = {
     CollectEvidence: EvidenceLine,
     TimeEager: EagerLine,
 }
-_GATE_BYTES = 50  # of a card for each number of the embedding: 7.9 GB were seen of qwen3-0.6b at 1 × 2048
-_MAX_READY = 10  # processes that get ready to time side by side: five of each of two workloads
-_CORES_EACH_READY = 1.5  # of these: launching, capturing and the driver's thread
-_ALONE = 3  # times its weights: what a cell that is looked at alone may need
-CONTEXT_BYTES = 2**30  # what a process needs of a card beside its tensors (CUDA's context, libraries), rounded up
-_SLACK = 1.5  # times the peak of a cell alone: what the allocator's gaps may need
-_TRAINED = 2  # times it: a graph's step, and beside it the step that goes before the next cell's capture
-_KEPT = 1.5  # times AdamW's two moments: copies of them and of the weights, from which visits begin
 
 
 class Campaign:
@@ -98,7 +89,7 @@ class Campaign:
         self._settings = context.settings
         self._progress = context.progress
         self._state = context.state
-        self._card_bytes = card_bytes
+        self._capacity = Capacity(context, card_bytes)
         self._pace = pace or CardPace()
         self._cuda = context.settings.device.startswith("cuda")
         self._neighbors = neighbors
@@ -155,7 +146,8 @@ class Campaign:
             return seconds_ahead(settings, build_s, state.prompt)
         pace = replace(self._pace, flops_per_s=state.flops_per_s or self._pace.flops_per_s)
         trains = any(sizes.precision is not None for sizes in settings.workloads.values())
-        at_once = 1 if trains else self._max_ready // len(self._lanes)  # what a step holds may fill the card
+        # What a step holds may fill the card.
+        at_once = 1 if trains else self._capacity.ready_by_cores // len(self._lanes)
         state.forecast = CardForecast(settings, pace, at_once, len(self._lanes))
         return self._looking_s() + self._timing_s()
 
@@ -183,13 +175,13 @@ class Campaign:
         yield
         if forecast is not None:
             pace = forecast.pace.after(time.monotonic() - started, said_s)
-            self._state.forecast = replace(forecast, pace=pace, at_once=self._at_once)
+            self._state.forecast = replace(forecast, pace=pace, at_once=self._capacity.ready)
             self._progress.expect(self._timing_s())
 
     def _passes(self) -> None:
         for lane in self._lanes:
             lane.workers.purpose = Purpose.CHECK
-        timing = min(self._max_ready, len(self.blocks.processes_needed))
+        timing = min(self._capacity.ready_by_cores, len(self.blocks.processes_needed))
         self._lanes.start_ahead(len(self._shares()) - 1 + timing)  # and the first that time
         with self._pass("parameters"):
             self._take("counting parameters", (CountParameters(cell=cell) for cell in self._settings.labels))
@@ -201,7 +193,7 @@ class Campaign:
             )
             self._take("verifying that every cell trains as the baseline does", self._gradients())
             self._look_at_each_cell()
-            self._refuse_what_does_not_fit()
+            self._capacity.refuse_what_does_not_fit()
             self._tell_idle_switches()
         with self._pass("ceilings"):
             self._ceilings()
@@ -213,7 +205,7 @@ class Campaign:
                 self._state.forecast = replace(self._state.forecast, pace=pace)
                 self._progress.expect(self._timing_s())
         with self._pass("time"), self._progress.stage("timing", len(self.blocks.processes_needed)):
-            self._lanes.time(self._at_once)
+            self._lanes.time(self._capacity.ready)
 
     @contextmanager
     def _pass(self, name: str) -> Iterator[None]:
@@ -224,47 +216,7 @@ class Campaign:
 
     def _measure(self, context: RunContext) -> None:
         """All passes over the cells of a context, such as those that confirm a screen, with the workers of this one."""
-        Campaign(self._lanes.over(context), self._card_bytes)._passes()
-
-    @property
-    def _max_at_once(self) -> int:
-        """How many processes may look at cells side by side: on a CPU they would share its cores."""
-        if not self._cuda:
-            return len(self._lanes)
-        gate_bytes = _GATE_BYTES * self._settings.model.vocab_size * self._settings.model.emb_dim
-        fit = int(self._card_bytes / gate_bytes) if self._card_bytes else MAX_AT_ONCE
-        return most_at_once(usable_cores(), len(self._lanes), fit)
-
-    @property
-    def _max_ready(self) -> int:
-        """How many processes may get ready to time side by side."""
-        most = min(_MAX_READY * len(self._lanes), int(usable_cores() / _CORES_EACH_READY)) if self._cuda else 0
-        return max(len(self._lanes), most)
-
-    @property
-    def _at_once(self) -> int:
-        """How many processes, each with all cells of a workload ready, the memory of each card holds."""
-        peak = self._state.peak_reserved_bytes
-        if not (self._card_bytes and peak):
-            return 1
-        most = self._max_ready // len(self._lanes)
-        rooms = ((room_of(known, list(known)), len(known)) for known in self._state.memory.values())
-        graphs = max((room.graph_bytes * cells for room, cells in rooms if room), default=0)
-        moments = self._state.optimizer_bytes
-        each = (_TRAINED if moments else _SLACK) * peak + _KEPT * moments + graphs + CONTEXT_BYTES
-        return max(1, min(most, int(self._card_bytes / each)))
-
-    def _refuse_what_does_not_fit(self) -> None:
-        """Raise `UserError` where the card cannot hold all cells of a workload ready at once, with how many it can."""
-        for where in self._state.timings:
-            cells = [each for each in self._context.cells(where) if each in self._state.memory.get(where, {})]
-            room = room_of(self._state.memory.get(where, {}), cells)
-            if room and self._card_bytes:
-                ready = len(cells) + (BASELINE in cells)
-                needed = room.needed_bytes(ready)
-                if needed > self._card_bytes:
-                    fitting = room.fitting(self._card_bytes, CONTEXT_BYTES)
-                    raise too_many(self._settings, where, ready, fitting, needs(needed, self._card_bytes))
+        Campaign(self._lanes.over(context), self._capacity.card_bytes)._passes()
 
     # One step for each cell
 
@@ -274,19 +226,11 @@ class Campaign:
         On a GPU alone, where most of the time goes to compiling kernels on the CPU; cells with the same ones together.
         Where a card may not hold so many cells at once, they are verified side by side, and looked at alone.
         """
-        fit = self._fit_at_once * len(self._lanes)
+        most = self._capacity.looking
         # Evidence of training holds times, which would be of the others' making.
-        beside = [step for step in self._looks() if not self._trains(step)] if fit >= self._max_at_once else []
+        beside = [step for step in self._looks() if not self._trains(step)] if self._capacity.cells >= most else []
         steps = [*(Verify(cell=cell) for cell in self._settings.labels), *self._gradients(), *beside]
-        return shared_out(filter(self._state.is_left, steps), self._settings.factors, self._max_at_once)
-
-    @property
-    def _fit_at_once(self) -> int:
-        """How many cells with weights of their own the card holds at once."""
-        each = self._state.parameter_bytes
-        if not (self._card_bytes and each):
-            return self._max_at_once
-        return int(self._card_bytes / (_ALONE * each + CONTEXT_BYTES))
+        return shared_out(filter(self._state.is_left, steps), self._settings.factors, most)
 
     def _gradients(self) -> list[VerifyGradients]:
         """What the gradient gate judges, where a workload trains."""
@@ -414,11 +358,6 @@ def _reached(lane: Lane, asked: Sequence[ComputeCost]) -> Steps[None]:
         ceilings = yield MeasureCeilings()
         lane.context.state.see_ceilings(ceilings)
         lane.context.writer.append(CeilingLine(**fields_of(ceilings)), *costs)
-
-
-def usable_cores() -> int:
-    """How many cores this process may run on."""
-    return len(usable_cpus())
 
 
 def _told_by(answer: object) -> CellFailure | None:

@@ -81,6 +81,9 @@ class HostedFake:
     def fileno(self) -> int:
         return int(self.worker.fileno())
 
+    def kill(self) -> None:
+        self.end()
+
     def end(self) -> None:
         self.worker.end()
 

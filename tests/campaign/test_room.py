@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qwen3bench.campaign import passes
+from qwen3bench.campaign import capacity
 from qwen3bench.campaign.room import Room, room_of, too_many
 from qwen3bench.config.settings import Settings
 from qwen3bench.record.lines import BlockLine, FailureLine, MemoryLine
@@ -105,7 +105,7 @@ def test_the_first_cell_and_one_that_fails_alone_too_are_out_of_memory_themselve
 def test_fewer_processes_get_ready_side_by_side_where_graphs_take_their_room(
     measure: Measure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(passes, "usable_cores", lambda: 16)
+    monkeypatch.setattr(capacity, "usable_cores", lambda: 16)
     asked = (*FULL, "workload=prefill,decode", "measure.min_processes=2", "measure.blocks_per_process=1")
     roomy = measure(*asked, faults=[takes(0.1, peak_gib=20.0)])
     tight = measure(*asked, faults=[takes(8.0, peak_gib=20.0)], to=roomy.directory.with_name("tight"))
@@ -120,7 +120,7 @@ def test_processes_that_train_have_room_for_a_step_beside_the_graphs(
     measure: Measure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three of 16 GiB were ready on a card of 80 until the second cell's step came beside the first one's graph."""
-    monkeypatch.setattr(passes, "usable_cores", lambda: 16)
+    monkeypatch.setattr(capacity, "usable_cores", lambda: 16)
     peak = takes(0.0, peak_gib=16.0)
     peak["fields"]["optimizer_bytes"] = 4 * GIB
     done = measure(*FULL, "workload=train", "measure.min_processes=3", "measure.blocks_per_process=1", faults=[peak])

@@ -11,7 +11,7 @@ import pytest
 
 from qwen3bench.analysis.run import load_run, of_each_card
 from qwen3bench.analysis.stopping import half_widths
-from qwen3bench.campaign import machine, passes
+from qwen3bench.campaign import capacity, machine
 from qwen3bench.campaign.machine import Machine, UsedCard
 from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.record.card_choice import PresentCard
@@ -198,7 +198,7 @@ def test_unlike_cards_are_strata_each_with_its_own_numbers(
 def test_on_each_card_the_process_that_comes_next_starts_while_others_get_ready(
     measure: Callable[..., Any], two: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, ahead: list[int]
 ) -> None:
-    monkeypatch.setattr(passes, "usable_cores", lambda: 16)
+    monkeypatch.setattr(capacity, "usable_cores", lambda: 16)
     assert measure(*FULL, *ON_CUDA, cards=two()).status == 0
     assert len(ahead) >= 2
     assert all(ahead)

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from qwen3bench.campaign import assembly, continuation, passes
+from qwen3bench.campaign import assembly, capacity, continuation
 from qwen3bench.campaign.lanes import Lanes
 from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.record.lines import (
@@ -47,7 +47,7 @@ BABBLES = {"does": "raw", "text": "\xff\x00 {]\n"}
 
 @pytest.fixture(autouse=True)
 def sixteen_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "usable_cores", lambda: 16)
+    monkeypatch.setattr(capacity, "usable_cores", lambda: 16)
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_gradients_are_judged_side_by_side_and_evidence_of_training_is_alone(mea
 
 
 def test_cells_that_do_not_fit_together_are_looked_at_alone(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "CONTEXT_BYTES", 21 * 2**30)  # of 80 GiB
+    monkeypatch.setattr(capacity, "CONTEXT_BYTES", 21 * 2**30)  # of 80 GiB
     done = measure(*ON_A_CARD)
     assert "verifying every cell, measuring memory, recording what really runs, 4 at a time" in done.err
     assert "\nmeasuring peak memory, recording what really runs\n" in done.err
@@ -217,7 +217,7 @@ def test_the_card_has_turned_to_another_process_before_one_is_timed(
 ) -> None:
     """Since it was ready. Else some processes would start kernels later than others."""
     if at_once == "alone":
-        monkeypatch.setattr(passes, "usable_cores", lambda: 1)
+        monkeypatch.setattr(capacity, "usable_cores", lambda: 1)
     done = measure(*TIMED)
     timed = {line.pid for line in done.record.of(ProcessLine) if line.purpose == "time"}
     assert len(timed) >= 4
@@ -379,7 +379,7 @@ def test_all_that_live_while_one_is_timed_count_as_the_runs_own(measure: Measure
 def test_no_more_of_them_than_the_card_holds(
     measure: Measure, monkeypatch: pytest.MonkeyPatch, context: int, at_once: int
 ) -> None:
-    monkeypatch.setattr(passes, "CONTEXT_BYTES", context)
+    monkeypatch.setattr(capacity, "CONTEXT_BYTES", context)
     done = measure(*TIMED)
     assert done.status == 0
     assert ("in 2 processes at a time" in done.err) == (at_once == 2)
