@@ -11,7 +11,7 @@ import pytest
 
 from qwen3bench.analysis.run import load_run, of_each_card
 from qwen3bench.analysis.stopping import half_widths
-from qwen3bench.campaign import capacity, machine
+from qwen3bench.campaign import assembly, capacity, continuation, machine
 from qwen3bench.campaign.machine import Machine, UsedCard
 from qwen3bench.campaign.worker_process import WorkerProcess
 from qwen3bench.record.card_choice import PresentCard
@@ -89,6 +89,33 @@ def test_both_cards_time_whole_blocks_and_none_is_lost_or_doubled(
     assert share.min() >= 0.35
     assert len(done.record.of(VerifyLine)) == len(done.record.of(ParametersLine)) == 8
     assert done.run.environment["cards"] == ["GPU-0", "GPU-1"]
+
+
+def test_processes_that_look_start_on_all_cards_with_the_first_one(
+    measure: Callable[..., Any], two: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+    known: list[list[str]] = []  # when the first one is asked what device there is
+    identified = continuation.identified
+
+    def noted(card: UsedCard) -> UsedCard:
+        card.monitor.handle = object()
+
+        def start(log: Path) -> Any:
+            started.append(str(card.uuid))
+            return card.start(log)
+
+        return replace(card, start=start)
+
+    def asked(*of: Any) -> Any:
+        known.append(started.copy())
+        return identified(*of)
+
+    monkeypatch.setattr(assembly, "usable_cpus", lambda: range(16))
+    monkeypatch.setattr(continuation, "identified", asked)
+    switches = ("design=full", "opt=flash,tie,mask,norm", "workload=prefill")
+    assert measure(*switches, *ON_CUDA, cards=[noted(card) for card in two()]).status == 0
+    assert known == [["GPU-0", "GPU-1", "GPU-0", "GPU-1"]]
 
 
 @pytest.mark.parametrize("where", [(), ON_CUDA], ids=["alone", "side by side"])
