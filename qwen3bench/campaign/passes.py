@@ -265,11 +265,7 @@ class Campaign:
 
     def _time_eager(self) -> None:
         """How long eager takes beside a graph, with nothing else on the device: of the first cell and the last."""
-        graphs = [
-            workload
-            for workload, runtime in self._state.timings
-            if runtime == "graph" and self._settings.workloads[workload].precision is None
-        ]
+        graphs = [workload for workload, runtime in self._state.timings if runtime == "graph"]
         if "eager" in self._settings.runtimes:  # which tells it better
             return
         ends = dict.fromkeys(label(cell) for cell in (self._settings.cells[0], self._settings.cells[-1]))

@@ -106,7 +106,7 @@ class Evidence:
     """What really ran. `kernels`: name → launches. `eager_s`: as in `EagerTime`, which older records have here.
 
     `output`: a hash of the last tokens' logits, or of the loss, bit for bit, on inputs that all cells have.
-    `parts_s`: about how long the parts of a training step take, launched from Python one by one, in seconds.
+    `parts_s`: about how long each part of a training step takes, launched from Python, in seconds: the quicker of two.
     """
 
     attention_backend: str | None = None

@@ -203,7 +203,10 @@ def test_a_look_that_fails_beside_others_is_taken_again_alone(
 
 def test_eager_beside_a_graph_is_timed_once_nothing_else_runs(measure: Measure) -> None:
     done = measure(*ON_A_CARD)
-    assert [line.cell for line in done.record.of(EagerLine)] == ["baseline", "flash+tie+mask+norm"]
+    ends = ["baseline", "flash+tie+mask+norm"]
+    assert [line.cell for line in done.record.of(EagerLine)] == ends
+    trained = measure(*ON_A_CARD, "workload=train", to=done.directory.with_name("trained"))
+    assert [line.cell for line in trained.record.of(EagerLine)] == ends
     assert not measure(*ON_A_CARD[:3], "runtime=eager,graph", to=done.directory.with_name("two")).record.of(EagerLine)
     assert len(done.run.controls.host) == 2
     failed = measure(*ON_A_CARD, faults=[{**DIES, "op": "eager"}], to=done.directory.with_name("died"))
