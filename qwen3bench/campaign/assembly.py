@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 from qwen3bench.campaign import continuation
+from qwen3bench.campaign.capacity import usable_cores
 from qwen3bench.campaign.card_costs import CardPace, reached_by
 from qwen3bench.campaign.cluster import cluster_cards, refuse_unlike_workers
 from qwen3bench.campaign.context import RunContext
@@ -31,7 +32,6 @@ from qwen3bench.config.choices import OWN_FOLDER
 from qwen3bench.config.settings import Settings
 from qwen3bench.errors import UserError
 from qwen3bench.record.files import clean_stale
-from qwen3bench.record.host import usable_cpus
 from qwen3bench.record.lines import PromptLine, SessionLine
 from qwen3bench.record.messages import Identity
 from qwen3bench.record.reader import Record, read_record
@@ -131,7 +131,7 @@ def _looking(settings: Settings, cards: Sequence[UsedCard]) -> Iterator[int]:
     """
     if settings.cluster or settings.device == "cpu" or cards[0].monitor.handle is None:
         return
-    for place in range(1, processes(len(settings.labels), most_at_once(len(usable_cpus()), len(cards)))):
+    for place in range(1, processes(len(settings.labels), most_at_once(usable_cores(), len(cards)))):
         yield place % len(cards)
 
 

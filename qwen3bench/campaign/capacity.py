@@ -55,7 +55,7 @@ class Capacity:
         """How many cells with weights of their own the cards hold."""
         each = self.context.state.parameter_bytes
         if not (self.card_bytes and each):
-            return self.looking * self.cards
+            return self.looking
         return int(self.card_bytes / (_ALONE * each + CONTEXT_BYTES)) * self.cards
 
     @property

@@ -150,7 +150,7 @@ class HostedWorker:
         return self._hears.fileno()
 
     def kill(self) -> None:
-        """Have the worker end; what hosts it waits for that alone."""
+        """End the worker: the actor that hosts it ends one after another."""
         self.end()
 
     def end(self) -> None:

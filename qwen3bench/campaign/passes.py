@@ -91,7 +91,6 @@ class Campaign:
         self._state = context.state
         self._capacity = Capacity(context, card_bytes)
         self._pace = pace or CardPace()
-        self._cuda = context.settings.device.startswith("cuda")
         self._neighbors = neighbors
 
     @property
@@ -117,10 +116,11 @@ class Campaign:
             self._lanes.on_first(left, partial(_loaded, stage))
         ahead_s = self._seconds_ahead(time.monotonic() - started)
         here = self._settings.cluster is None
-        timed_by_host = not self._cuda or "eager" in self._settings.runtimes
+        gpus = [*self._lanes] if self._capacity.on_gpus else []
+        timed_by_host = not self._capacity.on_gpus or "eager" in self._settings.runtimes
         for line in (
             busy_line(self._neighbors.shares(), timed_by_host) if self._neighbors else None,
-            *(card_line(lane.monitor.sample(lane.workers.pids), here=here) for lane in self._lanes if self._cuda),
+            *(card_line(lane.monitor.sample(lane.workers.pids), here=here) for lane in gpus),
         ):
             if line:
                 self._progress.note(line)
@@ -142,7 +142,7 @@ class Campaign:
     def _seconds_ahead(self, build_s: float) -> float:
         """About how long the run takes from here, once building every cell has taken `build_s`."""
         settings, state = self._settings, self._state
-        if not self._cuda:
+        if not self._capacity.on_gpus:
             return seconds_ahead(settings, build_s, state.prompt)
         pace = replace(self._pace, flops_per_s=state.flops_per_s or self._pace.flops_per_s)
         trains = any(sizes.precision is not None for sizes in settings.workloads.values())
@@ -260,7 +260,11 @@ class Campaign:
         return looks(self._settings, self._state.timings, [] if chosen else compared(self._settings))
 
     def _look_at_each_cell(self) -> None:
-        title = "measuring peak memory, recording what really runs" if self._cuda else "recording what really runs"
+        title = (
+            "measuring peak memory, recording what really runs"
+            if self._capacity.on_gpus
+            else "recording what really runs"
+        )
         self._take(title, self._looks())
 
     def _time_eager(self) -> None:

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from qwen3bench.analysis.run import Run
 
 
-@lru_cache(maxsize=16)  # the terminal asks in three forms, and pages several times
+@lru_cache(maxsize=16)  # findings ask, and the terminal in three forms
 def recommended(run: Run, condition: Condition) -> tuple[Finding, ...]:
     """The cell to switch on, under the memory limit where one is set, or why there is none; empty without a choice."""
     return tuple(_recommended(run, condition))

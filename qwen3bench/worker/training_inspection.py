@@ -106,7 +106,6 @@ def training_evidence(session: Session, cell: str, workload: str, runtime: str) 
     outputs: list[Tensor] = []
     (first,) = work.steps(prepared)
     step = keeping_output(first, outputs)
-    work.restore()
     try:
         parts_s = _seconds_of_parts(work, prepared, session.synchronize)
         expected: list[Tensor] = []

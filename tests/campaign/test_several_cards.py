@@ -111,7 +111,7 @@ def test_processes_that_look_start_on_all_cards_with_the_first_one(
         known.append(started.copy())
         return identified(*of)
 
-    monkeypatch.setattr(assembly, "usable_cpus", lambda: range(16))
+    monkeypatch.setattr(assembly, "usable_cores", lambda: 16)
     monkeypatch.setattr(continuation, "identified", asked)
     switches = ("design=full", "opt=flash,tie,mask,norm", "workload=prefill")
     assert measure(*switches, *ON_CUDA, cards=[noted(card) for card in two()]).status == 0

@@ -92,7 +92,7 @@ def test_processes_that_look_start_with_the_first_one_where_there_is_a_card(
         running.append(len(psutil.Process().children()))
         return identified(*asked)
 
-    monkeypatch.setattr(assembly, "usable_cpus", lambda: range(16))
+    monkeypatch.setattr(assembly, "usable_cores", lambda: 16)
     monkeypatch.setattr(continuation, "identified", noted)
     done = measure(*ON_A_CARD, f"design={cells}", f"device={device}", "runtime=eager", card=card)
     assert done.status == 0
@@ -108,7 +108,7 @@ def test_they_end_where_pytorch_cannot_use_that_card(
 ) -> None:
     card = fake_card(Telemetry())
     card.handle = object()
-    monkeypatch.setattr(assembly, "usable_cpus", lambda: range(16))
+    monkeypatch.setattr(assembly, "usable_cores", lambda: 16)
     probed = continuation.identified
     left: list[int] = []
 

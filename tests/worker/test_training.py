@@ -25,6 +25,7 @@ from qwen3bench.worker.evidence import SEPARATE
 from qwen3bench.worker.peers import build_peer, gradients_of_peer
 from qwen3bench.worker.runtimes import make_runtime
 from qwen3bench.worker.serve import Worker
+from qwen3bench.worker.session import Session
 from qwen3bench.worker.training import LEARNING_RATE, PARTS, TrainingState, TrainingWorkload
 from qwen3bench.worker.workloads import WorkloadSize, keeping_output
 
@@ -132,6 +133,25 @@ def test_of_two_steps_the_quicker_tells_each_part(
     monkeypatch.setattr(training_inspection, "time", SimpleNamespace(perf_counter=lambda: next(ends)))
     evidence = ask("evidence", cell="baseline", workload="train", runtime="eager")
     assert list(evidence.parts_s.values()) == [1.0, 1.0, 1.0, 1.0]
+
+
+def test_eager_is_timed_in_the_precision_of_training(
+    ask: Ask, small_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the run's first workload computes in another."""
+    overrides = ("workload=[prefill,train]", "dtype=bfloat16", "train.precision=fp32", "runtime=eager", "device=cpu")
+    ask("open", config=small_settings(*overrides).resolved("cpu").to_dict())
+    built: list[torch.dtype] = []
+    on_bank = Session.on_bank
+
+    def noted(session: Session, *asked: Any) -> Any:
+        model = on_bank(session, *asked)
+        built.append(model.tok_emb.weight.dtype)
+        return model
+
+    monkeypatch.setattr(Session, "on_bank", noted)
+    ask("eager", cell="baseline", workload="train")
+    assert built == [torch.float32]
 
 
 def test_a_training_worker_answers_every_request(ask: Ask, settings: Settings) -> None:
